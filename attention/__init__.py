@@ -1,0 +1,1 @@
+"""Attention backends: plain functions of (batch, tokens, heads, head_dim) tensors."""

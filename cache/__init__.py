@@ -1,0 +1,1 @@
+"""KV storage and the cache policies, one file per policy."""

@@ -1,0 +1,1 @@
+"""YAML presets and the loader that turns them into validated dataclasses."""

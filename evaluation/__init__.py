@@ -1,0 +1,1 @@
+"""What a rollout is measured with: procedural scenes with known truth, judges and drift curves."""

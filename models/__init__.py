@@ -1,0 +1,1 @@
+"""diffusers' Wan transformer made causal, streaming VAE, checkpoint conversion and the bundled mini model."""

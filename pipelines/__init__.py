@@ -1,0 +1,1 @@
+"""The rollout: text to blocks to latents to pixels to a file."""

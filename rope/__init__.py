@@ -1,0 +1,1 @@
+"""Three-axis rotary positions: angles computed on the fly from float coordinates."""

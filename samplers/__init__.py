@@ -1,0 +1,1 @@
+"""Noise sources, schedules and one-block samplers, as plain functions of tensors."""
