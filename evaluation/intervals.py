@@ -1,0 +1,115 @@
+"""Confidence intervals for proportions and for curves measured on a few prompts with several seeds each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+NORMAL_95 = 1.959963984540054
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its 95 % interval, and the number of prompts behind it.
+
+    ``mean``, ``low`` and ``high`` are NaN where no prompt has a value.
+    """
+
+    mean: float
+    low: float
+    high: float
+    num_prompts: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True where the whole interval lies on one side of zero."""
+        return self.low > 0.0 or self.high < 0.0
+
+
+def wilson_interval(num_right: int, num_trials: int) -> Interval:
+    """95 % interval of a proportion of independent trials.
+
+    Args:
+        num_right: successes, 0..num_trials.
+        num_trials: trials, at least 1.
+
+    Returns:
+        The observed proportion and Wilson's score interval, inside [0, 1].
+
+    Raises:
+        ValueError: If the counts are not 0 <= num_right <= num_trials with num_trials >= 1.
+
+    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927).
+    """
+    if num_trials < 1 or not 0 <= num_right <= num_trials:
+        raise ValueError(
+            f"num_right={num_right} of num_trials={num_trials} is no proportion: "
+            "use num_trials >= 1 and 0 <= num_right <= num_trials."
+        )
+    share = num_right / num_trials
+    z2 = NORMAL_95**2
+    centre = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
+    half = NORMAL_95 * sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2)) / (1 + z2 / num_trials)
+    # At 0 and 1 the bound equals the share; rounding must not push it past.
+    low, high = max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    return Interval(mean=share, low=low, high=high, num_prompts=num_trials)
+
+
+def bootstrap_by_prompt(
+    values: Sequence[float] | NDArray, prompts: Sequence[int] | NDArray, *, num_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean and 95 % interval where the values of one prompt are not independent of each other.
+
+    Whole prompts are drawn with replacement; a prompt weighs the same however many seeds it has.
+
+    Args:
+        values: (n,), one per video; NaN means the measure does not apply to that video.
+        prompts: (n,), the prompt each value belongs to.
+        num_resamples: bootstrap resamples.
+        seed: of the resampling.
+
+    Returns:
+        Mean over prompts of the mean over seeds, with the 2.5 % and 97.5 % percentiles. One prompt gives an
+        interval that is not defined: ``low`` and ``high`` are NaN.
+
+    Raises:
+        ValueError: If the two sequences differ in length.
+
+    Source: the percentile bootstrap over clusters (Davison and Hinkley, 1997, section 3.8).
+    """
+    values, prompts = np.asarray(values, dtype=np.float64), np.asarray(prompts)
+    if values.shape != prompts.shape or values.ndim != 1:
+        raise ValueError(
+            f"values{values.shape} and prompts{prompts.shape} must be two lists of equal length: "
+            "pass one prompt per value."
+        )
+    kept = ~np.isnan(values)
+    if not kept.any():
+        return Interval(mean=np.nan, low=np.nan, high=np.nan, num_prompts=0)
+    _, owner = np.unique(prompts[kept], return_inverse=True)
+    means = np.bincount(owner, weights=values[kept]) / np.bincount(owner)
+    if len(means) == 1:
+        return Interval(mean=float(means[0]), low=np.nan, high=np.nan, num_prompts=1)
+    draws = np.random.default_rng(seed).integers(0, len(means), size=(num_resamples, len(means)))
+    low, high = np.percentile(means[draws].mean(axis=1), [2.5, 97.5])
+    return Interval(mean=float(means.mean()), low=float(low), high=float(high), num_prompts=len(means))
+
+
+def paired_by_prompt(
+    values: dict[tuple[int, int], float], baseline: dict[tuple[int, int], float], *, seed: int = 0
+) -> Interval:
+    """Mean difference ``values - baseline`` over the videos both have, with its interval clustered by prompt.
+
+    Args:
+        values: {(prompt index, seed index): measure}.
+        baseline: the same for the policy compared against.
+        seed: of the resampling.
+
+    Returns:
+        The interval of the differences; NaN differences are left out.
+    """
+    common = sorted(values.keys() & baseline.keys())
+    differences = [values[key] - baseline[key] for key in common]
+    return bootstrap_by_prompt(differences, [key[0] for key in common], seed=seed)
