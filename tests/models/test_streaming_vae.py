@@ -1,0 +1,141 @@
+"""The streamed VAE equals the offline one bit for bit, in any chunking, and continues from a saved state."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load, save
+
+from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
+
+COMMON = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
+PATCHED = {"patch_size": 2, "in_channels": 12, "out_channels": 12}
+CONFIGS = {
+    "wan21": {**COMMON, "dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True]},
+    "patched": {**COMMON, **PATCHED, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True]},
+    "residual": {
+        **COMMON,
+        **PATCHED,
+        "dim_mult": [1, 2, 2, 2],
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "scale_factor_spatial": 16,
+    },
+}
+DECODE_SIZES = [[1] * 8, [3, 3, 2], [4, 4], [2, 1, 5], [8]]
+ENCODE_SIZES = [[29], [9, 12, 8], [1, *[4] * 7], [5, 7, 3, 2, 12], [2, 2, 25]]
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def vae(request):
+    torch.manual_seed(0)
+    return AutoencoderKLWan(**CONFIGS[request.param]).eval()
+
+
+def split(tensor, sizes):
+    return tensor.split(sizes, dim=2)
+
+
+def through_file(state):
+    """Send a state through the forms it takes on disk: safetensors bytes and JSON."""
+    tensors, numbers = state
+    return load(save(tensors)), json.loads(json.dumps(numbers))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_streamed_decode_equals_offline_decode(vae, batch):
+    latents = torch.randn(batch, 4, 8, 4, 6, generator=torch.Generator().manual_seed(1))
+    offline = vae.decode(latents, return_dict=False)[0].detach()
+    for sizes in DECODE_SIZES:
+        decoder = StreamingDecoder(vae)
+        parts = [decoder.decode(part) for part in split(latents, sizes)]
+        assert parts[0].shape[2] == 1 + 4 * (sizes[0] - 1)
+        assert all(part.shape[2] == 4 * size for part, size in zip(parts[1:], sizes[1:], strict=True))
+        assert (torch.cat(parts, dim=2) - offline).abs().max() == 0, sizes
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_streamed_encode_equals_offline_encode(vae, batch):
+    # 4x4 latent positions or more: below that the matrix library rounds short and long inputs differently.
+    size = 4 * vae.spatial_compression_ratio
+    frames = torch.rand(batch, 3, 29, size, size, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    offline = vae.encode(frames).latent_dist.mode().detach()
+    for sizes in ENCODE_SIZES:
+        encoder = StreamingEncoder(vae)
+        parts = [encoder.encode(part) for part in split(frames, sizes)]
+        assert (torch.cat(parts, dim=2) - offline).abs().max() == 0, sizes
+
+
+def test_frames_short_of_a_latent_frame_wait(vae):
+    frames = torch.zeros(1, 3, 3, 32, 32)
+    encoder = StreamingEncoder(vae)
+    assert encoder.encode(frames).shape[2] == 1
+    assert encoder.encode(frames[:, :, :1]).shape[2] == 0
+    assert encoder.encode(frames[:, :, :1]).shape[2] == 1
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 5])
+def test_saved_decoder_continues_bit_identically(vae, stop):
+    latents = torch.randn(2, 4, 8, 4, 4, generator=torch.Generator().manual_seed(3))
+    whole = StreamingDecoder(vae)
+    first = whole.decode(latents[:, :, :stop]) if stop else None
+    continued = StreamingDecoder(vae)
+    continued.load_state_dict(*through_file(whole.state_dict()))
+    expected = whole.decode(latents[:, :, stop:])
+    assert torch.equal(continued.decode(latents[:, :, stop:]), expected)
+    if first is not None:
+        fresh = StreamingDecoder(vae).decode(latents[:, :, stop:])
+        assert fresh.shape != expected.shape, "a decoder without the state must not pass for a continued one"
+
+
+def test_saved_encoder_continues_bit_identically(vae):
+    frames = torch.rand(1, 3, 21, 32, 32, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    whole = StreamingEncoder(vae)
+    whole.encode(frames[:, :, :11])
+    continued = StreamingEncoder(vae)
+    continued.load_state_dict(*through_file(whole.state_dict()))
+    assert torch.equal(continued.encode(frames[:, :, 11:]), whole.encode(frames[:, :, 11:]))
+
+
+def test_two_streams_share_one_vae(vae):
+    latents = torch.randn(2, 1, 4, 6, 4, 4, generator=torch.Generator().manual_seed(5))
+    alone = [vae.decode(one, return_dict=False)[0] for one in latents]
+    streams = [StreamingDecoder(vae), StreamingDecoder(vae)]
+    parts = [[], []]
+    for start in (0, 3):
+        for stream, one, out in zip(streams, latents, parts, strict=True):
+            out.append(stream.decode(one[:, :, start : start + 3]))
+    for out, expected in zip(parts, alone, strict=True):
+        assert torch.equal(torch.cat(out, dim=2), expected)
+
+
+def test_state_does_not_grow(vae):
+    decoder = StreamingDecoder(vae)
+    sizes = []
+    for _ in range(6):
+        decoder.decode(torch.zeros(1, 4, 2, 4, 4))
+        tensors, _ = decoder.state_dict()
+        sizes.append(sum(tensor.numel() for tensor in tensors.values()))
+    assert len(set(sizes[1:])) == 1
+
+
+def test_bad_input_is_refused(vae):
+    decoder = StreamingDecoder(vae)
+    with pytest.raises(ValueError, match="shape"):
+        decoder.decode(torch.zeros(1, 4, 0, 4, 4))
+    with pytest.raises(ValueError, match="shape"):
+        decoder.decode(torch.zeros(4, 2, 4, 4))
+    with pytest.raises(ValueError, match="slots"):
+        decoder.load_state_dict({}, {"num_frames": 1, "slots": ["empty"]})
+    with pytest.raises(ValueError, match="lacks"):
+        decoder.load_state_dict({}, {"num_frames": 1})
+    tensors, numbers = decoder.state_dict()
+    with pytest.raises(ValueError, match="known"):
+        decoder.load_state_dict(tensors, {**numbers, "slots": ["what", *numbers["slots"][1:]]})
+    vae.enable_tiling()
+    try:
+        with pytest.raises(ValueError, match="disable_tiling"):
+            decoder.decode(torch.zeros(1, 4, 1, 4, 4))
+    finally:
+        vae.disable_tiling()
