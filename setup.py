@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = ["pipelines", "cache", "rope", "models", "samplers", "configs", "scripts", "attention", "evaluation"]
+FOLDERS = ["scripts", "evaluation", "pipelines", "models", "attention", "samplers", "cache", "rope", "configs"]
 found = find_packages(include=[pattern for name in FOLDERS for pattern in (name, f"{name}.*")])
 
 setup(
@@ -12,5 +12,6 @@ setup(
         "longtake": ["py.typed"],
         "longtake.configs": ["**/*.yaml"],
         "longtake.models": ["**/*.safetensors", "**/*.json"],
+        "longtake.evaluation": ["**/*.safetensors", "**/*.json"],
     },
 )

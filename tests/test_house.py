@@ -1,0 +1,280 @@
+"""The house rules that a machine can check: layout, import order, size, docstrings, forbidden constructs."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Folder -> folders it may import. Imports go one way only.
+MAY_IMPORT = {
+    "configs": set(),
+    "rope": set(),
+    "samplers": set(),
+    "attention": set(),
+    "cache": {"rope"},
+    "models": {"attention", "samplers", "cache", "rope", "configs"},
+    "pipelines": {"models", "attention", "samplers", "cache", "rope", "configs"},
+    "evaluation": {"pipelines", "samplers", "cache", "rope"},
+    "serving": {"evaluation", "pipelines", "models", "attention", "samplers", "cache", "rope", "configs"},
+    "scripts": {"serving", "evaluation", "pipelines", "models", "attention", "samplers", "cache", "rope", "configs"},
+}
+MAX_LINES = 400
+MAX_STATEMENTS = 40
+
+
+def _folders() -> list[str]:
+    return [name for name in MAY_IMPORT if (ROOT / name / "__init__.py").exists()]
+
+
+def _modules() -> list[Path]:
+    files = [path for name in _folders() for path in sorted((ROOT / name).rglob("*.py"))]
+    return [ROOT / "longtake" / "__init__.py", *files]
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _where(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Every imported dotted name, `from a import b` as a.b, anywhere in the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def _own_folder(dotted: str) -> str | None:
+    """The folder of ours that an import needs; the pipeline class at the top needs pipelines."""
+    parts = dotted.split(".")
+    if parts[0] != "longtake" or parts[1:2] in ([], ["__version__"]):
+        return None
+    return parts[1] if parts[1] in MAY_IMPORT else "pipelines"
+
+
+def _order_faults(folder: str, tree: ast.Module) -> list[str]:
+    allowed = MAY_IMPORT[folder] | {folder}
+    needed = ((node, _own_folder(dotted)) for node, dotted in _imports(tree))
+    return [f"{node.lineno}: {target}" for node, target in needed if target is not None and target not in allowed]
+
+
+def test_imports_go_down_the_list_only():
+    faults = [
+        f"{path.relative_to(ROOT)}:{fault}"
+        for folder in _folders()
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for fault in _order_faults(folder, _tree(path))
+    ]
+    assert not faults, faults
+
+
+def test_import_order_has_no_cycle():
+    done: set[str] = set()
+    for _ in MAY_IMPORT:
+        done |= {folder for folder, below in MAY_IMPORT.items() if below <= done}
+    assert done == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    ("folder", "code", "is_fault"),
+    [
+        ("cache", "from longtake.models.causal import X", True),
+        ("cache", "def f():\n    import longtake.pipelines", True),
+        ("models", "from longtake import LongVideoPipeline", True),
+        ("rope", "from longtake import cache", True),
+        ("cache", "from longtake.rope.angles import X", False),
+        ("pipelines", "from longtake.models import x\nfrom longtake import __version__", False),
+    ],
+)
+def test_the_import_check_itself(folder, code, is_fault):
+    assert bool(_order_faults(folder, ast.parse(code))) is is_fault
+
+
+def test_imports_are_absolute():
+    """Relative imports and bare folder names give a second copy of a module and break isinstance."""
+    faults = []
+    for path in [*_modules(), *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]:
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                faults.append(f"{_where(path, node)}: relative import")
+        for node, dotted in _imports(_tree(path)):
+            if dotted.split(".")[0] in MAY_IMPORT:
+                faults.append(f"{_where(path, node)}: import longtake.{dotted}")
+    assert not faults, faults
+
+
+def _forbidden(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            yield node, "assert: raise ValueError with name, value, limit, remedy"
+        elif isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield node, "bare except"
+        elif isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+            yield node, "import *"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id == "print":
+                yield node, "print: return values, or rich in scripts"
+            elif node.func.id == "getattr" and len(node.args) + len(node.keywords) > 2:
+                yield node, "getattr default: name the attribute, or fail"
+
+
+def test_forbidden_constructs():
+    faults = [f"{_where(path, node)}: {why}" for path in _modules() for node, why in _forbidden(_tree(path))]
+    assert not faults, faults
+
+
+def test_the_forbidden_check_itself():
+    code = "assert x\nprint(1)\ngetattr(a, 'b', 0)\nfrom a import *\ntry:\n    pass\nexcept:\n    pass\n"
+    assert sorted(node.lineno for node, _ in _forbidden(ast.parse(code))) == [1, 2, 3, 4, 7]
+    assert not list(_forbidden(ast.parse("getattr(a, 'b')\nconsole.print(1)\n")))
+
+
+def test_modules_are_short():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in _modules()}
+    faults = [f"{path.relative_to(ROOT)}: {length} lines" for path, length in lengths.items() if length > MAX_LINES]
+    assert not faults, f"over {MAX_LINES} lines, so more than one idea: {faults}"
+
+
+def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def _num_statements(function: ast.AST) -> int:
+    """Statements below the signature, the docstring not counted."""
+    count = sum(isinstance(node, ast.stmt) for node in ast.walk(function)) - 1
+    return count - (ast.get_docstring(function) is not None)
+
+
+def test_functions_are_short():
+    faults = [
+        f"{_where(path, function)} {function.name}: {_num_statements(function)}"
+        for path in _modules()
+        for function in _functions(_tree(path))
+        if _num_statements(function) >= MAX_STATEMENTS
+    ]
+    assert not faults, f"{MAX_STATEMENTS} statements or more: {faults}"
+
+
+def _classes() -> dict[str, list[ast.ClassDef]]:
+    found: dict[str, list[ast.ClassDef]] = {}
+    for path in _modules():
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(node)
+    return found
+
+
+def _is_documented_by_base(owner: ast.ClassDef, method: str, classes: dict[str, list[ast.ClassDef]]) -> bool:
+    """An override says nothing new: its contract stands at a base class of ours."""
+    names = [base.id if isinstance(base, ast.Name) else base.attr for base in owner.bases if not _is_generic(base)]
+    bases = [candidate for name in names for candidate in classes.get(name, [])]
+    return any(
+        any(function.name == method and ast.get_docstring(function) for function in _functions(base))
+        or _is_documented_by_base(base, method, classes)
+        for base in bases
+        if base is not owner
+    )
+
+
+def _is_generic(base: ast.expr) -> bool:
+    return not isinstance(base, ast.Name | ast.Attribute)
+
+
+def _undocumented(path: Path, classes: dict[str, list[ast.ClassDef]]) -> Iterator[str]:
+    tree = _tree(path)
+    if ast.get_docstring(tree) is None:
+        yield f"{path.relative_to(ROOT)}: module"
+    for node in tree.body:
+        is_definition = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if not is_definition or node.name.startswith("_"):
+            continue
+        if ast.get_docstring(node) is None:
+            yield f"{_where(path, node)} {node.name}"
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                is_public = isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
+                if is_public and ast.get_docstring(method) is None:
+                    if any("setter" in ast.unparse(decorator) for decorator in method.decorator_list):
+                        continue
+                    if not _is_documented_by_base(node, method.name, classes):
+                        yield f"{_where(path, method)} {node.name}.{method.name}"
+
+
+def test_everything_public_has_a_docstring():
+    classes = _classes()
+    faults = [fault for path in _modules() for fault in _undocumented(path, classes)]
+    assert not faults, faults
+
+
+def test_every_folder_is_packaged():
+    """setup.py names each folder with an __init__.py, and nothing that tests or examples hold."""
+    assignment = next(
+        node
+        for node in _tree(ROOT / "setup.py").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FOLDERS"
+    )
+    packaged = ast.literal_eval(assignment.value)
+    present = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"longtake"}
+    assert set(packaged) == present
+    for folder in packaged:
+        missing = {
+            path.parent.relative_to(ROOT)
+            for path in (ROOT / folder).rglob("*.py")
+            if not (path.parent / "__init__.py").exists()
+        }
+        assert not missing, f"without __init__.py, so not in the wheel: {missing}"
+
+
+def test_no_second_way_to_import_the_tests():
+    """A root conftest or a package of tests makes pytest import the checkout twice."""
+    assert not (ROOT / "conftest.py").exists()
+    assert not (ROOT / "__init__.py").exists()
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_banned_bare_imports_name_every_folder():
+    lint = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
+    assert set(_folders()) <= set(lint["flake8-tidy-imports"]["banned-api"])
+
+
+def test_pre_commit_and_constraints_name_the_same_ruff():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    pins = {pin for hook in hooks for pin in hook["additional_dependencies"]}
+    assert pins == {line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ruff==")}
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_ci_calls_make_test_and_nothing_else():
+    run = ROOT / ".ci" / "run"
+    assert run.stat().st_mode & 0o111
+    commands = [line for line in run.read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in commands if "make" in line] == ["exec make test"]
+
+
+def test_make_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    listed = re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE)
+    assert sorted(phony) == sorted(listed)
+    assert {"install", "demo", "test", "lint", "format", "golden", "bench", "train-mini"} <= set(listed)
+
+
+def test_decision_records_are_numbered_and_short():
+    records = sorted((ROOT / "docs" / "adr").glob("*.md"))
+    assert [int(path.name[:4]) for path in records] == list(range(1, len(records) + 1))
+    for path in records:
+        text = path.read_text(encoding="utf-8")
+        assert all(f"## {part}" in text for part in ("Context", "Choice", "Cost")), path.name
+        assert len(text.splitlines()) <= 30, path.name
