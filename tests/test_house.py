@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "configs": set(),
     "rope": set(),
-    "samplers": set(),
+    "samplers": {"configs"},
     "attention": set(),
-    "cache": {"rope"},
+    "cache": {"rope", "configs"},
     "models": {"attention", "samplers", "cache", "rope", "configs"},
     "pipelines": {"models", "attention", "samplers", "cache", "rope", "configs"},
     "evaluation": {"pipelines", "samplers", "cache", "rope"},
