@@ -1,1 +1,5 @@
 """Attention backends: plain functions of (batch, tokens, heads, head_dim) tensors."""
+
+from longtake.attention.sdpa import sdpa
+
+__all__ = ["sdpa"]

@@ -1,1 +1,14 @@
 """diffusers' Wan transformer made causal, streaming VAE, checkpoint conversion and the bundled mini model."""
+
+from longtake.models.causal import CausalTransformer, Prompt, Segment
+from longtake.models.conversion import convert_original_state_dict
+from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
+
+__all__ = [
+    "CausalTransformer",
+    "Prompt",
+    "Segment",
+    "StreamingDecoder",
+    "StreamingEncoder",
+    "convert_original_state_dict",
+]

@@ -1,0 +1,41 @@
+"""Everything ever generated."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from longtake.cache.frames import FramePlan, FramePolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(FramePolicy):
+    """Every frame so far, at its own position (CausVid, arXiv:2412.07772; Self-Forcing, arXiv:2506.08009).
+
+    Memory and time per block grow with the video. Self-Forcing's released code stops hard at 21 frames; here
+    ``num_context_frames`` sets such a limit, and a longer rollout is refused before it starts.
+    """
+
+    name: ClassVar[str] = "full"
+    source: ClassVar[str] = "CausVid, arXiv:2412.07772"
+
+    num_context_frames: int | None = None  # longest rollout allowed; null: no limit
+
+    def __post_init__(self) -> None:
+        if self.num_context_frames is not None and self.num_context_frames < 1:
+            raise ValueError(f"num_context_frames={self.num_context_frames} must be 1 or more, or null for no limit.")
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse a rollout longer than the limit."""
+        needed = max(frames_per_block, num_frames or 0)
+        if self.num_context_frames is not None and needed > self.num_context_frames:
+            raise ValueError(
+                f"num_context_frames={self.num_context_frames} cannot hold a rollout of {needed} frames in full: "
+                "use a shorter video, null for no limit, or a bounded policy such as attention_sink."
+            )
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """Unbounded."""
+        return None
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all, at absolute positions."""
+        return FramePlan.absolute(stored, start_frame, num_frames)

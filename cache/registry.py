@@ -1,0 +1,34 @@
+"""Which policies there are, by the name that YAML and the command line use."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from longtake.cache.attention_sink import AttentionSink
+from longtake.cache.base import CachePolicy
+from longtake.cache.full import Full
+from longtake.cache.sliding_window import SlidingWindow
+from longtake.configs.fields import build, choose
+
+POLICIES: dict[str, type[CachePolicy]] = {
+    "full": Full,
+    "sliding_window": SlidingWindow,
+    "attention_sink": AttentionSink,
+}
+
+
+def make_policy(settings: CachePolicy | Mapping[str, Any] | str) -> CachePolicy:
+    """Make a policy from its YAML mapping.
+
+    Args:
+        settings: ``{"policy": NAME, field: value, ...}``, a name alone (all defaults), or a policy, which is returned.
+
+    Raises:
+        ValueError: If the name or a field is unknown, with the nearest known one, or a value does not fit.
+    """
+    if isinstance(settings, CachePolicy):
+        return settings
+    values = {"policy": settings} if isinstance(settings, str) else dict(settings)
+    if "policy" not in values:
+        raise ValueError(f"cache settings need a key 'policy', one of: {', '.join(POLICIES)}.")
+    name = values.pop("policy")
+    return build(choose(POLICIES, name, what="cache policy"), values, what=f"cache policy {name!r}")

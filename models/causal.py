@@ -1,0 +1,283 @@
+"""diffusers' own Wan transformer, made causal by attention processors and hooks, and stock again between blocks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from longtake.attention import sdpa
+from longtake.cache import Geometry, KVCache, Pass
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+_HOOK = "longtake_causal"
+
+
+@dataclass
+class Prompt:
+    """Text of one guidance branch, with everything that is computed from it once.
+
+    Attributes:
+        embeds: (batch, text_len, text_dim), as the text encoder made them.
+        projected: The same through the transformer's text embedder, when it has been needed.
+        keys_values: Cross-attention keys and values by layer.
+    """
+
+    embeds: Tensor
+    projected: Tensor | None = None
+    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive frames of one forward that share a pass and a timestep."""
+
+    pass_: Pass
+    timestep: float
+
+
+@dataclass
+class _Call:
+    """What the processors and hooks need to know of the forward under way."""
+
+    cache: KVCache
+    prompt: Prompt
+    segments: tuple[Segment, ...]
+
+
+class CausalTransformer:
+    """A transformer that attends to a KV cache.
+
+    The module itself is untouched: ``installed`` puts processors and hooks on it and takes them off again.
+
+    Args:
+        transformer: Any ``WanTransformer3DModel`` of the text-to-video kind.
+        attention: Dense attention of (batch, tokens, heads, head_dim) tensors.
+
+    Raises:
+        ValueError: If the transformer has another class or wants image conditioning.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, *, attention: Attention = sdpa) -> None:
+        if not isinstance(transformer, nn.Module) or not hasattr(transformer, "blocks"):
+            raise ValueError(f"a WanTransformer3DModel is needed, not {type(transformer).__name__}.")
+        if transformer.config.added_kv_proj_dim is not None:
+            raise ValueError("this transformer is conditioned on images (added_kv_proj_dim is set): use a T2V model.")
+        if transformer.config.patch_size[0] != 1:
+            raise ValueError(f"patch_size={transformer.config.patch_size} joins frames: only (1, h, w) can be causal.")
+        self.transformer = transformer
+        self.attention = attention
+        self._call: _Call | None = None
+        self._time = _TimeEmbeddings()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations, and so of the cache."""
+        return self.transformer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer computes."""
+        return self.transformer.device
+
+    def geometry(
+        self,
+        frame_shape: Sequence[int],
+        *,
+        frames_per_block: int,
+        batch_size: int = 1,
+        max_frames: int | None = None,
+    ) -> Geometry:
+        """Shapes of a rollout of (channels, height, width) latents.
+
+        Raises:
+            ValueError: If the latent size does not fit the transformer.
+        """
+        config = self.transformer.config
+        channels, height, width = frame_shape
+        if channels != config.in_channels:
+            raise ValueError(f"latents have {channels} channels, this transformer takes {config.in_channels}.")
+        _, patch_height, patch_width = config.patch_size
+        if height % patch_height or width % patch_width or min(height, width) < 1:
+            raise ValueError(
+                f"latent size {height}x{width} is not divisible by the patch {patch_height}x{patch_width}: "
+                "choose a pixel size divisible by the VAE's factor times the patch."
+            )
+        return Geometry(
+            num_layers=config.num_layers,
+            num_heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            num_rows=height // patch_height,
+            num_columns=width // patch_width,
+            frames_per_block=frames_per_block,
+            batch_size=batch_size,
+            max_frames=max_frames,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Make the transformer causal inside the ``with`` block, and stock again after it, whatever happens."""
+        blocks = self.transformer.blocks
+        stock = [(block.attn1.processor, block.attn2.processor) for block in blocks]
+        hooked = (
+            (self.transformer.rope, _NoTable()),
+            (self.transformer.condition_embedder, _CachedConditions(self)),
+        )
+        try:
+            for layer, block in enumerate(blocks):
+                block.attn1.set_processor(CachedSelfAttention(self, layer))
+                block.attn2.set_processor(CachedCrossAttention(self, layer))
+            for module, hook in hooked:
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
+            yield
+        finally:
+            for block, (self_attention, cross_attention) in zip(blocks, stock, strict=True):
+                block.attn1.set_processor(self_attention)
+                block.attn2.set_processor(cross_attention)
+            for module, _ in hooked:
+                HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+            self._call = None
+
+    @torch.no_grad()
+    def flow(self, x: Tensor, *, segments: Sequence[Segment], cache: KVCache, prompt: Prompt) -> Tensor:
+        """Predict the flow (noise - clean) of consecutive frames, each segment at its own timestep.
+
+        Args:
+            x: (batch, frames, channels, height, width), the segments' frames in order.
+            segments: What the frames are; a later segment sees what an earlier one has committed.
+            cache: What they attend to.
+            prompt: What they are to show.
+
+        Returns:
+            Shape and dtype of ``x``.
+        """
+        self._call = _Call(cache, prompt, tuple(segments))
+        timestep = torch.zeros((x.shape[0], 1) if len(segments) > 1 else (x.shape[0],), device=x.device)
+        sample = self.transformer(
+            hidden_states=x.to(self.dtype).transpose(1, 2),
+            timestep=timestep,  # only its rank matters: the embedding of each segment's timestep is looked up
+            encoder_hidden_states=prompt.embeds,
+            return_dict=False,
+        )[0]
+        return sample.transpose(1, 2).to(x.dtype)
+
+    @property
+    def call(self) -> _Call:
+        """The forward under way.
+
+        Raises:
+            RuntimeError: If the transformer is called in any other way than through ``flow``.
+        """
+        if self._call is None:
+            raise RuntimeError("a causal transformer has to be called through CausalTransformer.flow.")
+        return self._call
+
+
+class _TimeEmbeddings:
+    """Embeddings of the few timesteps that a rollout uses, computed once each."""
+
+    def __init__(self) -> None:
+        self.single: dict[float, tuple[Tensor, Tensor]] = {}
+        self.per_token = lru_cache(maxsize=1)(self._per_token)
+
+    def _per_token(self, spans: tuple[tuple[float, int], ...]) -> tuple[Tensor, Tensor]:
+        """(1, tokens, ...) embeddings of (timestep, number of tokens) spans."""
+        parts = zip(*(self.single[timestep] for timestep, _ in spans), strict=True)
+        counts = [count for _, count in spans]
+        joined = (
+            torch.cat([row.expand(count, -1) for row, count in zip(rows, counts, strict=True)])[None] for rows in parts
+        )
+        temb, projected = joined
+        return temb, projected
+
+
+class _NoTable(ModelHook):
+    """Skips diffusers' position table (1,024 frames from 0): the cache computes the angles."""
+
+    def new_forward(self, module: nn.Module, *args, **kwargs) -> None:
+        return None
+
+
+class _CachedConditions(ModelHook):
+    """Embeds every timestep and every prompt once; tokens of one forward may differ in their timestep."""
+
+    def __init__(self, causal: CausalTransformer) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def new_forward(
+        self, module: nn.Module, timestep, encoder_hidden_states, encoder_hidden_states_image=None, **kwargs
+    ):
+        call, time = self.causal.call, self.causal._time
+        forward = self.fn_ref.original_forward
+        prompt = call.prompt
+        if prompt.projected is None:
+            zero = torch.zeros(1, device=encoder_hidden_states.device)
+            prompt.projected = forward(zero, encoder_hidden_states)[2]
+        for segment in call.segments:
+            if segment.timestep not in time.single:
+                level = torch.full((1,), segment.timestep, device=encoder_hidden_states.device)
+                time.single[segment.timestep] = forward(level, encoder_hidden_states[:1, :1])[:2]
+        if len(call.segments) == 1:
+            temb, projected = time.single[call.segments[0].timestep]
+        else:
+            size = call.cache.geometry.tokens_per_frame
+            temb, projected = time.per_token(tuple((s.timestep, s.pass_.num_frames * size) for s in call.segments))
+        return temb, projected, prompt.projected, None
+
+
+class CachedSelfAttention:
+    """Hands un-rotated queries, keys and values to the cache, one segment after the other."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, causal: CausalTransformer, layer: int) -> None:
+        self.causal = causal
+        self.layer = layer
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        call = self.causal.call
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        heads = (attn.heads, -1)
+        q, k, v = attn.norm_q(q).unflatten(2, heads), attn.norm_k(k).unflatten(2, heads), v.unflatten(2, heads)
+        if len(call.segments) == 1:
+            out = call.cache.attend(self.layer, q, k, v, call.segments[0].pass_).flatten(2)
+        else:
+            counts = [s.pass_.num_frames * call.cache.geometry.tokens_per_frame for s in call.segments]
+            parts = zip(q.split(counts, 1), k.split(counts, 1), v.split(counts, 1), call.segments, strict=True)
+            out = torch.cat([call.cache.attend(self.layer, *qkv, s.pass_).flatten(2) for *qkv, s in parts], dim=1)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class CachedCrossAttention:
+    """Cross-attention whose text keys and values are computed once per prompt."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, causal: CausalTransformer, layer: int) -> None:
+        self.causal = causal
+        self.layer = layer
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        known = self.causal.call.prompt.keys_values
+        heads = (attn.heads, -1)
+        if self.layer not in known:
+            if attn.fused_projections:
+                k, v = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+            else:
+                k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            known[self.layer] = attn.norm_k(k).unflatten(2, heads), v.unflatten(2, heads)
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
+        out = self.causal.attention(q, *known[self.layer]).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))

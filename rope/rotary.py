@@ -1,0 +1,156 @@
+"""Rotary embedding of three axes: angles on the fly, from float positions without a limit."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AxisFrequencies:
+    """Angular frequencies of each axis, in radians per unit coordinate.
+
+    Attributes:
+        temporal: Frequencies of the temporal pairs, slowest last.
+        height: Frequencies of the row pairs.
+        width: Frequencies of the column pairs.
+
+    Source: RoFormer, arXiv:2104.09864; the split is Wan2.1's (44/42/42 real dimensions at head_dim 128).
+    """
+
+    temporal: tuple[float, ...]
+    height: tuple[float, ...]
+    width: tuple[float, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        """Rotated pairs per head: head_dim / 2."""
+        return len(self.temporal) + len(self.height) + len(self.width)
+
+
+def axis_frequencies(head_dim: int, *, theta: float = 10000.0) -> AxisFrequencies:
+    """Wan's split of a head into temporal, row and column pairs.
+
+    Args:
+        head_dim: Channels per head; even.
+        theta: Base of the geometric frequency series.
+
+    Raises:
+        ValueError: If head_dim is odd or too small to give every axis a pair.
+    """
+    if head_dim % 2 or head_dim < 6:
+        raise ValueError(f"head_dim={head_dim} cannot be split over three axes: use an even number of 6 or more.")
+    spatial = 2 * (head_dim // 6)
+    temporal = head_dim - 2 * spatial
+
+    def series(dim: int) -> tuple[float, ...]:
+        return tuple(theta ** (-2.0 * j / dim) for j in range(dim // 2))
+
+    return AxisFrequencies(series(temporal), series(spatial), series(spatial))
+
+
+def _turns(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
+    """(n,) float64 positions to (n, pairs) complex128 unit phases."""
+    angles = positions.double()[:, None] * torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def token_phases(coordinates: Tensor, *, frequencies: AxisFrequencies) -> Tensor:
+    """Unit phases of tokens at any float coordinates.
+
+    Args:
+        coordinates: (tokens, 3): frame, row, column; any may be fractional, none is bounded.
+        frequencies: Frequencies of the three axes.
+
+    Returns:
+        (tokens, head_dim / 2) complex64, computed in float64.
+    """
+    frame, row, column = coordinates.unbind(-1)
+    parts = (
+        _turns(frame, frequencies.temporal),
+        _turns(row, frequencies.height),
+        _turns(column, frequencies.width),
+    )
+    return torch.cat(parts, dim=-1).to(torch.complex64)
+
+
+def rotate(x: Tensor, coordinates: Tensor, *, frequencies: AxisFrequencies) -> Tensor:
+    """Rotate queries or keys to their (frame, row, column) coordinates.
+
+    Args:
+        x: (batch, tokens, heads, head_dim), un-rotated, any float dtype.
+        coordinates: (tokens, 3); frame may be fractional and is unbounded.
+        frequencies: Per-axis angular frequencies, radians per unit coordinate.
+
+    Returns:
+        Same shape and dtype as ``x``; angles in float64, products in float32.
+
+    Raises:
+        ValueError: If head_dim does not match ``frequencies``.
+
+    Source: RoFormer, arXiv:2104.09864; interleaved pairs, temporal first, as Wan2.1.
+    """
+    if x.shape[-1] != 2 * frequencies.num_pairs:
+        raise ValueError(f"head_dim={x.shape[-1]} does not match {frequencies.num_pairs} frequency pairs.")
+    return apply_phases(x, token_phases(coordinates, frequencies=frequencies))
+
+
+def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Multiply every interleaved pair of ``x`` by its unit phase.
+
+    Args:
+        x: (batch, tokens, heads, head_dim).
+        phases: (tokens, head_dim / 2) complex64.
+        out: Written in place of a new tensor; shape and dtype of ``x``.
+
+    Returns:
+        ``out``, or a new tensor of ``x``'s shape and dtype. Products are float32.
+    """
+    turns = phases[:, None]
+    if x.dtype != torch.float32:
+        turned = torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
+        return turned.to(x.dtype) if out is None else out.copy_(turned)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    if out is None:
+        return torch.view_as_real(pairs * turns).flatten(-2)
+    torch.mul(pairs, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+    return out
+
+
+class GridRotary:
+    """Phases of whole latent frames on a fixed token grid, kept while their positions stay the same.
+
+    The spatial phases of a grid never change and are computed once; a frame adds its temporal phase.
+
+    Args:
+        frequencies: Frequencies of the three axes.
+        num_rows: Token rows per frame.
+        num_columns: Token columns per frame.
+        device: Where the phases are needed.
+        num_kept: Position tuples whose phases stay in memory (a block needs two or three).
+    """
+
+    def __init__(
+        self, frequencies: AxisFrequencies, *, num_rows: int, num_columns: int, device: torch.device, num_kept: int = 8
+    ) -> None:
+        self.frequencies = frequencies
+        self.device = device
+        rows = torch.arange(num_rows).repeat_interleave(num_columns)
+        columns = torch.arange(num_columns).repeat(num_rows)
+        turns = torch.cat((_turns(rows, frequencies.height), _turns(columns, frequencies.width)), dim=-1)
+        self._spatial = turns.to(torch.complex64).to(device)
+        self.frames = lru_cache(maxsize=num_kept)(self._frames)
+
+    def _frames(self, positions: tuple[float, ...]) -> Tensor:
+        """Phases of frames at temporal ``positions``: (frames * rows * columns, head_dim / 2) complex64."""
+        if not all(map(math.isfinite, positions)):
+            raise ValueError(f"temporal positions must be finite numbers, not {positions}.")
+        temporal = _turns(torch.tensor(positions, dtype=torch.float64), self.frequencies.temporal)
+        temporal = temporal.to(torch.complex64).to(self.device)
+        num_tokens, num_temporal = self._spatial.shape[0], temporal.shape[1]
+        phases = self._spatial.new_empty(len(positions), num_tokens, self.frequencies.num_pairs)
+        phases[..., :num_temporal] = temporal[:, None]
+        phases[..., num_temporal:] = self._spatial
+        return phases.flatten(0, 1)

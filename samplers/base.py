@@ -1,0 +1,63 @@
+"""What a sampler is given, and the settings that name one in YAML."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+Denoise = Callable[[Tensor, float], Tensor]
+"""(x, timestep) -> x0, all (batch, frames, channels, height, width); timestep 0 to 1000."""
+
+Renoise = Callable[[int], Tensor]
+"""step_index -> Gaussian noise of the block's shape, on its device and in its dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(ABC):
+    """Validated settings of a one-block sampler.
+
+    Class attributes:
+        name: Key in YAML and on the command line.
+        source: Paper or repository.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+
+    @abstractmethod
+    def sample(self, denoise: Denoise, x: Tensor, *, renoise: Renoise, block_index: int) -> Tensor:
+        """Turn a block of noise into clean latents.
+
+        Args:
+            denoise: The network's estimate of the clean block; called ``num_steps(block_index)`` times.
+            x: (batch, frames, channels, height, width), Gaussian noise.
+            renoise: Fresh noise after a step.
+            block_index: Which block of the rollout, from 0.
+
+        Returns:
+            Clean latents, shape and dtype of ``x``.
+        """
+
+    @abstractmethod
+    def num_steps(self, block_index: int) -> int:
+        """Denoising steps of a block."""
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of classifier-free guidance; 1 runs the conditional branch alone."""
+        return 1.0
+
+    def settings(self) -> dict[str, Any]:
+        """The sampler as its YAML mapping: name and fields."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def shifted(share: float, shift: float) -> float:
+    """Flow shift of a noise share: s u / (1 + (s - 1) u).
+
+    Source: Stable Diffusion 3, arXiv:2403.03206, section 5.3.2; Self-Forcing's timestep_shift.
+    """
+    return shift * share / (1.0 + (shift - 1.0) * share)

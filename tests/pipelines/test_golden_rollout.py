@@ -1,0 +1,110 @@
+"""Rollouts equal to the numbers that the authors' own code gave."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors import safe_open
+
+from longtake.models import convert_original_state_dict
+from longtake.pipelines import rollout_latents
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+TOLERANCE = 2e-4
+
+
+class RecordedNoise:
+    """The noise of a golden file."""
+
+    def __init__(self, noise: torch.Tensor, renoise: torch.Tensor) -> None:
+        self.noise, self.after = noise, renoise
+
+    def initial(self, block_index, start_frame, shape):
+        return self.noise[:, start_frame : start_frame + shape[1]]
+
+    def renoise(self, block_index, start_frame, step_index, shape):
+        return self.after[:, start_frame : start_frame + shape[1], step_index]
+
+
+def load(name: str):
+    path = GOLDEN / f"{name}.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not at hand")
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    model = WanTransformer3DModel(
+        num_attention_heads=config["num_heads"],
+        attention_head_dim=config["dim"] // config["num_heads"],
+        in_channels=tensors["noise"].shape[2],
+        out_channels=tensors["noise"].shape[2],
+        text_dim=config["text_dim"],
+        freq_dim=config["freq_dim"],
+        ffn_dim=config["ffn_dim"],
+        num_layers=config["num_layers"],
+    ).eval()
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    model.load_state_dict(convert_original_state_dict(weights), strict=True)
+    return config, tensors, model
+
+
+def roll(name: str, cache, **changes) -> float:
+    """Largest error of a rollout against a golden file."""
+    config, tensors, model = load(name)
+    settings = {
+        "num_frames": sum(config["blocks"]),
+        "frame_shape": tuple(tensors["noise"].shape[2:]),
+        "frames_per_block": config["blocks"][-1],
+        "cache": cache,
+        "sampler": {"name": "few_step", "timesteps": config["denoising_steps"], "flow_shift": config["flow_shift"]},
+        "noise": RecordedNoise(tensors["noise"], tensors["renoise"]),
+        "context_timestep": config["context_noise"],
+    } | changes
+    blocks = list(rollout_latents(model, tensors["prompt_embeds"], **settings))
+    assert [b.start_frame for b in blocks] == list(range(0, sum(config["blocks"]), config["blocks"][-1]))
+    return (torch.cat([b.latents for b in blocks], dim=1) - tensors["latents"]).abs().max().item()
+
+
+def window(frames: int, sinks: int = 0, positions: str = "absolute") -> dict:
+    return {
+        "policy": "attention_sink",
+        "num_context_frames": frames,
+        "num_sink_frames": sinks,
+        "positions": positions,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("sf_full", "full"),
+        ("sf_full", {"policy": "sliding_window", "num_context_frames": 21}),
+        ("sf_window6", {"policy": "sliding_window", "num_context_frames": 6}),
+        ("sf_window6", {"policy": "sliding_window", "num_context_frames": 6, "positions": "contiguous"}),
+        ("sf_window6", window(6)),
+        ("infinity_rope", window(9, 1, "contiguous")),
+    ],
+)
+def test_equals_the_authors_code(name, cache):
+    assert roll(name, cache) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("sf_window6", {"policy": "sliding_window", "num_context_frames": 5}),
+        ("sf_window6", window(6, 1)),
+        ("sf_window6", "full"),
+        ("infinity_rope", window(9, 1, "absolute")),
+        ("infinity_rope", window(9, 0, "contiguous")),
+    ],
+)
+def test_a_wrong_policy_differs(name, cache):
+    assert roll(name, cache) > 50 * TOLERANCE
+
+
+def test_a_wrong_flow_shift_differs():
+    sampler = {"name": "few_step", "timesteps": [1000, 750, 500, 250], "flow_shift": 8.0}
+    assert roll("sf_window6", {"policy": "sliding_window", "num_context_frames": 6}, sampler=sampler) > 50 * TOLERANCE
