@@ -1,0 +1,215 @@
+"""From YAML files, presets and dotted overrides to one validated ``RunConfig``.
+
+``cache``, ``sampler`` and ``model`` are groups: a name alone (``cache: sliding_window``) is the preset of that name, a
+mapping goes over the preset it names, and changing the name drops what belonged to the old one.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from longtake.configs.fields import build, did_you_mean
+from longtake.configs.run import ModelConfig, OutputConfig, PromptChange, RunConfig
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A folder of presets and the key by which a mapping names one."""
+
+    folder: str
+    key: str
+    what: str
+
+
+GROUPS = (
+    _Group("model", "name", "model"),
+    _Group("cache", "policy", "cache policy"),
+    _Group("sampler", "name", "sampler"),
+)
+
+
+def preset_names(folder: str) -> list[str]:
+    """List the presets of a group.
+
+    Args:
+        folder: ``cache``, ``sampler`` or ``model``.
+    """
+    entries = files("longtake.configs").joinpath(folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def load_preset(folder: str, name: str) -> dict[str, Any]:
+    """Read one preset.
+
+    Args:
+        folder: ``cache``, ``sampler`` or ``model``.
+        name: One of ``preset_names(folder)``.
+
+    Raises:
+        ValueError: If there is none of that name; offers the nearest.
+    """
+    known = preset_names(folder)
+    if name not in known:
+        what = next(group.what for group in GROUPS if group.folder == folder)
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}")
+    return _parse(
+        files("longtake.configs").joinpath(folder, f"{name}.yaml").read_text(), where=f"{folder}/{name}.yaml"
+    )
+
+
+def load_run(
+    path: Path | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """Put a run together: defaults, then the file, then options, then dotted overrides.
+
+    Args:
+        path: A YAML file with any of the run's keys.
+        options: Top-level keys with their values; None values are left out.
+        overrides: ``key=value`` or ``group.key=value``; values are read as YAML.
+
+    Returns:
+        The validated configuration. The fields of ``cache`` and ``sampler`` are checked by their registries.
+
+    Raises:
+        ValueError: With the key, the value, and what would be right.
+    """
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    # A prompt is text as it stands: OmegaConf must not read ${...} in it.
+    literal = {key: given.pop(key) for key in ("prompt", "negative_prompt") if key in given}
+    layers = [_parse(files("longtake.configs").joinpath("default.yaml").read_text(), where="default.yaml")]
+    if path is not None:
+        layers.append(_read(path))
+    layers += [given, *(_parse_override(override) for override in overrides)]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    return from_mapping(merged | literal)
+
+
+def from_mapping(values: Mapping[str, Any]) -> RunConfig:
+    """Build a run from a complete mapping, such as ``RunConfig.as_mapping`` returns.
+
+    Args:
+        values: The run's keys.
+
+    Raises:
+        ValueError: If a key is unknown or a value does not fit.
+    """
+    known = [field.name for field in fields(RunConfig)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} for the run; known: {', '.join(known)}.{did_you_mean(key, known)}")
+    values = dict(values)
+    model = build(ModelConfig, _mapping(values["model"], "model"), what="the model")
+    sampler = values["sampler"]
+    if sampler is None:
+        sampler = load_preset("sampler", model.sampler)
+    changes = values.get("prompt_changes") or []
+    if isinstance(changes, str | Mapping):
+        raise ValueError("prompt_changes must be a list of mappings with the keys at and prompt")
+    groups = {
+        "model": model,
+        "cache": _mapping(values["cache"], "cache"),
+        "sampler": _mapping(sampler, "sampler"),
+        "prompt_changes": tuple(_build_change(change) for change in changes),
+        "output": build(OutputConfig, _mapping(values.get("output") or {}, "output"), what="the output"),
+    }
+    plain = {key: value for key, value in values.items() if key not in groups}
+    # The plain keys are checked and converted by themselves, then joined with the groups that are built already.
+    return build(RunConfig, plain | groups, what="the run")
+
+
+def is_override(text: str) -> bool:
+    """Whether a command line word is ``key=value``."""
+    return OVERRIDE.fullmatch(text) is not None
+
+
+def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    base, layer = dict(base), dict(layer)
+    for group in GROUPS:
+        if layer.get(group.folder) is not None:
+            base[group.folder] = _merge_group(group, base.get(group.folder) or {}, layer.pop(group.folder))
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(base, layer), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration: {str(error).splitlines()[0]}") from error
+
+
+def _merge_group(group: _Group, base: Mapping[str, Any], value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = _named(group, value)
+    value = _mapping(value, group.folder)
+    name = value.get(group.key)
+    if name is not None and name != base.get(group.key):
+        is_own_model = group.folder == "model" and "path" in value and name not in preset_names("model")
+        base = {} if is_own_model else load_preset(group.folder, name)
+    return {**base, **value}
+
+
+def _named(group: _Group, name: str) -> dict[str, Any]:
+    """A model may be named by its folder; everything else is a preset."""
+    if group.folder == "model" and name not in preset_names("model") and (os.sep in name or Path(name).exists()):
+        return {"name": Path(name).name, "path": name}
+    return {group.key: name}
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    if not is_override(override):
+        raise ValueError(f"{override!r} is no override: write key=value, for example cache.num_context_frames=9")
+    key, text = override.split("=", 1)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {override!r} is no YAML: put it into quotes") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+    return _parse(text, where=str(path))
+
+
+def _parse(text: str, *, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+    return _mapping({} if values is None else values, where)
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r}: it must be a mapping of keys to values")
+    if not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} has keys that are no text: {_listed(value)}")
+    return dict(value)
+
+
+def _build_change(change: Any) -> PromptChange:
+    values = _mapping(change, "an entry of prompt_changes")
+    for key in ("at", "prompt"):
+        if key not in values:
+            raise ValueError(f"an entry of prompt_changes lacks {key!r}: give at (seconds) and prompt")
+    return build(PromptChange, values, what="prompt_changes")
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(repr(value) for value in values)

@@ -1,0 +1,168 @@
+"""What one run is: frozen, validated dataclasses with the keys of its YAML file."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+# Wan's VAE makes 8x8 pixels one latent position, the transformer makes 2x2 of these one token.
+SIZE_MULTIPLE = 16
+# Wan's text encoder reads 512 tokens, and a word has at least one.
+MAX_PROMPT_WORDS = 512
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, and how they run.
+
+    Attributes:
+        name: Preset under ``configs/model``, or any name.
+        path: Diffusers folder, or ``mini`` for the bundled one.
+        dtype: Of the transformer's weights and activations.
+        device: ``auto`` takes CUDA where there is one.
+        height: Pixels; None leaves it to the model.
+        width: Pixels; None leaves it to the model.
+        frames_per_block: Latent frames denoised together, as the model was trained.
+        sampler: Preset that the model was made for.
+    """
+
+    name: str
+    path: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    height: int | None = None
+    width: int | None = None
+    frames_per_block: int = 3
+    sampler: str = "few_step"
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(f"model {self.name!r} needs its folder: give model.path=FOLDER")
+        if self.frames_per_block < 1:
+            raise ValueError(f"model.frames_per_block={self.frames_per_block}: give 1 or more")
+        _check_size("model.height", self.height)
+        _check_size("model.width", self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where the video goes, and how much is kept to go on from.
+
+    Attributes:
+        folder: Run folder; None makes one under ``runs``.
+        crf: H.264 quality: 0 (lossless) to 51.
+        scale: Whole-number enlargement of the pixels in the file.
+        state_every_blocks: Blocks between two saved states: what a killed run computes again, at most.
+        num_kept_states: Saved states to fork from, spread over the video; the newest always stays.
+        contact_sheet: Also write ``contact_sheet.png``.
+    """
+
+    folder: str | None = None
+    crf: int = 18
+    scale: int = 1
+    state_every_blocks: int = 10
+    num_kept_states: int = 8
+    contact_sheet: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"output.crf={self.crf}: give 0 (lossless) to 51 (smallest)")
+        for name, value, least in (
+            ("scale", self.scale, 1),
+            ("state_every_blocks", self.state_every_blocks, 1),
+            ("num_kept_states", self.num_kept_states, 2),
+        ):
+            if value < least:
+                raise ValueError(f"output.{name}={value}: give {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptChange:
+    """A new prompt from the first block on that starts at or after ``at`` seconds."""
+
+    at: float
+    prompt: str
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.at) and self.at > 0):
+            raise ValueError(f"prompt_changes: at={self.at}: give a time in seconds above 0")
+        check_prompt(self.prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a video.
+
+    Attributes:
+        model: Weights.
+        cache: ``policy`` and its fields, as ``longtake.cache.make_policy`` takes them.
+        sampler: ``name`` and its fields, as ``longtake.samplers.make_sampler`` takes them.
+        prompt: What to show.
+        negative_prompt: What not to show; for samplers with guidance.
+        seconds: Length of the video.
+        seed: Of the noise.
+        height: Pixels; None leaves it to the model.
+        width: Pixels; None leaves it to the model.
+        prompt_changes: Later prompts, in order of time.
+        output: Files.
+    """
+
+    model: ModelConfig
+    cache: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    prompt: str
+    negative_prompt: str | None = None
+    seconds: float = 60.0
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    prompt_changes: tuple[PromptChange, ...] = ()
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt)
+        if not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise ValueError(f"seconds={self.seconds}: give a length above 0")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed={self.seed}: give 0 to {MAX_SEED}")
+        _check_size("height", self.height)
+        _check_size("width", self.width)
+        times = [change.at for change in self.prompt_changes]
+        if times != sorted(set(times)):
+            raise ValueError(f"prompt_changes at {times}: give rising, different times")
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """(height, width) in pixels, the run's or else the model preset's; None leaves it to the model."""
+        return self.height or self.model.height, self.width or self.model.width
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers that load into an equal configuration."""
+        values = asdict(self)
+        values["prompt_changes"] = list(values["prompt_changes"])
+        return values
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that no text encoder reads as it is meant.
+
+    Args:
+        prompt: The text.
+
+    Raises:
+        ValueError: If it is empty or has more than ``MAX_PROMPT_WORDS`` words.
+    """
+    num_words = len(prompt.split())
+    if num_words == 0:
+        raise ValueError("the prompt is empty: say what the video shows")
+    if num_words > MAX_PROMPT_WORDS:
+        raise ValueError(
+            f"the prompt has {num_words} words, the text encoder reads {MAX_PROMPT_WORDS} tokens at most: shorten it"
+        )
+
+
+def _check_size(name: str, value: int | None) -> None:
+    if value is not None and (value <= 0 or value % SIZE_MULTIPLE):
+        nearest = max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+        raise ValueError(f"{name}={value} is not a positive multiple of {SIZE_MULTIPLE}: use {nearest}")
