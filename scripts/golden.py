@@ -1,0 +1,107 @@
+"""The project's own golden numbers: small seeded rollouts of every policy and sampler, `make golden`.
+
+They say that the numbers did not move. Whether they are right is for the parity tests to say.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longtake.pipelines import rollout_latents
+from longtake.samplers import SeededNoise
+
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
+FRAME_SHAPE = (4, 4, 6)
+NUM_FRAMES = 21
+TEXT_SHAPE = (2, 5, 8)  # batch, tokens, channels
+
+TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": FRAME_SHAPE[0],
+    "out_channels": FRAME_SHAPE[0],
+    "text_dim": TEXT_SHAPE[-1],
+    "freq_dim": 16,
+    "ffn_dim": 64,
+    "num_layers": 2,
+}
+CASES = {
+    "full": {"cache": "full"},
+    "sliding_window": {"cache": {"policy": "sliding_window", "num_context_frames": 7}},
+    "attention_sink_contiguous": {"cache": {"policy": "attention_sink", "num_context_frames": 9}},
+    "attention_sink_absolute": {
+        "cache": {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 2, "positions": "absolute"}
+    },
+    "context_noise": {"cache": "full", "context_timestep": 100},
+    "frame_first": {"cache": "full", "first_block_frames": 1, "frames_per_block": 4},
+    "euler_guided": {
+        "cache": {"policy": "sliding_window", "num_context_frames": 9},
+        "sampler": {"name": "multi_step", "solver": "euler", "num_inference_steps": 6, "guidance_scale": 2.0},
+    },
+    "unipc_guided": {
+        "cache": {"policy": "sliding_window", "num_context_frames": 9},
+        "sampler": {"name": "multi_step", "solver": "unipc", "num_inference_steps": 6, "guidance_scale": 2.0},
+    },
+}
+
+
+def seeded(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Gaussian numbers that depend on a name alone, float32 on the CPU."""
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(key))
+
+
+def tiny_transformer() -> WanTransformer3DModel:
+    """A real transformer of two layers whose weights depend on their names alone."""
+    model = WanTransformer3DModel(**TINY).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_gain = parameter.ndim == 1 and name.endswith("weight")
+            spread = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.copy_(float(is_gain) + spread * seeded(name, tuple(parameter.shape)))
+    return model
+
+
+def golden_rollouts() -> dict[str, Tensor]:
+    """Roll every case out.
+
+    Returns:
+        Case name to (2, 3, 4, 4, 6): of the clean latents the first frame, the middle one and the last.
+    """
+    transformer, prompt_embeds = tiny_transformer(), seeded("prompt", TEXT_SHAPE)
+    results = {}
+    for name, case in CASES.items():
+        blocks = rollout_latents(
+            transformer,
+            prompt_embeds,
+            num_frames=NUM_FRAMES,
+            frame_shape=FRAME_SHAPE,
+            noise=SeededNoise([0, 1]),
+            **case,
+        )
+        latents = torch.cat([block.latents for block in blocks], dim=1)
+        results[name] = latents[:, [0, NUM_FRAMES // 2, NUM_FRAMES - 1]].contiguous()
+    return results
+
+
+def main() -> None:
+    """Write the golden file of this checkout.
+
+    Raises:
+        ValueError: If this is an installed copy, which has no tests.
+    """
+    if not FOLDER.parent.is_dir():
+        raise ValueError(f"{FOLDER.parent} is not there: golden numbers belong to a checkout, run make golden in one.")
+    FOLDER.mkdir(exist_ok=True)
+    save_file(golden_rollouts(), FOLDER / "rollouts.safetensors")
+    Console().print(f"wrote {FOLDER / 'rollouts.safetensors'}")
+
+
+if __name__ == "__main__":
+    main()
