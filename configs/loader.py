@@ -1,7 +1,8 @@
 """From YAML files, presets and dotted overrides to one validated ``RunConfig``.
 
 ``cache``, ``sampler`` and ``model`` are groups: a name alone (``cache: sliding_window``) is the preset of that name, a
-mapping goes over the preset it names, and changing the name drops what belonged to the old one.
+mapping goes over the preset it names, and changing the name drops what belonged to the old one. A model's presets are
+the families.
 """
 
 import os
@@ -16,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from longtake.configs.families import family_names, load_family
 from longtake.configs.fields import build, did_you_mean
 from longtake.configs.run import ModelConfig, OutputConfig, PromptChange, RunConfig
 
@@ -32,7 +34,7 @@ class _Group:
 
 
 GROUPS = (
-    _Group("model", "name", "model"),
+    _Group("model", "family", "model family"),
     _Group("cache", "policy", "cache policy"),
     _Group("sampler", "name", "sampler"),
 )
@@ -44,6 +46,8 @@ def preset_names(folder: str) -> list[str]:
     Args:
         folder: ``cache``, ``sampler`` or ``model``.
     """
+    if folder == "model":
+        return family_names()
     entries = files("longtake.configs").joinpath(folder).iterdir()
     return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
@@ -62,9 +66,9 @@ def load_preset(folder: str, name: str) -> dict[str, Any]:
     if name not in known:
         what = next(group.what for group in GROUPS if group.folder == folder)
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}")
-    return _parse(
-        files("longtake.configs").joinpath(folder, f"{name}.yaml").read_text(), where=f"{folder}/{name}.yaml"
-    )
+    if folder == "model":
+        return {"family": name}
+    return _read_bundled(folder, f"{name}.yaml")
 
 
 def load_run(
@@ -89,7 +93,7 @@ def load_run(
     given = {key: value for key, value in (options or {}).items() if value is not None}
     # A prompt is text as it stands: OmegaConf must not read ${...} in it.
     literal = {key: given.pop(key) for key in ("prompt", "negative_prompt") if key in given}
-    layers = [_parse(files("longtake.configs").joinpath("default.yaml").read_text(), where="default.yaml")]
+    layers = [_read_bundled("default.yaml")]
     if path is not None:
         layers.append(_read(path))
     layers += [given, *(_parse_override(override) for override in overrides)]
@@ -116,7 +120,7 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
     model = build(ModelConfig, _mapping(values["model"], "model"), what="the model")
     sampler = values["sampler"]
     if sampler is None:
-        sampler = load_preset("sampler", model.sampler)
+        sampler = dict(load_family(model.family).sampler)
     changes = values.get("prompt_changes") or []
     if isinstance(changes, str | Mapping):
         raise ValueError("prompt_changes must be a list of mappings with the keys at and prompt")
@@ -154,15 +158,14 @@ def _merge_group(group: _Group, base: Mapping[str, Any], value: Any) -> dict[str
     value = _mapping(value, group.folder)
     name = value.get(group.key)
     if name is not None and name != base.get(group.key):
-        is_own_model = group.folder == "model" and "path" in value and name not in preset_names("model")
-        base = {} if is_own_model else load_preset(group.folder, name)
+        base = load_preset(group.folder, name)
     return {**base, **value}
 
 
 def _named(group: _Group, name: str) -> dict[str, Any]:
-    """A model may be named by its folder; everything else is a preset."""
-    if group.folder == "model" and name not in preset_names("model") and (os.sep in name or Path(name).exists()):
-        return {"name": Path(name).name, "path": name}
+    """A model may be named by its folder, and then runs as the family set so far; everything else is a preset."""
+    if group.folder == "model" and name not in family_names() and (os.sep in name or Path(name).exists()):
+        return {"path": name}
     return {group.key: name}
 
 
@@ -185,6 +188,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     return _parse(text, where=str(path))
+
+
+def _read_bundled(*parts: str) -> dict[str, Any]:
+    return _parse(files("longtake.configs").joinpath(*parts).read_text(encoding="utf-8"), where="/".join(parts))
 
 
 def _parse(text: str, *, where: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from longtake.configs.families import load_family
+
 # Wan's VAE makes 8x8 pixels one latent position, the transformer makes 2x2 of these one token.
 SIZE_MULTIPLE = 16
 # Wan's text encoder reads 512 tokens, and a word has at least one.
@@ -17,32 +19,24 @@ class ModelConfig:
     """Which weights, and how they run.
 
     Attributes:
-        name: Preset under ``configs/model``, or any name.
-        path: Diffusers folder, or ``mini`` for the bundled one.
-        dtype: Of the transformer's weights and activations.
-        device: ``auto`` takes CUDA where there is one.
-        height: Pixels; None leaves it to the model.
-        width: Pixels; None leaves it to the model.
-        frames_per_block: Latent frames denoised together, as the model was trained.
-        sampler: Preset that the model was made for.
+        family: Preset under ``configs/family``: step list, block size, resolution, frame rate.
+        path: Diffusers folder; None for the family's bundled weights.
+        dtype: Of weights and activations.
+        device: ``auto`` takes CUDA where there is one; or ``cpu``, ``cuda``, ``cuda:1``.
     """
 
-    name: str
+    family: str = "mini"
     path: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
-    height: int | None = None
-    width: int | None = None
-    frames_per_block: int = 3
-    sampler: str = "few_step"
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(f"model {self.name!r} needs its folder: give model.path=FOLDER")
-        if self.frames_per_block < 1:
-            raise ValueError(f"model.frames_per_block={self.frames_per_block}: give 1 or more")
-        _check_size("model.height", self.height)
-        _check_size("model.width", self.width)
+        family = load_family(self.family)
+        if self.path is None and family.folder is None:
+            raise ValueError(
+                f"model family {self.family!r} has no bundled weights: get them ({family.homepage}) as a diffusers "
+                "folder and give model.path=FOLDER"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +125,6 @@ class RunConfig:
         times = [change.at for change in self.prompt_changes]
         if times != sorted(set(times)):
             raise ValueError(f"prompt_changes at {times}: give rising, different times")
-
-    @property
-    def size(self) -> tuple[int | None, int | None]:
-        """(height, width) in pixels, the run's or else the model preset's; None leaves it to the model."""
-        return self.height or self.model.height, self.width or self.model.width
 
     def as_mapping(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers that load into an equal configuration."""

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from longtake.cache import POLICIES, make_policy
+from longtake.configs.families import load_family
 from longtake.configs.loader import from_mapping, is_override, load_preset, load_run, preset_names
 from longtake.configs.run import MAX_PROMPT_WORDS
 from longtake.samplers import SAMPLERS, make_sampler
@@ -23,14 +24,14 @@ def test_every_policy_and_sampler_has_a_valid_preset_and_nothing_else_has():
     for name in SAMPLERS:
         assert make_sampler(load_preset("sampler", name)).name == name
     for name in preset_names("model"):
-        assert load_preset("model", name)["name"] == name
+        make_sampler(load_family(name).sampler)
 
 
 def test_defaults_are_complete():
     config = run()
-    assert (config.model.name, config.model.path) == ("mini", "mini")
+    assert (config.model.family, config.model.path) == ("mini", None)
     assert config.cache == load_preset("cache", "attention_sink")
-    assert config.sampler == load_preset("sampler", config.model.sampler)
+    assert config.sampler == load_family("mini").sampler
     assert (config.prompt, config.seconds, config.seed) == (PROMPT, 60, 0)
 
 
@@ -71,18 +72,20 @@ def test_changing_the_policy_drops_the_old_ones_fields(switch):
 
 
 def test_the_model_brings_its_sampler_and_the_run_may_name_another():
-    assert run("model.sampler=multi_step").sampler["name"] == "multi_step"
-    assert run("model.sampler=multi_step", "sampler=few_step").sampler["name"] == "few_step"
+    assert run("model.family=mini").sampler == load_family("mini").sampler
+    assert run("sampler=multi_step").sampler["name"] == "multi_step"
+    assert run("sampler=few_step", "sampler.flow_shift=3").sampler["flow_shift"] == 3
 
 
 def test_a_model_may_be_a_folder(tmp_path):
     config = run(model=str(tmp_path))
-    assert (config.model.name, config.model.path) == (tmp_path.name, str(tmp_path))
+    assert (config.model.family, config.model.path) == ("mini", str(tmp_path))
     config = run("model=self_forcing", f"model.path={tmp_path}")
-    assert (config.model.path, config.size) == (str(tmp_path), (480, 832))
+    assert (config.model.family, config.model.path) == ("self_forcing", str(tmp_path))
     path = tmp_path / "take.yaml"
-    path.write_text(f"model: {{name: self_forcing, path: {tmp_path}}}\n")
+    path.write_text(f"model: {{family: self_forcing, path: {tmp_path}}}\n")
     assert run(path=path).model == config.model
+    assert run("model=mini", path=path).model.path is None, "another family's folder must not stay"
 
 
 def test_a_prompt_is_text_as_it_stands():
