@@ -8,3 +8,12 @@ if not (_Path(__file__).parent / "cache").exists() and (_root / "cache" / "__ini
     __path__.append(str(_root))
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # diffusers and transformers take seconds to import: only what needs them pays.
+    if name == "LongVideoPipeline":
+        from longtake.pipelines import LongVideoPipeline
+
+        return LongVideoPipeline
+    raise AttributeError(f"module 'longtake' has no attribute {name!r}")

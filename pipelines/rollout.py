@@ -1,6 +1,6 @@
 """The rollout: blocks of latents, one after the other, each seeing what the cache policy kept of those before it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch import Tensor
 from longtake.cache import BlockTrace, CachePolicy, CacheStats, KVCache, Pass, make_policy
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.samplers import NoiseSource, Sampler, make_sampler
+
+StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
+"""(step_index, timestep, x0, prompt_embeds) -> x0, after every denoising step."""
 
 EVENTS = ("keep", "recache", "flush", "cut")
 # Above this many tokens per forward the matmuls are large enough alone, and per-token modulation costs more memory
@@ -112,7 +115,8 @@ class LatentRollout:
 
     Takes the arguments of ``rollout_latents``; ``schedule`` holds ``PromptSwitch`` entries and may be extended
     while the rollout runs. A block's commit shares one forward with the next block's first denoising pass where
-    that pays (``merge_commit``); the block after the last is never committed to.
+    that pays (``merge_commit``); the last block is never committed. ``on_step_end`` may be set to watch or change
+    every estimate of a clean block.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class LatentRollout:
         self._next_index = 0
         self._prompt_index = -1
         self._pending: BlockTrace | None = None
+        self.on_step_end: StepHook | None = None
 
     def __iter__(self) -> Iterator[Block]:
         """Yield the blocks that are still to be made."""
@@ -194,8 +199,11 @@ class LatentRollout:
             def denoise(x: Tensor, timestep: float) -> Tensor:
                 nonlocal step_index
                 pass_ = Pass("denoise", self._block_id(start), start, num_frames, step_index)
+                x0 = x - (timestep / 1000.0) * self._guided_flow(x, Segment(pass_, float(timestep)))
+                if self.on_step_end is not None:
+                    x0 = self.on_step_end(step_index, timestep, x0, self._branches[0].embeds)
                 step_index += 1
-                return x - (timestep / 1000.0) * self._guided_flow(x, Segment(pass_, float(timestep)))
+                return x0
 
             def renoise(step: int) -> Tensor:
                 return self._checked_noise(self.noise.renoise(index, start, step, shape), shape)
@@ -374,5 +382,6 @@ class LatentRollout:
                 raise ValueError(f"unknown prompt event {switch.event!r}; known: {', '.join(EVENTS)}.")
             if switch.event != "keep":
                 raise ValueError(
-                    f"cache policy {self.policy.name!r} does not support the prompt event {switch.event!r}: use 'keep'."
+                    f"cache policy {self.policy.name!r} does not support the prompt event {switch.event!r}: "
+                    "use 'keep'."
                 )

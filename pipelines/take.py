@@ -1,0 +1,197 @@
+"""One video being made: blocks of latents, decoded as they come, resumable between blocks."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.cache import CacheStats
+from longtake.models import StreamingDecoder
+from longtake.pipelines.rollout import LatentRollout, PromptSwitch
+
+if TYPE_CHECKING:
+    from longtake.pipelines.long_video import LongVideoPipeline
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished block as pixels.
+
+    Attributes:
+        index: From 0.
+        start_frame: First latent frame.
+        frames: (batch, frames, channels, height, width) float32 in [0, 1].
+        latents: (batch, latent frames, channels, height, width), normalised.
+        stats: What the cache holds.
+        num_cache_bytes: Storage and read sets of all guidance branches.
+        seconds: Time spent in ``denoise`` and ``decode``.
+        is_last: Whether the video ends here.
+        prompt: The prompts in force, one per sample.
+    """
+
+    index: int
+    start_frame: int
+    frames: Tensor
+    latents: Tensor
+    stats: CacheStats
+    num_cache_bytes: int
+    seconds: Mapping[str, float]
+    is_last: bool
+    prompt: tuple[str, ...]
+
+    def uint8(self) -> np.ndarray:
+        """Frames as (batch, frames, height, width, channels) bytes, rounded."""
+        scaled = self.frames.mul(255.0).round_().to(torch.uint8)
+        return scaled.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
+
+
+class TakeSession:
+    """A video under way: iterate for chunks, save and load between them.
+
+    Made by ``LongVideoPipeline.start``.
+
+    Args:
+        pipe: Where the VAE and the text encoder are.
+        rollout: The latents.
+        prompts: One per sample.
+        num_frames: Pixel frames of the whole video; what the last block has beyond is dropped.
+        fps: Frames per second.
+        decode: Whether chunks carry pixels; without, ``frames`` has none.
+    """
+
+    def __init__(
+        self,
+        pipe: "LongVideoPipeline",
+        rollout: LatentRollout,
+        prompts: Sequence[str],
+        *,
+        num_frames: int,
+        fps: int,
+        decode: bool = True,
+    ) -> None:
+        self.pipe = pipe
+        self.rollout = rollout
+        self.num_frames = num_frames
+        self.fps = fps
+        self.decode = decode
+        self.num_emitted_frames = 0
+        self._prompts = [tuple(prompts)]
+        self._decoder = StreamingDecoder(pipe.vae) if decode else None
+        config = pipe.vae.config
+        shape = (1, -1, 1, 1, 1)
+        self._mean = torch.tensor(config.latents_mean, dtype=torch.float32).view(shape)
+        self._std = torch.tensor(config.latents_std, dtype=torch.float32).view(shape)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole video."""
+        r = self.rollout
+        return r.next_index + max(0, -(-(r.end_frame - r.next_frame) // r.frames_per_block))
+
+    @property
+    def next_block_index(self) -> int:
+        """Index of the chunk that comes next."""
+        return self.rollout.next_index
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Yield the chunks that are still to be made."""
+        while (chunk := self.next_chunk()) is not None:
+            yield chunk
+
+    def next_chunk(self) -> Chunk | None:
+        """Make the next chunk, or None at the end."""
+        start = time.perf_counter()
+        block = self.rollout.next_block()
+        if block is None:
+            return None
+        denoised = time.perf_counter()
+        frames = self._pixels(block.latents)
+        decoded = time.perf_counter()
+        self.num_emitted_frames += frames.shape[1]
+        return Chunk(
+            index=block.index,
+            start_frame=block.start_frame,
+            frames=frames,
+            latents=block.latents,
+            stats=self.rollout.stats(),
+            num_cache_bytes=self.rollout.num_cache_bytes,
+            seconds={"denoise": denoised - start, "decode": decoded - denoised},
+            is_last=self.rollout.next_frame >= self.rollout.end_frame,
+            prompt=self._prompts[block.prompt_index + 1],
+        )
+
+    def change_prompt(self, prompt: str | Sequence[str], *, event: str = "keep") -> int:
+        """Switch to another prompt from the next block on.
+
+        Args:
+            prompt: One text for all samples, or one per sample.
+            event: What happens to the cache; see the policy.
+
+        Returns:
+            Index of the block at which it takes effect.
+
+        Raises:
+            ValueError: If the text is empty or too long.
+        """
+        prompts = [prompt] * self.rollout.batch_size if isinstance(prompt, str) else list(prompt)
+        embeds = self.pipe.embed_text(prompts)
+        self.rollout.schedule.append(PromptSwitch(self.rollout.next_frame, embeds, event))
+        self._prompts.append(tuple(prompts))
+        return self.next_block_index
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a continuation needs beside the arguments of ``LongVideoPipeline.start``.
+
+        Returns:
+            Tensors, and plain values that fit into JSON. Valid between chunks.
+        """
+        tensors, numbers = self.rollout.state_dict()
+        tensors = {f"rollout.{key}": value for key, value in tensors.items()}
+        state: dict[str, Any] = {"rollout": numbers, "num_emitted_frames": self.num_emitted_frames}
+        switches = zip(self.rollout.schedule, self._prompts[1:], strict=True)
+        state["prompts"] = [{"frame": s.start_frame, "prompt": list(p), "event": s.event} for s, p in switches]
+        if self._decoder is not None:
+            vae_tensors, state["decoder"] = self._decoder.state_dict()
+            tensors |= {f"decoder.{key}": value for key, value in vae_tensors.items()}
+        return tensors, state
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue a video that was started with the same arguments.
+
+        Raises:
+            ValueError: If the state does not belong to such a video.
+        """
+        for key in ("rollout", "num_emitted_frames", "prompts"):
+            if key not in numbers:
+                raise ValueError(f"the saved state has no {key!r}: it was not written by a take.")
+        self.rollout.schedule.clear()
+        del self._prompts[1:]
+        for switch in numbers["prompts"]:
+            embeds = self.pipe.embed_text(switch["prompt"])
+            self.rollout.schedule.append(PromptSwitch(switch["frame"], embeds, switch["event"]))
+            self._prompts.append(tuple(switch["prompt"]))
+        self.rollout.load_state_dict(_under("rollout.", tensors), numbers["rollout"])
+        if self._decoder is not None:
+            if "decoder" not in numbers:
+                raise ValueError("the saved state has no 'decoder': it was written without pixels.")
+            self._decoder.load_state_dict(_under("decoder.", tensors), numbers["decoder"])
+        self.num_emitted_frames = numbers["num_emitted_frames"]
+
+    @torch.no_grad()
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """(batch, frames, channels, height, width) latents to float32 pixels in [0, 1]."""
+        if self._decoder is None:
+            return latents.new_empty(latents.shape[0], 0, 3, 0, 0)
+        z = latents.transpose(1, 2).float()
+        z = z * self._std.to(z.device) + self._mean.to(z.device)
+        video = self._decoder.decode(z.to(self.pipe.vae.device, self.pipe.vae.dtype))
+        left = self.num_frames - self.num_emitted_frames
+        return video[:, :, :left].float().mul(0.5).add(0.5).clamp_(0.0, 1.0).transpose(1, 2)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,190 @@
+"""The pipeline as a diffusers user meets it."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanPipeline
+
+from longtake.pipelines import LongVideoPipeline
+
+PROMPT = "a red circle moving left over a navy plain background"
+OTHER = "a blue square moving right"
+SINK = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
+
+
+def run(pipe, prompt=PROMPT, **settings):
+    settings = {"num_frames": 45, "cache": SINK, "seed": 3, "output_type": "pt"} | settings
+    return pipe(prompt, **settings).frames
+
+
+def test_output_types_and_lengths(tiny_pipe):
+    video = tiny_pipe(PROMPT, num_frames=33, cache=SINK, seed=3).frames
+    assert video.shape == (1, 33, 32, 32, 3) and video.dtype == np.float32
+    assert 0.0 <= video.min() and video.max() <= 1.0 and video.std() > 0.01
+    assert run(tiny_pipe, num_frames=33).shape == (1, 33, 3, 32, 32)
+    assert run(tiny_pipe, num_frames=33, output_type="latent").shape == (1, 4, 9, 4, 4)
+    images = run(tiny_pipe, num_frames=33, output_type="pil")
+    assert len(images) == 1 and len(images[0]) == 33 and images[0][0].size == (32, 32)
+    assert isinstance(tiny_pipe(PROMPT, num_frames=9, return_dict=False, seed=0), tuple)
+
+
+def test_seconds_round_up_to_whole_latent_frames(tiny_pipe):
+    assert tiny_pipe.num_pixel_frames(seconds=60) == 961
+    assert tiny_pipe.num_pixel_frames(seconds=5) == 81
+    assert tiny_pipe.num_pixel_frames(num_frames=80) == 81
+    assert tiny_pipe.num_pixel_frames() == 81
+
+
+def test_stream_equals_call_and_a_second_video_equals_the_first(tiny_pipe):
+    chunks = list(tiny_pipe.stream(PROMPT, num_frames=45, cache=SINK, seed=3))
+    assert [c.index for c in chunks] == [0, 1, 2, 3] and [c.is_last for c in chunks] == [False] * 3 + [True]
+    assert [c.frames.shape[1] for c in chunks] == [9, 12, 12, 12]
+    video = torch.cat([c.frames for c in chunks], 1)
+    assert torch.equal(video, run(tiny_pipe))
+    assert torch.equal(video, run(tiny_pipe))
+    assert not torch.equal(video, run(tiny_pipe, seed=4))
+
+
+def test_interleaved_videos_do_not_touch_each_other(tiny_pipe):
+    alone = [list(tiny_pipe.stream(p, num_frames=33, cache=SINK, seed=3)) for p in (PROMPT, OTHER)]
+    pair = zip(*(tiny_pipe.stream(p, num_frames=33, cache=SINK, seed=3) for p in (PROMPT, OTHER)), strict=True)
+    for index, (first, second) in enumerate(pair):
+        assert torch.equal(first.frames, alone[0][index].frames)
+        assert torch.equal(second.frames, alone[1][index].frames)
+
+
+def test_a_batch_equals_single_runs(tiny_pipe):
+    both = run(tiny_pipe, [PROMPT, OTHER], seed=[3, 5])
+    assert (both[:1] - run(tiny_pipe, PROMPT, seed=3)).abs().max() <= 1e-4
+    assert (both[1:] - run(tiny_pipe, OTHER, seed=5)).abs().max() <= 1e-4
+    assert (both[1:] - run(tiny_pipe, OTHER, seed=3)).abs().max() > 1e-2
+
+
+def test_the_transformer_is_stock_between_blocks(tiny_pipe):
+    x = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    arguments = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": torch.zeros(1, 16, 32)}
+    with torch.no_grad():
+        before = tiny_pipe.transformer(x, **arguments).sample
+        stream = tiny_pipe.stream(PROMPT, num_frames=45, cache=SINK)
+        next(stream)
+        assert torch.equal(tiny_pipe.transformer(x, **arguments).sample, before)
+        next(stream)
+        stream.close()
+        assert torch.equal(tiny_pipe.transformer(x, **arguments).sample, before)
+
+
+@pytest.mark.parametrize("merge_commit", [True, False])
+@pytest.mark.parametrize("sampler", ["few_step", "multi_step"])
+def test_save_and_continue_is_bit_identical(tiny_pipe, sampler, merge_commit):
+    sampler = {"few_step": None, "multi_step": {"name": "multi_step", "num_inference_steps": 3}}[sampler]
+
+    def start():
+        session = tiny_pipe.start(PROMPT, num_frames=69, cache=SINK, seed=3, sampler=sampler)
+        session.rollout.merge_commit = merge_commit
+        return session
+
+    session = start()
+    whole = []
+    for chunk in session:
+        whole.append(chunk.frames)
+        if chunk.index == 2:
+            session.change_prompt(OTHER)
+        if chunk.index == 3:
+            tensors, numbers = session.state_dict()
+            tensors = {key: value.clone() for key, value in tensors.items()}
+    resumed = start()
+    resumed.load_state_dict(tensors, numbers)
+    rest = list(resumed)
+    assert [c.index for c in rest] == [4, 5] and rest[-1].prompt == (OTHER,)
+    assert torch.equal(torch.cat([c.frames for c in rest], 1), torch.cat(whole[4:], 1))
+
+
+def test_merging_the_commit_changes_nothing(tiny_pipe):
+    videos = []
+    for merge_commit in (True, False):
+        session = tiny_pipe.start(PROMPT, num_frames=69, cache=SINK, seed=3)
+        session.rollout.merge_commit = merge_commit
+        videos.append(torch.cat([c.latents for c in session], 1))
+    assert (videos[0] - videos[1]).abs().max() < 2e-5
+
+
+def test_prompt_change_takes_effect_and_seed_generator_callback(tiny_pipe):
+    session = tiny_pipe.start(PROMPT, num_frames=45, cache=SINK, seed=3)
+    plain = run(tiny_pipe)
+    first = session.next_chunk()
+    assert session.change_prompt(OTHER) == 1
+    assert torch.equal(first.frames, plain[:, :9])
+    assert not torch.equal(session.next_chunk().frames, plain[:, 9:21])
+
+    generator = torch.Generator().manual_seed(7)
+    a, b = (run(tiny_pipe, generator=generator, seed=None, num_frames=9) for _ in range(2))
+    assert not torch.equal(a, b)
+    assert torch.equal(a, run(tiny_pipe, generator=torch.Generator().manual_seed(7), seed=None, num_frames=9))
+
+    seen = []
+
+    def callback(pipe, step, timestep, values):
+        seen.append((step, timestep, tuple(values["latents"].shape)))
+        return {"latents": torch.zeros_like(values["latents"])}
+
+    zeroed = run(tiny_pipe, num_frames=9, output_type="latent", callback_on_step_end=callback)
+    assert seen == [(0, 1000.0, (1, 3, 4, 4, 4)), (1, pytest.approx(833.333), (1, 3, 4, 4, 4))]
+    assert not zeroed.any()
+
+
+def test_given_noise_equals_seeded_noise(tiny_pipe):
+    from longtake.samplers import SeededNoise
+
+    noise = torch.cat([SeededNoise([3]).initial(i, 3 * i, (1, 3, 4, 4, 4)) for i in range(4)], 1).transpose(1, 2)
+    assert torch.equal(run(tiny_pipe), run(tiny_pipe, latents=noise))
+
+
+def test_saved_folder_opens_in_diffusers(tiny_pipe, tmp_path, tiny_family):
+    tiny_pipe.save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is WanPipeline
+    again = LongVideoPipeline.from_pretrained(tmp_path, family=tiny_family)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again), run(tiny_pipe))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache": "sliding_windw"}, "Did you mean 'sliding_window'"),
+        ({"cache": SINK | {"num_sink_frame": 2}}, "Did you mean 'num_sink_frames'"),
+        ({"cache": SINK | {"num_context_frames": 5}}, "use 6 or more"),
+        ({"cache": SINK | {"num_context_frames": "many"}}, "whole number"),
+        ({"cache": {"policy": "full", "num_context_frames": 6}}, "rollout of 12 frames"),
+        ({"num_frames": None, "seconds": 0}, "seconds=0"),
+        ({"num_frames": None, "seconds": float("nan")}, "seconds=nan"),
+        ({"num_frames": 9, "seconds": 2}, "one of the two"),
+        ({"num_frames": -1}, "num_frames=-1"),
+        ({"height": 40}, "height=40 is not divisible by 16: use 32"),
+        ({"width": 8}, "width=8 is not divisible by 16: use 16"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "red " * 10_000}, "shorten it"),
+        ({"prompt": []}, "empty"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"sampler": "few_stp"}, "Did you mean 'few_step'"),
+        ({"sampler": {"name": "few_step", "timesteps": [1000, 0]}}, "trailing 0"),
+        ({"guidance_scale": 3.0}, "guidance_scale"),
+        ({"output_type": "gif"}, "output_type='gif'"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(tiny_pipe, settings, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        run(tiny_pipe, **settings)
+
+
+def test_bad_folders(tmp_path, tiny_folder):
+    with pytest.raises(ValueError, match="does not exist"):
+        LongVideoPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no model_index.json"):
+        LongVideoPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="a pickle"):
+        LongVideoPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no bundled weights"):
+        LongVideoPipeline.from_pretrained("self_forcing")
