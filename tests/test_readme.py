@@ -1,0 +1,64 @@
+"""The README does what it says: code runs, commands exist, links lead somewhere, figures are there."""
+
+import re
+import shlex
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from longtake.cache import POLICIES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+has_mini = (files("longtake.models") / "mini" / "model_index.json").is_file()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(not has_mini, reason="the bundled mini model is absent")
+def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for index, code in enumerate(_blocks("python")):
+        shorter = re.sub(r"seconds=\d+", "seconds=1.5", code)
+        assert index > 1 or shorter != code  # else a whole video would be made here
+        exec(compile(shorter, f"README block {index}", "exec"), namespace)
+    assert namespace["video"].shape == (1, 25, 64, 64, 3)
+    assert namespace["pixels"].shape[2:] == (3, 64, 64)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 ")
+
+
+def _commands() -> list[list[str]]:
+    lines = [line for block in _blocks("bash") for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {words[1] for words in _commands() if words[0] == "make"} | set(re.findall(r"`make ([a-z-]+)", README))
+    assert {"demo", "test", "bench"} <= named <= targets
+
+
+def test_starts_with_the_two_commands():
+    first = _blocks("bash")[0].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
+    assert len(README.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+    assert not missing, missing
+
+
+def test_every_policy_is_in_the_table():
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(POLICIES)
+
+
+def test_figures_are_filled_in():
+    assert "FILL" not in README
