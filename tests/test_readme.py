@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longtake.cache import POLICIES
+from longtake.evaluation.moving_scenes import parse_caption, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,6 +59,18 @@ def test_links_lead_somewhere(page):
 
 def test_every_policy_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(POLICIES)
+
+
+@pytest.mark.parametrize("name", ["README.md", "Makefile", "examples"])
+def test_prompts_are_in_the_words_of_the_mini_model(name):
+    place = ROOT / name
+    text = "\n".join(f.read_text() for f in place.glob("*.py")) if place.is_dir() else place.read_text()
+    prompts = re.findall(r"\ba [a-z ]+ over an? [a-z ]+ background(?: with the camera [a-z ]+)?", text)
+    assert prompts
+    for prompt in prompts:
+        assert set(prompt.split()) <= set(vocabulary()), prompt
+        scene = parse_caption(prompt)
+        assert None not in [scene[key] for key in ("shape", "colour", "motion", "background", "texture")], prompt
 
 
 def test_figures_are_filled_in():
