@@ -1,0 +1,148 @@
+"""How long videos of the mini model drift under different cache policies: run the study, and report it."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from longtake.cache import make_policy
+from longtake.evaluation.drift import sampled_scene
+from longtake.evaluation.drift_report import by_policy, draw_curves, markdown_table, write_csv, write_json
+from longtake.evaluation.drift_study import measure_stream, read_results, run_study, study_fingerprint
+from longtake.evaluation.drift_truth import repeat_frames, truth_levels
+from longtake.evaluation.judge import WEIGHTS, load_judge
+from longtake.evaluation.moving_scenes import FPS, held_back_scenes
+from longtake.pipelines.long_video import LongVideoPipeline
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+PROMPT_SEED = 64  # of the held-back scenes; not the ones the model's score uses
+BEGIN, END = "<!-- drift table: written by scripts/drift_mini.py -->", "<!-- end of drift table -->"
+ResultsOption = Annotated[Path, typer.Option(help="JSON lines, one per finished video; a run goes on where it ended.")]
+PromptsOption = Annotated[int, typer.Option(help="Held-back prompts.")]
+SecondsOption = Annotated[float, typer.Option(help="Length of each video.")]
+
+
+@app.command()
+def run(
+    cache: Annotated[
+        list[str], typer.Option(help="Policy name, or 'LABEL={policy: NAME, field: value}'; may be repeated.")
+    ] = ("full", "sliding_window", "attention_sink"),
+    results: ResultsOption = Path("drift/results.jsonl"),
+    prompts: PromptsOption = 64,
+    seeds: Annotated[int, typer.Option(help="Videos per prompt and policy.")] = 2,
+    seconds: SecondsOption = 60.0,
+    batch: Annotated[int, typer.Option(help="Videos made together.")] = 16,
+    model: Annotated[str, typer.Option(help="'mini' or a folder.")] = "mini",
+    stop_after: Annotated[float, typer.Option(help="Start no new batch after this many minutes.")] = 1e9,
+) -> None:
+    """Make and measure what is missing of the study."""
+    pipe = LongVideoPipeline.from_pretrained(model)
+    policies = dict(parse_cache(text) for text in cache)
+    judge = load_judge()
+    common = {"seconds": seconds, "sampler": str(pipe.family.sampler), "prompt_seed": PROMPT_SEED}
+    modules = [pipe.transformer, pipe.vae, pipe.text_encoder, judge]
+    prints = {
+        name: study_fingerprint(modules, {**common, "cache": repr(make_policy(p))}) for name, p in policies.items()
+    }
+
+    def frames_of(texts: list[str], noise_seeds: list[int], policy: Any) -> Iterator[Tensor]:
+        for chunk in pipe.stream(prompt=texts, seconds=seconds, cache=policy, seed=noise_seeds):
+            yield chunk.frames
+
+    begin = last = time.perf_counter()
+    total = prompts * seeds * len(policies)
+    for finished in run_study(
+        frames_of,
+        judge,
+        scenes=held_back_scenes(prompts, seed=PROMPT_SEED),
+        policies=policies,
+        num_seeds=seeds,
+        batch_size=batch,
+        fingerprints=prints,
+        path=results,
+    ):
+        now = time.perf_counter()
+        rate = len(finished) * seconds * FPS / (now - last)
+        last = now
+        done = sum(row.policy in policies for row in read_results(results))
+        console.print(f"{finished[0].policy:>20s}: {done}/{total} videos, {rate:.0f} frames/s, {now - begin:.0f} s")
+        if now - begin > 60.0 * stop_after:
+            console.print(f"stopped after {stop_after:g} minutes; run the same command again to go on")
+            break
+
+
+@app.command()
+def report(
+    results: ResultsOption = Path("drift/results.jsonl"),
+    out: Annotated[Path, typer.Option(help="Folder for drift.json, drift.csv, drift.png.")] = Path("docs/drift"),
+    page: Annotated[Path | None, typer.Option(help="Markdown page whose table is replaced.")] = Path("docs/drift.md"),
+    baseline: Annotated[str, typer.Option(help="Policy the others are compared with.")] = "sliding_window",
+    note: Annotated[str, typer.Option(help="One line on the weights and the machine.")] = "",
+) -> None:
+    """Write curves, table and data of what has been measured so far."""
+    rows = read_results(results)
+    if not rows:
+        raise typer.BadParameter(f"{results} holds no finished videos: run `scripts/drift_mini.py run` first.")
+    out.mkdir(parents=True, exist_ok=True)
+    used = sorted({row.prompt_index for row in rows})
+    scenes = held_back_scenes(used[-1] + 1, seed=PROMPT_SEED)
+    levels = truth_levels(load_judge(), [scenes[index] for index in used])
+    counts = ", ".join(f"{policy} {len(own)}" for policy, own in by_policy(rows).items())
+    draw_curves(rows, out / "drift.png", levels=levels, title=f"videos per policy: {counts}")
+    write_json(rows, out / "drift.json", baseline=baseline, notes={"note": note, "judge": WEIGHTS.name})
+    write_csv(rows, out / "drift.csv")
+    table = f"Videos per policy: {counts}.\n\n{markdown_table(rows, baseline=baseline, levels=levels)}"
+    if page is not None:
+        replace_between(page, table)
+    console.print(table, markup=False)
+
+
+@app.command()
+def truth(prompts: PromptsOption = 64, seconds: SecondsOption = 60.0) -> None:
+    """Measure the true scenes of the prompts: every curve must be flat."""
+    judge = load_judge()
+    for scene in held_back_scenes(prompts, seed=PROMPT_SEED):
+        frames = sampled_scene(scene, round(seconds * FPS))
+        (windows,) = measure_stream(judge, [scene], [repeat_frames(frames)])
+        first, last = ({key: round(value, 3) for key, value in windows[index].items()} for index in (1, -1))
+        console.print(f"{first}\n{last}")
+
+
+def parse_cache(text: str) -> tuple[str, Any]:
+    """Read ``NAME`` or ``LABEL={policy: NAME, field: value}`` into (label, cache).
+
+    Raises:
+        typer.BadParameter: If the mapping cannot be read.
+    """
+    label, equals, mapping = text.partition("=")
+    if not equals:
+        return text, text
+    values = OmegaConf.to_container(OmegaConf.create(mapping))
+    if not isinstance(values, dict) or "policy" not in values:
+        raise typer.BadParameter(f"{text!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'.")
+    return label, values
+
+
+def replace_between(page: Path, table: str) -> None:
+    """Put a table between the page's two markers.
+
+    Raises:
+        typer.BadParameter: If the page has no markers.
+    """
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise typer.BadParameter(f"{page} has no place for the table: add the lines {BEGIN!r} and {END!r}.")
+    page.write_text(f"{before}{BEGIN}\n{table}{END}{after}")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    app()
