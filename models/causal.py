@@ -156,7 +156,12 @@ class CausalTransformer:
 
         Returns:
             Shape and dtype of ``x``.
+
+        Raises:
+            ValueError: If a segment after the first is a commit.
         """
+        if any(segment.pass_.kind == "commit" for segment in segments[1:]):
+            raise ValueError("only the first segment of a forward can be a commit: later ones read what it stores.")
         self._call = _Call(cache, prompt, tuple(segments))
         timestep = torch.zeros((x.shape[0], 1) if len(segments) > 1 else (x.shape[0],), device=x.device)
         sample = self.transformer(

@@ -10,7 +10,21 @@ def build_tiny_pipeline(folder, *, seed: int = 0):
     from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    words = "a red blue circle square moving left right over navy plain background then".split()
+    words = [
+        "a",
+        "red",
+        "blue",
+        "circle",
+        "square",
+        "moving",
+        "left",
+        "right",
+        "over",
+        "navy",
+        "plain",
+        "background",
+        "then",
+    ]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -3.0) for word in words)]
     pieces += [("▁", -8.0), *((letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz")]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
