@@ -103,6 +103,18 @@ def load_run(
     return from_mapping(merged | literal)
 
 
+def load_complete(path: Path) -> RunConfig:
+    """Read a run that was saved whole: no preset and no default is consulted.
+
+    Args:
+        path: A YAML file with what ``RunConfig.as_mapping`` returns.
+
+    Raises:
+        ValueError: If the file cannot be read or a key is missing or unknown.
+    """
+    return from_mapping(_read(path))
+
+
 def from_mapping(values: Mapping[str, Any]) -> RunConfig:
     """Build a run from a complete mapping, such as ``RunConfig.as_mapping`` returns.
 
@@ -116,6 +128,9 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
     for key in values:
         if key not in known:
             raise ValueError(f"unknown key {key!r} for the run; known: {', '.join(known)}.{did_you_mean(key, known)}")
+    for key in ("model", "cache", "sampler", "prompt"):
+        if key not in values:
+            raise ValueError(f"the run lacks {key!r}")
     values = dict(values)
     model = build(ModelConfig, _mapping(values["model"], "model"), what="the model")
     sampler = values["sampler"]

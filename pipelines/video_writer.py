@@ -5,6 +5,7 @@ a full disk is an ``OSError`` here, and a run can stop and go on: every ``flush`
 continues the same file, with the fragments' numbers and times moved behind what is there.
 """
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -100,6 +101,13 @@ class VideoWriter:
             self._file.truncate(end)
             self._file.seek(end)
 
+    def abandon(self) -> None:
+        """Stop the encoder and close the file as it is; after ``close`` this does nothing."""
+        if self._encoder is not None:
+            encoder, self._encoder = self._encoder, None
+            encoder.kill()
+        self._file.close()
+
     def __enter__(self) -> "VideoWriter":
         return self
 
@@ -178,8 +186,20 @@ class _Encoder:
         self._thread.join()
         if self._process.wait() != 0 or self._failure is not None:
             raise self._stopped()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        # The encoder is gone: what the input still buffers has nowhere to go.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.stderr.close()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._thread.join()
+        self._process.wait()
+        self._close_pipes()
 
     def _append_fragments(self) -> None:
         """Runs in the thread; what fails here is raised by the next write or finish."""
@@ -195,9 +215,10 @@ class _Encoder:
         self._process.kill()
         self._thread.join()
         self._process.wait()
+        message = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        self._close_pipes()
         if isinstance(self._failure, OSError):
             return self._failure
         if self._failure is not None:
             return OSError(f"video encoder: {self._failure}")
-        message = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         return OSError(f"video encoder stopped: {message[-1] if message else 'no message'}")

@@ -1,0 +1,239 @@
+"""Drive a session into a run's folder: video, log, states; from the start or from the newest state."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longtake.pipelines.fragments import count_frames
+from longtake.pipelines.run_files import BlockLog
+from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, now, starts_at
+from longtake.pipelines.run_state import SavedState
+from longtake.pipelines.take import Chunk, TakeSession
+from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run is, after a block.
+
+    Attributes:
+        num_done: Finished blocks, those of earlier processes included.
+        num_blocks: Blocks of the whole video.
+        num_frames: Pixel frames in the video so far.
+        num_new_frames: Pixel frames that this process made.
+        seconds: Time since this process began to make blocks.
+        num_tokens: Tokens in the cache, per layer and sample.
+        num_cache_bytes: Bytes of the cache, read sets included.
+    """
+
+    num_done: int
+    num_blocks: int
+    num_frames: int
+    num_new_frames: int
+    seconds: float
+    num_tokens: int
+    num_cache_bytes: int
+
+    @property
+    def frames_per_second(self) -> float:
+        """Pixel frames per second of this process's time."""
+        return self.num_new_frames / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: status, and where it was."""
+
+    status: str
+    progress: Progress | None
+
+
+def run_take(
+    folder: RunFolder,
+    session: TakeSession,
+    *,
+    on_block: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Make the blocks that a run still lacks and write them.
+
+    Before every saved state the video and the log are flushed to the disk, so that a run killed at any moment goes on
+    from its newest state with the frames it would have had.
+
+    Args:
+        folder: The run, opened.
+        session: Started with the run's configuration, batch of one; its saved state is loaded here.
+        on_block: Called after every block.
+        should_stop: Asked after every block; true saves a state and ends this process's part.
+
+    Returns:
+        ``finished``, or ``interrupted`` where ``should_stop`` said so.
+
+    Raises:
+        ValueError: If a block that is made again comes out different.
+        OSError: If the disk is full or cannot be written; the newest saved state stays.
+    """
+    run = _Run(folder, session)
+    try:
+        outcome = run.blocks(on_block, should_stop)
+        run.close_video(outcome)
+    finally:
+        run.close()
+    run.record_end(outcome)
+    return outcome
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, folder: RunFolder, session: TakeSession) -> None:
+        self.folder, self.session = folder, session
+        self.config = folder.config
+        self.began = now()
+        self.started = time.perf_counter()
+        self.log = BlockLog(folder.log_path)
+        self.video: VideoWriter | None = None
+        self.num_changes = self.num_frames = self.num_new_frames = 0
+        self.first_block_seconds: float | None = None
+        self._go_on()
+        self.first_block = session.next_block_index
+        folder.update_record(
+            status=RUNNING,
+            video={
+                "fps": session.fps,
+                "num_frames": session.num_frames,
+                "num_blocks": session.num_blocks,
+                "seconds": session.num_frames / session.fps,
+            },
+        )
+
+    def _go_on(self) -> None:
+        state = self.folder.latest_state()
+        self.folder.discard_after(state)
+        if state is None:
+            return
+        if self.log.num_blocks < state.next_block:
+            raise ValueError(
+                f"{self.folder.log_path} ends at block {self.log.num_blocks}, the newest state is at block "
+                f"{state.next_block}: the log was cut"
+            )
+        self.session.load_state_dict(state.tensors, state.numbers)
+        self.num_frames, self.num_changes = state.num_frames, state.num_changes
+
+    def blocks(self, on_block: Callable[[Progress], None], should_stop: Callable[[], bool]) -> Outcome:
+        progress = None
+        while True:
+            self._change_prompt()
+            chunk = self.session.next_chunk()
+            if chunk is None:
+                return Outcome(status=FINISHED, progress=progress)
+            self._write(chunk)
+            progress = self._progress(chunk)
+            stops = should_stop() and not chunk.is_last
+            if stops or (not chunk.is_last and progress.num_done % self.config.output.state_every_blocks == 0):
+                self._save_state()
+            on_block(progress)
+            if stops:
+                return Outcome(status=INTERRUPTED, progress=progress)
+
+    def _change_prompt(self) -> None:
+        changes = self.config.prompt_changes
+        while self.num_changes < len(changes):
+            change = changes[self.num_changes]
+            if not starts_at(self.num_frames, at=change.at, fps=self.session.fps):
+                return
+            self.session.change_prompt(change.prompt)
+            self.num_changes += 1
+
+    def _write(self, chunk: Chunk) -> None:
+        started = time.perf_counter()
+        frames = chunk.uint8()[0]
+        digest = hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
+        if self.video is None:
+            self.video = self._open_video(frames)
+        self.video.write(frames)
+        self.num_frames += len(frames)
+        self.num_new_frames += len(frames)
+        if self.first_block_seconds is None:
+            self.first_block_seconds = time.perf_counter() - self.started
+        seconds = {**chunk.seconds, "write": time.perf_counter() - started}
+        entry = {
+            "index": chunk.index,
+            "start_frame": chunk.start_frame,
+            "num_frames": len(frames),
+            "sha256": digest,
+            "seconds": {key: round(value, 5) for key, value in seconds.items()},
+            "num_tokens": chunk.stats.num_tokens,
+            "num_cache_bytes": chunk.num_cache_bytes,
+        }
+        self.log.append(entry)
+
+    def _open_video(self, frames: np.ndarray) -> VideoWriter:
+        _, height, width, _ = frames.shape
+        output = self.config.output
+        video_format = VideoFormat(
+            height=height, width=width, fps=self.session.fps, crf=output.crf, scale=output.scale
+        )
+        return VideoWriter(self.folder.video_path, video_format=video_format, num_frames=self.num_frames)
+
+    def _save_state(self) -> None:
+        self.video.flush()
+        self.log.sync()
+        tensors, numbers = self.session.state_dict()
+        self.folder.states.save(
+            SavedState(
+                next_block=self.session.next_block_index,
+                num_frames=self.num_frames,
+                num_changes=self.num_changes,
+                tensors=tensors,
+                numbers=numbers,
+            )
+        )
+
+    def _progress(self, chunk: Chunk) -> Progress:
+        return Progress(
+            num_done=chunk.index + 1,
+            num_blocks=self.session.num_blocks,
+            num_frames=self.num_frames,
+            num_new_frames=self.num_new_frames,
+            seconds=time.perf_counter() - self.started,
+            num_tokens=chunk.stats.num_tokens,
+            num_cache_bytes=chunk.num_cache_bytes,
+        )
+
+    def close_video(self, outcome: Outcome) -> None:
+        if self.video is not None:
+            self.video.close()
+        expected = self.session.num_frames if outcome.status == FINISHED else self.num_frames
+        written = count_frames(self.folder.video_path)
+        if written != expected:
+            raise OSError(
+                f"{self.folder.video_path} holds {written} frames instead of {expected}: delete it and resume"
+            )
+
+    def close(self) -> None:
+        self.log.close()
+        if self.video is not None:
+            self.video.abandon()
+
+    def record_end(self, outcome: Outcome) -> None:
+        part = {
+            "began": self.began,
+            "ended": now(),
+            "status": outcome.status,
+            "first_block": self.first_block,
+            "num_blocks": self.session.next_block_index - self.first_block,
+            "num_frames": self.num_new_frames,
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "first_block_seconds": self.first_block_seconds and round(self.first_block_seconds, 3),
+        }
+        record: dict[str, Any] = self.folder.record
+        self.folder.update_record(
+            status=outcome.status,
+            sessions=[*record["sessions"], part],
+            blocks=list(BlockLog.read(self.folder.log_path)),
+        )
