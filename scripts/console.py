@@ -1,0 +1,346 @@
+"""What the commands share: one-line errors, stopping on signals, progress, and running a take in its folder."""
+
+import errno
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+from longtake.configs.families import load_family
+from longtake.configs.run import ModelConfig, RunConfig
+
+if TYPE_CHECKING:
+    from longtake.pipelines import LongVideoPipeline
+    from longtake.pipelines.run_folder import RunFolder
+    from longtake.pipelines.run_take import Outcome
+    from longtake.pipelines.run_take import Progress as TakeProgress
+    from longtake.pipelines.take import TakeSession
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+MAX_ERROR_LENGTH = 600
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+# typer gives only BadParameter a public name; its parent is the error of every wrong command line.
+UsageError = typer.BadParameter.__base__
+
+
+def run_app(app: typer.Typer, args: list[str] | None = None) -> int:
+    """Run the command line; every expected failure is one line on stderr.
+
+    Args:
+        app: The commands.
+        args: Words after the program's name; the process's own when None.
+
+    Returns:
+        Exit code: 0, 2 for bad input and full disks, 130 after Ctrl-C.
+    """
+    try:
+        code = app(args=args, prog_name="longtake", standalone_mode=False)
+    except UsageError as error:
+        return fail(f"{error.format_message()} See: longtake --help")
+    except ValueError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(_describe(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    return code or 0
+
+
+def fail(message: str) -> int:
+    """Print one line on stderr and return the exit code for bad input."""
+    line = " ".join(message.split())
+    if len(line) > MAX_ERROR_LENGTH:
+        line = line[:MAX_ERROR_LENGTH] + " ..."
+    err.print(f"longtake: {escape(line)}", style="red")
+    return EXIT_BAD_INPUT
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C, or a polite kill, into a request that is asked for between blocks.
+
+    Yields:
+        A function that tells whether to stop. A second Ctrl-C interrupts at once.
+    """
+    requested: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if requested:
+            raise KeyboardInterrupt
+        requested.append(number)
+        err.print("\nstopping after this block; again to stop at once", style="yellow")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse cache and sampler settings that do not fit, before any weight is loaded.
+
+    Raises:
+        ValueError: With the value, the limit and the remedy.
+    """
+    from longtake.cache import make_policy
+
+    family = load_family(config.model.family)
+    policy = make_policy(config.cache)
+    policy.check(max(family.frames_per_block, family.first_block_frames or 1))
+
+    from longtake.samplers import make_sampler
+
+    make_sampler(config.sampler)
+
+
+def model_folder(model: ModelConfig) -> Path:
+    """Return where a model's weights are."""
+    if model.path is not None:
+        return Path(model.path)
+    from importlib.resources import files
+
+    return Path(str(files("longtake.models"))) / load_family(model.family).folder
+
+
+def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
+    """Load a model onto its device.
+
+    Raises:
+        ValueError: If the folder cannot be read, in one line.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import diffusers
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    from longtake.pipelines import LongVideoPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    folder = model_folder(model)
+    try:
+        pipe = LongVideoPipeline.from_pretrained(folder, family=model.family, dtype=getattr(torch, model.dtype))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load the model: {error}") from error
+    return pipe.to(_device(model.device))
+
+
+def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
+    """Return what ``run.json`` says of versions, machine and weights."""
+    from longtake.pipelines.provenance import machine, versions, weights_hash
+
+    return {
+        "versions": versions(),
+        "machine": machine(pipe.device),
+        "weights": weights_hash(model_folder(model)),
+    }
+
+
+def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession":
+    """Prepare a run's video; refuses what the model does not take.
+
+    Raises:
+        ValueError: With the value, the limit and the remedy.
+    """
+    session = pipe.start(
+        config.prompt,
+        negative_prompt=config.negative_prompt,
+        seconds=config.seconds,
+        height=config.height,
+        width=config.width,
+        cache=dict(config.cache),
+        sampler=dict(config.sampler),
+        seed=config.seed,
+    )
+    for change in config.prompt_changes:
+        # Now, not when its time has come: a text that is too long must not end a video in the middle.
+        pipe.embed_text([change.prompt])
+    return session
+
+
+def run_in_folder(folder: "RunFolder", session: "TakeSession", *, should_stop: Callable[[], bool]) -> "Outcome":
+    """Make what a run lacks, with a progress bar, and say where it is and how fast it was.
+
+    Args:
+        folder: The run, opened.
+        session: Started with the run's configuration.
+        should_stop: From ``stop_requests``.
+    """
+    from longtake.pipelines.run_take import run_take
+
+    try:
+        with _progress(session) as show:
+            outcome = run_take(folder, session, on_block=show, should_stop=should_stop)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"the disk is full; what was saved in {folder.path} stays: free some space, then go on with: "
+            f"longtake resume {folder.path}"
+        ) from error
+    if outcome.status == "finished":
+        finish(folder)
+    report(folder, outcome)
+    return outcome
+
+
+def go_on(path: Path, pipe: "LongVideoPipeline | None", *, should_stop: Callable[[], bool]) -> str:
+    """Finish a run from its newest saved state.
+
+    Args:
+        path: The run's folder.
+        pipe: Its model, when it is loaded already.
+        should_stop: From ``stop_requests``.
+
+    Returns:
+        The run's status afterwards.
+
+    Raises:
+        ValueError: If the weights are not those that the run began with.
+    """
+    from longtake.pipelines.run_folder import RunFolder
+
+    with RunFolder.open(path) as folder:
+        use_recorded_setup(folder)
+        pipe = pipe or load_pipeline(folder.config.model)
+        return run_in_folder(folder, start_session(pipe, folder.config), should_stop=should_stop).status
+
+
+def use_recorded_setup(folder: "RunFolder") -> None:
+    """Compute as the run's first process did, or refuse.
+
+    Raises:
+        ValueError: If the weights are not those that the run began with.
+    """
+    import torch
+
+    from longtake.pipelines.provenance import weights_hash
+
+    weights = model_folder(folder.config.model)
+    record = folder.record
+    if weights_hash(weights) != record["weights"]:
+        raise ValueError(f"{weights} holds other weights than {folder.path} began with: restore them")
+    # Another number of threads adds up in another order, and frames would differ in their last bits.
+    torch.set_num_threads(record["machine"]["num_threads"])
+
+
+def finish(folder: "RunFolder") -> None:
+    """Make what belongs to a finished run beside its video: the contact sheet, and the file asked for by name."""
+    from longtake.pipelines.contact_sheet import write_contact_sheet
+
+    record = folder.record
+    sheet = folder.path / "contact_sheet.png"
+    if folder.config.output.contact_sheet and not sheet.exists():
+        write_contact_sheet(folder.video_path, sheet, fps=record["video"]["fps"])
+    if record.get("deliver") and not Path(record["deliver"]).exists():
+        _deliver(folder.video_path, Path(record["deliver"]))
+
+
+def report(folder: "RunFolder", outcome: "Outcome") -> None:
+    """Print where the run's files are and how fast it went."""
+    record = folder.record
+    fps = record["video"]["fps"]
+    if outcome.progress is not None:
+        done = outcome.progress
+        speed = done.frames_per_second
+        made = f"{done.num_new_frames} frames ({done.num_new_frames / fps:.1f} s of video) in {done.seconds:.1f} s"
+        err.print(f"{made}: {speed:.1f} frames per second, {speed / fps:.1f}x real time")
+    if outcome.status != "finished":
+        err.print(f"stopped; go on with: longtake resume {folder.path}", style="yellow", markup=False)
+        return
+    report_files(folder)
+
+
+def report_files(folder: "RunFolder") -> None:
+    """Print the paths of a finished run's video and contact sheet on stdout."""
+    for path in (folder.record.get("deliver") or folder.video_path, folder.path / "contact_sheet.png"):
+        if Path(path).exists():
+            out.print(str(path), markup=False)
+
+
+@contextmanager
+def _progress(session: "TakeSession") -> Iterator[Callable[["TakeProgress"], None]]:
+    """A bar in a terminal, a line every tenth of the video elsewhere."""
+    columns = (
+        TextColumn("block {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("{task.fields[speed]:.1f} frames/s"),
+        TextColumn("cache {task.fields[megabytes]:.1f} MB, {task.fields[tokens]} tokens"),
+        TextColumn("{task.fields[left]:.0f} s left"),
+    )
+    num_blocks = session.num_blocks
+    step = -(-num_blocks // 10)
+    bar = Progress(*columns, console=err) if err.is_terminal else None
+    task = bar.add_task("", total=num_blocks, speed=0.0, megabytes=0.0, tokens=0, left=0.0) if bar else None
+
+    def show(done: "TakeProgress") -> None:
+        speed = done.frames_per_second
+        fields = {
+            "speed": speed,
+            "megabytes": done.num_cache_bytes / 1e6,
+            "tokens": done.num_tokens,
+            "left": (session.num_frames - done.num_frames) / speed if speed else 0.0,
+        }
+        if bar is not None:
+            bar.update(task, completed=done.num_done, **fields)
+        elif done.num_done % step == 0 or done.num_done == num_blocks:
+            text = "{speed:.1f} frames/s  cache {megabytes:.1f} MB, {tokens} tokens  {left:.0f} s left".format(
+                **fields
+            )
+            err.print(f"block {done.num_done}/{num_blocks}  {text}")
+
+    with bar or nullcontext():
+        yield show
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"model.device={name!r} is no device: use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"model.device={name!r}: this machine has no CUDA; use auto or cpu")
+    return name
+
+
+def _deliver(video: Path, path: Path) -> None:
+    """Give the video a second name; copy it where the file system has no links."""
+    try:
+        os.link(video, path)
+    except OSError:
+        shutil.copyfile(video, path)
+
+
+def _describe(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def script(command: str) -> None:
+    """Run one command as its own program: ``python scripts/COMMAND.py ...`` is ``longtake COMMAND ...``."""
+    from longtake.scripts.main import app
+
+    sys.exit(run_app(app, [command, *sys.argv[1:]]))

@@ -1,0 +1,248 @@
+"""Make a video from a prompt, or one from each line of a file."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longtake.configs.loader import is_override, load_run
+from longtake.configs.run import RunConfig, check_prompt
+from longtake.scripts.console import (
+    EXIT_INTERRUPTED,
+    check_settings,
+    err,
+    go_on,
+    load_pipeline,
+    provenance,
+    run_in_folder,
+    script,
+    start_session,
+    stop_requests,
+)
+
+if TYPE_CHECKING:
+    from longtake.pipelines import LongVideoPipeline
+
+RUNS = Path("runs")
+SLUG_LENGTH = 40
+
+
+def generate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT [KEY=VALUE ...]", help="What to show, then any settings by their dotted names."
+        ),
+    ] = None,
+    *,
+    seconds: Annotated[float | None, typer.Option(help="Length of the video.", show_default="60")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Cache policy; `longtake policies` lists them.", show_default="attention_sink")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="few_step or multi_step.", show_default="the model's own")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model family or a diffusers folder.", show_default="mini")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show; for samplers with guidance.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same video.", show_default="0")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file that describes the run.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder to make, or NAME.mp4 for a video beside its run folder NAME.", show_default="runs/..."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one prompt per line: one run folder each; finished ones are skipped."),
+    ] = None,
+    contact_sheet: Annotated[
+        bool | None, typer.Option("--contact-sheet/--no-contact-sheet", help="Also write contact_sheet.png.")
+    ] = None,
+) -> None:
+    """Make a video from a prompt.
+
+    A run is a folder: the video, what it was made with, and saved states to resume and fork from.
+    Nothing is ever overwritten. Ctrl-C finishes the file, saves the state and says how to go on.
+
+    **Examples**
+
+    `longtake generate "a red circle bouncing over a navy striped background" --seconds 60`
+
+    `longtake generate "a blue ring drifting left" --cache sliding_window --seed 3 --out takes/ring`
+
+    `longtake generate "a green square" cache.num_context_frames=15 output.scale=4 --out square.mp4`
+
+    `longtake generate --config take.yaml` where take.yaml holds `prompt:`, `seconds:`, `cache:` and so on
+
+    `longtake generate --prompts prompts.txt --out takes --seconds 10`
+    """
+    texts, overrides = split_words(words or [])
+    options: dict[str, Any] = {
+        "seconds": seconds,
+        "cache": cache,
+        "sampler": sampler,
+        "model": model,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+    }
+    if contact_sheet is not None:
+        overrides = [*overrides, f"output.contact_sheet={str(contact_sheet).lower()}"]
+    if prompts is not None:
+        if texts:
+            raise ValueError(f"both a prompt ({texts[0]!r}) and --prompts are given: give one of the two")
+        _generate_many(prompts, out, options=options, config=config, overrides=overrides)
+        return
+    if len(texts) > 1:
+        raise ValueError(f"{len(texts)} prompts are given ({', '.join(map(repr, texts))}): put the prompt into quotes")
+    options["prompt"] = texts[0] if texts else None
+    run = load_run(config, options=options, overrides=overrides)
+    path, deliver = _place(run, out)
+    check_settings(run)
+    pipe = load_pipeline(run.model)
+    with stop_requests() as should_stop:
+        status = _make(pipe, run, path, should_stop=should_stop, deliver=deliver)
+    if status != "finished":
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Tell prompts from overrides.
+
+    Args:
+        words: The command's free words.
+
+    Returns:
+        (prompts, ``key=value`` overrides).
+    """
+    return [word for word in words if not is_override(word)], [word for word in words if is_override(word)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read one prompt per line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: If the file cannot be read, has no prompts, or one is too long.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}") from error
+    texts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not texts:
+        raise ValueError(f"{path} holds no prompts: write one per line")
+    for text in texts:
+        check_prompt(text)
+    return texts
+
+
+def folder_names(texts: list[str]) -> list[str]:
+    """Name a folder for every prompt: its first words, a hash of it, and a number where it is repeated.
+
+    The name depends on nothing else in the list, so that lines may be added anywhere later.
+
+    Args:
+        texts: Prompts.
+    """
+    seen: Counter[str] = Counter()
+    names = []
+    for text in texts:
+        seen[text] += 1
+        repeat = f"-{seen[text]}" if seen[text] > 1 else ""
+        names.append(f"{slug(text)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{repeat}")
+    return names
+
+
+def slug(text: str) -> str:
+    """Turn a prompt's first words into a file name."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return words[:SLUG_LENGTH].strip("-") or "take"
+
+
+def free_place(stem: Path) -> Path:
+    """Return the first of STEM-1, STEM-2, ... where nothing is."""
+    return next(path for number in count(1) if not (path := stem.with_name(f"{stem.name}-{number}")).exists())
+
+
+def _place(run: RunConfig, out: Path | None) -> tuple[Path, Path | None]:
+    """Choose the run folder, and the extra name of the video; refuse what is taken."""
+    if out is None and run.output.folder is not None:
+        out = Path(run.output.folder)
+    if out is None:
+        return free_place(RUNS / slug(run.prompt)), None
+    path, deliver = (out.with_suffix(""), out.absolute()) if out.suffix == ".mp4" else (out, None)
+    for taken in (path, deliver):
+        if taken is not None and taken.exists():
+            from longtake.pipelines.run_folder import refuse_existing
+
+            refuse_existing(taken)
+    return path, deliver
+
+
+def _make(
+    pipe: "LongVideoPipeline",
+    run: RunConfig,
+    path: Path,
+    *,
+    should_stop: Callable[[], bool],
+    deliver: Path | None = None,
+) -> str:
+    from longtake.pipelines.run_folder import RunFolder
+
+    session = start_session(pipe, run)
+    record = provenance(pipe, run.model) | {"deliver": deliver and str(deliver)}
+    with RunFolder.create(path, config=run, record=record) as folder:
+        return run_in_folder(folder, session, should_stop=should_stop).status
+
+
+def _generate_many(
+    prompts: Path, out: Path | None, *, options: dict[str, Any], config: Path | None, overrides: list[str]
+) -> None:
+    texts = read_prompts(prompts)
+    parent = out or RUNS / prompts.stem
+    runs = [load_run(config, options=options | {"prompt": text}, overrides=overrides) for text in texts]
+    seen: Counter[str] = Counter()
+    for index, text in enumerate(texts):
+        # The same line again is asked for as another take of it.
+        runs[index] = replace(runs[index], seed=runs[index].seed + seen[text])
+        seen[text] += 1
+    paths = [parent / name for name in folder_names(texts)]
+    todo = [(run, path) for run, path in zip(runs, paths, strict=True) if not _is_finished(run, path)]
+    err.print(f"{len(texts)} prompts, {len(texts) - len(todo)} finished already, {len(todo)} to make in {parent}")
+    if not todo:
+        return
+    check_settings(todo[0][0])
+    pipe = load_pipeline(todo[0][0].model)
+    with stop_requests() as should_stop:
+        for run, path in todo:
+            err.print(f"{run.prompt}", style="bold", markup=False)
+            status = go_on(path, pipe, should_stop=should_stop) if path.exists() else ""
+            status = status or _make(pipe, run, path, should_stop=should_stop)
+            if status != "finished" or should_stop():
+                raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _is_finished(run: RunConfig, path: Path) -> bool:
+    """Whether a folder holds this very run, finished; anything else there that is not this run is refused."""
+    if not path.exists():
+        return False
+    from longtake.pipelines.run_folder import FINISHED, RunFolder
+
+    folder = RunFolder(path)
+    folder.check()
+    same = replace(folder.config, output=run.output)
+    if same != run:
+        raise ValueError(f"{path} holds this prompt with other settings: use another --out")
+    return folder.status == FINISHED
+
+
+if __name__ == "__main__":
+    script("generate")

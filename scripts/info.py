@@ -1,0 +1,142 @@
+"""Say what a model is, from its files alone: no weight is loaded."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from longtake.configs.families import ModelFamily, family_names, load_family
+from longtake.configs.fields import did_you_mean
+from longtake.configs.run import ModelConfig
+from longtake.scripts.console import model_folder, out, script
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MAX_HEADER_BYTES = 100_000_000
+
+
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model family or a diffusers folder.")],
+    *,
+    family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None,
+) -> None:
+    """Show a model's size, shape, speed of its cache, licence and source.
+
+    **Examples**
+
+    `longtake info mini`
+
+    `longtake info ./Self-Forcing --family self_forcing`
+    """
+    if model in family_names():
+        settings, name = load_family(model), model
+        folder = model_folder(ModelConfig(family=model)) if settings.folder is not None else None
+    else:
+        folder, name = Path(model), family or "self_forcing"
+        settings = load_family(name)
+        if not folder.is_dir():
+            known = family_names()
+            raise ValueError(
+                f"no model family or folder {model!r}; families: {', '.join(known)}.{did_you_mean(model, known)}"
+            )
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in describe(name, settings, folder):
+        table.add_row(key, value)
+    out.print(table)
+
+
+def describe(name: str, family: ModelFamily, folder: Path | None) -> list[tuple[str, str]]:
+    """Collect what is known of a model.
+
+    Args:
+        name: Of the family.
+        family: How it is run.
+        folder: Its weights, where they are.
+
+    Returns:
+        (what, text) rows.
+
+    Raises:
+        ValueError: If the folder is no diffusers Wan folder.
+    """
+    rows = [
+        ("family", f"{name} ({family.source})"),
+        ("licence", family.licence or "not stated"),
+        ("video", f"{family.width}x{family.height} at {family.fps} frames per second"),
+        ("trained on", f"{family.num_trained_frames} latent frames, {_trained_seconds(family):.1f} s"),
+        ("block", f"{family.frames_per_block} latent frames, {family.frames_per_block * 4 / family.fps:.2f} s"),
+        ("sampler", ", ".join(f"{key}={value}" for key, value in family.sampler.items())),
+    ]
+    if folder is None:
+        return [*rows, ("weights", f"not bundled: {family.homepage}")]
+    parts = {part.name: part for part in sorted(folder.iterdir()) if part.is_dir()} if folder.is_dir() else {}
+    if "transformer" not in parts or not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is no diffusers folder: it needs model_index.json and transformer/")
+    rows.append(("folder", str(folder)))
+    for part, path in parts.items():
+        numbers, num_bytes, dtypes = _weights(path)
+        if numbers:
+            rows.append((part, f"{numbers / 1e6:,.1f} M numbers, {num_bytes / 1e6:,.1f} MB, {', '.join(dtypes)}"))
+    return rows + _cache_rows(_read_config(folder / "transformer"), _read_config(folder / "vae"), family)
+
+
+def _cache_rows(transformer: dict[str, Any], vae: dict[str, Any], family: ModelFamily) -> list[tuple[str, str]]:
+    try:
+        heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
+        layers, patch = transformer["num_layers"], transformer["patch_size"]
+    except KeyError as error:
+        raise ValueError(f"the transformer's config.json lacks {error}: it is no Wan transformer") from error
+    factor = vae.get("scale_factor_spatial", 8)
+    tokens = (family.height // factor // patch[1]) * (family.width // factor // patch[2])
+    frame_bytes = 2 * layers * heads * head_dim * tokens * 4
+    return [
+        ("transformer shape", f"{layers} layers, {heads} heads of {head_dim}, {tokens} tokens a latent frame"),
+        ("cache", f"{frame_bytes / 1e6:,.2f} MB a latent frame in float32, half in bfloat16"),
+    ]
+
+
+def _trained_seconds(family: ModelFamily) -> float:
+    return (1 + 4 * (family.num_trained_frames - 1)) / family.fps
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _weights(folder: Path) -> tuple[int, int, list[str]]:
+    """Count the numbers of a component from the headers of its safetensors files."""
+    numbers, num_bytes, dtypes = 0, 0, set()
+    for path in sorted(folder.glob("*.safetensors")):
+        for key, entry in _header(path).items():
+            if key == "__metadata__":
+                continue
+            count = 1
+            for size in entry["shape"]:
+                count *= size
+            numbers += count
+            num_bytes += count * DTYPE_BYTES.get(entry["dtype"], 1)
+            dtypes.add(entry["dtype"])
+    return numbers, num_bytes, sorted(dtypes)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: eight bytes of length, then the text."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("it has no safetensors header")
+            return json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+if __name__ == "__main__":
+    script("info")
