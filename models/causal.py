@@ -71,18 +71,11 @@ class CausalTransformer:
             raise ValueError(f"patch_size={transformer.config.patch_size} joins frames: only (1, h, w) can be causal.")
         self.transformer = transformer
         self.attention = attention
+        # Both walk all parameters in diffusers, which would cost more than a small model's matmuls.
+        self.dtype: torch.dtype = transformer.dtype
+        self.device: torch.device = transformer.device
         self._call: _Call | None = None
         self._time = _TimeEmbeddings()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the activations, and so of the cache."""
-        return self.transformer.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer computes."""
-        return self.transformer.device
 
     def geometry(
         self,
