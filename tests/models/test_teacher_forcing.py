@@ -162,6 +162,7 @@ def test_transformer_is_restored():
         raise RuntimeError
     assert [block.attn1.processor for block in transformer.blocks] == stock
     assert "forward" not in vars(transformer.condition_embedder)
+    assert "forward" not in vars(transformer.blocks[0])
 
 
 def test_wrong_number_of_frames_is_refused():

@@ -1,0 +1,1 @@
+"""Stages of scripts/train_mini.py: VAE, latents, transformer, export."""
