@@ -53,7 +53,7 @@ demo: $(STAMP) ## generate a 60 s video and a contact sheet from PROMPT into dem
 	@number=1; while [ -e "demo/$$(printf %03d $$number)" ]; do number=$$((number + 1)); done; \
 	out="demo/$$(printf %03d $$number)"; mkdir -p demo; \
 	$(OFFLINE) $(BIN)/longtake generate "$(PROMPT)" --seconds $(DURATION) --cache $(CACHE) --seed $(SEED) \
-	  --contact-sheet --out "$$out"
+	  --contact-sheet --out "$$out" output.scale=4
 
 test: $(STAMP) ## pass all tests
 	@$(OFFLINE) $(BIN)/python -m pytest -q $(ARGS)

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -36,6 +38,25 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 def _commands() -> list[list[str]]:
     lines = [line for block in _blocks("bash") for line in block.splitlines() if line.strip()]
     return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.skipif(not has_mini, reason="the bundled mini model is absent")
+def test_longtake_commands_work_in_order(tmp_path):
+    """As a user types them, in one folder, only shorter."""
+    lines = [words for words in _commands() if words[0] == "longtake"]
+    assert [words[1] for words in lines] == ["generate", "resume", "fork", "policies"]
+    for words in lines:
+        shorter = [{"60": "1.5", "20s": "1s"}.get(word, word) for word in words[1:]]
+        done = subprocess.run(
+            [Path(sys.executable).with_name("longtake"), *shorter],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+    videos = [path for path in tmp_path.rglob("video.mp4")]
+    assert len(videos) == 2 and all(path.stat().st_size for path in videos)
 
 
 def test_make_targets_exist():
