@@ -1,0 +1,60 @@
+"""Write the trained parts as a complete diffusers folder."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import nn
+
+from longtake.scripts.mini_training.runtime import console
+from longtake.scripts.mini_training.text import build_tokenizer
+from longtake.scripts.mini_training.transformer import FLOW_SHIFT, MiniModel
+from longtake.scripts.mini_training.vae import load_vae
+
+
+def _half(module: nn.Module) -> nn.Module:
+    """Return the module in float16 in standard memory layout; loaders widen it back to float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.half().contiguous()
+    return module
+
+
+def load_model(checkpoint: Path, *, use_live: bool = False) -> MiniModel:
+    """Return the averaged (or live) weights of a transformer checkpoint, float32, on the CPU."""
+    model = MiniModel()
+    saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    model.load_state_dict(saved["live" if use_live else "average"])
+    return model.eval()
+
+
+def export_folder(work: Path, folder: Path, *, use_live: bool = False) -> None:
+    """Write ``model_index.json`` and the five parts to ``folder``.
+
+    Transformer and VAE are stored in float16; the text encoder, small, in float32, because transformers loads a
+    checkpoint in the type it was stored in.
+
+    Args:
+        work: Folder with ``vae.pt``, ``latents.json`` and ``transformer.pt``.
+        folder: The diffusers folder to make or refresh.
+        use_live: Take the last weights instead of their average.
+    """
+    statistics = json.loads((work / "latents.json").read_text())
+    vae = load_vae(work / "vae.pt")
+    vae.register_to_config(latents_mean=statistics["mean"], latents_std=statistics["std"])
+    if (work / "transformer.pt").exists():
+        model = load_model(work / "transformer.pt", use_live=use_live)
+    else:
+        torch.manual_seed(0)
+        model = MiniModel().eval()
+    # A half-precision folder that names its type would load as such; the parts' configurations do not.
+    pipeline = WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=model.text_encoder,
+        transformer=_half(model.transformer),
+        vae=_half(vae),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT, stochastic_sampling=True),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    console.print(f"{folder}: {size / 1e6:.1f} MB")
