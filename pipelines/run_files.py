@@ -119,11 +119,22 @@ class BlockLog:
             if before["sha256"] != entry["sha256"]:
                 raise ValueError(
                     f"block {index} came out different from before the interruption: another machine, thread count or "
-                    "library version? Resume where it was made, or generate anew"
+                    "library version? Resume where it was made, or with --allow-changes"
                 )
             return
         self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
         self.num_blocks += 1
+
+    def cut(self, num_blocks: int) -> None:
+        """Forget all blocks from one on, so that they may come out differently.
+
+        Args:
+            num_blocks: Blocks to keep.
+        """
+        with self.path.open("rb") as file:
+            end = sum(len(line) for line, _ in zip(file, range(num_blocks), strict=False))
+        self._file.truncate(end)
+        self.num_blocks = min(self.num_blocks, num_blocks)
 
     def sync(self) -> None:
         """Bring the log to the disk."""

@@ -58,6 +58,7 @@ def run_take(
     *,
     on_block: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
+    allow_changes: bool = False,
 ) -> Outcome:
     """Make the blocks that a run still lacks and write them.
 
@@ -69,6 +70,7 @@ def run_take(
         session: Started with the run's configuration, batch of one; its saved state is loaded here.
         on_block: Called after every block.
         should_stop: Asked after every block; true saves a state and ends this process's part.
+        allow_changes: Take blocks that are made again as they come out, on another machine for example.
 
     Returns:
         ``finished``, or ``interrupted`` where ``should_stop`` said so.
@@ -77,7 +79,7 @@ def run_take(
         ValueError: If a block that is made again comes out different.
         OSError: If the disk is full or cannot be written; the newest saved state stays.
     """
-    run = _Run(folder, session)
+    run = _Run(folder, session, allow_changes=allow_changes)
     try:
         outcome = run.blocks(on_block, should_stop)
         run.close_video(outcome)
@@ -90,7 +92,7 @@ def run_take(
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, folder: RunFolder, session: TakeSession) -> None:
+    def __init__(self, folder: RunFolder, session: TakeSession, *, allow_changes: bool) -> None:
         self.folder, self.session = folder, session
         self.config = folder.config
         self.began = now()
@@ -99,7 +101,7 @@ class _Run:
         self.video: VideoWriter | None = None
         self.num_changes = self.num_frames = self.num_new_frames = 0
         self.first_block_seconds: float | None = None
-        self._go_on()
+        self._go_on(allow_changes)
         self.first_block = session.next_block_index
         folder.update_record(
             status=RUNNING,
@@ -111,9 +113,11 @@ class _Run:
             },
         )
 
-    def _go_on(self) -> None:
+    def _go_on(self, allow_changes: bool) -> None:
         state = self.folder.latest_state()
         self.folder.discard_after(state)
+        if allow_changes:
+            self.log.cut(0 if state is None else state.next_block)
         if state is None:
             return
         if self.log.num_blocks < state.next_block:

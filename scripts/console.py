@@ -50,7 +50,9 @@ def run_app(app: typer.Typer, args: list[str] | None = None) -> int:
     try:
         code = app(args=args, prog_name="longtake", standalone_mode=False)
     except UsageError as error:
-        return fail(f"{error.format_message()} See: longtake --help")
+        # Without any words a command shows its help, and there is no more to say.
+        message = error.format_message()
+        return fail(f"{message} See: longtake --help") if message.strip() else EXIT_BAD_INPUT
     except ValueError as error:
         return fail(str(error))
     except OSError as error:
@@ -177,19 +179,25 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession"
     return session
 
 
-def run_in_folder(folder: "RunFolder", session: "TakeSession", *, should_stop: Callable[[], bool]) -> "Outcome":
+def run_in_folder(
+    folder: "RunFolder", session: "TakeSession", *, should_stop: Callable[[], bool], allow_changes: bool = False
+) -> "Outcome":
     """Make what a run lacks, with a progress bar, and say where it is and how fast it was.
 
     Args:
         folder: The run, opened.
         session: Started with the run's configuration.
         should_stop: From ``stop_requests``.
+        allow_changes: Take blocks that are made again as they come out.
+
+    Raises:
+        ValueError: If a block comes out different, or the disk is full.
     """
     from longtake.pipelines.run_take import run_take
 
     try:
         with _progress(session) as show:
-            outcome = run_take(folder, session, on_block=show, should_stop=should_stop)
+            outcome = run_take(folder, session, on_block=show, should_stop=should_stop, allow_changes=allow_changes)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -203,13 +211,16 @@ def run_in_folder(folder: "RunFolder", session: "TakeSession", *, should_stop: C
     return outcome
 
 
-def go_on(path: Path, pipe: "LongVideoPipeline | None", *, should_stop: Callable[[], bool]) -> str:
+def go_on(
+    path: Path, pipe: "LongVideoPipeline | None", *, should_stop: Callable[[], bool], allow_changes: bool = False
+) -> str:
     """Finish a run from its newest saved state.
 
     Args:
         path: The run's folder.
         pipe: Its model, when it is loaded already.
         should_stop: From ``stop_requests``.
+        allow_changes: Take blocks that are made again as they come out.
 
     Returns:
         The run's status afterwards.
@@ -222,7 +233,8 @@ def go_on(path: Path, pipe: "LongVideoPipeline | None", *, should_stop: Callable
     with RunFolder.open(path) as folder:
         use_recorded_setup(folder)
         pipe = pipe or load_pipeline(folder.config.model)
-        return run_in_folder(folder, start_session(pipe, folder.config), should_stop=should_stop).status
+        session = start_session(pipe, folder.config)
+        return run_in_folder(folder, session, should_stop=should_stop, allow_changes=allow_changes).status
 
 
 def use_recorded_setup(folder: "RunFolder") -> None:

@@ -207,8 +207,8 @@ def _generate_many(
     prompts: Path, out: Path | None, *, options: dict[str, Any], config: Path | None, overrides: list[str]
 ) -> None:
     texts = read_prompts(prompts)
-    parent = out or RUNS / prompts.stem
     runs = [load_run(config, options=options | {"prompt": text}, overrides=overrides) for text in texts]
+    parent = out or Path(runs[0].output.folder or RUNS / prompts.stem)
     seen: Counter[str] = Counter()
     for index, text in enumerate(texts):
         # The same line again is asked for as another take of it.

@@ -10,6 +10,10 @@ from longtake.scripts.console import EXIT_INTERRUPTED, err, finish, go_on, repor
 
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.", show_default=False)],
+    *,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on even if blocks made again differ, on another machine.")
+    ] = False,
 ) -> None:
     """Go on with a run from its newest saved state.
 
@@ -30,7 +34,7 @@ def resume(
         report_files(run)
         return
     with stop_requests() as should_stop:
-        if go_on(folder, None, should_stop=should_stop) != FINISHED:
+        if go_on(folder, None, should_stop=should_stop, allow_changes=allow_changes) != FINISHED:
             raise typer.Exit(EXIT_INTERRUPTED)
 
 
