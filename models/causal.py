@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from longtake.attention import sdpa
 from longtake.cache import Geometry, KVCache, Pass
+from longtake.models.modulated_block import ModulatedBlock, Modulations
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _HOOK = "longtake_causal"
@@ -75,7 +75,8 @@ class CausalTransformer:
         self.dtype: torch.dtype = transformer.dtype
         self.device: torch.device = transformer.device
         self._call: _Call | None = None
-        self._time = _TimeEmbeddings()
+        self._modulations = Modulations()
+        self._embedded: dict[float, Tensor] = {}
 
     def geometry(
         self,
@@ -121,6 +122,10 @@ class CausalTransformer:
         hooked = (
             (self.transformer.rope, _NoTable()),
             (self.transformer.condition_embedder, _CachedConditions(self)),
+            *(
+                (block, ModulatedBlock(layer, self._modulations, self._timesteps))
+                for layer, block in enumerate(blocks)
+            ),
         )
         try:
             for layer, block in enumerate(blocks):
@@ -151,10 +156,13 @@ class CausalTransformer:
             Shape and dtype of ``x``.
 
         Raises:
-            ValueError: If a segment after the first is a commit.
+            ValueError: If a segment after the first is a commit, or their lengths differ.
         """
         if any(segment.pass_.kind == "commit" for segment in segments[1:]):
             raise ValueError("only the first segment of a forward can be a commit: later ones read what it stores.")
+        lengths = {segment.pass_.num_frames for segment in segments}
+        if len(lengths) != 1:
+            raise ValueError(f"segments of {sorted(lengths)} frames in one forward: they have to be equally long.")
         self._call = _Call(cache, prompt, tuple(segments))
         timestep = torch.zeros((x.shape[0], 1) if len(segments) > 1 else (x.shape[0],), device=x.device)
         sample = self.transformer(
@@ -164,6 +172,9 @@ class CausalTransformer:
             return_dict=False,
         )[0]
         return sample.transpose(1, 2).to(x.dtype)
+
+    def _timesteps(self) -> tuple[float, ...]:
+        return tuple(segment.timestep for segment in self.call.segments)
 
     @property
     def call(self) -> _Call:
@@ -177,24 +188,6 @@ class CausalTransformer:
         return self._call
 
 
-class _TimeEmbeddings:
-    """Embeddings of the few timesteps that a rollout uses, computed once each."""
-
-    def __init__(self) -> None:
-        self.single: dict[float, tuple[Tensor, Tensor]] = {}
-        self.per_token = lru_cache(maxsize=1)(self._per_token)
-
-    def _per_token(self, spans: tuple[tuple[float, int], ...]) -> tuple[Tensor, Tensor]:
-        """(1, tokens, ...) embeddings of (timestep, number of tokens) spans."""
-        parts = zip(*(self.single[timestep] for timestep, _ in spans), strict=True)
-        counts = [count for _, count in spans]
-        joined = (
-            torch.cat([row.expand(count, -1) for row, count in zip(rows, counts, strict=True)])[None] for rows in parts
-        )
-        temb, projected = joined
-        return temb, projected
-
-
 class _NoTable(ModelHook):
     """Skips diffusers' position table (1,024 frames from 0): the cache computes the angles."""
 
@@ -203,31 +196,34 @@ class _NoTable(ModelHook):
 
 
 class _CachedConditions(ModelHook):
-    """Embeds every timestep and every prompt once; tokens of one forward may differ in their timestep."""
+    """Embeds every timestep and every prompt once; the segments of one forward may differ in their timestep."""
 
     def __init__(self, causal: CausalTransformer) -> None:
         super().__init__()
         self.causal = causal
+        self.embedded: dict[float, Tensor] = causal._embedded
 
     def new_forward(
         self, module: nn.Module, timestep, encoder_hidden_states, encoder_hidden_states_image=None, **kwargs
     ):
-        call, time = self.causal.call, self.causal._time
-        forward = self.fn_ref.original_forward
-        prompt = call.prompt
+        call, projected = self.causal.call, self.causal._modulations.projected
+        forward, prompt = self.fn_ref.original_forward, call.prompt
         if prompt.projected is None:
             zero = torch.zeros(1, device=encoder_hidden_states.device)
             prompt.projected = forward(zero, encoder_hidden_states)[2]
         for segment in call.segments:
-            if segment.timestep not in time.single:
+            if segment.timestep not in projected:
                 level = torch.full((1,), segment.timestep, device=encoder_hidden_states.device)
-                time.single[segment.timestep] = forward(level, encoder_hidden_states[:1, :1])[:2]
+                temb, projection = forward(level, encoder_hidden_states[:1, :1])[:2]
+                self.embedded[segment.timestep], projected[segment.timestep] = temb, projection
+        first = call.segments[0]
         if len(call.segments) == 1:
-            temb, projected = time.single[call.segments[0].timestep]
-        else:
-            size = call.cache.geometry.tokens_per_frame
-            temb, projected = time.per_token(tuple((s.timestep, s.pass_.num_frames * size) for s in call.segments))
-        return temb, projected, prompt.projected, None
+            return self.embedded[first.timestep], projected[first.timestep], prompt.projected, None
+        # Only the output norm still reads these: the blocks take theirs from ``Modulations``.
+        size = call.cache.geometry.tokens_per_frame
+        rows = [self.embedded[s.timestep].expand(s.pass_.num_frames * size, -1) for s in call.segments]
+        per_token = projected[first.timestep][:, None]
+        return torch.cat(rows)[None], per_token, prompt.projected, None
 
 
 class CachedSelfAttention:

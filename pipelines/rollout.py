@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longtake.cache import BlockTrace, CachePolicy, CacheStats, KVCache, Pass, make_policy
 from longtake.models.causal import CausalTransformer, Prompt, Segment
+from longtake.models.threads import fitting_threads
 from longtake.samplers import NoiseSource, Sampler, make_sampler
 
 StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
@@ -189,10 +190,16 @@ class LatentRollout:
             return None
         x = self._checked_noise(x, shape)
 
-        with self.causal.installed():
+        geometry = self._caches[0].geometry
+        width = geometry.num_heads * geometry.head_dim
+        num_tokens = self.batch_size * num_frames * geometry.tokens_per_frame
+        with (
+            self.causal.installed(),
+            fitting_threads(width=width, num_tokens=num_tokens, device=self.causal.device),
+        ):
             self._fill()
             self._switch_prompt(start)
-            if not (self.merge_commit and self._caches[0].merges_commit):
+            if not self._can_merge(num_frames):
                 self._commit_pending()
             step_index = 0
 
@@ -275,6 +282,11 @@ class LatentRollout:
         self._prompt_index = -1
         while self._prompt_index < numbers["prompt_index"]:
             self._take_prompt(self._prompt_index + 1)
+
+    def _can_merge(self, num_frames: int) -> bool:
+        """Whether the pending commit may share the next forward: equal lengths, and nothing to do in between."""
+        is_equal = self._pending is not None and self._pending.latents.shape[1] == num_frames
+        return self.merge_commit and is_equal and self._caches[0].merges_commit
 
     def _guided_flow(self, x: Tensor, segment: Segment) -> Tensor:
         flows = [self._flow(branch, x, segment) for branch in range(len(self._branches))]

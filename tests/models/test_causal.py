@@ -193,3 +193,17 @@ def test_refuses_what_it_cannot_run(transformer):
     )
     with pytest.raises(ValueError, match="conditioned on images"):
         CausalTransformer(image)
+
+
+def test_bfloat16_is_as_close_to_float32_as_stock_is(transformer, inputs, tmp_path):
+    """The fused modulation must not cost precision where weights and activations are bfloat16."""
+    x, embeds = inputs
+    transformer.save_pretrained(tmp_path)
+    half = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    mask = reference.frame_mask(3, lambda f: range(3))
+    arguments = {"timesteps": [500.0] * 3, "mask": mask}
+    exact = reference.masked_flow(transformer, x[:, :3], prompt_embeds=embeds, **arguments)
+    stock = reference.masked_flow(half, x[:, :3].bfloat16(), prompt_embeds=embeds.bfloat16(), **arguments).float()
+    ours = cached_flow(half, x[:, :3], embeds.bfloat16(), block=3, policy="full", timestep=500.0)
+    assert (ours - exact).norm() < 1.2 * (stock - exact).norm()
+    assert (ours - exact).norm() / exact.norm() < 0.03

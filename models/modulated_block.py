@@ -1,0 +1,84 @@
+"""A block's norms and modulation with less work: once per timestep instead of once per forward and per token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass
+class Modulations:
+    """Shift, scale and gate of every block for the timesteps that a rollout uses, computed once each.
+
+    Attributes:
+        projected: (1, 6 * dim) time projection by timestep.
+        by_layer: Six (1, segments, 1, dim) float32 tensors by layer and timesteps: shift, 1 + scale and gate of the
+            self-attention, then of the feed-forward.
+    """
+
+    projected: dict[float, Tensor] = field(default_factory=dict)
+    by_layer: dict[tuple[int, tuple[float, ...]], tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def of(self, layer: int, block: nn.Module, timesteps: tuple[float, ...]) -> tuple[Tensor, ...]:
+        """Modulation of one layer, each segment at its own timestep."""
+        key = (layer, timesteps)
+        if key not in self.by_layer:
+            rows = torch.cat([self.projected[t] for t in timesteps]).unflatten(1, (6, -1)).float()
+            table = (block.scale_shift_table + rows)[None, :, :, None]
+            shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
+            self.by_layer[key] = (shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate)
+        return self.by_layer[key]
+
+
+class ModulatedBlock(ModelHook):
+    """``WanTransformerBlock.forward`` with cached modulation and fused element-wise products.
+
+    Same modules, same weights, same float32 residual arithmetic; products and sums are fused, so results differ
+    from stock by rounding (a test bounds it). Segments of one forward are modulated by broadcasting over their
+    tokens: nothing of the size (tokens, 6, dim) is ever made.
+
+    Args:
+        layer: Index of the block.
+        modulations: Shared by all blocks of a transformer.
+        timesteps: Returns the timestep of each segment of the forward under way; the segments are equally long.
+    """
+
+    def __init__(self, layer: int, modulations: Modulations, timesteps) -> None:
+        super().__init__()
+        self.layer = layer
+        self.modulations = modulations
+        self.timesteps = timesteps
+
+    def new_forward(
+        self, module: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb
+    ) -> Tensor:
+        """See the class; arguments as in diffusers, ``temb`` is unused."""
+        dtype, timesteps = hidden_states.dtype, self.timesteps()
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulations.of(self.layer, module, timesteps)
+        segments = (len(timesteps), -1)
+
+        normed = _modulated_norm(hidden_states, module.norm1, shift, scale, segments).to(dtype)
+        hidden_states = _gated(hidden_states, module.attn1(normed, None, None, rotary_emb), gate, segments).to(dtype)
+
+        norm = module.norm2
+        normed = hidden_states
+        if not isinstance(norm, nn.Identity):
+            normed = functional.layer_norm(
+                hidden_states.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+            ).to(dtype)
+        hidden_states = hidden_states + module.attn2(normed, encoder_hidden_states, None, None)
+
+        normed = _modulated_norm(hidden_states, module.norm3, ffn_shift, ffn_scale, segments).to(dtype)
+        return _gated(hidden_states, module.ffn(normed), ffn_gate, segments).to(dtype)
+
+
+def _modulated_norm(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor, segments: Sequence[int]) -> Tensor:
+    normed = functional.layer_norm(x.float(), norm.normalized_shape, eps=norm.eps)
+    return torch.addcmul(shift, normed.unflatten(1, segments), scale).flatten(1, 2)
+
+
+def _gated(x: Tensor, update: Tensor, gate: Tensor, segments: Sequence[int]) -> Tensor:
+    return torch.addcmul(x.float().unflatten(1, segments), update.float().unflatten(1, segments), gate).flatten(1, 2)

@@ -1,0 +1,31 @@
+"""How many threads a forward is worth."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Handing a matmul to a second thread costs tens of microseconds when waiting threads sleep (OMP_WAIT_POLICY=PASSIVE):
+# more than the whole product takes below about this many operations.
+SINGLE_THREAD_FLOPS = 30_000_000
+
+
+@contextmanager
+def fitting_threads(*, width: int, num_tokens: int, device: torch.device) -> Iterator[None]:
+    """Compute small forwards on one thread; the former number of threads comes back afterwards.
+
+    Args:
+        width: Channels of the transformer.
+        num_tokens: Tokens of one forward, over the batch.
+        device: Where it computes; only the CPU is affected.
+    """
+    before = torch.get_num_threads()
+    is_small = device.type == "cpu" and 2 * num_tokens * width**2 < SINGLE_THREAD_FLOPS
+    if not is_small or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
