@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from longtake import __version__
+from longtake.scripts.benchmark import benchmark
 from longtake.scripts.console import out, run_app
 from longtake.scripts.fork import fork
 from longtake.scripts.generate import generate
@@ -13,7 +14,14 @@ from longtake.scripts.info import info
 from longtake.scripts.policies import policies
 from longtake.scripts.resume import resume
 
-COMMANDS = {"generate": generate, "resume": resume, "fork": fork, "policies": policies, "info": info}
+COMMANDS = {
+    "generate": generate,
+    "resume": resume,
+    "fork": fork,
+    "policies": policies,
+    "info": info,
+    "benchmark": benchmark,
+}
 
 app = typer.Typer(
     add_completion=False,
@@ -27,7 +35,7 @@ app = typer.Typer(
     ),
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name, no_args_is_help=_name not in ("policies",))(_command)
+    app.command(_name, no_args_is_help=_name not in ("policies", "benchmark"))(_command)
 
 
 def _show_version(value: bool) -> None:
