@@ -28,11 +28,19 @@ def vae(work: Work = DEFAULT_WORK, *, device: Device = "auto", workers: Workers 
 
 
 @app.command()
+def decoder(work: Work = DEFAULT_WORK, *, device: Device = "auto", workers: Workers = 1, minutes: float = 8.0) -> None:
+    """Train the VAE's decoder further; the encoder and the encoded clips stay valid."""
+    from longtake.scripts.mini_training.vae import train_vae
+
+    launch(workers, train_vae, work.resolve(), pick_device(device), minutes=minutes, decoder_only=True)
+
+
+@app.command()
 def psnr(work: Work = DEFAULT_WORK, *, clips: int = 12, frames: int = 161) -> None:
     """Measure the VAE on held-back clips, decoded in streaming."""
     from longtake.scripts.mini_training.vae import load_vae, measure_psnr
 
-    console.print(measure_psnr(load_vae(work / "vae.pt"), num_clips=clips, num_frames=frames))
+    console.print(measure_psnr(load_vae(work), num_clips=clips, num_frames=frames))
 
 
 @app.command()
@@ -87,10 +95,18 @@ def sheet(
     prompts = held_back_prompts(count)
     model = load_model(work / "transformer.pt", use_live=live)
     latents = sample_clips(model, prompts, num_steps=steps, renoise=not euler)
-    videos = decode_clips(load_vae(work / "vae.pt"), latents, statistics["mean"], statistics["std"])
+    videos = decode_clips(load_vae(work), latents, statistics["mean"], statistics["std"])
     save_sheet(out, list(videos))
     for prompt in prompts:
         console.print(prompt)
+
+
+@app.command()
+def curves(work: Work = DEFAULT_WORK, *, out: Path = Path("curves.png")) -> None:
+    """Plot the logs of the VAE's and the transformer's training."""
+    from longtake.scripts.mini_training.sheet import save_curves
+
+    save_curves(work, out)
 
 
 @app.command(name="all")
@@ -98,6 +114,7 @@ def all_stages(work: Work = DEFAULT_WORK, *, device: Device = "auto", workers: W
     """Run every stage with its default length."""
     vae(work, device=device, workers=workers)
     encode(work, device=device, workers=workers)
+    decoder(work, device=device, workers=workers)
     transformer(work, device=device, workers=workers)
     export(work)
 

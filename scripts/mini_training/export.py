@@ -35,12 +35,12 @@ def export_folder(work: Path, folder: Path, *, use_live: bool = False) -> None:
     checkpoint in the type it was stored in.
 
     Args:
-        work: Folder with ``vae.pt``, ``latents.json`` and ``transformer.pt``.
+        work: Folder with the VAE's checkpoint, ``latents.json`` and ``transformer.pt``.
         folder: The diffusers folder to make or refresh.
         use_live: Take the last weights instead of their average.
     """
     statistics = json.loads((work / "latents.json").read_text())
-    vae = load_vae(work / "vae.pt")
+    vae = load_vae(work)
     vae.register_to_config(latents_mean=statistics["mean"], latents_std=statistics["std"])
     if (work / "transformer.pt").exists():
         model = load_model(work / "transformer.pt", use_live=use_live)

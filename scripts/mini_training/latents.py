@@ -31,7 +31,7 @@ def encode_latents(work: Path, device: torch.device, *, clips: int, batch: int =
 
     Each worker writes every n-th batch. The statistics go to ``latents.json``, the captions to ``captions.json``.
     """
-    vae = load_vae(work / "vae.pt").to(device)
+    vae = load_vae(work).to(device)
     quicken(vae)
     path, done_path, statistics_path = work / "latents.npy", work / f"latents.{rank()}.done", work / "latents.json"
     if rank() == 0 and not statistics_path.exists():

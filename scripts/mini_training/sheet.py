@@ -1,5 +1,6 @@
 """Look at what the mini model makes: contact sheets of held-back prompts and of VAE reconstructions."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,27 @@ def save_sheet(path: Path, rows: list[np.ndarray], *, every: int = 8, scale: int
 def held_back_prompts(count: int) -> list[str]:
     """Return the first ``count`` held-back captions."""
     return [describe(scene) for scene in held_back_scenes(count)]
+
+
+def save_curves(work: Path, path: Path) -> None:
+    """Plot the VAE's PSNR and the transformer's loss against minutes of training, from the stages' logs."""
+    from matplotlib import pyplot
+
+    def column(name: str, key: str) -> tuple[list[float], list[float]]:
+        entries = [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()]
+        kept = [entry for entry in entries if key in entry]
+        return [entry["seconds"] / 60.0 for entry in kept], [entry[key] for entry in kept]
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4))
+    left.plot(*column("vae", "psnr"), label="encoder and decoder: 1, 9, 17, then 41 frames")
+    left.plot(*column("vae_decoder", "psnr"), label="then the decoder alone, new scenes")
+    left.set(xlabel="minutes", ylabel="PSNR of the batch, dB", title="VAE")
+    for key, label in (("first", "first block"), ("loss", "mean"), ("later", "blocks 3 to 6")):
+        right.plot(*column("transformer", key), label=label)
+    right.set(xlabel="minutes", ylabel="flow error", yscale="log", title="transformer")
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)

@@ -29,6 +29,8 @@ Z_DIM = 12
 STAGES = ((0.25, 1, 8), (0.55, 9, 2), (0.78, 17, 1), (1.01, 41, 1))
 KL_WEIGHT = 1e-3
 LEARNING_RATES = (4e-3, 2e-3)
+DECODER_LEARNING_RATES = (1.5e-3, 1e-3)
+DECODER_FRAMES = 41
 
 
 def build_vae(*, base_dim: int = 32, is_residual: bool = False) -> AutoencoderKLWan:
@@ -57,9 +59,10 @@ def build_vae(*, base_dim: int = 32, is_residual: bool = False) -> AutoencoderKL
     return vae
 
 
-def load_vae(checkpoint: Path) -> AutoencoderKLWan:
-    """Return the averaged weights of a training checkpoint, in float32 on the CPU, ready for inference."""
-    saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+def load_vae(work: Path) -> AutoencoderKLWan:
+    """Return the averaged weights of the latest VAE stage in ``work``, in float32 on the CPU, ready for inference."""
+    tuned = work / "vae_decoder.pt"
+    saved = torch.load(tuned if tuned.exists() else work / "vae.pt", weights_only=True, map_location="cpu")
     vae = build_vae(**saved["config"])
     vae.load_state_dict(saved["average"])
     return vae.eval()
@@ -146,12 +149,19 @@ def render_clips(path: Path, *, count: int, num_frames: int) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def loss_on(vae: AutoencoderKLWan, video: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return (loss, mean squared error on [-1, 1]) of a batch (B, 3, F, H, W) with a sampled latent."""
-    mean, log_variance = encode_stream(vae, video).float().chunk(2, dim=1)
+def loss_on(
+    vae: AutoencoderKLWan, video: Tensor, generator: torch.Generator, *, noise_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, mean squared error on [-1, 1]) of a batch (B, 3, F, H, W) with a sampled latent.
+
+    ``noise_scale`` multiplies the posterior's standard deviation.
+    """
+    with torch.set_grad_enabled(vae.quant_conv.weight.requires_grad):
+        mean, log_variance = encode_stream(vae, video).float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-12.0, 4.0)
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    decoded = torch.cat(list(decode_stream(vae, mean + noise * (0.5 * log_variance).exp(), stride=20)), dim=2).float()
+    noise = noise_scale * torch.randn(mean.shape, generator=generator).to(mean.device)
+    latents = mean + noise * (0.5 * log_variance).exp()
+    decoded = torch.cat(list(decode_stream(vae, latents, stride=20)), dim=2).float()
     error = decoded - video
     squared = error.square().mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
@@ -184,21 +194,44 @@ def _draw_batch(clips: np.ndarray, rng: np.random.Generator, progress: float) ->
     return to_model(np.stack([clips[row, start : start + length] for row, start in zip(rows, starts, strict=True)]))
 
 
-def train_vae(
-    work: Path, device: torch.device, *, minutes: float, name: str = "vae", base_dim: int = 32, residual: bool = False
-) -> None:
+def _draw_fresh(rng: np.random.Generator, batch: int) -> Tensor:
+    frames = np.arange(DECODER_FRAMES)
+    scenes = [training_scene(int(rng.integers(2**31))) for _ in range(batch)]
+    return to_model(np.stack([render(scene, frames + int(rng.integers(200))) for scene in scenes]))
+
+
+def _split_params(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Split trainable parameters into kernels, for Muon, and everything else."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    is_kernel = [p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1 for p in params]
+    return (
+        [p for p, chosen in zip(params, is_kernel, strict=True) if chosen],
+        [p for p, chosen in zip(params, is_kernel, strict=True) if not chosen],
+    )
+
+
+def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only: bool = False) -> None:
     """Train (or resume) the VAE for ``minutes`` in all.
 
     Runs alone or as one of the workers of :func:`runtime.launch`, which share gradients.
+
+    Args:
+        work: Folder of checkpoints and logs.
+        device: Where to train.
+        minutes: Length of the whole stage, which clip lengths and learning rate follow.
+        decoder_only: Keep the encoder, and with it every latent, and go on with the decoder on ever new scenes.
     """
+    name = "vae_decoder" if decoder_only else "vae"
     checkpoint = work / f"{name}.pt"
-    clips = render_clips(work / "vae_clips.npy", count=1600, num_frames=81)
+    config = {"base_dim": 32, "is_residual": False}
     torch.manual_seed(0)
-    vae = build_vae(base_dim=base_dim, is_residual=residual).to(device)
-    quicken(vae)
-    kernels = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1]
-    kernel_ids = {id(p) for p in kernels}
-    optimiser = OptimiserPair(kernels, [p for p in vae.parameters() if id(p) not in kernel_ids], lr=LEARNING_RATES)
+    vae = load_vae(work) if decoder_only else build_vae(**config)
+    quicken(vae.to(device).train())
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    clips = None if decoder_only else render_clips(work / "vae_clips.npy", count=1600, num_frames=81)
+    optimiser = OptimiserPair(*_split_params(vae), lr=DECODER_LEARNING_RATES if decoder_only else LEARNING_RATES)
     average, step, spent = WeightAverage(vae), 0, 0.0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -206,26 +239,24 @@ def train_vae(
         average.values, step, spent = saved["average"], saved["step"], saved["seconds"]
         optimiser.load_state_dict(saved["optimiser"])
     log = StageLog(work / f"{name}.jsonl", 60.0 * minutes, spent_seconds=spent)
-    rng = np.random.default_rng([step, rank()])
+    rng = np.random.default_rng([step, rank(), decoder_only])
     generator = torch.Generator().manual_seed(1000 * step + rank())
     console.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, from step {step}")
     saved_at, squared_sum, count = log.spent, 0.0, 0
 
     def save() -> None:
-        config = {"base_dim": base_dim, "is_residual": residual}
         state = {"live": vae.state_dict(), "average": average.values, "optimiser": optimiser.state_dict()}
         save_atomically({**state, "step": step, "seconds": log.spent, "config": config}, checkpoint)
 
     while (progress := shared_progress(log.advance())) < 1.0:
-        video = _draw_batch(clips, rng, progress).to(device)
+        video = _draw_fresh(rng, 1) if decoder_only else _draw_batch(clips, rng, progress)
         with autocast(device):
-            loss, squared = loss_on(vae, video, generator)
+            loss, squared = loss_on(vae, video.to(device), generator, noise_scale=0.5 if decoder_only else 1.0)
         loss.backward()
         average_gradients(optimiser.params)
-        factor = min(1.0, (step + 1) / 50, (1.0 - progress) / 0.6 + 0.02)
-        norm = optimiser.step(factor)
+        norm = optimiser.step(min(1.0, (step + 1) / 50, (1.0 - progress) / 0.6 + 0.02))
         step += 1
-        average.update(vae, min(0.998, 1.0 - 1.0 / (step + 1)))
+        average.update(vae, min(0.99 if decoder_only else 0.998, 1.0 - 1.0 / (step + 1)))
         squared_sum, count = squared_sum + float(squared), count + 1
         if step % 50 == 0:
             psnr = -10.0 * float(np.log10(squared_sum / count / 4.0))
@@ -234,8 +265,5 @@ def train_vae(
         if rank() == 0 and log.spent - saved_at > 120.0:
             save()
             saved_at = log.spent
-    if rank() > 0:
-        return
-    save()
-    vae.load_state_dict(average.values)
-    log.write(step=step, held_back_49=measure_psnr(vae, num_clips=12, num_frames=49)["psnr"])
+    if rank() == 0:
+        save()
