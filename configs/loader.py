@@ -1,8 +1,8 @@
 """From YAML files, presets and dotted overrides to one validated ``RunConfig``.
 
-``cache``, ``sampler`` and ``model`` are groups: a name alone (``cache: sliding_window``) is the preset of that name, a
-mapping goes over the preset it names, and changing the name drops what belonged to the old one. A model's presets are
-the families.
+``cache``, ``sampler`` and ``model`` are groups. ``cache: sliding_window`` is the preset of that name, a mapping goes
+over the preset it names, and changing the name drops what belonged to the old one. ``model: NAME`` is a family with
+its bundled weights, ``model: FOLDER`` a folder that is run like Self-Forcing unless ``family`` says otherwise.
 """
 
 import os
@@ -21,6 +21,8 @@ from longtake.configs.families import family_names, load_family
 from longtake.configs.fields import build, did_you_mean
 from longtake.configs.run import ModelConfig, OutputConfig, PromptChange, RunConfig
 
+# How a folder is run unless its family is given, here as in ``LongVideoPipeline.from_pretrained``.
+FOLDER_FAMILY = "self_forcing"
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
@@ -133,16 +135,17 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
             raise ValueError(f"the run lacks {key!r}")
     values = dict(values)
     model = build(ModelConfig, _mapping(values["model"], "model"), what="the model")
-    sampler = values["sampler"]
-    if sampler is None:
-        sampler = dict(load_family(model.family).sampler)
+    sampler = _mapping(values["sampler"] or {}, "sampler")
+    if "name" not in sampler:
+        # Fields alone go over the sampler that the model family was made for.
+        sampler = {**load_family(model.family).sampler, **sampler}
     changes = values.get("prompt_changes") or []
     if isinstance(changes, str | Mapping):
         raise ValueError("prompt_changes must be a list of mappings with the keys at and prompt")
     groups = {
         "model": model,
         "cache": _mapping(values["cache"], "cache"),
-        "sampler": _mapping(sampler, "sampler"),
+        "sampler": sampler,
         "prompt_changes": tuple(_build_change(change) for change in changes),
         "output": build(OutputConfig, _mapping(values.get("output") or {}, "output"), what="the output"),
     }
@@ -169,19 +172,20 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merge_group(group: _Group, base: Mapping[str, Any], value: Any) -> dict[str, Any]:
     if isinstance(value, str):
-        value = _named(group, value)
+        value = _named_model(value) if group.folder == "model" else {group.key: value}
     value = _mapping(value, group.folder)
     name = value.get(group.key)
-    if name is not None and name != base.get(group.key):
+    if group.folder != "model" and name is not None and name != base.get(group.key):
         base = load_preset(group.folder, name)
     return {**base, **value}
 
 
-def _named(group: _Group, name: str) -> dict[str, Any]:
-    """A model may be named by its folder, and then runs as the family set so far; everything else is a preset."""
-    if group.folder == "model" and name not in family_names() and (os.sep in name or Path(name).exists()):
-        return {"path": name}
-    return {group.key: name}
+def _named_model(name: str) -> dict[str, Any]:
+    """A model is named by its family, or by its folder."""
+    if name not in family_names() and (os.sep in name or Path(name).exists()):
+        return {"family": FOLDER_FAMILY, "path": name}
+    load_family(name)
+    return {"family": name, "path": None}
 
 
 def _parse_override(override: str) -> dict[str, Any]:

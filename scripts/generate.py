@@ -49,7 +49,11 @@ def generate(
         str | None, typer.Option(help="few_step or multi_step.", show_default="the model's own")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A model family or a diffusers folder.", show_default="mini")
+        str | None,
+        typer.Option(
+            help="A model family, or a diffusers folder: it runs like Self-Forcing unless model.family=... is given.",
+            show_default="mini",
+        ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show; for samplers with guidance.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.", show_default="0")] = None,

@@ -48,9 +48,11 @@ def kill_test(
     model: Annotated[str, typer.Option(help="Model family or folder.")] = "mini",
     cache: Annotated[str, typer.Option(help="Cache policy.")] = "attention_sink",
     prompt: Annotated[str, typer.Option(help="What to show.")] = PROMPT,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted overrides.")] = None,
 ) -> None:
     """Kill runs at random moments, resume them, and compare them with an uninterrupted one."""
     words = (prompt, "--seconds", str(seconds), "--model", model, "--cache", cache, "output.state_every_blocks=5")
+    words += tuple(overrides or ())
     settings = Settings(words, wait)
     chooser = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="kill-test-") as name:

@@ -75,17 +75,21 @@ def test_the_model_brings_its_sampler_and_the_run_may_name_another():
     assert run("model.family=mini").sampler == load_family("mini").sampler
     assert run("sampler=multi_step").sampler["name"] == "multi_step"
     assert run("sampler=few_step", "sampler.flow_shift=3").sampler["flow_shift"] == 3
+    assert run("sampler.flow_shift=3").sampler == {**load_family("mini").sampler, "flow_shift": 3}
 
 
 def test_a_model_may_be_a_folder(tmp_path):
     config = run(model=str(tmp_path))
+    assert (config.model.family, config.model.path) == ("self_forcing", str(tmp_path))
+    config = run("model.family=mini", model=str(tmp_path))
     assert (config.model.family, config.model.path) == ("mini", str(tmp_path))
     config = run("model=self_forcing", f"model.path={tmp_path}")
     assert (config.model.family, config.model.path) == ("self_forcing", str(tmp_path))
     path = tmp_path / "take.yaml"
-    path.write_text(f"model: {{family: self_forcing, path: {tmp_path}}}\n")
-    assert run(path=path).model == config.model
-    assert run("model=mini", path=path).model.path is None, "another family's folder must not stay"
+    path.write_text(f"model: {{family: self_forcing, path: {tmp_path}, dtype: bfloat16}}\n")
+    assert run(path=path).model.path == str(tmp_path)
+    other = run("model=mini", path=path).model
+    assert (other.path, other.dtype) == (None, "bfloat16"), "another family's folder must not stay"
 
 
 def test_a_prompt_is_text_as_it_stands():

@@ -60,7 +60,8 @@ def assert_one_line(result, *messages):
 
 def tiny(folder, *words, seconds=3):
     """Words that generate a short video with the random model."""
-    return ("generate", *words, "--model", folder, "--seconds", seconds, "output.state_every_blocks=2")
+    settings = ("model.family=mini", "output.state_every_blocks=2")
+    return ("generate", *words, "--model", folder, "--seconds", seconds, *settings)
 
 
 def hashes(path):
