@@ -99,7 +99,7 @@ def study_fingerprint(modules: Iterable[torch.nn.Module], settings: Mapping[str,
 
 
 def missing_videos(
-    results: Sequence[VideoResult], *, policy: str, num_prompts: int, num_seeds: int, fingerprint: str
+    results: Sequence[VideoResult], *, policy: str, prompts: Sequence[int], num_seeds: int, fingerprint: str
 ) -> list[tuple[int, int]]:
     """List the (prompt index, seed index) that a policy has not finished, all prompts of one seed first.
 
@@ -114,7 +114,7 @@ def missing_videos(
             "write to another folder, or delete them."
         )
     done = {(result.prompt_index, result.seed_index) for result in own}
-    wanted = [(prompt, seed) for seed in range(num_seeds) for prompt in range(num_prompts)]
+    wanted = [(prompt, seed) for seed in range(num_seeds) for prompt in prompts]
     return [video for video in wanted if video not in done]
 
 
@@ -147,6 +147,7 @@ def run_study(
     batch_size: int,
     fingerprints: dict[str, str],
     path: Path,
+    prompts: Sequence[int] | None = None,
 ) -> Iterator[list[VideoResult]]:
     """Run what is missing of a study, policy by policy within every batch of prompts.
 
@@ -162,6 +163,8 @@ def run_study(
         batch_size: videos made together.
         fingerprints: {label: what the videos depend on beside prompt and seed}.
         path: JSON lines to append to.
+        prompts: indices into ``scenes`` this run takes care of, all of them unless given; runs that share a study
+            write to files of their own.
 
     Yields:
         The results of every finished batch, already on disk.
@@ -170,9 +173,10 @@ def run_study(
         ValueError: If ``path`` holds results of another study.
     """
     results = read_results(path)
+    prompts = range(len(scenes)) if prompts is None else prompts
     queues = {
         label: missing_videos(
-            results, policy=label, num_prompts=len(scenes), num_seeds=num_seeds, fingerprint=fingerprints[label]
+            results, policy=label, prompts=prompts, num_seeds=num_seeds, fingerprint=fingerprints[label]
         )
         for label in policies
     }

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import torch
 import typer
 from omegaconf import OmegaConf
@@ -23,6 +24,7 @@ from longtake.pipelines.long_video import LongVideoPipeline
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 PROMPT_SEED = 64  # of the held-back scenes; not the ones the model's score uses
+DEFAULT_RESULTS = Path("drift/results.jsonl")
 BEGIN, END = "<!-- drift table: written by scripts/drift_mini.py -->", "<!-- end of drift table -->"
 ResultsOption = Annotated[Path, typer.Option(help="JSON lines, one per finished video; a run goes on where it ended.")]
 PromptsOption = Annotated[int, typer.Option(help="Held-back prompts.")]
@@ -34,16 +36,27 @@ def run(
     cache: Annotated[
         list[str], typer.Option(help="Policy name, or 'LABEL={policy: NAME, field: value}'; may be repeated.")
     ] = ("full", "sliding_window", "attention_sink"),
-    results: ResultsOption = Path("drift/results.jsonl"),
+    results: ResultsOption = DEFAULT_RESULTS,
     prompts: PromptsOption = 64,
     seeds: Annotated[int, typer.Option(help="Videos per prompt and policy.")] = 2,
     seconds: SecondsOption = 60.0,
     batch: Annotated[int, typer.Option(help="Videos made together.")] = 16,
     model: Annotated[str, typer.Option(help="'mini' or a folder.")] = "mini",
+    share: Annotated[
+        str, typer.Option(help="I/N: only every N-th prompt, from the I-th; N runs, N results files.")
+    ] = "1/1",
+    vae_dtype: Annotated[
+        str,
+        typer.Option(
+            click_type=click.Choice(["float32", "bfloat16"]), help="bfloat16 decodes faster where the CPU has it."
+        ),
+    ] = "float32",
     stop_after: Annotated[float, typer.Option(help="Start no new batch after this many minutes.")] = 1e9,
 ) -> None:
     """Make and measure what is missing of the study."""
+    part, parts = parse_share(share)
     pipe = LongVideoPipeline.from_pretrained(model)
+    pipe.vae.to(torch.bfloat16 if vae_dtype == "bfloat16" else torch.float32)
     policies = dict(parse_cache(text) for text in cache)
     judge = load_judge()
     common = {"seconds": seconds, "sampler": str(pipe.family.sampler), "prompt_seed": PROMPT_SEED}
@@ -57,7 +70,8 @@ def run(
             yield chunk.frames
 
     begin = last = time.perf_counter()
-    total = prompts * seeds * len(policies)
+    mine = range(part - 1, prompts, parts)
+    total = len(mine) * seeds * len(policies)
     for finished in run_study(
         frames_of,
         judge,
@@ -67,6 +81,7 @@ def run(
         batch_size=batch,
         fingerprints=prints,
         path=results,
+        prompts=mine,
     ):
         now = time.perf_counter()
         rate = len(finished) * seconds * FPS / (now - last)
@@ -80,16 +95,18 @@ def run(
 
 @app.command()
 def report(
-    results: ResultsOption = Path("drift/results.jsonl"),
+    results: Annotated[list[Path], typer.Option(help="JSON lines of `run`; may be repeated.")] = (DEFAULT_RESULTS,),
     out: Annotated[Path, typer.Option(help="Folder for drift.json, drift.csv, drift.png.")] = Path("docs/drift"),
     page: Annotated[Path | None, typer.Option(help="Markdown page whose table is replaced.")] = Path("docs/drift.md"),
     baseline: Annotated[str, typer.Option(help="Policy the others are compared with.")] = "sliding_window",
     note: Annotated[str, typer.Option(help="One line on the weights and the machine.")] = "",
 ) -> None:
     """Write curves, table and data of what has been measured so far."""
-    rows = read_results(results)
+    rows = [row for path in results for row in read_results(path)]
     if not rows:
-        raise typer.BadParameter(f"{results} holds no finished videos: run `scripts/drift_mini.py run` first.")
+        raise typer.BadParameter(
+            f"{[str(path) for path in results]} hold no finished videos: run `scripts/drift_mini.py run` first."
+        )
     out.mkdir(parents=True, exist_ok=True)
     used = sorted({row.prompt_index for row in rows})
     scenes = held_back_scenes(used[-1] + 1, seed=PROMPT_SEED)
@@ -128,6 +145,18 @@ def parse_cache(text: str) -> tuple[str, Any]:
     if not isinstance(values, dict) or "policy" not in values:
         raise typer.BadParameter(f"{text!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'.")
     return label, values
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """Read ``I/N`` with 1 <= I <= N.
+
+    Raises:
+        typer.BadParameter: If it is anything else.
+    """
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise typer.BadParameter(f"share={text!r} is no I/N with 1 <= I <= N: write 1/2 and 2/2 for two runs.")
+    return int(part), int(parts)
 
 
 def replace_between(page: Path, table: str) -> None:

@@ -47,7 +47,7 @@ def judge():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return held_back_scenes(24, seed=64)
+    return held_back_scenes(20, seed=64)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,11 @@ def test_a_study_killed_between_and_within_batches_goes_on_where_it_was(judge, s
     assert len(set(made)) == len(made) == 12
     assert {seed for _, _, seed in made} == {video_seed(p, s) for p in range(3) for s in range(2)}
     assert all(set(window) == set(MEASURES) for row in results for window in row.windows)
+    only = {**settings, "path": tmp_path / "half.jsonl", "prompts": [1], "policies": {"a": "full"}}
+    assert [(row.prompt_index, row.seed_index) for batch in run_study(stream, judge, **only) for row in batch] == [
+        (1, 0),
+        (1, 1),
+    ]
     with pytest.raises(ValueError, match="another folder"):
         list(run_study(stream, judge, **{**settings, "fingerprints": {"a": "z", "b": "y"}}))
 
@@ -285,7 +290,7 @@ def test_results_file_keeps_nan_and_order(tmp_path):
     assert [row.to_json() for row in again] == [row.to_json() for row in results]
     assert np.isnan(again[0].windows[0]["background_psnr"])
     assert read_results(tmp_path / "none.jsonl") == []
-    assert missing_videos(again, policy="window", num_prompts=2, num_seeds=1, fingerprint="f") == []
+    assert missing_videos(again, policy="window", prompts=[0, 1], num_seeds=1, fingerprint="f") == []
 
 
 def _made_up_results():

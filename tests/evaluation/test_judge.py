@@ -34,7 +34,7 @@ from longtake.evaluation.judge_training import (
 from longtake.evaluation.moving_scenes import describe, held_back_scenes, parse_caption, render, training_scene
 from longtake.evaluation.scorecard import PASS_LINES, score_model, score_true_scenes, scorecard, write_scorecard
 
-NUM_SCENES = 120
+NUM_SCENES = 80
 
 
 @pytest.fixture(scope="module")
