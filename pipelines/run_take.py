@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ def run_take(
     run = _Run(folder, session, allow_changes=allow_changes)
     try:
         outcome = run.blocks(on_block, should_stop)
-        run.close_video(outcome)
+        outcome = run.close_video(outcome)
     finally:
         run.close()
     run.record_end(outcome)
@@ -209,15 +209,20 @@ class _Run:
             num_cache_bytes=chunk.num_cache_bytes,
         )
 
-    def close_video(self, outcome: Outcome) -> None:
+    def close_video(self, outcome: Outcome) -> Outcome:
+        """Close and count; the outcome's time then includes the last frame's way into the file."""
         if self.video is not None:
             self.video.close()
         expected = self.session.num_frames if outcome.status == FINISHED else self.num_frames
         written = count_frames(self.folder.video_path)
         if written != expected:
             raise OSError(
-                f"{self.folder.video_path} holds {written} frames instead of {expected}: delete it and resume"
+                f"{self.folder.video_path} holds {written} frames instead of {expected}: something else changed it; "
+                "delete it and states/, then resume"
             )
+        if outcome.progress is None:
+            return outcome
+        return replace(outcome, progress=replace(outcome.progress, seconds=time.perf_counter() - self.started))
 
     def close(self) -> None:
         self.log.close()
