@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor, nn
+
+from longtake.scripts.mini_training.runtime import num_workers, rank
 
 
 def orthogonalise(matrix: Tensor, *, steps: int = 5) -> Tensor:
@@ -43,19 +46,25 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Apply one update from the gradients; parameters without a gradient stay."""
+        """Apply one update from the gradients, which must be equal on all workers; each orthogonalises its share."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            params, sizes = group["params"], [p.numel() for p in group["params"]]
+            updates = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=params[0].device)
+            for index, (parameter, update) in enumerate(zip(params, updates.split(sizes), strict=True)):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].lerp_(parameter.grad, 1.0 - group["momentum"])
-                direction = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
-                update = orthogonalise(direction) * (0.2 * max(direction.shape) ** 0.5)
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                momentum = state["momentum"].lerp_(grad, 1.0 - group["momentum"])
+                if index % num_workers() == rank():
+                    direction = grad.lerp(momentum, group["momentum"]).flatten(1)
+                    scale = 0.2 * max(direction.shape) ** 0.5
+                    update.copy_((orthogonalise(direction) * scale).flatten())
+            if num_workers() > 1:
+                distributed.all_reduce(updates)
+            for parameter, update in zip(params, updates.split(sizes), strict=True):
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter).to(parameter.dtype), alpha=-group["lr"])
+                parameter.add_(update.view(parameter.shape).to(parameter.dtype), alpha=-group["lr"])
 
 
 class OptimiserPair:
