@@ -22,7 +22,7 @@ from longtake.evaluation.moving_scenes import FPS, held_back_scenes
 from longtake.pipelines.long_video import LongVideoPipeline
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+console = Console(width=max(120, Console().width))
 PROMPT_SEED = 64  # of the held-back scenes; not the ones the model's score uses
 DEFAULT_RESULTS = Path("drift/results.jsonl")
 BEGIN, END = "<!-- drift table: written by scripts/drift_mini.py -->", "<!-- end of drift table -->"

@@ -17,7 +17,7 @@ from longtake.evaluation.scorecard import Line, score_model, score_true_scenes, 
 from longtake.pipelines.long_video import LongVideoPipeline
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+console = Console(width=max(120, Console().width))
 JUDGE_SEED = 77  # held-back scenes of the judge's own examination; the model's score takes seed 0
 ModelOption = Annotated[str, typer.Option(help="The model: 'mini' or a folder.")]
 
