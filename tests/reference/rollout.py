@@ -1,0 +1,53 @@
+"""The slow, obvious rollout: no cache, everything so far through the stock transformer again at every step."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+_spec = importlib.util.spec_from_file_location("block_causal", Path(__file__).with_name("block_causal.py"))
+block_causal = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(block_causal)
+
+
+def rollout(transformer, embeds, *, noise, blocks, sigmas, reads, context_timestep=0.0, given=None):
+    """Few-step rollout of (batch, frames, channels, height, width) latents.
+
+    Args:
+        transformer: Stock.
+        embeds: (batch, text_len, text_dim).
+        noise: With ``initial`` and ``renoise`` as a rollout uses it.
+        blocks: Frames of every block, given ones included.
+        sigmas: Noise shares.
+        reads: (block start, block length) -> frames before the block that it attends to.
+        context_timestep: Of clean frames that were generated; given ones are at 0.
+        given: Latents of the first blocks.
+    """
+    clean = given if given is not None else torch.zeros(embeds.shape[0], 0, *noise.shape[1:])
+    num_given, starts = clean.shape[1], [sum(blocks[:i]) for i in range(len(blocks))]
+    index = 0
+    for start, length in zip(starts, blocks, strict=True):
+        if start < num_given:
+            continue
+        allowed = {}
+        for s, n in zip(starts, blocks, strict=True):
+            for frame in range(s, s + n):
+                allowed[frame] = [*reads(s, n), *range(s, s + n)]
+        mask = block_causal.frame_mask(start + length, allowed.__getitem__)
+        x = noise.initial(index, start, (clean.shape[0], length, *noise.shape[1:]))
+        for step, sigma in enumerate(sigmas):
+            levels = [0.0] * min(num_given, start) + [context_timestep] * (start - min(num_given, start))
+            flow = block_causal.masked_flow(
+                transformer,
+                torch.cat((clean, x), 1),
+                timesteps=levels + [1000 * sigma] * length,
+                prompt_embeds=embeds,
+                mask=mask,
+            )[:, start:]
+            x0 = x - sigma * flow
+            if step + 1 < len(sigmas):
+                fresh = noise.renoise(index, start, step, x.shape)
+                x = (1 - sigmas[step + 1]) * x0 + sigmas[step + 1] * fresh
+        clean = torch.cat((clean, x0), 1)
+        index += 1
+    return clean[:, num_given:]
