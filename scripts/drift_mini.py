@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import torch
 import typer
 from omegaconf import OmegaConf
@@ -31,6 +31,13 @@ PromptsOption = Annotated[int, typer.Option(help="Held-back prompts.")]
 SecondsOption = Annotated[float, typer.Option(help="Length of each video.")]
 
 
+class VaeDtype(StrEnum):
+    """What the VAE computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @app.command()
 def run(
     cache: Annotated[
@@ -46,17 +53,14 @@ def run(
         str, typer.Option(help="I/N: only every N-th prompt, from the I-th; N runs, N results files.")
     ] = "1/1",
     vae_dtype: Annotated[
-        str,
-        typer.Option(
-            click_type=click.Choice(["float32", "bfloat16"]), help="bfloat16 decodes faster where the CPU has it."
-        ),
-    ] = "float32",
+        VaeDtype, typer.Option(help="bfloat16 decodes faster on CPUs that have it.")
+    ] = VaeDtype.float32,
     stop_after: Annotated[float, typer.Option(help="Start no new batch after this many minutes.")] = 1e9,
 ) -> None:
     """Make and measure what is missing of the study."""
     part, parts = parse_share(share)
     pipe = LongVideoPipeline.from_pretrained(model)
-    pipe.vae.to(torch.bfloat16 if vae_dtype == "bfloat16" else torch.float32)
+    quicken_vae(pipe.vae.to(torch.bfloat16 if vae_dtype is VaeDtype.bfloat16 else torch.float32))
     policies = dict(parse_cache(text) for text in cache)
     judge = load_judge()
     common = {"seconds": seconds, "sampler": str(pipe.family.sampler), "prompt_seed": PROMPT_SEED}
@@ -145,6 +149,15 @@ def parse_cache(text: str) -> tuple[str, Any]:
     if not isinstance(values, dict) or "policy" not in values:
         raise typer.BadParameter(f"{text!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'.")
     return label, values
+
+
+def quicken_vae(vae: torch.nn.Module) -> None:
+    """Store convolution kernels channels last: a CPU decodes batches about twice as fast, to rounding the same."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, torch.nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
 
 
 def parse_share(text: str) -> tuple[int, int]:
