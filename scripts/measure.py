@@ -129,9 +129,9 @@ def measure_transformer() -> dict[str, Any]:
         base = None
         for dtype in (torch.float32, torch.bfloat16) if name == "large" else (torch.float32,):
             rates, times = [], []
-            for _ in range(3):  # rate and blocks in turn: the machine's speed drifts
+            for _ in range(3 if name == "small" else 2):  # rate and blocks in turn: the machine's speed drifts
                 rates.append(matmul_rate(torch.float32))
-                times += block_times(size, dtype, num_blocks=20 if name == "small" else 3)
+                times += block_times(size, dtype, num_blocks=20 if name == "small" else 2)
             median = statistics.median(times)
             share = size.block_flops() / median / statistics.median(rates)
             base = base or median
