@@ -1,8 +1,15 @@
-"""The rollout: text to blocks to latents to pixels to a file."""
+"""The rollout: text to blocks to latents to pixels to a file.
 
-from longtake.pipelines.long_video import LongVideoPipeline, LongVideoPipelineOutput
-from longtake.pipelines.rollout import Block, LatentRollout, PromptSwitch, rollout_latents
-from longtake.pipelines.take import Chunk, TakeSession
+Names are loaded when they are first used: run folders and video files are handled without waiting for diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longtake.pipelines.long_video import LongVideoPipeline, LongVideoPipelineOutput
+    from longtake.pipelines.rollout import Block, LatentRollout, PromptSwitch, rollout_latents
+    from longtake.pipelines.take import Chunk, TakeSession
 
 __all__ = [
     "Block",
@@ -14,3 +21,20 @@ __all__ = [
     "TakeSession",
     "rollout_latents",
 ]
+
+_MODULES = {
+    "Block": "rollout",
+    "Chunk": "take",
+    "LatentRollout": "rollout",
+    "LongVideoPipeline": "long_video",
+    "LongVideoPipelineOutput": "long_video",
+    "PromptSwitch": "rollout",
+    "TakeSession": "take",
+    "rollout_latents": "rollout",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'longtake.pipelines' has no attribute {name!r}")
+    return getattr(import_module(f"longtake.pipelines.{_MODULES[name]}"), name)
