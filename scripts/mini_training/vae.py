@@ -210,6 +210,14 @@ def _split_params(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     )
 
 
+def _decoder_of(work: Path) -> AutoencoderKLWan:
+    """Load the trained VAE with its encoder frozen, so that every latent stays what it is."""
+    vae = load_vae(work)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return vae
+
+
 def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only: bool = False) -> None:
     """Train (or resume) the VAE for ``minutes`` in all.
 
@@ -225,11 +233,8 @@ def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only:
     checkpoint = work / f"{name}.pt"
     config = {"base_dim": 32, "is_residual": False}
     torch.manual_seed(0)
-    vae = load_vae(work) if decoder_only else build_vae(**config)
+    vae = _decoder_of(work) if decoder_only else build_vae(**config)
     quicken(vae.to(device).train())
-    if decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
     clips = None if decoder_only else render_clips(work / "vae_clips.npy", count=1600, num_frames=81)
     optimiser = OptimiserPair(*_split_params(vae), lr=DECODER_LEARNING_RATES if decoder_only else LEARNING_RATES)
     average, step, spent = WeightAverage(vae), 0, 0.0
@@ -242,7 +247,7 @@ def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only:
     rng = np.random.default_rng([step, rank(), decoder_only])
     generator = torch.Generator().manual_seed(1000 * step + rank())
     console.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, from step {step}")
-    saved_at, squared_sum, count = log.spent, 0.0, 0
+    saved_at, squared_errors = log.spent, []
 
     def save() -> None:
         state = {"live": vae.state_dict(), "average": average.values, "optimiser": optimiser.state_dict()}
@@ -257,11 +262,11 @@ def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only:
         norm = optimiser.step(min(1.0, (step + 1) / 50, (1.0 - progress) / 0.6 + 0.02))
         step += 1
         average.update(vae, min(0.99 if decoder_only else 0.998, 1.0 - 1.0 / (step + 1)))
-        squared_sum, count = squared_sum + float(squared), count + 1
+        squared_errors.append(float(squared))
         if step % 50 == 0:
-            psnr = -10.0 * float(np.log10(squared_sum / count / 4.0))
+            psnr = -10.0 * float(np.log10(np.mean(squared_errors) / 4.0))
             log.write(step=step, frames=video.shape[2], loss=float(loss.detach()), psnr=psnr, norm=norm)
-            squared_sum, count = 0.0, 0
+            squared_errors.clear()
         if rank() == 0 and log.spent - saved_at > 120.0:
             save()
             saved_at = log.spent
