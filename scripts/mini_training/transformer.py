@@ -25,12 +25,12 @@ from longtake.scripts.mini_training.text import TEXT_DIM, build_text_encoder, bu
 from longtake.scripts.mini_training.vae import Z_DIM
 
 NUM_BLOCKS, FRAMES_PER_BLOCK, TOKEN_SIDE = 7, 3, 4
-FLOW_SHIFT = 5.0
-SAMPLER_SIGMAS = (1.0, 0.9375, 0.8333, 0.625)  # where the four-step sampler asks for a prediction
-SAMPLER_SHARE = 0.25  # of the noise levels are drawn from them
+FLOW_SHIFT = 2.0
+SAMPLER_SIGMAS = (1.0, 0.8571, 0.6667, 0.4)  # where the four-step sampler asks for a prediction
+SAMPLER_SHARE = 0.15  # of the noise levels are drawn from them
 CONTEXT_NOISE = 0.2
 PROMPT_DROPOUT = 0.1
-FIRST_BLOCK_WEIGHT = 2.5  # it carries the prompt and is a seventh of the loss
+FIRST_BLOCK_WEIGHT = 4.0  # it carries the prompt and is a seventh of the loss
 LEARNING_RATES = (2e-3, 1.5e-3)
 LAYOUTS = (
     (0.45, ContextLayout()),

@@ -1,6 +1,7 @@
 """Train the mini model's VAE: diffusers' AutoencoderKLWan on 2x2-patchified pixels, 8x spatial and 4x temporal."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ KL_WEIGHT = 1e-3
 LEARNING_RATES = (4e-3, 2e-3)
 DECODER_LEARNING_RATES = (1.5e-3, 1e-3)
 DECODER_FRAMES = 41
+CONFIG = {"base_dim": 32, "is_residual": False}
 
 
 def build_vae(*, base_dim: int = 32, is_residual: bool = False) -> AutoencoderKLWan:
@@ -231,9 +233,8 @@ def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only:
     """
     name = "vae_decoder" if decoder_only else "vae"
     checkpoint = work / f"{name}.pt"
-    config = {"base_dim": 32, "is_residual": False}
     torch.manual_seed(0)
-    vae = _decoder_of(work) if decoder_only else build_vae(**config)
+    vae = _decoder_of(work) if decoder_only else build_vae(**CONFIG)
     quicken(vae.to(device).train())
     clips = None if decoder_only else render_clips(work / "vae_clips.npy", count=1600, num_frames=81)
     optimiser = OptimiserPair(*_split_params(vae), lr=DECODER_LEARNING_RATES if decoder_only else LEARNING_RATES)
@@ -247,11 +248,11 @@ def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only:
     rng = np.random.default_rng([step, rank(), decoder_only])
     generator = torch.Generator().manual_seed(1000 * step + rank())
     console.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, from step {step}")
-    saved_at, squared_errors = log.spent, []
+    saved_at, squared_errors = log.spent, deque(maxlen=50)
 
     def save() -> None:
         state = {"live": vae.state_dict(), "average": average.values, "optimiser": optimiser.state_dict()}
-        save_atomically({**state, "step": step, "seconds": log.spent, "config": config}, checkpoint)
+        save_atomically({**state, "step": step, "seconds": log.spent, "config": CONFIG}, checkpoint)
 
     while (progress := shared_progress(log.advance())) < 1.0:
         video = _draw_fresh(rng, 1) if decoder_only else _draw_batch(clips, rng, progress)
@@ -266,7 +267,6 @@ def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only:
         if step % 50 == 0:
             psnr = -10.0 * float(np.log10(np.mean(squared_errors) / 4.0))
             log.write(step=step, frames=video.shape[2], loss=float(loss.detach()), psnr=psnr, norm=norm)
-            squared_errors.clear()
         if rank() == 0 and log.spent - saved_at > 120.0:
             save()
             saved_at = log.spent

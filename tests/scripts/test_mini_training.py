@@ -82,7 +82,7 @@ def test_every_caption_word_is_one_token():
 def test_noise_levels_and_schedules():
     sigmas = draw_sigmas((4000, 2), torch.Generator().manual_seed(0))
     assert sigmas.min() >= 0.0 and sigmas.max() <= 1.0
-    assert 0.7 < sigmas.mean() < 0.8  # 0.72 after a shift of 5, 0.85 on the sampler's own levels
+    assert 0.6 < sigmas.mean() < 0.66  # 0.61 after a shift of 2, 0.73 on the sampler's own levels
     assert rate_factor(0, 0.0) < rate_factor(99, 0.01) == 1.0
     assert rate_factor(5000, 1.0) == pytest.approx(0.02)
     assert average_decay(0, 0.0) == 0.0
