@@ -1,5 +1,6 @@
 """How long videos of the mini model drift under different cache policies: run the study, and report it."""
 
+import json
 import time
 from collections.abc import Iterator
 from enum import StrEnum
@@ -113,9 +114,7 @@ def report(
             f"{[str(path) for path in results]} hold no finished videos: run `scripts/drift_mini.py run` first."
         )
     out.mkdir(parents=True, exist_ok=True)
-    used = sorted({row.prompt_index for row in rows})
-    scenes = held_back_scenes(used[-1] + 1, seed=PROMPT_SEED)
-    levels = truth_levels(load_judge(), [scenes[index] for index in used])
+    levels = reference_levels(out, sorted({row.prompt_index for row in rows}))
     counts = ", ".join(f"{policy} {len(own)}" for policy, own in by_policy(rows).items())
     draw_curves(rows, out / "drift.png", levels=levels, title=f"videos per policy: {counts}")
     write_json(rows, out / "drift.json", baseline=baseline, notes={"note": note, "judge": WEIGHTS.name})
@@ -135,6 +134,28 @@ def truth(prompts: PromptsOption = 64, seconds: SecondsOption = 60.0) -> None:
         (windows,) = measure_stream(judge, [scene], [repeat_frames(frames)])
         first, last = ({key: round(value, 3) for key, value in windows[index].items()} for index in (1, -1))
         console.print(f"{first}\n{last}")
+
+
+@app.command()
+def levels(
+    prompts: PromptsOption = 64, out: Annotated[Path, typer.Option(help="Folder.")] = Path("docs/drift")
+) -> None:
+    """Measure the true scenes of the prompts, for the report to find."""
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(reference_levels(out, list(range(prompts))))
+
+
+def reference_levels(folder: Path, prompts: list[int]) -> dict[str, dict[str, float]]:
+    """Levels of the true scenes of some prompts; measured once, then read from ``levels.json``."""
+    judge = load_judge()
+    key = study_fingerprint([judge], {"prompts": prompts, "prompt_seed": PROMPT_SEED})
+    path = folder / "levels.json"
+    known = json.loads(path.read_text()) if path.is_file() else {"key": None}
+    if known["key"] != key:
+        scenes = held_back_scenes(prompts[-1] + 1, seed=PROMPT_SEED)
+        known = {"key": key, "levels": truth_levels(judge, [scenes[index] for index in prompts])}
+        path.write_text(json.dumps(known, indent=1) + "\n")
+    return known["levels"]
 
 
 def parse_cache(text: str) -> tuple[str, Any]:

@@ -69,7 +69,12 @@ def test_drift_runs_resumes_and_reports(tmp_path):
     assert text.endswith("after\n")
     assert "old" not in text
     assert text.count("| shape right | deep |") == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"drift.csv", "drift.json", "drift.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "drift.csv",
+        "drift.json",
+        "drift.png",
+        "levels.json",
+    }
 
 
 def test_drift_refuses_what_it_cannot_read(tmp_path):
