@@ -154,7 +154,7 @@ def test_image_model_loads_strict():
 def test_the_825_true_names_and_shapes():
     folder = SHARED / "keys"
     if not folder.is_dir():
-        pytest.skip("the key lists of the 1.3B checkpoint (../shared/keys) are not present")
+        pytest.skip("the key lists of the 1.3B checkpoint are not beside this repository")
     original = json.loads((folder / "wan_1_3b_original_keys.json").read_text())
     expected = json.loads((folder / "wan_1_3b_diffusers_keys.json").read_text())
     converted = convert_original_state_dict({n: torch.empty(s, device="meta") for n, s in original.items()})
@@ -165,7 +165,7 @@ def test_the_825_true_names_and_shapes():
 def test_golden_weights_load_strict():
     files = [file for file in sorted((SHARED / "golden").glob("*.safetensors")) if file.stem != "radial_masks"]
     if not files:
-        pytest.skip("golden files (../shared/golden) are not present")
+        pytest.skip("no golden files beside this repository")
     for file in files:
         with safe_open(file, framework="pt") as archive:
             config = json.loads(archive.metadata()["config"])
