@@ -161,6 +161,7 @@ class _Encoder:
         self._file = file
         self._num_frames = num_frames
         self._failure: BaseException | None = None
+        self._error: OSError | None = None
         # Its own session: Ctrl-C in a terminal must reach the program that drives it, not the encoder.
         self._process = subprocess.Popen(
             video_format.ffmpeg_command(),
@@ -179,6 +180,8 @@ class _Encoder:
             raise self._stopped() from error
 
     def finish(self) -> None:
+        if self._error is not None:
+            raise self._error
         try:
             self._process.stdin.close()
         except BrokenPipeError as error:
@@ -212,13 +215,19 @@ class _Encoder:
             self._process.kill()
 
     def _stopped(self) -> OSError:
-        self._process.kill()
-        self._thread.join()
-        self._process.wait()
-        message = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-        self._close_pipes()
+        """Why the encoder is gone; asked again after the pipes are closed, it answers the same."""
+        if self._error is None:
+            self._process.kill()
+            self._thread.join()
+            self._process.wait()
+            message = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            self._close_pipes()
+            self._error = self._reason(message[-1] if message else "no message")
+        return self._error
+
+    def _reason(self, message: str) -> OSError:
         if isinstance(self._failure, OSError):
             return self._failure
         if self._failure is not None:
             return OSError(f"video encoder: {self._failure}")
-        return OSError(f"video encoder stopped: {message[-1] if message else 'no message'}")
+        return OSError(f"video encoder stopped: {message}")
