@@ -1,5 +1,6 @@
 """The console command ``longtake``."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -55,6 +56,9 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    # Read when torch is loaded. Threads that spin while they wait take the time of those that work, and on a shared
+    # machine that of everybody else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run_app(app))
 
 
