@@ -33,8 +33,8 @@ PromptsOption = Annotated[int, typer.Option(help="Held-back prompts.")]
 SecondsOption = Annotated[float, typer.Option(help="Length of each video.")]
 
 
-class VaeDtype(StrEnum):
-    """What the VAE computes in."""
+class Precision(StrEnum):
+    """What the model computes in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -54,25 +54,33 @@ def run(
     share: Annotated[
         str, typer.Option(help="I/N: only every N-th prompt, from the I-th; N runs, N results files.")
     ] = "1/1",
-    vae_dtype: Annotated[
-        VaeDtype, typer.Option(help="bfloat16 decodes faster on CPUs that have it.")
-    ] = VaeDtype.float32,
+    dtype: Annotated[
+        Precision, typer.Option(help="bfloat16: matmuls of the transformer, and the whole VAE.")
+    ] = Precision.float32,
+    sampler: Annotated[str, typer.Option(help="'{name: multi_step, ...}' instead of the model's own.")] = "",
     stop_after: Annotated[float, typer.Option(help="Start no new batch after this many minutes.")] = 1e9,
 ) -> None:
     """Make and measure what is missing of the study."""
     part, parts = parse_share(share)
     pipe = LongVideoPipeline.from_pretrained(model)
-    quicken_vae(pipe.vae.to(torch.bfloat16 if vae_dtype is VaeDtype.bfloat16 else torch.float32))
+    quicken_vae(pipe.vae.to(torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32))
     policies = dict(parse_cache(text) for text in cache)
     judge = load_judge()
-    common = {"seconds": seconds, "sampler": str(pipe.family.sampler), "prompt_seed": PROMPT_SEED}
+    solver = parse_sampler(sampler) if sampler else pipe.family.sampler
+    common = {"seconds": seconds, "sampler": str(solver), "dtype": dtype, "prompt_seed": PROMPT_SEED}
     modules = [pipe.transformer, pipe.vae, pipe.text_encoder, judge]
     prints = {
         name: study_fingerprint(modules, {**common, "cache": repr(make_policy(p))}) for name, p in policies.items()
     }
 
     def frames_of(texts: list[str], noise_seeds: list[int], policy: Any) -> Iterator[Tensor]:
-        for chunk in pipe.stream(prompt=texts, seconds=seconds, cache=policy, seed=noise_seeds):
+        settings = {"seconds": seconds, "cache": policy, "seed": noise_seeds, "sampler": solver}
+        chunks = pipe.stream(prompt=texts, **settings)
+        while True:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is Precision.bfloat16):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
             yield chunk.frames
 
     begin = last = time.perf_counter()
@@ -171,6 +179,11 @@ def parse_cache(text: str) -> tuple[str, Any]:
     if not isinstance(values, dict) or "policy" not in values:
         raise typer.BadParameter(f"{text!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'.")
     return label, values
+
+
+def parse_sampler(text: str) -> dict[str, Any]:
+    """Read ``{name: NAME, field: value}``."""
+    return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 import typer
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -89,14 +90,16 @@ def score(
     cache: Annotated[str, typer.Option(help="Cache policy; in five seconds 'full' evicts nothing.")] = "full",
     model: ModelOption = "mini",
     weights: Annotated[Path, typer.Option(help="The judge's weights.")] = WEIGHTS,
+    sampler: Annotated[str, typer.Option(help="'{name: multi_step, ...}' instead of the model's own.")] = "",
 ) -> None:
     """Make a five-second clip per held-back prompt and let the judge look."""
     pipe = LongVideoPipeline.from_pretrained(model)
     quicken_vae(pipe.vae)
+    solver = OmegaConf.to_container(OmegaConf.create(sampler)) if sampler else pipe.family.sampler
     begin = time.perf_counter()
 
     def make_clips(texts: list[str], seeds: list[int]) -> torch.Tensor:
-        chunks = pipe.stream(prompt=texts, num_frames=81, cache=cache, seed=seeds)
+        chunks = pipe.stream(prompt=texts, num_frames=81, cache=cache, seed=seeds, sampler=solver)
         return torch.cat([chunk.frames for chunk in chunks], dim=1)
 
     def report(done: int) -> None:
@@ -111,7 +114,7 @@ def score(
         "model": model,
         "prompts": prompts,
         "cache": cache,
-        "sampler": str(pipe.family.sampler),
+        "sampler": str(solver),
         "seconds": round(time.perf_counter() - begin, 1),
     }
     write_scorecard(lines, out, notes=notes)

@@ -30,7 +30,7 @@ class TrueScenes:
         assert name == "mini"
         return cls()
 
-    def stream(self, prompt, *, cache, seed, seconds=None, num_frames=None):
+    def stream(self, prompt, *, cache, seed, sampler, seconds=None, num_frames=None):
         assert len(seed) == len(prompt)
         total = num_frames or round(seconds * 16) + 1
         for start in range(0, total, 100):
