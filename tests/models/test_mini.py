@@ -24,7 +24,7 @@ def test_parts_and_geometry(pipeline):
     assert tuple(pipeline.transformer.config.patch_size) == (1, 2, 2)
     assert pipeline.transformer.config.in_channels == pipeline.vae.config.z_dim
     assert (pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal) == (8, 4)
-    assert pipeline.scheduler.config.shift == 4.0
+    assert pipeline.scheduler.config.shift == 3.0
     for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
         assert all(torch.isfinite(parameter).all() for parameter in part.parameters())
 
