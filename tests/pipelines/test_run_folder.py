@@ -17,6 +17,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 from run_fakes import PROMPT, FakeSession, generate, make_config, resume
 
+from longtake.configs.families import load_family
 from longtake.configs.loader import load_run
 from longtake.pipelines import run_files, run_state
 from longtake.pipelines.fragments import count_frames
@@ -317,5 +318,5 @@ def test_damage_is_named(tmp_path):
 def test_the_configuration_is_the_runs_own(whole):
     saved = yaml.safe_load((whole / "config.yaml").read_text())
     assert saved["cache"]["policy"] == "attention_sink"
-    assert saved["sampler"]["name"] == "few_step"
+    assert saved["sampler"]["name"] == load_family("mini").sampler["name"]
     assert saved["output"]["folder"] is None
