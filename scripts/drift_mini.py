@@ -130,7 +130,7 @@ def report(
     table = f"Videos per policy: {counts}.\n\n{markdown_table(rows, baseline=baseline, levels=levels)}"
     if page is not None:
         replace_between(page, table)
-    console.print(table, markup=False)
+    console.print(table, markup=False, soft_wrap=True)
 
 
 @app.command()
