@@ -7,7 +7,7 @@ PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.11 python3.12 python3.13)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 # make demo PROMPT="..." CACHE=sliding_window SEED=1 DURATION=10
-PROMPT ?= a red circle bouncing over a navy striped background
+PROMPT ?= a red circle bouncing quickly over a navy striped background
 CACHE ?= attention_sink
 SEED ?= 0
 DURATION ?= 60

@@ -16,7 +16,7 @@ first_blocks = []
 for name, cache in POLICIES.items():
     first = None
     for chunk in pipe.stream(
-        "a red circle bouncing over a navy striped background", seconds=SECONDS, cache=cache, seed=0
+        "a red circle bouncing quickly over a navy striped background", seconds=SECONDS, cache=cache, seed=0
     ):
         view = chunk.frames.median(dim=1).values  # the median frame is the background
         first = view if first is None else first

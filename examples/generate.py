@@ -8,7 +8,7 @@ SECONDS = 10
 
 pipe = LongVideoPipeline.from_pretrained("mini")
 video = pipe(
-    "a red circle bouncing over a navy striped background",
+    "a red circle bouncing quickly over a navy striped background",
     seconds=SECONDS,
     cache="attention_sink",
     seed=0,

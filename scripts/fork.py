@@ -41,7 +41,7 @@ def fork(
 
     **Examples**
 
-    `longtake fork runs/take --at 20s --prompt "a blue circle bouncing over a navy striped background"`
+    `longtake fork runs/take --at 20s --prompt "a blue circle bouncing quickly over a navy striped background"`
 
     `longtake fork runs/take --at 58s --seconds 120`
     """

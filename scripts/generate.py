@@ -79,11 +79,11 @@ def generate(
 
     **Examples**
 
-    `longtake generate "a red circle bouncing over a navy striped background" --seconds 60`
+    `longtake generate "a red circle bouncing quickly over a navy striped background" --seconds 60`
 
-    `longtake generate "a blue ring drifting left" --cache sliding_window --seed 3 --out takes/ring`
+    `longtake generate "a blue star circling quickly over a teal plain background" --cache full --seed 3 --out star`
 
-    `longtake generate "a green square" cache.num_context_frames=15 output.scale=4 --out square.mp4`
+    `longtake generate "a pink square swaying slowly over a grey plain background" cache.num_sink_frames=1`
 
     `longtake generate --config take.yaml` where take.yaml holds `prompt:`, `seconds:`, `cache:` and so on
 

@@ -22,7 +22,7 @@ import typer
 
 from longtake.scripts.console import EXIT_BAD_INPUT, err, out
 
-PROMPT = "a red circle bouncing over a navy striped background"
+PROMPT = "a red circle bouncing quickly over a navy striped background"
 POLL_SECONDS = 0.005
 # One kill in five comes before the first new block: while the program loads, or cuts the video.
 EARLY_SHARE = 0.2

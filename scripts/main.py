@@ -32,7 +32,7 @@ app = typer.Typer(
     help=(
         "Minutes of video from a causal video diffusion transformer, block by block, with a cache policy chosen in "
         "YAML.\n\n"
-        'Start with: `longtake generate "a red circle bouncing over a navy striped background"`'
+        'Start with: `longtake generate "a red circle bouncing quickly over a navy striped background"`'
     ),
 )
 for _name, _command in COMMANDS.items():

@@ -160,7 +160,7 @@ def measure_video(seconds: float) -> dict[str, Any]:
     start = time.perf_counter()
     pipe = LongVideoPipeline.from_pretrained("mini")
     loaded = time.perf_counter()
-    session = pipe.start("a red circle bouncing over a navy striped background", seconds=seconds, seed=0)
+    session = pipe.start("a red circle bouncing quickly over a navy striped background", seconds=seconds, seed=0)
     spent = {"denoise": 0.0, "decode": 0.0, "write": 0.0}
     first_frame = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +195,9 @@ def measure_video(seconds: float) -> dict[str, Any]:
 
 def _operator_shares(pipe: LongVideoPipeline) -> dict[str, float]:
     """Shares of the denoising time spent in attention and in matrix products."""
-    session = pipe.start("a red circle bouncing over a navy striped background", seconds=8, seed=0, decode=False)
+    session = pipe.start(
+        "a red circle bouncing quickly over a navy striped background", seconds=8, seed=0, decode=False
+    )
     for _ in range(5):
         session.next_chunk()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

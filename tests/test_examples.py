@@ -1,19 +1,13 @@
 """Every example runs as it stands, only shorter."""
 
 import re
-from importlib.resources import files
 from pathlib import Path
 
 import imageio.v3 as iio
-import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MAX_LINES = 40
 SHORT = {"SECONDS": "1.5", "NUM_FRAMES": "12"}
-
-needs_mini = pytest.mark.skipif(
-    not (files("longtake.models") / "mini" / "model_index.json").is_file(), reason="the bundled mini model is absent"
-)
 
 
 def _run(name: str, folder: Path, monkeypatch, **lengths: str) -> dict[str, object]:
@@ -27,14 +21,12 @@ def _run(name: str, folder: Path, monkeypatch, **lengths: str) -> dict[str, obje
     return namespace
 
 
-@needs_mini
 def test_generate(tmp_path, monkeypatch, capsys):
     _run("generate.py", tmp_path, monkeypatch)
     assert iio.improps(tmp_path / "generate.mp4", plugin="FFMPEG").shape[1:] == (64, 64, 3)
     assert "25 frames of 64x64" in capsys.readouterr().out
 
 
-@needs_mini
 def test_stream(tmp_path, monkeypatch):
     namespace = _run("stream.py", tmp_path, monkeypatch)
     frames = iio.imread(tmp_path / "stream.mp4", plugin="FFMPEG")
@@ -43,7 +35,6 @@ def test_stream(tmp_path, monkeypatch):
     assert namespace["chunk"].is_last and namespace["chunk"].prompt[0].startswith("a blue")
 
 
-@needs_mini
 def test_compare_policies(tmp_path, monkeypatch, capsys):
     _run("compare_policies.py", tmp_path, monkeypatch, SECONDS="3.0")
     *rows, last = capsys.readouterr().out.splitlines()

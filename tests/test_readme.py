@@ -4,7 +4,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,12 @@ from longtake.evaluation.moving_scenes import parse_caption, vocabulary
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-has_mini = (files("longtake.models") / "mini" / "model_index.json").is_file()
 
 
 def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.skipif(not has_mini, reason="the bundled mini model is absent")
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
@@ -40,7 +37,6 @@ def _commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@pytest.mark.skipif(not has_mini, reason="the bundled mini model is absent")
 def test_longtake_commands_work_in_order(tmp_path):
     """As a user types them, in one folder, only shorter."""
     lines = [words for words in _commands() if words[0] == "longtake"]
