@@ -7,7 +7,7 @@ from longtake.cache.attention_sink import AttentionSink
 from longtake.cache.base import CachePolicy
 from longtake.cache.full import Full
 from longtake.cache.sliding_window import SlidingWindow
-from longtake.configs.fields import build, choose
+from longtake.configs.fields import make
 
 POLICIES: dict[str, type[CachePolicy]] = {
     "full": Full,
@@ -27,8 +27,4 @@ def make_policy(settings: CachePolicy | Mapping[str, Any] | str) -> CachePolicy:
     """
     if isinstance(settings, CachePolicy):
         return settings
-    values = {"policy": settings} if isinstance(settings, str) else dict(settings)
-    if "policy" not in values:
-        raise ValueError(f"cache settings need a key 'policy', one of: {', '.join(POLICIES)}.")
-    name = values.pop("policy")
-    return build(choose(POLICIES, name, what="cache policy"), values, what=f"cache policy {name!r}")
+    return make(POLICIES, settings, key="policy", what="cache policy")

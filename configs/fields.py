@@ -48,6 +48,25 @@ def choose(table: Mapping[str, T], name: Any, *, what: str) -> T:
     return table[name]
 
 
+def make(table: Mapping[str, type[T]], settings: Mapping[str, Any] | str, *, key: str, what: str) -> T:
+    """Make an entry of a registry from its YAML mapping.
+
+    Args:
+        table: Frozen dataclasses by name.
+        settings: ``{key: NAME, field: value, ...}``, or a name alone for all defaults.
+        key: Which entry of the mapping holds the name.
+        what: How errors call the thing, e.g. ``cache policy``.
+
+    Raises:
+        ValueError: If the name or a field is unknown, with the nearest known one, or a value does not fit.
+    """
+    values = {key: settings} if isinstance(settings, str) else dict(settings)
+    if key not in values:
+        raise ValueError(f"{what} settings need a key {key!r}, one of: {', '.join(table)}.")
+    name = values.pop(key)
+    return build(choose(table, name, what=what), values, what=f"{what} {name!r}")
+
+
 def _converted(value: Any, hint: Any, name: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from longtake.configs.fields import build, choose
+from longtake.configs.fields import make
 from longtake.samplers.base import Sampler
 from longtake.samplers.few_step import FewStep
 from longtake.samplers.multi_step import MultiStep
@@ -25,8 +25,4 @@ def make_sampler(settings: Sampler | Mapping[str, Any] | str) -> Sampler:
     """
     if isinstance(settings, Sampler):
         return settings
-    values = {"name": settings} if isinstance(settings, str) else dict(settings)
-    if "name" not in values:
-        raise ValueError(f"sampler settings need a key 'name', one of: {', '.join(SAMPLERS)}.")
-    name = values.pop("name")
-    return build(choose(SAMPLERS, name, what="sampler"), values, what=f"sampler {name!r}")
+    return make(SAMPLERS, settings, key="name", what="sampler")

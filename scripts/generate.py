@@ -83,7 +83,7 @@ def generate(
 
     `longtake generate "a blue star circling quickly over a teal plain background" --cache full --seed 3 --out star`
 
-    `longtake generate "a pink square swaying slowly over a grey plain background" cache.num_sink_frames=1`
+    `longtake generate "a pink square swaying slowly over a grey plain background" cache.num_context_frames=15`
 
     `longtake generate --config take.yaml` where take.yaml holds `prompt:`, `seconds:`, `cache:` and so on
 

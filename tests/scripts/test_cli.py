@@ -79,11 +79,9 @@ def finished(tiny_folder, tmp_path_factory):
 
 def test_help_teaches_with_examples_and_needs_no_model():
     for words in (("--help",), ("generate", "--help"), ("resume", "--help"), ("fork", "--help"), ("info", "--help")):
-        began = time.process_time()
         code, stdout, stderr = run(*words)
         assert (code, stderr) == (0, "")
         assert "longtake" in stdout and "Usage" in stdout
-        assert time.process_time() - began < 1
     code, stdout, _ = run("generate", "--help")
     assert "--prompts prompts.txt" in stdout and "cache.num_context_frames=15" in stdout
 
