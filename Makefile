@@ -15,8 +15,10 @@ DURATION ?= 60
 # make test ARGS="-k resume -x"
 ARGS ?=
 
-# Waiting threads sleep: with few cores, spinning ones take the time of those that work.
+# Waiting threads stay awake for a tenth of a millisecond, then sleep: with few cores, ones that spin on take the time of
+# those that work (configs/waiting.py).
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT ?= 10000
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
@@ -46,7 +48,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	echo "installing torch (the longest part)"; \
 	$(PIP) torch; \
 	echo "installing longtake and its tools"; \
-	$(PIP) --editable '.[dev]'; \
+	$(PIP) --editable '.[dev,zentorch]'; \
 	touch $(STAMP)
 
 demo: $(STAMP) ## generate a 60 s video and a contact sheet from PROMPT into demo/

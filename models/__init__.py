@@ -2,6 +2,7 @@
 
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.conversion import convert_original_state_dict
+from longtake.models.convolution import use_onednn
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "StreamingDecoder",
     "StreamingEncoder",
     "convert_original_state_dict",
+    "use_onednn",
 ]

@@ -1,6 +1,6 @@
 """diffusers' own Wan transformer, made causal by attention processors and hooks, and stock again between blocks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -9,11 +9,10 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from longtake.attention import sdpa
+from longtake.attention import Attention, fastest
 from longtake.cache import Geometry, KVCache, Pass
 from longtake.models.modulated_block import ModulatedBlock, Modulations
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _HOOK = "longtake_causal"
 
 
@@ -56,13 +55,13 @@ class CausalTransformer:
 
     Args:
         transformer: Any ``WanTransformer3DModel`` of the text-to-video kind.
-        attention: Dense attention of (batch, tokens, heads, head_dim) tensors.
+        attention: Dense attention of (batch, tokens, heads, head_dim) tensors; None takes the fastest here.
 
     Raises:
         ValueError: If the transformer has another class or wants image conditioning.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, *, attention: Attention = sdpa) -> None:
+    def __init__(self, transformer: WanTransformer3DModel, *, attention: Attention | None = None) -> None:
         if not isinstance(transformer, nn.Module) or not hasattr(transformer, "blocks"):
             raise ValueError(f"a WanTransformer3DModel is needed, not {type(transformer).__name__}.")
         if transformer.config.added_kv_proj_dim is not None:
@@ -70,10 +69,10 @@ class CausalTransformer:
         if transformer.config.patch_size[0] != 1:
             raise ValueError(f"patch_size={transformer.config.patch_size} joins frames: only (1, h, w) can be causal.")
         self.transformer = transformer
-        self.attention = attention
         # Both walk all parameters in diffusers, which would cost more than a small model's matmuls.
         self.dtype: torch.dtype = transformer.dtype
         self.device: torch.device = transformer.device
+        self.attention = attention or fastest(self.device, self.dtype)
         self._call: _Call | None = None
         self._modulations = Modulations()
         self._embedded: dict[float, Tensor] = {}

@@ -60,24 +60,26 @@ class ModulatedBlock(ModelHook):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulations.of(self.layer, module, timesteps)
         segments = (len(timesteps), -1)
 
-        normed = _modulated_norm(hidden_states, module.norm1, shift, scale, segments).to(dtype)
+        normed = _modulated_norm(hidden_states, module.norm1, shift, scale)
         hidden_states = _gated(hidden_states, module.attn1(normed, None, None, rotary_emb), gate, segments).to(dtype)
 
         norm = module.norm2
         normed = hidden_states
         if not isinstance(norm, nn.Identity):
             normed = functional.layer_norm(
-                hidden_states.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
-            ).to(dtype)
+                hidden_states, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+            )
         hidden_states = hidden_states + module.attn2(normed, encoder_hidden_states, None, None)
 
-        normed = _modulated_norm(hidden_states, module.norm3, ffn_shift, ffn_scale, segments).to(dtype)
+        normed = _modulated_norm(hidden_states, module.norm3, ffn_shift, ffn_scale)
         return _gated(hidden_states, module.ffn(normed), ffn_gate, segments).to(dtype)
 
 
-def _modulated_norm(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor, segments: Sequence[int]) -> Tensor:
-    normed = functional.layer_norm(x.float(), norm.normalized_shape, eps=norm.eps)
-    return torch.addcmul(shift, normed.unflatten(1, segments), scale).flatten(1, 2)
+def _modulated_norm(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
+    # Shift and scale in the place of the norm's weight and bias, in float32 for any ``x``: one kernel, rounded once.
+    rows = zip(x.chunk(shift.shape[1], dim=1), shift[0, :, 0], scale[0, :, 0], strict=True)
+    parts = [functional.layer_norm(part, norm.normalized_shape, factor, term, norm.eps) for part, term, factor in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _gated(x: Tensor, update: Tensor, gate: Tensor, segments: Sequence[int]) -> Tensor:

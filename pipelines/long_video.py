@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longtake.cache import CachePolicy, make_policy
 from longtake.configs.families import ModelFamily, family_names, load_family
+from longtake.models import use_onednn
 from longtake.pipelines.rollout import LatentRollout
 from longtake.pipelines.take import Chunk, TakeSession
 from longtake.samplers import Sampler, SeededNoise, make_sampler
@@ -74,6 +75,7 @@ class LongVideoPipeline(WanPipeline):
         check_model_folder(folder)
         pipe = super().from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **kwargs)
         pipe.family = settings
+        use_onednn(pipe.vae)
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:

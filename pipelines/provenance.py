@@ -3,12 +3,14 @@
 import hashlib
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 PACKAGES = ("longtake", "torch", "diffusers", "transformers", "safetensors", "numpy", "imageio-ffmpeg")
+OPTIONAL_PACKAGES = ("zentorch",)
 FULL_HASH_BYTES = 1 << 28
 NUM_SAMPLES = 256
 SAMPLE_BYTES = 1 << 16
@@ -16,7 +18,8 @@ SAMPLE_BYTES = 1 << 16
 
 def versions() -> dict[str, str]:
     """Return the versions that decide the numbers: Python and the packages that compute."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    optional = [name for name in OPTIONAL_PACKAGES if find_spec(name) is not None]
+    return {"python": platform.python_version()} | {name: version(name) for name in (*PACKAGES, *optional)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

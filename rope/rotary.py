@@ -97,6 +97,10 @@ def rotate(x: Tensor, coordinates: Tensor, *, frequencies: AxisFrequencies) -> T
     return apply_phases(x, token_phases(coordinates, frequencies=frequencies))
 
 
+# Tokens of a half-precision tensor that are rotated at a time on the CPU.
+CHUNK_TOKENS = 256
+
+
 def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Multiply every interleaved pair of ``x`` by its unit phase.
 
@@ -109,13 +113,20 @@ def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Ten
         ``out``, or a new tensor of ``x``'s shape and dtype. Products are float32.
     """
     turns = phases[:, None]
-    if x.dtype != torch.float32:
-        turned = torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2)
-        return turned.to(x.dtype) if out is None else out.copy_(turned)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    if x.dtype == torch.float32:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        if out is None:
+            return torch.view_as_real(pairs * turns).flatten(-2)
+        torch.mul(pairs, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+        return out
     if out is None:
-        return torch.view_as_real(pairs * turns).flatten(-2)
-    torch.mul(pairs, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+        out = torch.empty_like(x)
+    # A few tokens at a time on the CPU, so that the float32 copies stay in its cache.
+    step = CHUNK_TOKENS if x.device.type == "cpu" else max(x.shape[1], 1)
+    for start in range(0, x.shape[1], step):
+        part = slice(start, start + step)
+        pairs = torch.view_as_complex(x[:, part].float().unflatten(-1, (-1, 2)))
+        out[:, part] = torch.view_as_real(pairs.mul_(turns[part])).flatten(-2)
     return out
 
 

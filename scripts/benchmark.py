@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from longtake.configs.waiting import wait_briefly
 from longtake.scripts.console import out
 
 
@@ -39,9 +40,9 @@ def benchmark(
     record: dict[str, Any] = {"machine": measure.machine()}
     out.print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
     parts = {
+        Part.FLAT: lambda: measure.measure_flat(blocks),  # first, while the process is small
         Part.TRANSFORMER: measure.measure_transformer,
         Part.VIDEO: lambda: measure.measure_video(seconds),
-        Part.FLAT: lambda: measure.measure_flat(blocks),
     }
     for name, take in parts.items():
         if part in (Part.ALL, name):
@@ -52,6 +53,7 @@ def benchmark(
 
 def main() -> None:
     """Run the benchmark by itself."""
+    wait_briefly()
     typer.run(benchmark)
 
 

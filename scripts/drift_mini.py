@@ -19,7 +19,6 @@ from longtake.evaluation.drift_report import by_policy, draw_curves, markdown_ta
 from longtake.evaluation.drift_study import measure_stream, read_results, run_study, study_fingerprint
 from longtake.evaluation.drift_truth import repeat_frames, truth_levels
 from longtake.evaluation.judge import WEIGHTS, load_judge
-from longtake.evaluation.judge_training import quicken_vae
 from longtake.evaluation.moving_scenes import FPS, held_back_scenes
 from longtake.pipelines.long_video import LongVideoPipeline
 
@@ -63,7 +62,7 @@ def run(
     """Make and measure what is missing of the study."""
     part, parts = parse_share(share)
     pipe = LongVideoPipeline.from_pretrained(model)
-    quicken_vae(pipe.vae.to(torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32))
+    pipe.vae.to(torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32)
     policies = dict(parse_cache(text) for text in cache)
     judge = load_judge()
     solver = parse_sampler(sampler) if sampler else pipe.family.sampler

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from longtake.evaluation.judge import WEIGHTS, ClipJudge, load_judge, save_judge
-from longtake.evaluation.judge_training import quicken_vae, round_trip_examples, train_judge, vae_round_trip
+from longtake.evaluation.judge_training import round_trip_examples, train_judge, vae_round_trip
 from longtake.evaluation.moving_scenes import FPS, held_back_scenes
 from longtake.evaluation.scorecard import Line, score_model, score_true_scenes, write_scorecard
 from longtake.pipelines.long_video import LongVideoPipeline
@@ -39,7 +39,6 @@ def train(
     extra = []
     if round_trips:
         vae = LongVideoPipeline.from_pretrained(model).vae
-        quicken_vae(vae)
         drawn = round_trip_examples(vae_round_trip(vae), first=10_000_000 + first_clip, count=round_trips)
         extra = list(track(drawn, description="round trips", total=round_trips, console=console))
     begin = time.perf_counter()
@@ -67,7 +66,6 @@ def examine(
     ways = {"raw": None}
     if model is not None:
         vae = LongVideoPipeline.from_pretrained(model).vae
-        quicken_vae(vae)
         ways["vae"] = vae_round_trip(vae)
     for way, round_trip in ways.items():
         lines = score_true_scenes(
@@ -94,7 +92,6 @@ def score(
 ) -> None:
     """Make a five-second clip per held-back prompt and let the judge look."""
     pipe = LongVideoPipeline.from_pretrained(model)
-    quicken_vae(pipe.vae)
     solver = OmegaConf.to_container(OmegaConf.create(sampler)) if sampler else pipe.family.sampler
     begin = time.perf_counter()
 

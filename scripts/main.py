@@ -1,12 +1,12 @@
 """The console command ``longtake``."""
 
-import os
 import sys
 from typing import Annotated
 
 import typer
 
 from longtake import __version__
+from longtake.configs.waiting import wait_briefly
 from longtake.scripts.benchmark import benchmark
 from longtake.scripts.console import out, run_app
 from longtake.scripts.fork import fork
@@ -56,9 +56,7 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # Read when torch is loaded. Threads that spin while they wait take the time of those that work, and on a shared
-    # machine that of everybody else.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     sys.exit(run_app(app))
 
 

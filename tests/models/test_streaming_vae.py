@@ -1,5 +1,6 @@
 """The streamed VAE equals the offline one bit for bit, in any chunking, and continues from a saved state."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load, save
 
+from longtake.models.convolution import use_onednn
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
 
 COMMON = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
@@ -139,3 +141,29 @@ def test_bad_input_is_refused(vae):
             decoder.decode(torch.zeros(1, 4, 1, 4, 4))
     finally:
         vae.disable_tiling()
+
+
+def test_onednn_convolutions_change_rounding_alone_and_stream_as_a_whole(vae):
+    quick = copy.deepcopy(vae)
+    use_onednn(quick)
+    use_onednn(quick)  # once is enough: twice is once
+    latents = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    decoder = StreamingDecoder(quick)
+    streamed = torch.cat([decoder.decode(part) for part in split(latents, [1, 2, 2])], dim=2)
+    with torch.no_grad():
+        whole, expected = quick.decode(latents).sample, vae.decode(latents).sample
+        codes, expected_codes = quick.encode(whole).latent_dist.mode(), vae.encode(whole).latent_dist.mode()
+    assert torch.equal(streamed, whole)
+    assert (whole - expected).abs().max() < 1e-5
+    assert (codes - expected_codes).abs().max() < 1e-4 * expected_codes.abs().max()
+    assert quick.state_dict().keys() == vae.state_dict().keys()
+    hooked = [module for module in quick.modules() if getattr(module, "_diffusers_hook", None) is not None]
+    assert hooked and all(len(module._diffusers_hook.hooks) == 1 for module in hooked)
+
+
+def test_other_types_keep_the_stock_convolution(vae):
+    stock, quick = (copy.deepcopy(vae).to(torch.bfloat16) for _ in range(2))
+    use_onednn(quick)
+    latents = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(quick.decode(latents).sample, stock.decode(latents).sample)
