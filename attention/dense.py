@@ -8,7 +8,8 @@ from torch import Tensor
 from longtake.attention.sdpa import sdpa
 from longtake.attention.zentorch import unavailable, zentorch
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]
+"""(q, k, v, bias=None) -> out, all (batch, tokens, heads, head_dim) but the bias, (batch, heads, queries, keys)."""
 
 
 def fastest(device: torch.device, dtype: torch.dtype) -> Attention:

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from longtake.attention.sdpa import sdpa
+
 
 @cache
 def unavailable() -> str | None:
@@ -21,13 +23,14 @@ def unavailable() -> str | None:
     return None
 
 
-def zentorch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def zentorch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Dense softmax attention in bfloat16: scores and sums in float32, as exact as ``sdpa``.
 
     Args:
         q: (batch, queries, heads, head_dim), rotated, bfloat16 on the CPU.
         k: (batch, keys, heads, head_dim), rotated.
         v: (batch, keys, heads, head_dim).
+        bias: (batch or 1, heads or 1, queries or 1, keys), added to the scaled scores; ``sdpa`` takes these calls.
 
     Returns:
         (batch, queries, heads, head_dim), scores scaled by head_dim ** -0.5.
@@ -37,6 +40,8 @@ def zentorch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Source: ZenDNN's plugin for PyTorch (AMD, MIT), operator ``zentorch_sdpa``.
     """
+    if bias is not None:
+        return sdpa(q, k, v, bias)
     return _operator()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2)
 
 

@@ -6,7 +6,9 @@ from longtake.cache.base import (
     CacheStats,
     Context,
     EncodeJob,
+    Event,
     Geometry,
+    HeadGroup,
     Pass,
     PolicyState,
     Read,
@@ -14,6 +16,7 @@ from longtake.cache.base import (
 from longtake.cache.frames import FramePlan, FramePolicy
 from longtake.cache.kv_cache import KVCache
 from longtake.cache.registry import POLICIES, make_policy
+from longtake.cache.storage import KeysValues, PlainStorage, Storage, Stored, TokenBuffer
 
 __all__ = [
     "POLICIES",
@@ -22,12 +25,19 @@ __all__ = [
     "CacheStats",
     "Context",
     "EncodeJob",
+    "Event",
     "FramePlan",
     "FramePolicy",
     "Geometry",
+    "HeadGroup",
     "KVCache",
+    "KeysValues",
     "Pass",
+    "PlainStorage",
     "PolicyState",
     "Read",
+    "Storage",
+    "Stored",
+    "TokenBuffer",
     "make_policy",
 ]

@@ -42,10 +42,9 @@ class AttentionSink(FramePolicy):
         """What one block reads beside itself."""
         return self.num_context_frames - frames_per_block
 
-    def roles(self, frames: tuple[int, ...]) -> dict[str, int]:
+    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
         """Sinks are the frames before ``num_sink_frames``."""
-        num_sinks = sum(frame < self.num_sink_frames for frame in frames)
-        return {"sink": num_sinks, "recent": len(frames) - num_sinks}
+        return tuple("sink" if frame < self.num_sink_frames else "recent" for frame in frames)
 
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read the sinks and the last frames that fit beside them and the block."""

@@ -6,13 +6,17 @@ speaks of positions only in ``select``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from longtake.cache.storage import PlainStorage, Storage, Stored
+
 Number = int | float | str | bool | None
+Event = Literal["keep", "recache", "flush", "cut"]
+"""What a change of prompt does to the cache."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Geometry:
         max_frames: Length of the rollout, when it is known.
         dtype: Of the stored keys and values.
         device: Of the stored keys and values.
+        storage: How a policy's tokens are kept: plain, quantised, in host memory.
     """
 
     num_layers: int
@@ -42,17 +47,12 @@ class Geometry:
     max_frames: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    storage: Storage = field(default_factory=PlainStorage, compare=False)
 
     @property
     def tokens_per_frame(self) -> int:
         """Tokens of one latent frame."""
         return self.num_rows * self.num_columns
-
-    @property
-    def bytes_per_frame(self) -> int:
-        """Bytes of one frame's keys and values over all layers and the batch."""
-        channels = self.num_heads * self.head_dim
-        return 2 * self.num_layers * self.batch_size * self.tokens_per_frame * channels * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,23 @@ class Pass:
     """One forward of some frames through the transformer.
 
     Attributes:
-        kind: ``denoise`` never changes storage; ``commit`` stores what it produced.
-        block_index: Which block of the rollout, from 0.
+        kind: ``denoise`` never changes storage; ``commit`` stores what it produced; ``encode`` is a forward that a
+            policy asked for with an ``EncodeJob``, and stores it too.
+        block_index: Which block of the rollout, from 0; the block before it for an ``encode``.
         start_frame: First latent frame of the pass.
         num_frames: Latent frames of the pass.
         step_index: Denoising step, from 0; 0 in a commit.
+        label: The ``EncodeJob``'s.
+        grid: (rows, columns) of tokens per frame, where they differ from the rollout's.
     """
 
-    kind: Literal["denoise", "commit"]
+    kind: Literal["denoise", "commit", "encode"]
     block_index: int
     start_frame: int
     num_frames: int
     step_index: int = 0
+    label: str = ""
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,45 @@ class Read:
     """Stored tokens that a pass attends to.
 
     Attributes:
-        keys: (batch, frames * tokens_per_frame, heads, head_dim), un-rotated.
-        values: Same shape.
-        positions: Temporal position of each frame.
+        stored: ``keys`` and ``values``, both (batch, tokens, heads, head_dim), keys un-rotated.
+        positions: Temporal position of each whole frame, or (tokens, 3) or (batch, tokens, 3) float64 coordinates
+            (frame, row, column) of every token.
+        frames: Frames of the video that the tokens come from, for tools that show what is read.
+        role: sink, recent, mid, memory, ...
+        bias: Added to the tokens' scores: (tokens,) or (batch, heads, tokens). The logarithm of how many tokens one
+            stands for, say.
     """
 
-    keys: Tensor
-    values: Tensor
-    positions: tuple[float, ...]
+    stored: Stored
+    positions: tuple[float, ...] | Tensor
+    frames: tuple[int, ...] = ()
+    role: str = "recent"
+    bias: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """(batch, tokens, heads, head_dim), un-rotated."""
+        return self.stored.keys
+
+    @property
+    def values(self) -> Tensor:
+        """(batch, tokens, heads, head_dim)."""
+        return self.stored.values
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """What some heads of a layer read, where heads differ.
+
+    Attributes:
+        heads: Which heads.
+        reads: Of these heads alone: (batch, tokens, len(heads), head_dim).
+        capacity: As of ``Context``.
+    """
+
+    heads: tuple[int, ...]
+    reads: tuple[Read, ...]
+    capacity: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,15 +131,20 @@ class Context:
 
     Attributes:
         reads: In the order in which they are laid out.
-        query_positions: Temporal position of each frame of the pass itself.
-        holds: ``block``: all passes of the block read the same; ``pass``: ask again at the next pass.
+        query_positions: Temporal position of each frame of the pass itself, or its tokens' coordinates as in ``Read``.
+        holds: ``block``: all passes of the block read the same; ``kind``: all its denoising passes do, and its commit
+            reads something else; ``pass``: ask again at the next pass.
         capacity: Most tokens that ``reads`` can ever have, so that buffers are allocated once; 0: unbounded.
+        num_own_frames: The pass attends to this many of its own last frames only; None: to all of them.
+        groups: Reads by heads, in the place of ``reads``; every head is in exactly one group.
     """
 
     reads: tuple[Read, ...]
-    query_positions: tuple[float, ...]
-    holds: Literal["block", "pass"] = "block"
+    query_positions: tuple[float, ...] | Tensor
+    holds: Literal["block", "kind", "pass"] = "block"
     capacity: int = 0
+    num_own_frames: int | None = None
+    groups: tuple[HeadGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,26 +174,43 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """A block that has been denoised and committed, as ``end_block`` sees it."""
+    """A block that has been denoised and committed, as ``end_block`` sees it.
+
+    Attributes:
+        block_index: Which block of the rollout.
+        start_frame: Its first latent frame.
+        latents: (batch, frames, channels, height, width), clean.
+        event: What the next block's prompt does to the cache: ``keep`` unless it is a new prompt that asks for more.
+    """
 
     block_index: int
     start_frame: int
     latents: Tensor
+    event: Event = "keep"
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """A forward that only fills cache entries.
+    """A forward that only fills cache entries: its passes have the kind ``encode``, and ``commit`` stores them.
+
+    It runs under the prompt of the next block, sees what ``select`` says, and its output is dropped.
 
     Attributes:
         latents: (batch, frames, channels, height, width), fed at ``timestep``.
         start_frame: First latent frame of the job.
         timestep: Network timestep, 0 to 1000.
+        label: Comes back in the pass, so that a policy knows its jobs.
+        pooling: Decode the latents, average over (frames, rows, columns) of pixels, and encode the smaller clip again
+            before it is fed. Needs a VAE.
+        tokens: (batch, channels, frames, rows, columns) added to the patch embedding of the latents.
     """
 
     latents: Tensor
     start_frame: int
     timestep: float = 0.0
+    label: str = ""
+    pooling: tuple[int, int, int] | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +220,17 @@ class CachePolicy(ABC):
     Class attributes:
         name: Key in YAML and on the command line.
         source: Paper or repository.
+        events: What a change of prompt may do to its cache.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    events: ClassVar[frozenset[Event]] = frozenset({"keep"})
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether a rollout has to have a VAE: jobs with ``pooling``."""
+        return False
 
     @abstractmethod
     def start(self, geometry: Geometry) -> "PolicyState":
@@ -203,8 +268,14 @@ class PolicyState(ABC):
     merges_commit: ClassVar[bool] = True
 
     @abstractmethod
-    def select(self, layer: int, pass_: Pass) -> Context:
-        """Say which stored tokens a pass reads, at which positions. Changes nothing."""
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        """Say which stored tokens a pass reads, at which positions. Changes nothing that is stored.
+
+        Args:
+            layer: Self-attention layer.
+            pass_: The pass that asks.
+            q: Its un-rotated queries, (batch, frames * tokens_per_frame, heads, head_dim); None when a tool asks.
+        """
 
     @abstractmethod
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -4,13 +4,16 @@ A frame-level policy is a pure function of counters (``FramePolicy.plan``), so i
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, Number, Pass, PolicyState, Read
+from longtake.cache.storage import Stored
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class FramePolicy(CachePolicy):
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """Most frames that are stored between blocks; None when unbounded."""
 
-    def roles(self, frames: tuple[int, ...]) -> dict[str, int]:
-        """Count stored frames by role; all recent unless a policy says otherwise."""
-        return {"recent": len(frames)}
+    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
+        """Name the role of each stored frame; all recent unless a policy says otherwise."""
+        return ("recent",) * len(frames)
 
     def start(self, geometry: Geometry) -> "FrameState":
         """Make the empty state of one rollout."""
@@ -79,52 +82,52 @@ class FrameStore:
     """
 
     def __init__(self, geometry: Geometry, num_slots: int | None) -> None:
-        self.geometry = geometry
+        self.frame_size = geometry.tokens_per_frame
         self.is_bounded = num_slots is not None
         self.num_slots = num_slots if num_slots is not None else geometry.max_frames or 4 * geometry.frames_per_block
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self.buffer = geometry.storage.buffer(geometry, self.num_slots * self.frame_size)
 
-    def allocate(self) -> None:
-        """Allocate every layer's slots; free of cost when it has been done."""
-        while len(self._keys) < self.geometry.num_layers:
-            self._keys.append(self._empty(self.num_slots))
-            self._values.append(self._empty(self.num_slots))
+    @property
+    def bytes_per_frame(self) -> int:
+        """Bytes of one frame over all layers and the batch."""
+        return self.buffer.bytes_per_token * self.frame_size
 
     def grow(self, num_slots: int) -> None:
         """Make room for ``num_slots`` frames, keeping what is stored."""
-        if num_slots <= self.num_slots:
-            return
-        old, self.num_slots = self.num_slots, max(num_slots, self.num_slots + self.num_slots // 2)
-        for tensors in (self._keys, self._values):
-            for layer, tensor in enumerate(tensors):
-                tensors[layer] = self._empty(self.num_slots)
-                tensors[layer][:, : old * self.geometry.tokens_per_frame] = tensor
+        if num_slots > self.num_slots:
+            self.num_slots = max(num_slots, self.num_slots + self.num_slots // 2)
+            self.buffer.grow(self.num_slots * self.frame_size)
 
-    def write(self, layer: int, slots: tuple[int, ...], k: Tensor, v: Tensor) -> None:
+    def write(self, layer: int, slots: Sequence[int], k: Tensor, v: Tensor) -> None:
         """Store consecutive frames of ``k`` and ``v`` in ``slots``; a slot of -1 is skipped."""
-        size = self.geometry.tokens_per_frame
-        for frame, slot in enumerate(slots):
+        start = 0
+        for count, slot in _runs(slots):
+            part = slice(start * self.frame_size, (start + count) * self.frame_size)
             if slot >= 0:
-                source, target = slice(frame * size, (frame + 1) * size), slice(slot * size, (slot + 1) * size)
-                self._keys[layer][:, target] = k[:, source]
-                self._values[layer][:, target] = v[:, source]
+                self.buffer.write(layer, slot * self.frame_size, k[:, part], v[:, part])
+            start += count
 
-    def runs(self, layer: int, slots: tuple[int, ...]) -> list[tuple[int, Tensor, Tensor]]:
-        """Views of ``slots`` in order, neighbours joined: (number of frames, keys, values) each."""
-        size = self.geometry.tokens_per_frame
-        runs, start = [], 0
-        for end in range(1, len(slots) + 1):
-            if end == len(slots) or slots[end] != slots[end - 1] + 1:
-                span = slice(slots[start] * size, (slots[end - 1] + 1) * size)
-                runs.append((end - start, self._keys[layer][:, span], self._values[layer][:, span]))
-                start = end
-        return runs
+    def read(self, layer: int, slots: Sequence[int]) -> list[tuple[int, Stored]]:
+        """Tokens of ``slots`` in order, neighbours joined: (number of frames, tokens) each."""
+        size = self.frame_size
+        return [(n, self.buffer.read(layer, slot * size, (slot + n) * size)) for n, slot in _runs(slots)]
 
-    def _empty(self, num_slots: int) -> Tensor:
-        g = self.geometry
-        shape = (g.batch_size, num_slots * g.tokens_per_frame, g.num_heads, g.head_dim)
-        return torch.zeros(shape, dtype=g.dtype, device=g.device)
+    def save(self, layer: int, slots: Sequence[int]) -> dict[str, Tensor]:
+        """Frames of ``slots`` in order, as they are encoded."""
+        size = self.frame_size
+        parts = [self.buffer.save(layer, slot * size, (slot + n) * size) for n, slot in _runs(slots)]
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
+
+def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """(length, first slot) of neighbouring slots; a -1 stands alone."""
+    runs: list[tuple[int, int]] = []
+    for slot in slots:
+        if runs and slot >= 0 and runs[-1][1] >= 0 and slot == sum(runs[-1]):
+            runs[-1] = (runs[-1][0] + 1, runs[-1][1])
+        else:
+            runs.append((1, slot))
+    return runs
 
 
 class FrameState(PolicyState):
@@ -143,45 +146,51 @@ class FrameState(PolicyState):
         self._committed = -1
         self._plan: tuple[int, FramePlan] | None = None
 
-    def select(self, layer: int, pass_: Pass) -> Context:
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
         """Read the frames that the policy plans for this block."""
         slots = self._before if pass_.start_frame <= self._committed else self._after
         plan = self._planned(tuple(slots), pass_)
-        reads, done = [], 0
-        for count, keys, values in self.store.runs(layer, tuple(slots[f] for f in plan.frames)):
-            reads.append(Read(keys, values, plan.positions[done : done + count]))
-            done += count
         capacity = self.store.num_slots * self.geometry.tokens_per_frame if self.store.is_bounded else 0
-        return Context(tuple(reads), plan.query_positions, capacity=capacity)
+        return Context(self._reads(layer, plan, slots), plan.query_positions, capacity=capacity)
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Keep the block's frames in the slots of those that the next block no longer reads."""
         if pass_.start_frame != self._committed:
             self._hand_over(pass_)
+        gone = tuple(sorted(self._before.keys() - self._after.keys()))
+        if gone:
+            self.release(layer, gone)
         new = range(pass_.start_frame, pass_.start_frame + pass_.num_frames)
-        self.store.write(layer, tuple(self._after.get(f, -1) for f in new), k, v)
+        self.store.write(layer, [self._after.get(f, -1) for f in new], k, v)
+
+    def release(self, layer: int, frames: tuple[int, ...]) -> None:
+        """Take leave of stored frames that no later block reads, before their slots are written over.
+
+        ``self.stored(layer, frames)`` still has them. Called once per layer and block; does nothing by itself.
+        """
+
+    def stored(self, layer: int, frames: Sequence[int]) -> list[tuple[int, Stored]]:
+        """Tokens of frames that the block being committed could read: (number of frames, tokens) each."""
+        return self.store.read(layer, [self._before[frame] for frame in frames])
 
     def stats(self) -> CacheStats:
         """Tokens and bytes of the frames at hand."""
         plan = self._plan[1] if self._plan else None
-        roles = self.policy.roles(tuple(sorted(self._after)))
+        roles = Counter(self.policy.roles(tuple(sorted(self._after))))
         span = (*plan.positions, *plan.query_positions) if plan else ()
         return CacheStats(
             tokens={role: n * self.geometry.tokens_per_frame for role, n in roles.items()},
-            bytes={role: n * self.geometry.bytes_per_frame for role, n in roles.items()},
+            bytes={role: n * self.store.bytes_per_frame for role, n in roles.items()},
             positions=(min(span), max(span)) if span else None,
         )
 
     def state_dict(self) -> dict[str, Tensor | Number]:
         """Frames at hand, in time order, so that slots may differ after a resume."""
-        state: dict[str, Tensor | Number] = {"committed": self._committed, "num_frames": len(self._after)}
         frames = tuple(sorted(self._after))
-        state["frames"] = torch.tensor(frames, dtype=torch.int64)
-        if frames:
-            for layer in range(self.geometry.num_layers):
-                runs = self.store.runs(layer, tuple(self._after[f] for f in frames))
-                state[f"keys.{layer}"] = torch.cat([keys for _, keys, _ in runs], dim=1)
-                state[f"values.{layer}"] = torch.cat([values for _, _, values in runs], dim=1)
+        state: dict[str, Tensor | Number] = {"committed": self._committed, "frames": torch.tensor(frames).long()}
+        for layer in range(self.geometry.num_layers if frames else 0):
+            saved = self.store.save(layer, [self._after[f] for f in frames])
+            state |= {f"{name}.{layer}": tensor for name, tensor in saved.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
@@ -198,20 +207,23 @@ class FrameState(PolicyState):
                     "resume with the cache settings it was saved with."
                 )
             self.store.grow(len(frames))
-        self.store.allocate()
         self._committed = int(state["committed"])
         self._before, self._after, self._plan = {}, {frame: slot for slot, frame in enumerate(frames)}, None
-        slots = tuple(range(len(frames)))
         for layer in range(self.geometry.num_layers if frames else 0):
-            k, v = state[f"keys.{layer}"], state[f"values.{layer}"]
-            g = self.geometry
-            shape = (g.batch_size, len(frames) * g.tokens_per_frame, g.num_heads, g.head_dim)
-            if tuple(k.shape) != shape:
-                raise ValueError(
-                    f"saved keys have shape {tuple(k.shape)}, this rollout needs {shape}: "
-                    "resume with the model, size and batch it was saved with."
-                )
-            self.store.write(layer, slots, k.to(g.device), v.to(g.device))
+            saved = {key.split(".")[0]: state[key] for key in state if key.endswith(f".{layer}")}
+            self.store.buffer.load(layer, 0, saved)
+
+    def _reads(self, layer: int, plan: FramePlan, slots: Mapping[int, int]) -> tuple[Read, ...]:
+        """Neighbouring slots of one role are one read."""
+        reads: list[Read] = []
+        start = 0
+        for role, group in groupby(self.policy.roles(plan.frames)):
+            end = start + len(list(group))
+            for count, stored in self.store.read(layer, [slots[f] for f in plan.frames[start:end]]):
+                part = slice(start, start + count)
+                reads.append(Read(stored, plan.positions[part], frames=plan.frames[part], role=role))
+                start += count
+        return tuple(reads)
 
     def _planned(self, stored: tuple[int, ...], pass_: Pass) -> FramePlan:
         if self._plan is None or self._plan[0] != pass_.start_frame:
@@ -225,7 +237,6 @@ class FrameState(PolicyState):
         kept = set(self.policy.plan(at_hand, end, self.geometry.frames_per_block).frames)
         if not self.store.is_bounded:
             self.store.grow(len(kept))
-        self.store.allocate()
         after = {frame: slot for frame, slot in self._after.items() if frame in kept}
         taken = set(after.values())
         free = iter([slot for slot in range(self.store.num_slots) if slot not in taken])

@@ -1,31 +1,65 @@
 """The cache that the model talks to: assembles what a pass reads, attends, and lets the policy store.
 
-Per layer there is one scratch buffer, [context | block]. The context is gathered from the policy's storage and
-rotated once per block; the block's own keys and values are written into the tail at every pass.
+Per layer there is one scratch buffer, [context | block]; where heads read different things, one per group of heads.
+The context is gathered from the policy's storage and rotated once per block; the block's own keys and values are
+written into the tail at every pass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longtake.cache.base import BlockTrace, CachePolicy, CacheStats, Context, EncodeJob, Geometry, Number, Pass
+from longtake.cache.base import (
+    BlockTrace,
+    CachePolicy,
+    CacheStats,
+    Context,
+    EncodeJob,
+    Geometry,
+    HeadGroup,
+    Number,
+    Pass,
+)
 from longtake.rope import GridRotary, apply_phases, axis_frequencies
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Attention(Protocol):
+    """Dense attention of (batch, tokens, heads, head_dim) tensors; ``bias`` is (batch or 1, heads, 1, keys)."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return (batch, queries, heads, head_dim)."""
 
 
 @dataclass
 class _Scratch:
-    """One layer's read set: (batch, tokens, heads, head_dim) buffers and what their head holds now."""
+    """The read set of some heads of a layer: (batch, tokens, heads, head_dim) buffers and what their head holds."""
 
     keys: Tensor
     values: Tensor
+    heads: tuple[int, ...] | None
     num_context_tokens: int = 0
-    query_positions: tuple[float, ...] = ()
-    block_index: int = -1
-    holds: str = "pass"
+    bias: Tensor | None = None
+
+
+@dataclass
+class _ReadSet:
+    """What a layer has assembled, and for which passes it holds."""
+
+    parts: list[_Scratch]
+    query_positions: tuple[float, ...] | Tensor
+    num_own_frames: int | None
+    block_index: int
+    kind: str
+    holds: str
+
+    def serves(self, pass_: Pass) -> bool:
+        """Whether a pass reads just this."""
+        if self.block_index != pass_.block_index or pass_.kind == "encode":
+            return False
+        return self.holds == "block" or (self.holds == "kind" and self.kind == pass_.kind)
 
 
 class KVCache:
@@ -48,7 +82,7 @@ class KVCache:
             num_columns=geometry.num_columns,
             device=geometry.device,
         )
-        self._scratch: dict[int, _Scratch] = {}
+        self._read_sets: dict[int, _ReadSet] = {}
 
     @property
     def merges_commit(self) -> bool:
@@ -68,14 +102,21 @@ class KVCache:
         Returns:
             Same shape as ``q``.
         """
-        scratch = self._assemble(layer, pass_)
-        phases = self._rotary.frames(scratch.query_positions)
-        start = scratch.num_context_tokens
-        end = start + q.shape[1]
-        apply_phases(k, phases, out=scratch.keys[:, start:end])
-        scratch.values[:, start:end] = v
-        out = self.attention(apply_phases(q, phases), scratch.keys[:, :end], scratch.values[:, :end])
-        if pass_.kind == "commit":
+        read_set = self._assemble(layer, q, pass_)
+        phases = self._rotary.phases(read_set.query_positions)
+        rotated = apply_phases(q, phases)
+        own = slice(None)
+        if read_set.num_own_frames is not None:
+            own = slice(q.shape[1] // pass_.num_frames * (pass_.num_frames - read_set.num_own_frames), None)
+        if len(read_set.parts) == 1 and read_set.parts[0].heads is None:
+            out = self._attend(read_set.parts[0], rotated, k[:, own], v[:, own], phases[..., own, :])
+        else:
+            out = torch.empty_like(q)
+            for part in read_set.parts:
+                heads = list(part.heads)
+                own_kv = k[:, own, heads], v[:, own, heads]
+                out[:, :, heads] = self._attend(part, rotated[:, :, heads], *own_kv, phases[..., own, :])
+        if pass_.kind != "denoise":
             self.state.commit(layer, pass_, q, k, v)
         return out
 
@@ -90,7 +131,7 @@ class KVCache:
     @property
     def num_scratch_bytes(self) -> int:
         """Bytes of the rotated read sets of all layers."""
-        return sum(s.keys.nbytes + s.values.nbytes for s in self._scratch.values())
+        return sum(part.keys.nbytes + part.values.nbytes for s in self._read_sets.values() for part in s.parts)
 
     def state_dict(self) -> dict[str, Tensor | Number]:
         """The policy's state; scratch is rebuilt from it."""
@@ -98,37 +139,71 @@ class KVCache:
 
     def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
         """Take over a saved state."""
-        self._scratch.clear()
+        self._read_sets.clear()
         self.state.load_state_dict(state)
 
-    def _assemble(self, layer: int, pass_: Pass) -> _Scratch:
-        scratch = self._scratch.get(layer)
-        if scratch is not None and scratch.block_index == pass_.block_index and scratch.holds == "block":
-            return scratch
-        context = self.state.select(layer, pass_)
-        num_context = sum(read.keys.shape[1] for read in context.reads)
-        num_tokens = num_context + pass_.num_frames * self.geometry.tokens_per_frame
-        if scratch is None or scratch.keys.shape[1] < num_tokens:
+    def _attend(self, part: _Scratch, q: Tensor, k: Tensor, v: Tensor, phases: Tensor) -> Tensor:
+        start = part.num_context_tokens
+        end = start + k.shape[1]
+        apply_phases(k, phases, out=part.keys[:, start:end])
+        part.values[:, start:end] = v
+        if part.bias is None:
+            return self.attention(q, part.keys[:, :end], part.values[:, :end])
+        return self.attention(q, part.keys[:, :end], part.values[:, :end], part.bias[..., :end])
+
+    def _assemble(self, layer: int, q: Tensor, pass_: Pass) -> _ReadSet:
+        # Encode passes are rare and large: all layers share one read set, so that none of it stays.
+        slot = -1 if pass_.kind == "encode" else layer
+        known = self._read_sets.get(slot)
+        if known is not None and known.serves(pass_):
+            return known
+        context = self.state.select(layer, pass_, q)
+        groups = context.groups or (None,)
+        old = known.parts if known is not None and len(known.parts) == len(groups) else [None] * len(groups)
+        parts = [self._part(scratch, context, group, q.shape[1]) for scratch, group in zip(old, groups, strict=True)]
+        self._read_sets[slot] = _ReadSet(
+            parts, context.query_positions, context.num_own_frames, pass_.block_index, pass_.kind, context.holds
+        )
+        return self._read_sets[slot]
+
+    def _part(self, scratch: _Scratch | None, context: Context, group: HeadGroup | None, num_own: int) -> _Scratch:
+        """Gather one group's reads, into the buffers of the last time if they are large enough."""
+        heads, source = (None, context) if group is None else (group.heads, group)
+        num_context = sum(read.stored.num_tokens for read in source.reads)
+        num_tokens = num_context + num_own
+        if scratch is None or scratch.keys.shape[1] < num_tokens or scratch.heads != heads:
             # A bounded policy says how far its context grows; doubling keeps an unbounded one's allocations few.
-            bound = context.capacity + num_tokens - num_context
-            room = max(num_tokens, bound if context.capacity else 2 * (scratch.keys.shape[1] if scratch else 0))
-            scratch = self._scratch[layer] = _Scratch(self._empty(room), self._empty(room))
-        self._gather(scratch, context)
+            bound = source.capacity + num_own if source.capacity else 2 * (scratch.keys.shape[1] if scratch else 0)
+            num_heads = self.geometry.num_heads if heads is None else len(heads)
+            scratch = _Scratch(*(self._empty(max(num_tokens, bound), num_heads) for _ in range(2)), heads)
         scratch.num_context_tokens = num_context
-        scratch.query_positions = context.query_positions
-        scratch.block_index, scratch.holds = pass_.block_index, context.holds
+        scratch.bias = self._bias(scratch, source)
+        start = 0
+        for read in source.reads:
+            stored = read.stored
+            keys = stored.keys
+            end = start + keys.shape[1]
+            apply_phases(keys, self._rotary.phases(read.positions), out=scratch.keys[:, start:end])
+            scratch.values[:, start:end] = stored.values
+            start = end
         return scratch
 
-    def _gather(self, scratch: _Scratch, context: Context) -> None:
+    def _bias(self, scratch: _Scratch, source: Context | HeadGroup) -> Tensor | None:
+        if all(read.bias is None for read in source.reads):
+            return None
+        num_heads = scratch.keys.shape[2]
+        shape = (self.geometry.batch_size, num_heads, 1, scratch.keys.shape[1])
+        bias = torch.zeros(shape, dtype=self.geometry.dtype, device=self.geometry.device)
         start = 0
-        for read in context.reads:
-            end = start + read.keys.shape[1]
-            apply_phases(read.keys, self._rotary.frames(read.positions), out=scratch.keys[:, start:end])
-            scratch.values[:, start:end] = read.values
+        for read in source.reads:
+            end = start + read.stored.num_tokens
+            if read.bias is not None:
+                bias[:, :, 0, start:end] = read.bias
             start = end
+        return bias
 
-    def _empty(self, num_tokens: int) -> Tensor:
+    def _empty(self, num_tokens: int, num_heads: int) -> Tensor:
         # Head after head in memory, as fused attention reads it (an eighth faster on the CPU than token after token).
         g = self.geometry
-        buffer = torch.empty((g.batch_size, g.num_heads, num_tokens, g.head_dim), dtype=g.dtype, device=g.device)
+        buffer = torch.empty((g.batch_size, num_heads, num_tokens, g.head_dim), dtype=g.dtype, device=g.device)
         return buffer.transpose(1, 2)

@@ -52,8 +52,8 @@ def axis_frequencies(head_dim: int, *, theta: float = 10000.0) -> AxisFrequencie
 
 
 def _turns(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
-    """(n,) float64 positions to (n, pairs) complex128 unit phases."""
-    angles = positions.double()[:, None] * torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
+    """(..., n) positions to (..., n, pairs) complex128 unit phases."""
+    angles = positions.double()[..., None] * torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -61,11 +61,11 @@ def token_phases(coordinates: Tensor, *, frequencies: AxisFrequencies) -> Tensor
     """Unit phases of tokens at any float coordinates.
 
     Args:
-        coordinates: (tokens, 3): frame, row, column; any may be fractional, none is bounded.
+        coordinates: (..., tokens, 3): frame, row, column; any may be fractional, none is bounded.
         frequencies: Frequencies of the three axes.
 
     Returns:
-        (tokens, head_dim / 2) complex64, computed in float64.
+        (..., tokens, head_dim / 2) complex64, computed in float64.
     """
     frame, row, column = coordinates.unbind(-1)
     parts = (
@@ -106,13 +106,13 @@ def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Ten
 
     Args:
         x: (batch, tokens, heads, head_dim).
-        phases: (tokens, head_dim / 2) complex64.
+        phases: (tokens, head_dim / 2) or (batch, tokens, head_dim / 2) complex64.
         out: Written in place of a new tensor; shape and dtype of ``x``.
 
     Returns:
         ``out``, or a new tensor of ``x``'s shape and dtype. Products are float32.
     """
-    turns = phases[:, None]
+    turns = phases.unsqueeze(-2)
     if x.dtype == torch.float32:
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         if out is None:
@@ -126,7 +126,7 @@ def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Ten
     for start in range(0, x.shape[1], step):
         part = slice(start, start + step)
         pairs = torch.view_as_complex(x[:, part].float().unflatten(-1, (-1, 2)))
-        out[:, part] = torch.view_as_real(pairs.mul_(turns[part])).flatten(-2)
+        out[:, part] = torch.view_as_real(pairs.mul_(turns[..., part, :, :])).flatten(-2)
     return out
 
 
@@ -153,6 +153,12 @@ class GridRotary:
         turns = torch.cat((_turns(rows, frequencies.height), _turns(columns, frequencies.width)), dim=-1)
         self._spatial = turns.to(torch.complex64).to(device)
         self.frames = lru_cache(maxsize=num_kept)(self._frames)
+
+    def phases(self, positions: tuple[float, ...] | Tensor) -> Tensor:
+        """Phases of whole frames at temporal positions, or of tokens at (..., tokens, 3) coordinates."""
+        if isinstance(positions, Tensor):
+            return token_phases(positions.to(self.device), frequencies=self.frequencies)
+        return self.frames(positions)
 
     def _frames(self, positions: tuple[float, ...]) -> Tensor:
         """Phases of frames at temporal ``positions``: (frames * rows * columns, head_dim / 2) complex64."""
