@@ -232,6 +232,11 @@ class CachePolicy(ABC):
         """Whether a rollout has to have a VAE: jobs with ``pooling``."""
         return False
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it needs something trained or measured for a model: a compressor, a map of heads."""
+        return False
+
     @abstractmethod
     def start(self, geometry: Geometry) -> "PolicyState":
         """Make the empty state of one rollout.

@@ -1,0 +1,242 @@
+"""What a policy does in a rollout, without a model: plays its passes on made-up or meta tensors and notes what is read.
+
+Made-up keys change slowly from frame to frame, as a scene does, so that policies that choose by similarity have
+something to choose by. On the meta device only sizes are known, and nothing is computed.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longtake.cache.base import (
+    BlockTrace,
+    CachePolicy,
+    CacheStats,
+    Context,
+    EncodeJob,
+    Event,
+    Geometry,
+    Pass,
+    PolicyState,
+    Read,
+)
+
+LATENT_CHANNELS = 16  # of Wan2.1's VAE
+PATCH = 2  # latent rows and columns per token
+SIMILARITY = 0.9  # correlation of neighbouring frames' made-up keys
+
+
+@dataclass(frozen=True)
+class Span:
+    """Stored tokens of one role that a pass reads.
+
+    Attributes:
+        role: sink, recent, mid, memory, ...
+        frames: Frames of the video that they come from.
+        positions: One temporal position per entry of ``frames``, or, where tokens do not stand at whole frames, the
+            distinct positions in use, ascending; empty on the meta device.
+        num_tokens: Per sample, in heads that read them.
+        share: Tokens per frame of ``frames``, 1 for whole frames.
+        heads: Which heads read them; None: all.
+    """
+
+    role: str
+    frames: tuple[int, ...]
+    positions: tuple[float, ...]
+    num_tokens: int
+    share: float
+    heads: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass reads in one layer.
+
+    Attributes:
+        pass_: Which pass.
+        spans: In the order in which they are laid out.
+        query_positions: Temporal positions of the pass's own frames; distinct ones where tokens have coordinates.
+        num_tokens: Stored tokens read, mean over heads.
+        is_bounded: Whether the policy says how many that can become.
+    """
+
+    pass_: Pass
+    spans: tuple[Span, ...]
+    query_positions: tuple[float, ...]
+    num_tokens: float
+    is_bounded: bool
+
+
+@dataclass(frozen=True)
+class SimulatedBlock:
+    """One block of a simulated rollout.
+
+    Attributes:
+        index: From 0.
+        start_frame: First latent frame.
+        num_frames: Latent frames.
+        event: What the change of prompt before this block did to the cache; ``keep`` when there was none.
+        denoise: Its first denoising pass.
+        commit: Its commit pass, where that reads something else; else None.
+        jobs: Encode passes that followed the commit.
+        stats: What is stored after the block.
+    """
+
+    index: int
+    start_frame: int
+    num_frames: int
+    event: Event
+    denoise: PassRecord
+    commit: PassRecord | None
+    jobs: tuple[PassRecord, ...]
+    stats: CacheStats
+
+
+def simulate(
+    policy: CachePolicy,
+    geometry: Geometry,
+    num_blocks: int,
+    *,
+    events: Mapping[int, Event] | None = None,
+    layer: int = 0,
+) -> Iterator[SimulatedBlock]:
+    """Play a rollout block by block as the model would: select, commit, end of block, encode jobs.
+
+    Args:
+        policy: What to keep and read.
+        geometry: Shapes; ``device`` meta for sizes alone.
+        num_blocks: Blocks to play.
+        events: What a change of prompt at the start of a block does, by block index, from 1.
+        layer: Layer whose reads are noted.
+
+    Raises:
+        ValueError: If the policy does not know an event, or has no room for the geometry's blocks.
+    """
+    events = dict(events or {})
+    for index, event in events.items():
+        if event not in policy.events:
+            known = ", ".join(sorted(policy.events))
+            raise ValueError(f"cache policy {policy.name!r} does not know the event {event!r}; known: {known}.")
+        if not 1 <= index < num_blocks:
+            raise ValueError(f"event {event!r} at block {index}: there are blocks 1 to {num_blocks - 1} to change at.")
+    player = _Player(policy.start(geometry), geometry, layer)
+    size = geometry.frames_per_block
+    for index in range(num_blocks):
+        start = index * size
+        qkv = player.made_up(start, size)
+        denoise, holds = player.select(Pass("denoise", index, start, size), qkv)
+        committing = Pass("commit", index, start, size)
+        commit = None if holds == "block" else player.select(committing, qkv)[0]
+        player.commit(committing, qkv)
+        trace = BlockTrace(index, start, player.latents(size), events.get(index + 1, "keep"))
+        jobs = tuple(player.encode(job, index) for job in player.state.end_block(trace))
+        event = events.get(index, "keep")
+        yield SimulatedBlock(index, start, size, event, denoise, commit, jobs, player.state.stats())
+
+
+class _Player:
+    """Made-up tensors, and passes played with them."""
+
+    def __init__(self, state: PolicyState, geometry: Geometry, layer: int) -> None:
+        self.state = state
+        self.geometry = geometry
+        self.layer = layer
+        self._generator = torch.Generator().manual_seed(0)
+        self._scene: Tensor | None = None
+
+    def made_up(self, start_frame: int, num_frames: int, grid: tuple[int, int] | None = None) -> list[Tensor]:
+        """Queries, keys and values, each (batch, frames * tokens, heads, head_dim), the same for all layers."""
+        g = self.geometry
+        rows, columns = grid or (g.num_rows, g.num_columns)
+        shape = (3, g.batch_size, rows * columns, g.num_heads, g.head_dim)
+        if g.device.type == "meta":
+            return list(torch.empty((3, shape[1], num_frames * shape[2], *shape[3:]), dtype=g.dtype, device="meta"))
+        frames = []
+        for _ in range(num_frames):
+            noise = torch.randn(shape, generator=self._generator)
+            if self._scene is None or self._scene.shape != shape:
+                self._scene = noise
+            self._scene = SIMILARITY * self._scene + (1 - SIMILARITY**2) ** 0.5 * noise
+            frames.append(self._scene)
+        return list(torch.cat(frames, dim=2).to(g.device, g.dtype))
+
+    def latents(self, num_frames: int) -> Tensor:
+        """(batch, frames, channels, height, width)."""
+        g = self.geometry
+        shape = (g.batch_size, num_frames, LATENT_CHANNELS, PATCH * g.num_rows, PATCH * g.num_columns)
+        return torch.zeros(shape, device=g.device)
+
+    def select(self, pass_: Pass, qkv: list[Tensor]) -> tuple[PassRecord, str]:
+        """Ask every layer; returns one layer's answer, and for how long it holds."""
+        contexts = [self.state.select(layer, pass_, qkv[0]) for layer in range(self.geometry.num_layers)]
+        context = contexts[self.layer]
+        return _record(pass_, context, self.geometry), context.holds
+
+    def commit(self, pass_: Pass, qkv: list[Tensor]) -> None:
+        for layer in range(self.geometry.num_layers):
+            self.state.commit(layer, pass_, *qkv)
+
+    def encode(self, job: EncodeJob, block_index: int) -> PassRecord:
+        """Play a job: layer by layer, as a forward does."""
+        num_frames, grid = job_shape(job, self.geometry)
+        pass_ = Pass("encode", block_index, job.start_frame, num_frames, label=job.label, grid=grid)
+        qkv = self.made_up(job.start_frame, num_frames, grid)
+        noted = None
+        for layer in range(self.geometry.num_layers):
+            context = self.state.select(layer, pass_, qkv[0])
+            noted = _record(pass_, context, self.geometry) if layer == self.layer else noted
+            self.state.commit(layer, pass_, *qkv)
+        return noted
+
+
+def job_shape(job: EncodeJob, geometry: Geometry) -> tuple[int, tuple[int, int] | None]:
+    """Frames of a job's pass, and its token grid where that is not the rollout's.
+
+    Averaging over t pixel frames leaves one latent frame in t, at least one; rows and columns that do not fill a
+    patch are cropped.
+    """
+    num_frames, height, width = job.latents.shape[1], *job.latents.shape[-2:]
+    if job.tokens is not None:
+        num_frames, rows, columns = job.tokens.shape[-3:]
+    elif job.pooling is not None:
+        num_frames = max(1, num_frames // job.pooling[0])
+        rows, columns = (size // pool // PATCH for size, pool in zip((height, width), job.pooling[1:], strict=True))
+    else:
+        rows, columns = height // PATCH, width // PATCH
+    grid = (rows, columns)
+    return num_frames, None if grid == (geometry.num_rows, geometry.num_columns) else grid
+
+
+def _record(pass_: Pass, context: Context, geometry: Geometry) -> PassRecord:
+    size = geometry.tokens_per_frame
+    spans = [_span(read, size) for read in context.reads]
+    for group in context.groups:
+        spans += [replace(_span(read, size), heads=group.heads) for read in group.reads]
+    num_tokens = sum(s.num_tokens * (1 if s.heads is None else len(s.heads) / geometry.num_heads) for s in spans)
+    capacities = [group.capacity for group in context.groups] or [context.capacity]
+    return PassRecord(
+        pass_,
+        tuple(spans),
+        _positions(context.query_positions),
+        num_tokens,
+        is_bounded=all(capacities),
+    )
+
+
+def _span(read: Read, tokens_per_frame: int) -> Span:
+    num_tokens = read.stored.num_tokens
+    num_frames = len(read.frames) or len(read.positions)
+    share = num_tokens / (tokens_per_frame * num_frames) if num_frames else 0.0
+    return Span(read.role, read.frames, _positions(read.positions), num_tokens, share)
+
+
+def _positions(positions: tuple[float, ...] | Tensor) -> tuple[float, ...]:
+    """Of whole frames as they are; of tokens the distinct ones of the first sample."""
+    if not isinstance(positions, Tensor):
+        return tuple(positions)
+    if positions.device.type == "meta":
+        return ()
+    first = positions if positions.ndim == 2 else positions[0]
+    return tuple(first[:, 0].unique().tolist())
