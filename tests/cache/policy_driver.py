@@ -1,0 +1,161 @@
+"""Plays the calls of a rollout on a cache, with keys and values that depend on nothing but where they belong."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+
+from longtake.attention import sdpa
+from longtake.cache import BlockTrace, Geometry, KVCache, Pass, make_policy
+
+HEADS, HEAD_DIM = 2, 16
+# Channels of a mark: digits from 0 to 7 and a 7 to go by, so that eight and four bits keep them.
+REFERENCE, FRAME, TOKEN, SAMPLE, HEAD, KIND, SUMMARY = 0, 1, 6, 8, 9, 10, 11
+NUM_FRAME_DIGITS, NUM_TOKEN_DIGITS = 5, 2
+PLAIN, POOLED = 0, 1
+
+
+def make_geometry(block, *, grid=(1, 2), batch=1, layers=2, **changes):
+    """Shapes of a small rollout."""
+    shape = {"num_heads": HEADS, "head_dim": HEAD_DIM, "num_rows": grid[0], "num_columns": grid[1]}
+    return Geometry(**({"num_layers": layers, "frames_per_block": block, "batch_size": batch} | shape | changes))
+
+
+def _digits(numbers, count):
+    return torch.stack([numbers // 8**i % 8 for i in range(count)], dim=-1)
+
+
+def marked(layer, pass_, geometry, samples):
+    """Queries, keys and values that say which token they are: (batch, tokens, heads, channels) each."""
+    rows, columns = pass_.grid or (geometry.num_rows, geometry.num_columns)
+    size = rows * columns
+    frames = torch.arange(pass_.start_frame, pass_.start_frame + pass_.num_frames).repeat_interleave(size)
+    marks = torch.zeros(len(samples), len(frames), HEADS, HEAD_DIM)
+    marks[..., REFERENCE] = 7
+    marks[..., FRAME : FRAME + NUM_FRAME_DIGITS] = _digits(frames, NUM_FRAME_DIGITS)[None, :, None]
+    tokens = torch.arange(size).repeat(pass_.num_frames)
+    marks[..., TOKEN : TOKEN + NUM_TOKEN_DIGITS] = _digits(tokens, NUM_TOKEN_DIGITS)[None, :, None]
+    marks[..., SAMPLE] = torch.tensor(samples)[:, None, None]
+    marks[..., HEAD] = torch.arange(HEADS)
+    marks[..., KIND] = 1
+    marks[..., SUMMARY] = POOLED if pass_.grid else PLAIN
+    values = marks.clone()
+    values[..., KIND] = 2
+    return marks.clone(), marks, values
+
+
+def read_marks(tensor):
+    """(..., channels) to (..., 6) whole numbers: frame, token, sample, head, kind, summary."""
+    places = torch.tensor([8**i for i in range(NUM_FRAME_DIGITS)])
+    rounded = tensor.round().long()
+    assert (tensor - rounded).abs().max() < 0.2, "a stored token has changed"
+    frame = (rounded[..., FRAME : FRAME + NUM_FRAME_DIGITS] * places).sum(-1)
+    token = (rounded[..., TOKEN : TOKEN + NUM_TOKEN_DIGITS] * places[:NUM_TOKEN_DIGITS]).sum(-1)
+    return torch.stack([frame, token, *(rounded[..., i] for i in (SAMPLE, HEAD, KIND, SUMMARY))], dim=-1)
+
+
+def random(layer, pass_, geometry, samples):
+    """Queries, keys and values of a Gaussian that depends on the pass, the layer and the sample alone."""
+    size = pass_.grid[0] * pass_.grid[1] if pass_.grid else geometry.tokens_per_frame
+    parts = []
+    for sample in samples:
+        name = f"{pass_.kind} {pass_.label} {pass_.start_frame} {pass_.step_index} {layer} {sample}".encode()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest()))
+        parts.append(torch.randn(3, pass_.num_frames * size, HEADS, HEAD_DIM, generator=generator))
+    return torch.stack(parts, dim=1).unbind(0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A block of a rollout."""
+
+    index: int
+    start: int
+    count: int
+
+
+def spans(num_blocks, block, *, first=None):
+    """Blocks of a rollout whose first one may be shorter."""
+    first = first or block
+    return [Span(i, first + (i - 1) * block if i else 0, block if i else first) for i in range(num_blocks)]
+
+
+class Player:
+    """A cache and the calls that a rollout makes.
+
+    Args:
+        settings: Policy.
+        geometry: Shapes.
+        content: ``marked`` or ``random``.
+        samples: Which videos the batch holds.
+        watch: Called with (layer, pass, context) for every read set that is asked for.
+        attends: Whether to compute attention, or only to select and commit.
+    """
+
+    def __init__(self, settings, geometry, *, content=random, samples=(0,), watch=None, attends=True):
+        self.geometry = replace(geometry, batch_size=len(samples))
+        self.cache = KVCache(make_policy(settings), self.geometry, attention=sdpa)
+        self.content, self.samples, self.watch, self.attends = content, samples, watch, attends
+        self.layers = range(geometry.num_layers)
+
+    def one(self, layer, pass_):
+        """One layer of one pass; the output of its attention."""
+        q, k, v = (x.to(self.geometry.device) for x in self.content(layer, pass_, self.geometry, self.samples))
+        if self.attends:
+            return self.cache.attend(layer, q, k, v, pass_)
+        context = self.cache.state.select(layer, pass_, q)
+        if self.watch is not None:
+            self.watch(layer, pass_, context)
+        if pass_.kind != "denoise":
+            self.cache.state.commit(layer, pass_, q, k, v)
+        return None
+
+    def denoise(self, span, *, steps=2):
+        """All denoising passes of a block; outputs of the last."""
+        outputs = []
+        for step in range(steps):
+            pass_ = Pass("denoise", span.index, span.start, span.count, step)
+            outputs = [self.one(layer, pass_) for layer in self.layers]
+        return outputs
+
+    def commit(self, span, event="keep"):
+        """The commit pass and what the policy makes of it; outputs of the pass."""
+        pass_ = Pass("commit", span.index, span.start, span.count)
+        outputs = [self.one(layer, pass_) for layer in self.layers]
+        self.end(span, event)
+        return outputs
+
+    def commit_with(self, span, following):
+        """The commit pass and the next block's first denoising pass, layer by layer; outputs of the second."""
+        commit = Pass("commit", span.index, span.start, span.count)
+        denoise = Pass("denoise", following.index, following.start, following.count)
+        outputs = []
+        for layer in self.layers:
+            self.one(layer, commit)
+            outputs.append(self.one(layer, denoise))
+        self.end(span)
+        return outputs
+
+    def end(self, span, event="keep"):
+        """Let the policy work on a committed block, and run the jobs it asks for."""
+        g = self.geometry
+        shape = (len(self.samples), span.count, 4, 2 * g.num_rows, 2 * g.num_columns)
+        latents = torch.stack([self._latents(span, sample, shape[1:]) for sample in self.samples]).to(g.device)
+        for job in self.cache.end_block(BlockTrace(span.index, span.start, latents, event)):
+            count, grid = job.latents.shape[1], None
+            if job.pooling is not None:
+                count = max(1, count // job.pooling[0])
+                grid = (g.num_rows // job.pooling[1], g.num_columns // job.pooling[2])
+            if job.tokens is not None:
+                count, grid = job.tokens.shape[2], tuple(job.tokens.shape[3:])
+            pass_ = Pass("encode", span.index, job.start_frame, count, label=job.label, grid=grid)
+            for layer in self.layers:
+                self.one(layer, pass_)
+
+    def block(self, span, *, steps=2, event="keep"):
+        """A block from its first denoising pass to its end; outputs of the last pass of each kind."""
+        return self.denoise(span, steps=steps) + self.commit(span, event)
+
+    @staticmethod
+    def _latents(span, sample, shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * span.index + sample))

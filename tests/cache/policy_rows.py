@@ -1,0 +1,85 @@
+"""One row per policy of the shared matrix (test_policies.py crosses them with block sizes and storage wrappers).
+
+To add a policy, put its rows at the end of ``POLICY_ROWS``: ``"name"`` or ``"name.variant"``. Choose small settings, so
+that a few blocks fill the cache, that have room for blocks of 4. Say what holds; every field that is not given takes
+the strictest meaning:
+
+- everything bounded says ``limit``; a policy that keeps archives needs settings that cap them;
+- a policy that averages, merges, replays or compresses names in ``exact_roles`` the roles of reads whose tokens are
+  still the stored ones, each at most once (``()`` for none);
+- one that lets go of something before ``limit`` frames are there gives ``full_until``;
+- one whose positions stay in a range gives ``positions``.
+
+The tests play ``EncodeJob``s with random or marked keys and values, and every event of ``policy.events``.
+Keys, values and queries are (batch, frames * tokens, 2 heads, 16 channels); ``grid`` is for policies that pool cells.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from longtake.cache import CachePolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a policy promises.
+
+    Attributes:
+        settings: As ``make_policy`` takes them.
+        limit: Frames' worth of tokens attended at most, the block included; None: unbounded.
+        sinks: First frames of which every token is read, for ever.
+        recent: Last frames before the block of which every token is read; None: all of ``limit`` that neither the
+            sinks nor the block take, or 0 where ``exact_roles`` is given.
+        exact_roles: Roles of reads whose tokens are as they were stored, at most once each; None: all roles.
+        full_until: Equal to full attention in blocks that end at or before this frame; None: ``limit``.
+        positions: Lowest and highest temporal position, ever; None: 0 to the newest frame's index.
+        grid: Token rows and columns of a frame.
+        settles: Blocks after which the number of tokens and bytes repeats itself.
+        is_per_sample: What a video reads does not depend on the others in its batch.
+    """
+
+    settings: Mapping[str, Any] | CachePolicy
+    limit: float | None
+    sinks: int = 0
+    recent: int | None = None
+    exact_roles: tuple[str, ...] | None = None
+    full_until: float | None = None
+    positions: tuple[float, float] | None = None
+    grid: tuple[int, int] = (1, 2)
+    settles: int = 100
+    is_per_sample: bool = True
+
+    @property
+    def until(self) -> float:
+        """Last frame at which nothing has had to go."""
+        limit = math.inf if self.limit is None else self.limit
+        return limit if self.full_until is None else self.full_until
+
+
+POLICY_ROWS = {
+    "full": Row(settings={"policy": "full"}, limit=None),
+    "sliding_window": Row(settings={"policy": "sliding_window", "num_context_frames": 12}, limit=12),
+    "sliding_window.contiguous": Row(
+        settings={"policy": "sliding_window", "num_context_frames": 10, "positions": "contiguous"},
+        limit=10,
+        positions=(0, 9),
+    ),
+    "attention_sink": Row(
+        settings={"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3},
+        limit=12,
+        sinks=3,
+        positions=(0, 11),
+    ),
+    "attention_sink.absolute": Row(
+        settings={
+            "policy": "attention_sink",
+            "num_context_frames": 11,
+            "num_sink_frames": 4,
+            "positions": "absolute",
+        },
+        limit=11,
+        sinks=4,
+    ),
+}
