@@ -12,7 +12,18 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, Number, Pass, PolicyState, Read
+from longtake.cache.base import (
+    BlockTrace,
+    CachePolicy,
+    CacheStats,
+    Context,
+    EncodeJob,
+    Geometry,
+    Number,
+    Pass,
+    PolicyState,
+    Read,
+)
 from longtake.cache.storage import Stored
 
 
@@ -24,11 +35,13 @@ class FramePlan:
         frames: Stored frames, ascending.
         positions: One temporal position per frame of ``frames``.
         query_positions: One temporal position per frame of the block.
+        roles: Role of each frame of ``frames``; empty: what ``FramePolicy.roles`` says.
     """
 
     frames: tuple[int, ...]
     positions: tuple[float, ...]
     query_positions: tuple[float, ...]
+    roles: tuple[str, ...] = ()
 
     @classmethod
     def absolute(cls, frames: tuple[int, ...], start_frame: int, num_frames: int) -> "FramePlan":
@@ -66,6 +79,11 @@ class FramePolicy(CachePolicy):
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
         """Name the role of each stored frame; all recent unless a policy says otherwise."""
         return ("recent",) * len(frames)
+
+    def after_flush(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Frames that outlive the event ``flush``: the sinks and the newest one, unless a policy says otherwise."""
+        roles = self.roles(stored)
+        return tuple(f for f, role in zip(stored, roles, strict=True) if role == "sink" or f == stored[-1])
 
     def start(self, geometry: Geometry) -> "FrameState":
         """Make the empty state of one rollout."""
@@ -163,6 +181,28 @@ class FrameState(PolicyState):
         new = range(pass_.start_frame, pass_.start_frame + pass_.num_frames)
         self.store.write(layer, [self._after.get(f, -1) for f in new], k, v)
 
+    def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
+        """Let go of frames if the next prompt asks for it."""
+        if trace.event in ("flush", "cut"):
+            self.keep(self.policy.after_flush(tuple(sorted(self._after))))
+        return []
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """What a block reads; a state whose plans depend on more than counters adds it here."""
+        return self.policy.plan(stored, start_frame, num_frames)
+
+    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
+        """Role of each stored frame."""
+        return self.policy.roles(frames)
+
+    def keep(self, frames: tuple[int, ...]) -> None:
+        """Make these the frames at hand: stored ones stay where they are, others get a place to be written to."""
+        kept = set(frames)
+        after = {frame: slot for frame, slot in self._after.items() if frame in kept}
+        taken = set(after.values())
+        free = iter([slot for slot in range(self.store.num_slots) if slot not in taken])
+        self._after = after | {frame: next(free) for frame in frames if frame not in after}
+
     def release(self, layer: int, frames: tuple[int, ...]) -> None:
         """Take leave of stored frames that no later block reads, before their slots are written over.
 
@@ -176,7 +216,7 @@ class FrameState(PolicyState):
     def stats(self) -> CacheStats:
         """Tokens and bytes of the frames at hand."""
         plan = self._plan[1] if self._plan else None
-        roles = Counter(self.policy.roles(tuple(sorted(self._after))))
+        roles = Counter(self.roles(tuple(sorted(self._after))))
         span = (*plan.positions, *plan.query_positions) if plan else ()
         return CacheStats(
             tokens={role: n * self.geometry.tokens_per_frame for role, n in roles.items()},
@@ -217,7 +257,7 @@ class FrameState(PolicyState):
         """Neighbouring slots of one role are one read."""
         reads: list[Read] = []
         start = 0
-        for role, group in groupby(self.policy.roles(plan.frames)):
+        for role, group in groupby(plan.roles or self.roles(plan.frames)):
             end = start + len(list(group))
             for count, stored in self.store.read(layer, [slots[f] for f in plan.frames[start:end]]):
                 part = slice(start, start + count)
@@ -227,18 +267,15 @@ class FrameState(PolicyState):
 
     def _planned(self, stored: tuple[int, ...], pass_: Pass) -> FramePlan:
         if self._plan is None or self._plan[0] != pass_.start_frame:
-            plan = self.policy.plan(tuple(sorted(stored)), pass_.start_frame, pass_.num_frames)
+            plan = self.plan(tuple(sorted(stored)), pass_.start_frame, pass_.num_frames)
             self._plan = (pass_.start_frame, plan)
         return self._plan[1]
 
     def _hand_over(self, pass_: Pass) -> None:
         end = pass_.start_frame + pass_.num_frames
         at_hand = (*sorted(self._after), *range(pass_.start_frame, end))
-        kept = set(self.policy.plan(at_hand, end, self.geometry.frames_per_block).frames)
+        kept = self.plan(at_hand, end, self.geometry.frames_per_block).frames
         if not self.store.is_bounded:
             self.store.grow(len(kept))
-        after = {frame: slot for frame, slot in self._after.items() if frame in kept}
-        taken = set(after.values())
-        free = iter([slot for slot in range(self.store.num_slots) if slot not in taken])
-        after |= {frame: next(free) for frame in range(pass_.start_frame, end) if frame in kept}
-        self._before, self._after, self._committed = self._after, after, pass_.start_frame
+        self._before, self._committed = self._after, pass_.start_frame
+        self.keep(kept)
