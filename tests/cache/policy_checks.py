@@ -1,4 +1,4 @@
-"""What every policy has to keep to (ARCHITECTURE, section 3), each as a function of a row, a block size and a wrapper."""
+"""What every policy has to keep to (ARCHITECTURE, section 3): functions of a row, a block size and a wrapper."""
 
 import json
 import math

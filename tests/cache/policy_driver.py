@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -13,6 +14,7 @@ HEADS, HEAD_DIM = 2, 16
 REFERENCE, FRAME, TOKEN, SAMPLE, HEAD, KIND, SUMMARY = 0, 1, 6, 8, 9, 10, 11
 NUM_FRAME_DIGITS, NUM_TOKEN_DIGITS = 5, 2
 PLAIN, POOLED = 0, 1
+MAX_FRAMES = 10_300
 
 
 def make_geometry(block, *, grid=(1, 2), batch=1, layers=2, **changes):
@@ -25,23 +27,28 @@ def _digits(numbers, count):
     return torch.stack([numbers // 8**i % 8 for i in range(count)], dim=-1)
 
 
-def marked(layer, pass_, geometry, samples):
-    """Queries, keys and values that say which token they are: (batch, tokens, heads, channels) each."""
-    rows, columns = pass_.grid or (geometry.num_rows, geometry.num_columns)
-    size = rows * columns
-    frames = torch.arange(pass_.start_frame, pass_.start_frame + pass_.num_frames).repeat_interleave(size)
-    marks = torch.zeros(len(samples), len(frames), HEADS, HEAD_DIM)
+@lru_cache
+def _table(size, summary):
+    """Marks of all keys that a test may see: (MAX_FRAMES, size, heads, channels)."""
+    marks = torch.zeros(MAX_FRAMES, size, HEADS, HEAD_DIM)
     marks[..., REFERENCE] = 7
-    marks[..., FRAME : FRAME + NUM_FRAME_DIGITS] = _digits(frames, NUM_FRAME_DIGITS)[None, :, None]
-    tokens = torch.arange(size).repeat(pass_.num_frames)
-    marks[..., TOKEN : TOKEN + NUM_TOKEN_DIGITS] = _digits(tokens, NUM_TOKEN_DIGITS)[None, :, None]
-    marks[..., SAMPLE] = torch.tensor(samples)[:, None, None]
+    marks[..., FRAME : FRAME + NUM_FRAME_DIGITS] = _digits(torch.arange(MAX_FRAMES), NUM_FRAME_DIGITS)[:, None, None]
+    marks[..., TOKEN : TOKEN + NUM_TOKEN_DIGITS] = _digits(torch.arange(size), NUM_TOKEN_DIGITS)[None, :, None]
     marks[..., HEAD] = torch.arange(HEADS)
     marks[..., KIND] = 1
-    marks[..., SUMMARY] = POOLED if pass_.grid else PLAIN
-    values = marks.clone()
+    marks[..., SUMMARY] = summary
+    return marks
+
+
+def marked(layer, pass_, geometry, samples):
+    """Queries, keys and values that say which token they are: (batch, tokens, heads, channels) each."""
+    size = pass_.grid[0] * pass_.grid[1] if pass_.grid else geometry.tokens_per_frame
+    table = _table(size, POOLED if pass_.grid else PLAIN)[pass_.start_frame : pass_.start_frame + pass_.num_frames]
+    keys = table.flatten(0, 1).repeat(len(samples), 1, 1, 1)
+    keys[..., SAMPLE] = torch.arange(len(samples))[:, None, None]
+    values = keys.clone()
     values[..., KIND] = 2
-    return marks.clone(), marks, values
+    return keys, keys, values
 
 
 def read_marks(tensor):

@@ -1,8 +1,8 @@
 """One row per policy of the shared matrix (test_policies.py crosses them with block sizes and storage wrappers).
 
 To add a policy, put its rows at the end of ``POLICY_ROWS``: ``"name"`` or ``"name.variant"``. Choose small settings, so
-that a few blocks fill the cache, that have room for blocks of 4. Say what holds; every field that is not given takes
-the strictest meaning:
+that a few blocks fill the cache, with room for blocks of 4. Say what holds; every field that is not given takes the
+strictest meaning:
 
 - everything bounded says ``limit``; a policy that keeps archives needs settings that cap them;
 - a policy that averages, merges, replays or compresses names in ``exact_roles`` the roles of reads whose tokens are
