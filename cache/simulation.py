@@ -1,4 +1,4 @@
-"""What a policy does in a rollout, without a model: plays its passes on made-up or meta tensors and notes what is read.
+"""What a policy does in a rollout, without a model: its passes are played on made-up or meta tensors.
 
 Made-up keys change slowly from frame to frame, as a scene does, so that policies that choose by similarity have
 something to choose by. On the meta device only sizes are known, and nothing is computed.

@@ -1,0 +1,281 @@
+"""What each block of a rollout reads, as text and as a picture: rows are blocks, columns frames, colours roles."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.text import Text
+
+from longtake.cache import CachePolicy, Event, Geometry
+from longtake.cache.simulation import PassRecord, SimulatedBlock, Span, simulate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLOCK = "block"
+COLOURS = {"sink": "#3f78c4", "recent": "#5aa872", "mid": "#e5994b", "memory": "#9a6fc0", BLOCK: "#3a3f4b"}
+OTHER_COLOURS = ("#d1605e", "#4bb3b8", "#c9b23c", "#b0728f", "#7d8f4e", "#8c8c8c")
+TEXT_FRAMES = 60  # most columns of the text picture; more frames share a column
+LABELLED_FRAMES = 45  # more, and numbers would not be readable
+MAX_LISTED = 3  # runs of numbers before a list is shortened
+
+
+def toy_geometry(frames_per_block: int = 3) -> Geometry:
+    """The bundled model's shapes: 6 layers, 6 heads of 32, 4 x 4 tokens a frame."""
+    return Geometry(
+        num_layers=6,
+        num_heads=6,
+        head_dim=32,
+        num_rows=4,
+        num_columns=4,
+        frames_per_block=frames_per_block,
+        dtype=torch.float32,
+    )
+
+
+def play(
+    policy: CachePolicy, *, num_blocks: int = 12, frames_per_block: int = 3, events: Mapping[int, Event] | None = None
+) -> list[SimulatedBlock]:
+    """Play a rollout of the bundled model's shapes.
+
+    Raises:
+        ValueError: If the policy does not know an event, or has no room for such blocks.
+    """
+    return list(simulate(policy, toy_geometry(frames_per_block), num_blocks, events=events))
+
+
+def roles(blocks: Sequence[SimulatedBlock]) -> dict[str, str]:
+    """Colours by role, in order of appearance; the block itself is last."""
+    found: dict[str, str] = {}
+    others = iter(OTHER_COLOURS * 3)
+    for record in (record for block in blocks for record in (block.denoise, *block.jobs)):
+        for span in record.spans:
+            if span.role not in found:
+                found[span.role] = COLOURS.get(span.role) or next(others)
+    return found | {BLOCK: COLOURS[BLOCK]}
+
+
+def numbers(values: Sequence[float]) -> str:
+    """Write numbers as ranges: 0-2, 6, 8-11; more than three ranges as first to last."""
+    runs: list[list[float]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        elif not runs or value != runs[-1][1]:
+            runs.append([value, value])
+    if len(runs) > MAX_LISTED:
+        return f"{runs[0][0]:g}..{runs[-1][1]:g}"
+    return ", ".join(f"{first:g}" if first == last else f"{first:g}-{last:g}" for first, last in runs)
+
+
+def lines(blocks: Sequence[SimulatedBlock]) -> Iterator[Text]:
+    """A line per block: a strip of its frames, one letter each, and what is read at which positions.
+
+    Capital letters are whole frames, small ones part of a frame's tokens, ``#`` the block itself.
+    """
+    colours = roles(blocks)
+    total = blocks[-1].start_frame + blocks[-1].num_frames
+    per_column = -(-total // TEXT_FRAMES)
+    width = -(-total // per_column)
+    title = "frames" if per_column == 1 else f"frames, {per_column} to a letter"
+    yield Text(f"block  {title:<{width}}  reads @ positions", style="bold")
+    for block in blocks:
+        if block.event != "keep":
+            yield Text(f"       new prompt: {block.event}", style="bold red")
+        yield _line(f"{block.index:5d}", block.denoise, colours, width, per_column)
+        if block.commit is not None:
+            yield _line(" keep", block.commit, colours, width, per_column, is_faint=True)
+        for job in block.jobs:
+            yield _line(" job ", job, colours, width, per_column, is_faint=True)
+
+
+def legend(blocks: Sequence[SimulatedBlock]) -> Text:
+    """Which letter is which role."""
+    text = Text("")
+    for role, colour in roles(blocks).items():
+        text.append(f" {_letter(role)} ", style=f"bold white on {colour}")
+        text.append(f" {role}   ")
+    if any(block.commit is not None for block in blocks):
+        text.append("keep: the commit pass, where it reads something else   ")
+    if any(block.jobs for block in blocks):
+        text.append("job: a forward that only fills the cache")
+    return text
+
+
+def _letter(role: str) -> str:
+    return "#" if role == BLOCK else role[0].upper()
+
+
+def _own_span(record: PassRecord) -> Span:
+    first = record.pass_.start_frame
+    frames = tuple(range(first, first + record.pass_.num_frames))
+    return Span(BLOCK, frames, record.query_positions, 0, 1.0)
+
+
+def _line(
+    label: str,
+    record: PassRecord,
+    colours: Mapping[str, str],
+    width: int,
+    per_column: int,
+    *,
+    is_faint: bool = False,
+) -> Text:
+    cells: list[tuple[str, str, float] | None] = [None] * width
+    spans = [*record.spans, _own_span(record)]
+    for span in spans:
+        for frame in span.frames:
+            column = frame // per_column
+            known = cells[column]
+            if column < width and (known is None or known[2] < span.share or span.role == BLOCK):
+                letter = _letter(span.role)
+                cells[column] = (letter if span.share > 0.99 else letter.lower(), colours[span.role], span.share)
+    line = Text(f"{label}  ")
+    for cell in cells:
+        if cell is None:
+            line.append("·", style="dim")
+        else:
+            line.append(cell[0], style=f"{'dim' if is_faint else 'bold'} white on {cell[1]}")
+    line.append("  ")
+    for index, span in enumerate(_merged(spans)):
+        line.append("; " if index else "")
+        line.append(span.role, style=f"bold {colours[span.role]}")
+        heads = "" if span.heads is None else f" (heads {numbers(span.heads)})"
+        share = "" if span.share > 0.99 or not span.frames else f" ({span.share:.0%})"
+        positions = f" @ {numbers(span.positions)}" if span.positions else ""
+        line.append(f"{heads} {numbers(span.frames)}{share}{positions}")
+    return line
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    """Neighbouring spans of one role as one."""
+    merged: list[Span] = []
+    for span in spans:
+        last = merged[-1] if merged else None
+        if last is not None and (last.role, last.heads) == (span.role, span.heads):
+            num_frames = len(last.frames) + len(span.frames)
+            share = (last.share * len(last.frames) + span.share * len(span.frames)) / max(num_frames, 1)
+            merged[-1] = Span(
+                span.role,
+                last.frames + span.frames,
+                last.positions + span.positions,
+                last.num_tokens + span.num_tokens,
+                share,
+                span.heads,
+            )
+        else:
+            merged.append(span)
+    return merged
+
+
+def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_trained_frames: int = 21) -> None:
+    """Draw which frames each block reads, and at which positions, side by side.
+
+    Args:
+        blocks: Of ``play``.
+        path: PNG to write, in a palette of 64 colours to keep it small.
+        title: Above the picture.
+        num_trained_frames: Positions from 0 to here are shaded: what a model has been trained at.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the picture needs the package matplotlib (not installed): pip install matplotlib.") from None
+    from PIL import Image
+
+    figure = Figure(figsize=(13.0, 1.7 + 0.26 * len(blocks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = roles(blocks)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_frames(left, blocks, colours)
+    _draw_positions(right, blocks, colours, num_trained_frames)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    handles = [left.barh(0, 0, color=colour, label=role) for role, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) + 1, frameon=False, fontsize=9)
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=90)
+    buffer.seek(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def _draw_frames(axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str]) -> None:
+    total = blocks[-1].start_frame + blocks[-1].num_frames
+    for row, block in enumerate(blocks):
+        cells: dict[int, list[tuple[Span, float | None]]] = {}
+        for span in [*block.denoise.spans, _own_span(block.denoise)]:
+            has_each = len(span.positions) == len(span.frames)
+            for index, frame in enumerate(span.frames):
+                cells.setdefault(frame, []).append((span, span.positions[index] if has_each else None))
+        for frame, entries in cells.items():
+            height = 0.84 / len(entries)
+            for part, (span, position) in enumerate(entries):
+                bottom = row - 0.42 + part * height
+                axis.barh(bottom, 0.94, height, left=frame - 0.47, align="edge", **_look(span, colours))
+                if position is not None and total <= LABELLED_FRAMES:
+                    axis.text(
+                        frame,
+                        bottom + height / 2 + 0.03,
+                        f"{position:.3g}",
+                        color="white" if span.share > 0.5 else "#202020",
+                        fontsize=7 if len(entries) == 1 else 4.5,
+                        ha="center",
+                        va="center",
+                    )
+    _mark_events(axis, blocks)
+    axis.set_xlim(-0.6, total - 0.4)
+    axis.set_ylim(len(blocks) - 0.5, -0.5)
+    axis.set_yticks(range(len(blocks)))
+    axis.tick_params(length=0, labelsize=8)
+    axis.set_ylabel("block")
+    axis.set_xlabel("frame of the video" + (" (numbers: its temporal position)" if total <= LABELLED_FRAMES else ""))
+    _strip(axis)
+
+
+def _draw_positions(
+    axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str], num_trained_frames: int
+) -> None:
+    shaded = axis.axvspan(-0.5, num_trained_frames - 0.5, color="#eef0f4", zorder=0)
+    for row, block in enumerate(blocks):
+        for span in [*block.denoise.spans, _own_span(block.denoise)]:
+            step = min((b - a for a, b in zip(span.positions, span.positions[1:], strict=False) if b > a), default=1.0)
+            width = 0.94 * min(1.0, step)
+            for position in span.positions:
+                axis.barh(row, width, 0.84, left=position - width / 2, **_look(span, colours))
+    _mark_events(axis, blocks)
+    axis.set_xlabel(f"temporal position (shaded: {num_trained_frames} frames of training)")
+    axis.tick_params(length=0, labelsize=8)
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, shaded.get_x() - 0.5), max(high, num_trained_frames + 0.5))
+    _strip(axis)
+
+
+def _look(span: Span, colours: Mapping[str, str]) -> dict[str, object]:
+    """Parts of frames are paler."""
+    return {"color": colours[span.role], "alpha": max(0.3, min(1.0, span.share)), "linewidth": 0}
+
+
+def _mark_events(axis: "Axes", blocks: Sequence[SimulatedBlock]) -> None:
+    for row, block in enumerate(blocks):
+        if block.event != "keep":
+            axis.axhline(row - 0.5, color="#c0392b", linewidth=1.4)
+            axis.annotate(
+                f"new prompt: {block.event}",
+                (1.0, row - 0.5),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=7,
+                color="#c0392b",
+            )
+
+
+def _strip(axis: "Axes") -> None:
+    for side in ("top", "right", "left", "bottom"):
+        axis.spines[side].set_visible(False)

@@ -1,0 +1,101 @@
+"""What `longtake policies` says of a policy, as text, table and picture."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from longtake.cache import POLICIES, make_policy
+from longtake.scripts import main
+from longtake.scripts.console import run_app
+from longtake.scripts.policies import changed, parse_events
+from longtake.scripts.policy_facts import MOST_BLOCKS, facts, wan_1_3b
+from longtake.scripts.policy_pictures import draw, lines, numbers, play
+
+
+def call(capfd, *args):
+    code = run_app(main.app, ["policies", *map(str, args)])
+    return code, *capfd.readouterr()
+
+
+def test_table_has_a_line_per_policy(capfd):
+    code, stdout, _ = call(capfd)
+    assert code == 0
+    for name in POLICIES:
+        assert re.search(rf"^{name} ", stdout, re.MULTILINE), name
+    row = next(line.split() for line in stdout.splitlines() if line.startswith("attention_sink "))
+    assert row[1:5] == ["12", "2.59", "2.59", "yes"]
+    row = next(line.split() for line in stdout.splitlines() if line.startswith("full "))
+    assert row[1] == "240" and row[4].startswith("+")
+
+
+def test_facts_are_those_of_the_published_sizes():
+    """184,320 bytes per token over 30 layers in bfloat16; 1,560 tokens a frame."""
+    row = facts(make_policy({"policy": "sliding_window", "num_context_frames": 21}))
+    assert (row.context_frames, row.context_tokens) == (21, 32760)
+    assert row.attended_bytes == row.stored_bytes == 18 * 1560 * 184_320 and row.is_bounded
+    row = facts(make_policy("full"))
+    assert not row.is_bounded and row.context_tokens == 240 * 1560
+    assert row.grows == pytest.approx(240 * 1560 * 184_320)
+    assert wan_1_3b().device.type == "meta" and MOST_BLOCKS > 240
+
+
+def test_explain_prints_a_line_per_block_and_draws(capfd, tmp_path):
+    png = tmp_path / "deep" / "sink.png"
+    code, stdout, _ = call(
+        capfd, "attention_sink", "--explain", "--blocks", 6, "--set", "num_sink_frames=4", "--png", png
+    )
+    assert code == 0
+    assert "SSSS···RRRRR###···  sink 0-3 @ 0-3; recent 7-11 @ 4-8; block 12-14 @ 9-11" in stdout
+    assert sum(bool(re.match(r" +\d+  ", line)) for line in stdout.splitlines()) == 6
+    assert "attends to 12 frames (18,720 tokens)" in stdout and str(png) in stdout
+    with Image.open(png) as image:
+        assert image.width > 800
+    assert png.stat().st_size < 60_000
+
+
+def test_explain_writes_beside_the_user_unless_told_where(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(capfd, "full", "--explain", "--blocks", 2)[0] == 0
+    assert (tmp_path / "full.png").is_file()
+
+
+def test_wrong_words_are_one_line(capfd, tmp_path):
+    for words, message in (
+        (("attention_sink", "--set", "num_sink_frames"), "write key=value"),
+        (("attention_sink", "--set", "num_sinks=4"), "Did you mean 'num_sink_frames'"),
+        (("attention_sink", "--explain", "--set", "num_context_frames=5"), "use 6 or more"),
+        (("attention_sink", "--explain", "--event", "recache"), "write BLOCK:EVENT"),
+        (("attention_sink", "--explain", "--event", "6:jump"), "does not know the event 'jump'"),
+        (("--explain",), "give its name"),
+    ):
+        code, stdout, stderr = call(capfd, *words)
+        assert code == 2 and message in stderr and len(stderr.splitlines()) == 1, (words, stderr)
+
+
+def test_settings_reach_into_mappings():
+    assert changed("attention_sink", ["num_sink_frames=5"])["num_sink_frames"] == 5
+    assert changed("attention_sink", ["inner.policy=full", "inner.deep.x=[1, 2]"])["inner"] == {
+        "policy": "full",
+        "deep": {"x": [1, 2]},
+    }
+    assert parse_events(["6:recache", "9:cut"]) == {6: "recache", 9: "cut"}
+
+
+def test_numbers_are_ranges():
+    assert numbers((0, 1, 2, 6, 8, 9)) == "0-2, 6, 8-9"
+    assert numbers((0.5, 2.5)) == "0.5, 2.5"
+    assert numbers((0, 2, 4, 6, 8)) == "0..8"
+    assert numbers((3, 3, 4)) == "3-4" and numbers(()) == ""
+
+
+def test_long_runs_share_letters():
+    policy = make_policy({"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3})
+    text = [line.plain for line in lines(play(policy, num_blocks=60))]
+    assert "frames, 3 to a letter" in text[0]
+    assert text[-1].startswith("   59  S" + "·" * 56 + "RR#  ")
+
+
+def test_a_picture_of_many_blocks_is_small(tmp_path):
+    draw(play(make_policy("full"), num_blocks=30), tmp_path / "full.png", title="full")
+    assert (tmp_path / "full.png").stat().st_size < 60_000
