@@ -141,7 +141,7 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
         sampler = {**load_family(model.family).sampler, **sampler}
     changes = values.get("prompt_changes") or []
     if isinstance(changes, str | Mapping):
-        raise ValueError("prompt_changes must be a list of mappings with the keys at and prompt")
+        raise ValueError("prompt_changes must be a list of mappings with the keys at, prompt and event")
     groups = {
         "model": model,
         "cache": _mapping(values["cache"], "cache"),

@@ -73,10 +73,17 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptChange:
-    """A new prompt from the first block on that starts at or after ``at`` seconds."""
+    """A new prompt from the first block on that starts at or after ``at`` seconds.
+
+    Attributes:
+        at: Seconds.
+        prompt: What to show from there on.
+        event: What happens to the cache; which ones there are is up to the policy.
+    """
 
     at: float
     prompt: str
+    event: Literal["keep", "recache", "flush", "cut"] = "keep"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.at) and self.at > 0):

@@ -4,6 +4,7 @@ from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.conversion import convert_original_state_dict
 from longtake.models.convolution import use_onednn
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from longtake.models.vae_pixels import VaePixels
 
 __all__ = [
     "CausalTransformer",
@@ -11,6 +12,7 @@ __all__ = [
     "Segment",
     "StreamingDecoder",
     "StreamingEncoder",
+    "VaePixels",
     "convert_original_state_dict",
     "use_onednn",
 ]

@@ -33,10 +33,25 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive frames of one forward that share a pass and a timestep."""
+    """Consecutive frames of one forward that share a pass.
+
+    Attributes:
+        pass_: What they are to the cache; they attend to each other.
+        timestep: Of all frames, or one per equal part of them, in order.
+    """
 
     pass_: Pass
-    timestep: float
+    timestep: float | tuple[float, ...]
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """One per part."""
+        return self.timestep if isinstance(self.timestep, tuple) else (self.timestep,)
+
+    @property
+    def part_frames(self) -> float:
+        """Frames of a part."""
+        return self.pass_.num_frames / len(self.timesteps)
 
 
 @dataclass
@@ -46,6 +61,15 @@ class _Call:
     cache: KVCache
     prompt: Prompt
     segments: tuple[Segment, ...]
+    tokens: Tensor | None = None
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        return tuple(timestep for segment in self.segments for timestep in segment.timesteps)
+
+    def num_tokens(self, segment: Segment) -> int:
+        rows, columns = segment.pass_.grid or (self.cache.geometry.num_rows, self.cache.geometry.num_columns)
+        return segment.pass_.num_frames * rows * columns
 
 
 class CausalTransformer:
@@ -121,6 +145,7 @@ class CausalTransformer:
         hooked = (
             (self.transformer.rope, _NoTable()),
             (self.transformer.condition_embedder, _CachedConditions(self)),
+            (self.transformer.patch_embedding, _AddedTokens(self)),
             *(
                 (block, ModulatedBlock(layer, self._modulations, self._timesteps))
                 for layer, block in enumerate(blocks)
@@ -142,7 +167,15 @@ class CausalTransformer:
             self._call = None
 
     @torch.no_grad()
-    def flow(self, x: Tensor, *, segments: Sequence[Segment], cache: KVCache, prompt: Prompt) -> Tensor:
+    def flow(
+        self,
+        x: Tensor,
+        *,
+        segments: Sequence[Segment],
+        cache: KVCache,
+        prompt: Prompt,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
         """Predict the flow (noise - clean) of consecutive frames, each segment at its own timestep.
 
         Args:
@@ -150,20 +183,23 @@ class CausalTransformer:
             segments: What the frames are; a later segment sees what an earlier one has committed.
             cache: What they attend to.
             prompt: What they are to show.
+            tokens: (batch, dim, frames, rows, columns) added to the patch embedding of ``x``.
 
         Returns:
             Shape and dtype of ``x``.
 
         Raises:
-            ValueError: If a segment after the first is a commit, or their lengths differ.
+            ValueError: If a segment after the first is a commit, the lengths of their parts differ, or ``tokens`` has
+                another shape than the patch embedding.
         """
         if any(segment.pass_.kind == "commit" for segment in segments[1:]):
             raise ValueError("only the first segment of a forward can be a commit: later ones read what it stores.")
-        lengths = {segment.pass_.num_frames for segment in segments}
-        if len(lengths) != 1:
-            raise ValueError(f"segments of {sorted(lengths)} frames in one forward: they have to be equally long.")
-        self._call = _Call(cache, prompt, tuple(segments))
-        timestep = torch.zeros((x.shape[0], 1) if len(segments) > 1 else (x.shape[0],), device=x.device)
+        lengths = {segment.part_frames for segment in segments}
+        if len(lengths) != 1 or lengths != {int(length) for length in lengths}:
+            found = [f"{length:g}" for length in sorted(lengths)]
+            raise ValueError(f"segments of {', '.join(found)} frames in one forward: they have to be equally long.")
+        self._call = _Call(cache, prompt, tuple(segments), tokens)
+        timestep = torch.zeros((x.shape[0], 1) if len(self._call.timesteps) > 1 else (x.shape[0],), device=x.device)
         sample = self.transformer(
             hidden_states=x.to(self.dtype).transpose(1, 2),
             timestep=timestep,  # only its rank matters: the embedding of each segment's timestep is looked up
@@ -173,7 +209,7 @@ class CausalTransformer:
         return sample.transpose(1, 2).to(x.dtype)
 
     def _timesteps(self) -> tuple[float, ...]:
-        return tuple(segment.timestep for segment in self.call.segments)
+        return self.call.timesteps
 
     @property
     def call(self) -> _Call:
@@ -210,19 +246,38 @@ class _CachedConditions(ModelHook):
         if prompt.projected is None:
             zero = torch.zeros(1, device=encoder_hidden_states.device)
             prompt.projected = forward(zero, encoder_hidden_states)[2]
-        for segment in call.segments:
-            if segment.timestep not in projected:
-                level = torch.full((1,), segment.timestep, device=encoder_hidden_states.device)
+        timesteps = call.timesteps
+        for timestep in timesteps:
+            if timestep not in projected:
+                level = torch.full((1,), timestep, device=encoder_hidden_states.device)
                 temb, projection = forward(level, encoder_hidden_states[:1, :1])[:2]
-                self.embedded[segment.timestep], projected[segment.timestep] = temb, projection
-        first = call.segments[0]
-        if len(call.segments) == 1:
-            return self.embedded[first.timestep], projected[first.timestep], prompt.projected, None
+                self.embedded[timestep], projected[timestep] = temb, projection
+        if len(timesteps) == 1:
+            return self.embedded[timesteps[0]], projected[timesteps[0]], prompt.projected, None
         # Only the output norm still reads these: the blocks take theirs from ``Modulations``.
-        size = call.cache.geometry.tokens_per_frame
-        rows = [self.embedded[s.timestep].expand(s.pass_.num_frames * size, -1) for s in call.segments]
-        per_token = projected[first.timestep][:, None]
+        size = sum(map(call.num_tokens, call.segments)) // len(timesteps)
+        rows = [self.embedded[timestep].expand(size, -1) for timestep in timesteps]
+        per_token = projected[timesteps[0]][:, None]
         return torch.cat(rows)[None], per_token, prompt.projected, None
+
+
+class _AddedTokens(ModelHook):
+    """Adds a forward's own tokens to the patch embedding."""
+
+    def __init__(self, causal: CausalTransformer) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        tokens = self.causal.call.tokens
+        if tokens is None:
+            return output
+        if tokens.shape != output.shape:
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)} cannot be added to a patch embedding of shape "
+                f"{tuple(output.shape)} (batch, dim, frames, rows, columns)."
+            )
+        return output + tokens.to(output)
 
 
 class CachedSelfAttention:
@@ -246,7 +301,7 @@ class CachedSelfAttention:
         if len(call.segments) == 1:
             out = call.cache.attend(self.layer, q, k, v, call.segments[0].pass_).flatten(2)
         else:
-            counts = [s.pass_.num_frames * call.cache.geometry.tokens_per_frame for s in call.segments]
+            counts = [call.num_tokens(segment) for segment in call.segments]
             parts = zip(q.split(counts, 1), k.split(counts, 1), v.split(counts, 1), call.segments, strict=True)
             out = torch.cat([call.cache.attend(self.layer, *qkv, s.pass_).flatten(2) for *qkv, s in parts], dim=1)
         return attn.to_out[1](attn.to_out[0](out))

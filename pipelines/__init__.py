@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longtake.pipelines.long_video import LongVideoPipeline, LongVideoPipelineOutput
-    from longtake.pipelines.rollout import Block, LatentRollout, PromptSwitch, rollout_latents
+    from longtake.pipelines.prompts import PromptSwitch
+    from longtake.pipelines.rollout import Block, LatentRollout, rollout_latents
     from longtake.pipelines.take import Chunk, TakeSession
 
 __all__ = [
@@ -28,7 +29,7 @@ _MODULES = {
     "LatentRollout": "rollout",
     "LongVideoPipeline": "long_video",
     "LongVideoPipelineOutput": "long_video",
-    "PromptSwitch": "rollout",
+    "PromptSwitch": "prompts",
     "TakeSession": "take",
     "rollout_latents": "rollout",
 }

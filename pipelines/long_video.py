@@ -13,14 +13,18 @@ from diffusers import WanPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from longtake.cache import CachePolicy, make_policy
+from longtake.cache import CachePolicy, Event, make_policy
 from longtake.configs.families import ModelFamily, family_names, load_family
-from longtake.models import use_onednn
+from longtake.models import VaePixels, use_onednn
+from longtake.pipelines.model_folder import check_model_folder
 from longtake.pipelines.rollout import LatentRollout
 from longtake.pipelines.take import Chunk, TakeSession
 from longtake.samplers import Sampler, SeededNoise, make_sampler
 
 StepCallback = Callable[["LongVideoPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+
+Schedule = Sequence[tuple[float, str | Sequence[str]] | tuple[float, str | Sequence[str], Event]]
+"""(seconds, prompt) or (seconds, prompt, event) of later prompts, in order of time."""
 
 
 @dataclass
@@ -91,7 +95,7 @@ class LongVideoPipeline(WanPipeline):
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        cache: CachePolicy | Mapping[str, Any] | str = "attention_sink",
+        cache: CachePolicy | Mapping[str, Any] | str = DEFAULT_POLICY,
         sampler: Sampler | Mapping[str, Any] | str | None = None,
         seed: int | Sequence[int] = 0,
         guidance_scale: float | None = None,
@@ -100,6 +104,7 @@ class LongVideoPipeline(WanPipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         frames_per_block: int | None = None,
+        schedule: Schedule = (),
         decode: bool = True,
     ) -> TakeSession:
         """Prepare a video without making any of it.
@@ -120,6 +125,9 @@ class LongVideoPipeline(WanPipeline):
             prompt_embeds: (batch, text_len, text_dim) instead of ``prompt``.
             negative_prompt_embeds: Same shape, instead of ``negative_prompt``.
             frames_per_block: Overrides the family's.
+            schedule: Later prompts, in order of time: (seconds, prompt) or (seconds, prompt, event), from the first
+                block on that starts at or after that time; event: keep, recache, flush, cut, as far as the policy
+                knows it.
             decode: Whether chunks carry pixels.
 
         Raises:
@@ -157,8 +165,12 @@ class LongVideoPipeline(WanPipeline):
             noise=SeededNoise(seeds) if latents is None else _GivenNoise(latents, seeds),
             context_timestep=family.context_timestep,
             negative_prompt_embeds=negative_prompt_embeds,
+            pixels=VaePixels(self.vae),
         )
-        return TakeSession(self, rollout, prompts, num_frames=num_frames, fps=family.fps, decode=decode)
+        session = TakeSession(self, rollout, prompts, num_frames=num_frames, fps=family.fps, decode=decode)
+        for at, text, *event in schedule:
+            session.change_prompt(text, event=event[0] if event else "keep", at=at)
+        return session
 
     def stream(self, prompt: str | Sequence[str] | None = None, **settings) -> Iterator[Chunk]:
         """Yield chunks as they are made; takes what ``start`` takes."""
@@ -186,9 +198,10 @@ class LongVideoPipeline(WanPipeline):
         *,
         seconds: float | None = None,
         seed: int | Sequence[int] | None = None,
-        cache: CachePolicy | Mapping[str, Any] | str = "attention_sink",
+        cache: CachePolicy | Mapping[str, Any] | str = DEFAULT_POLICY,
         sampler: Sampler | Mapping[str, Any] | str | None = None,
         frames_per_block: int | None = None,
+        schedule: Schedule = (),
     ) -> LongVideoPipelineOutput | tuple:
         """Make a whole video and return it; for anything longer than memory holds, use ``stream``.
 
@@ -234,6 +247,7 @@ class LongVideoPipeline(WanPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             frames_per_block=frames_per_block,
+            schedule=schedule,
             decode=output_type != "latent",
         )
         if callback_on_step_end is not None:
@@ -332,28 +346,6 @@ class _GivenNoise(SeededNoise):
 
     def initial(self, block_index: int, start_frame: int, shape: Sequence[int]) -> Tensor:
         return self.latents[:, start_frame : start_frame + shape[1]]
-
-
-def check_model_folder(folder: Path) -> None:
-    """Refuse a path that is no diffusers Wan folder with safetensors weights.
-
-    Raises:
-        ValueError: Says what is missing and what to do.
-    """
-    if not folder.is_dir():
-        known = ", ".join(family_names())
-        raise ValueError(f"model folder '{folder}' does not exist: give a diffusers folder, or one of: {known}.")
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"model folder '{folder}' has no model_index.json: it is not a diffusers folder.")
-    for part in ("transformer", "vae", "text_encoder"):
-        names = [entry.name for entry in (folder / part).glob("*")]
-        if not any(name.endswith(".safetensors") for name in names):
-            pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-            if pickles:
-                raise ValueError(
-                    f"'{folder / part}' holds {pickles[0]}, a pickle, which can run code: convert it to safetensors."
-                )
-            raise ValueError(f"'{folder / part}' holds no .safetensors weights.")
 
 
 def _texts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> list[str]:

@@ -8,15 +8,16 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from longtake.cache import BlockTrace, CachePolicy, CacheStats, KVCache, Pass, make_policy
-from longtake.models.causal import CausalTransformer, Prompt, Segment
+from longtake.cache import BlockTrace, CachePolicy, CacheStats, Pass, make_policy
+from longtake.models.causal import CausalTransformer, Segment
 from longtake.models.threads import fitting_threads
+from longtake.pipelines.branches import Branches, Pending, Pixels
+from longtake.pipelines.prompts import PromptSwitch, check_event, strongest
 from longtake.samplers import NoiseSource, Sampler, make_sampler
 
 StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
 """(step_index, timestep, x0, prompt_embeds) -> x0, after every denoising step."""
 
-EVENTS = ("keep", "recache", "flush", "cut")
 # Above this many tokens per forward the matmuls are large enough alone, and per-token modulation costs more memory
 # than one forward less is worth.
 MERGE_LIMIT = 4096
@@ -39,21 +40,6 @@ class Block:
     prompt_index: int = -1
 
 
-@dataclass(frozen=True)
-class PromptSwitch:
-    """A change of prompt.
-
-    Attributes:
-        start_frame: It takes effect at the first block that starts here or later.
-        prompt_embeds: (batch, text_len, text_dim).
-        event: What happens to the cache: ``keep`` leaves it as it is.
-    """
-
-    start_frame: int
-    prompt_embeds: Tensor
-    event: str = "keep"
-
-
 def rollout_latents(
     transformer: WanTransformer3DModel,
     prompt_embeds: Tensor,
@@ -62,13 +48,14 @@ def rollout_latents(
     frame_shape: Sequence[int] = (16, 60, 104),
     frames_per_block: int = 3,
     first_block_frames: int | None = None,
-    cache: CachePolicy | Mapping[str, Any] | str = "full",
+    cache: CachePolicy | Mapping[str, Any] | str = EXACT_POLICY,
     sampler: Sampler | Mapping[str, Any] | str = "few_step",
     noise: NoiseSource,
     initial_latents: Tensor | None = None,
     context_timestep: float = 0,
     schedule: Sequence[tuple[int, Tensor, str]] = (),
     negative_prompt_embeds: Tensor | None = None,
+    pixels: Pixels | None = None,
 ) -> Iterator[Block]:
     """Roll a transformer out over latent frames, without text and pixels.
 
@@ -86,6 +73,7 @@ def rollout_latents(
         context_timestep: Timestep of the commit pass; no noise is added.
         schedule: (start_frame, prompt_embeds, event) prompt switches; event: keep, recache, flush, cut.
         negative_prompt_embeds: For samplers with guidance; zeros when not given.
+        pixels: Pools latents by way of pixels, for policies that ask for it; ``models.VaePixels`` does.
 
     Yields:
         Blocks in order.
@@ -107,6 +95,7 @@ def rollout_latents(
         context_timestep=context_timestep,
         schedule=[PromptSwitch(*entry) for entry in schedule],
         negative_prompt_embeds=negative_prompt_embeds,
+        pixels=pixels,
     )
     return iter(rollout)
 
@@ -114,10 +103,10 @@ def rollout_latents(
 class LatentRollout:
     """A rollout that can be stopped between blocks, saved, and continued.
 
-    Takes the arguments of ``rollout_latents``; ``schedule`` holds ``PromptSwitch`` entries and may be extended
-    while the rollout runs. A block's commit shares one forward with the next block's first denoising pass where
-    that pays (``merge_commit``); the last block is never committed. ``on_step_end`` may be set to watch or change
-    every estimate of a clean block.
+    Takes the arguments of ``rollout_latents``; ``schedule`` holds ``PromptSwitch`` entries and is extended by
+    ``add_switch`` while the rollout runs. A block's commit shares one forward with the next block's first denoising
+    pass where that pays (``merge_commit``); the last block is never committed. ``on_step_end`` may be set to watch or
+    change every estimate of a clean block.
     """
 
     def __init__(
@@ -129,13 +118,14 @@ class LatentRollout:
         frame_shape: Sequence[int],
         frames_per_block: int = 3,
         first_block_frames: int | None = None,
-        cache: CachePolicy | Mapping[str, Any] | str = "full",
+        cache: CachePolicy | Mapping[str, Any] | str = EXACT_POLICY,
         sampler: Sampler | Mapping[str, Any] | str = "few_step",
         noise: NoiseSource,
         initial_latents: Tensor | None = None,
         context_timestep: float = 0,
         schedule: Sequence[PromptSwitch] = (),
         negative_prompt_embeds: Tensor | None = None,
+        pixels: Pixels | None = None,
         merge_commit: bool | None = None,
     ) -> None:
         self.causal = CausalTransformer(transformer)
@@ -149,6 +139,7 @@ class LatentRollout:
         self.batch_size = prompt_embeds.shape[0]
         self._num_given = 0 if initial_latents is None else initial_latents.shape[1]
         self._check(num_frames, initial_latents, frames_per_block, first_block_frames)
+        self._check_policy(pixels)
         self.end_frame = self._num_given + num_frames
         geometry = self.causal.geometry(
             frame_shape, frames_per_block=frames_per_block, batch_size=self.batch_size, max_frames=self.end_frame
@@ -162,13 +153,19 @@ class LatentRollout:
             if negative_prompt_embeds is None:
                 negative_prompt_embeds = torch.zeros_like(prompt_embeds)
             embeds.append(negative_prompt_embeds)
-        self._branches = [Prompt(e.to(self.causal.device, self.causal.dtype)) for e in embeds]
-        self._caches = [KVCache(self.policy, geometry, attention=self.causal.attention) for _ in embeds]
+        self.branches = Branches(
+            self.causal,
+            self.policy,
+            geometry,
+            embeds=embeds,
+            guidance_scale=self.sampler.guidance_scale,
+            pixels=pixels,
+        )
+        self._first_prompt = prompt_embeds
         self._initial_latents = initial_latents
         self._next_frame = self._num_given
         self._next_index = 0
         self._prompt_index = -1
-        self._pending: BlockTrace | None = None
         self.on_step_end: StepHook | None = None
 
     def __iter__(self) -> Iterator[Block]:
@@ -190,7 +187,7 @@ class LatentRollout:
             return None
         x = self._checked_noise(x, shape)
 
-        geometry = self._caches[0].geometry
+        geometry = self.branches.caches[0].geometry
         width = geometry.num_heads * geometry.head_dim
         num_tokens = self.batch_size * num_frames * geometry.tokens_per_frame
         with (
@@ -199,16 +196,16 @@ class LatentRollout:
         ):
             self._fill()
             self._switch_prompt(start)
-            if not self._can_merge(num_frames):
-                self._commit_pending()
+            if not (self.merge_commit and self.branches.can_merge(num_frames)):
+                self.branches.commit_pending()
             step_index = 0
 
             def denoise(x: Tensor, timestep: float) -> Tensor:
                 nonlocal step_index
                 pass_ = Pass("denoise", self._block_id(start), start, num_frames, step_index)
-                x0 = x - (timestep / 1000.0) * self._guided_flow(x, Segment(pass_, float(timestep)))
+                x0 = x - (timestep / 1000.0) * self.branches.guided_flow(x, Segment(pass_, float(timestep)))
                 if self.on_step_end is not None:
-                    x0 = self.on_step_end(step_index, timestep, x0, self._branches[0].embeds)
+                    x0 = self.on_step_end(step_index, timestep, x0, self.branches.prompts[0].embeds)
                 step_index += 1
                 return x0
 
@@ -217,22 +214,50 @@ class LatentRollout:
 
             latents = self.sampler.sample(denoise, x, renoise=renoise, block_index=index)
 
-        self._pending = BlockTrace(self._block_id(start), start, latents)
+        self.branches.pending = Pending(BlockTrace(self._block_id(start), start, latents), self.context_timestep)
         self._next_frame, self._next_index = start + num_frames, index + 1
         return Block(index, start, latents, self._prompt_index)
 
+    def add_switch(self, switch: PromptSwitch) -> int:
+        """Extend the schedule.
+
+        Returns:
+            Index of the block at which the switch takes effect.
+
+        Raises:
+            ValueError: If the policy does not know the event.
+        """
+        check_event(self.policy, switch.event)
+        self.schedule.append(switch)
+        return self.switch_index(switch)
+
+    def switch_index(self, switch: PromptSwitch) -> int:
+        """Index of the block at which a switch takes effect, given latents not counted."""
+        index = self._block_id(max(switch.start_frame, self._num_given)) - self._block_id(self._num_given)
+        return index + (self.start_of(index) < switch.start_frame)
+
+    def start_of(self, index: int) -> int:
+        """First latent frame of a block, given latents not counted in ``index``."""
+        block = index + self._block_id(self._num_given)
+        return self.first_block_frames + (block - 1) * self.frames_per_block if block else 0
+
     def stats(self) -> CacheStats:
         """What the conditional branch's cache holds."""
-        return self._caches[0].stats()
+        return self.branches.caches[0].stats()
 
     @property
     def num_cache_bytes(self) -> int:
         """Bytes of all branches' storage and read sets."""
-        return sum(cache.stats().num_bytes + cache.num_scratch_bytes for cache in self._caches)
+        return sum(cache.stats().num_bytes + cache.num_scratch_bytes for cache in self.branches.caches)
 
     @property
     def next_frame(self) -> int:
         """First latent frame of the next block."""
+        return self._next_frame
+
+    @property
+    def next_open_frame(self) -> int:
+        """First latent frame of the next block that is not begun: a new prompt shows from here on."""
         return self._next_frame
 
     @property
@@ -252,11 +277,11 @@ class LatentRollout:
             "next_index": self._next_index,
             "prompt_index": self._prompt_index,
         }
-        if self._pending is not None:
-            tensors["pending.latents"] = self._pending.latents
-            numbers["pending.block_index"] = self._pending.block_index
-            numbers["pending.start_frame"] = self._pending.start_frame
-        for branch, cache in enumerate(self._caches):
+        if (pending := self.branches.pending) is not None:
+            tensors["pending.latents"] = pending.trace.latents
+            numbers["pending.block_index"] = pending.trace.block_index
+            numbers["pending.start_frame"] = pending.trace.start_frame
+        for branch, cache in enumerate(self.branches.caches):
             for key, value in cache.state_dict().items():
                 (tensors if isinstance(value, Tensor) else numbers)[f"cache.{branch}.{key}"] = value
         return tensors, numbers
@@ -271,88 +296,45 @@ class LatentRollout:
             if key not in numbers:
                 raise ValueError(f"the saved state has no {key!r}: it was not written by a rollout.")
         merged = {**tensors, **numbers}
-        for branch, cache in enumerate(self._caches):
+        for branch, cache in enumerate(self.branches.caches):
             prefix = f"cache.{branch}."
             cache.load_state_dict({k.removeprefix(prefix): v for k, v in merged.items() if k.startswith(prefix)})
         self._next_frame, self._next_index = numbers["next_frame"], numbers["next_index"]
-        self._pending, self._initial_latents = None, None
+        self.branches.pending = None
         if "pending.latents" in tensors:
-            latents = tensors["pending.latents"].to(self.causal.device)
-            self._pending = BlockTrace(numbers["pending.block_index"], numbers["pending.start_frame"], latents)
-        self._prompt_index = -1
-        while self._prompt_index < numbers["prompt_index"]:
-            self._take_prompt(self._prompt_index + 1)
-
-    def _can_merge(self, num_frames: int) -> bool:
-        """Whether the pending commit may share the next forward: equal lengths, and nothing to do in between."""
-        is_equal = self._pending is not None and self._pending.latents.shape[1] == num_frames
-        return self.merge_commit and is_equal and self._caches[0].merges_commit
-
-    def _guided_flow(self, x: Tensor, segment: Segment) -> Tensor:
-        flows = [self._flow(branch, x, segment) for branch in range(len(self._branches))]
-        self._finish_pending()
-        if len(flows) == 1:
-            return flows[0]
-        cond, uncond = flows
-        return uncond + self.sampler.guidance_scale * (cond - uncond)
-
-    def _flow(self, branch: int, x: Tensor, segment: Segment) -> Tensor:
-        if self._pending is None:
-            return self._forward(branch, x, [segment])
-        joined = torch.cat((self._pending.latents, x), dim=1)
-        return self._forward(branch, joined, [self._commit_segment(), segment])[:, -x.shape[1] :]
-
-    def _forward(self, branch: int, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-        return self.causal.flow(x, segments=segments, cache=self._caches[branch], prompt=self._branches[branch])
-
-    def _commit_segment(self) -> Segment:
-        trace = self._pending
-        pass_ = Pass("commit", trace.block_index, trace.start_frame, trace.latents.shape[1])
-        return Segment(pass_, self.context_timestep)
-
-    def _commit_pending(self) -> None:
-        """Run the commit pass of the last block by itself."""
-        if self._pending is not None:
-            for branch in range(len(self._branches)):
-                self._forward(branch, self._pending.latents, [self._commit_segment()])
-            self._finish_pending()
-
-    def _finish_pending(self) -> None:
-        """Let the policy work on the block that has just been committed in all layers."""
-        if self._pending is None:
-            return
-        trace, self._pending = self._pending, None
-        for branch, cache in enumerate(self._caches):
-            for job in cache.end_block(trace):
-                pass_ = Pass("commit", trace.block_index, job.start_frame, job.latents.shape[1])
-                self._forward(branch, job.latents, [Segment(pass_, job.timestep)])
+            trace = BlockTrace(
+                numbers["pending.block_index"],
+                numbers["pending.start_frame"],
+                tensors["pending.latents"].to(self.causal.device),
+            )
+            self.branches.pending = Pending(trace, self.context_timestep)
+        self._prompt_index = numbers["prompt_index"]
+        embeds = self._first_prompt if self._prompt_index < 0 else self.schedule[self._prompt_index].prompt_embeds
+        self.branches.take_prompt(embeds)
 
     def _fill(self) -> None:
-        """Commit the given latents, block by block, at timestep 0 whatever the context timestep."""
-        if self._initial_latents is None:
+        """Commit the given latents, block by block, at timestep 0; the last block waits, as any other does."""
+        if self._initial_latents is None or self._next_index:
             return
-        latents, self._initial_latents = self._initial_latents.to(self.causal.device, torch.float32), None
-        start, kept = 0, self.context_timestep
-        self.context_timestep = 0.0
+        latents = self._initial_latents.to(self.causal.device, torch.float32)
+        start = 0
         while start < latents.shape[1]:
+            self.branches.commit_pending()
             num_frames = self.frames_per_block if start else self.first_block_frames
-            self._pending = BlockTrace(self._block_id(start), start, latents[:, start : start + num_frames])
-            self._commit_pending()
+            trace = BlockTrace(self._block_id(start), start, latents[:, start : start + num_frames])
+            self.branches.pending = Pending(trace, 0.0)
             start += num_frames
-        self.context_timestep = kept
 
     def _switch_prompt(self, start_frame: int) -> None:
-        while self._prompt_index + 1 < len(self.schedule):
-            if self.schedule[self._prompt_index + 1].start_frame > start_frame:
-                return
-            # The block before belongs to the old prompt: commit it with the old text.
-            self._commit_pending()
-            self._take_prompt(self._prompt_index + 1)
-
-    def _take_prompt(self, prompt_index: int) -> None:
-        embeds = self.schedule[prompt_index].prompt_embeds
-        self._branches[0] = Prompt(embeds.to(self.causal.device, self.causal.dtype))
-        self._prompt_index = prompt_index
+        """Take the prompt in force at a frame; the block before belongs to the old one and is committed with it."""
+        due = self._prompt_index + 1
+        while due < len(self.schedule) and self.schedule[due].start_frame <= start_frame:
+            due += 1
+        switches = self.schedule[self._prompt_index + 1 : due]
+        if switches:
+            event = strongest([switch.event for switch in switches])
+            self.branches.commit_pending(event=event, embeds=switches[-1].prompt_embeds)
+            self._prompt_index = due - 1
 
     def _block_id(self, start_frame: int) -> int:
         """Index of a block in the video, given latents counted."""
@@ -389,11 +371,12 @@ class LatentRollout:
             wanted = (self.batch_size, given, *self.frame_shape)
             if tuple(initial_latents.shape) != wanted:
                 raise ValueError(f"initial_latents has shape {tuple(initial_latents.shape)}, expected {wanted}.")
+
+    def _check_policy(self, pixels: Pixels | None) -> None:
         for switch in self.schedule:
-            if switch.event not in EVENTS:
-                raise ValueError(f"unknown prompt event {switch.event!r}; known: {', '.join(EVENTS)}.")
-            if switch.event != "keep":
-                raise ValueError(
-                    f"cache policy {self.policy.name!r} does not support the prompt event {switch.event!r}: "
-                    "use 'keep'."
-                )
+            check_event(self.policy, switch.event)
+        if self.policy.needs_vae and pixels is None:
+            raise ValueError(
+                f"cache policy {self.policy.name!r} pools pixels with these settings and needs a VAE: "
+                "give pixels, or use LongVideoPipeline."
+            )

@@ -111,6 +111,7 @@ class _Run:
                 "num_blocks": session.num_blocks,
                 "seconds": session.num_frames / session.fps,
             },
+            prompt_changes=session.prompt_changes,
         )
 
     def _go_on(self, allow_changes: bool) -> None:
@@ -150,8 +151,9 @@ class _Run:
             change = changes[self.num_changes]
             if not starts_at(self.num_frames, at=change.at, fps=self.session.fps):
                 return
-            self.session.change_prompt(change.prompt)
+            self.session.change_prompt(change.prompt, event=change.event)
             self.num_changes += 1
+            self.folder.update_record(prompt_changes=self.session.prompt_changes)
 
     def _write(self, chunk: Chunk) -> None:
         started = time.perf_counter()

@@ -1,5 +1,6 @@
 """One video being made: blocks of latents, decoded as they come, resumable between blocks."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.cache import CacheStats
-from longtake.models import StreamingDecoder
-from longtake.pipelines.rollout import LatentRollout, PromptSwitch
+from longtake.cache import CacheStats, Event
+from longtake.models import StreamingDecoder, VaePixels
+from longtake.pipelines.prompts import PromptSwitch, check_event
+from longtake.pipelines.rollout import LatentRollout
 
 if TYPE_CHECKING:
     from longtake.pipelines.long_video import LongVideoPipeline
@@ -81,10 +83,7 @@ class TakeSession:
         self.num_emitted_frames = 0
         self._prompts = [tuple(prompts)]
         self._decoder = StreamingDecoder(pipe.vae) if decode else None
-        config = pipe.vae.config
-        shape = (1, -1, 1, 1, 1)
-        self._mean = torch.tensor(config.latents_mean, dtype=torch.float32).view(shape)
-        self._std = torch.tensor(config.latents_std, dtype=torch.float32).view(shape)
+        self._pixels = VaePixels(pipe.vae)
 
     @property
     def num_blocks(self) -> int:
@@ -109,7 +108,7 @@ class TakeSession:
         if block is None:
             return None
         denoised = time.perf_counter()
-        frames = self._pixels(block.latents)
+        frames = self._decode(block.latents)
         decoded = time.perf_counter()
         self.num_emitted_frames += frames.shape[1]
         return Chunk(
@@ -124,24 +123,51 @@ class TakeSession:
             prompt=self._prompts[block.prompt_index + 1],
         )
 
-    def change_prompt(self, prompt: str | Sequence[str], *, event: str = "keep") -> int:
-        """Switch to another prompt from the next block on.
+    def change_prompt(self, prompt: str | Sequence[str], *, event: Event = "keep", at: float | None = None) -> int:
+        """Switch to another prompt from the next block on, or later.
 
         Args:
             prompt: One text for all samples, or one per sample.
             event: What happens to the cache; see the policy.
+            at: Seconds: the first block that starts at or after this time; None is the next one.
 
         Returns:
             Index of the block at which it takes effect.
 
         Raises:
-            ValueError: If the text is empty or too long.
+            ValueError: If the text is empty or too long, the policy does not know the event, or ``at`` is before the
+                next block or another change.
         """
-        prompts = [prompt] * self.rollout.batch_size if isinstance(prompt, str) else list(prompt)
-        embeds = self.pipe.embed_text(prompts)
-        self.rollout.schedule.append(PromptSwitch(self.rollout.next_frame, embeds, event))
+        r = self.rollout
+        check_event(r.policy, event)
+        start = r.next_open_frame if at is None else self._latent_frame(at)
+        earliest = max([r.next_open_frame, *(switch.start_frame for switch in r.schedule)])
+        if start < earliest:
+            seconds = self._pixel_frame(earliest) / self.fps
+            raise ValueError(f"a prompt change at {at} s is too late or out of order: {seconds:g} s is the earliest.")
+        prompts = [prompt] * r.batch_size if isinstance(prompt, str) else list(prompt)
+        index = r.add_switch(PromptSwitch(start, self.pipe.embed_text(prompts), event))
         self._prompts.append(tuple(prompts))
-        return self.next_block_index
+        return index
+
+    @property
+    def prompt_changes(self) -> list[dict[str, Any]]:
+        """Every change of prompt, those to come included, and the block at which it takes effect.
+
+        ``{"block", "start_frame", "prompt", "event"}``, plain values; ``start_frame`` is the block's first latent
+        frame.
+        """
+        r = self.rollout
+        switches = zip(r.schedule, self._prompts[1:], strict=True)
+        return [
+            {
+                "block": r.switch_index(switch),
+                "start_frame": r.start_of(r.switch_index(switch)),
+                "prompt": prompts[0] if len(set(prompts)) == 1 else list(prompts),
+                "event": switch.event,
+            }
+            for switch, prompts in switches
+        ]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a continuation needs beside the arguments of ``LongVideoPipeline.start``.
@@ -181,14 +207,22 @@ class TakeSession:
             self._decoder.load_state_dict(_under("decoder.", tensors), numbers["decoder"])
         self.num_emitted_frames = numbers["num_emitted_frames"]
 
+    def _latent_frame(self, seconds: float) -> int:
+        """First latent frame whose pixels start at or after a time; the first frame alone is one pixel frame."""
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise ValueError(f"a prompt change at {seconds} s: give a time of 0 or more.")
+        step = self.pipe.vae_scale_factor_temporal
+        return 0 if seconds == 0 else max(1, math.ceil((seconds * self.fps - 1e-6 - 1) / step) + 1)
+
+    def _pixel_frame(self, latent_frame: int) -> int:
+        return 0 if latent_frame == 0 else 1 + (latent_frame - 1) * self.pipe.vae_scale_factor_temporal
+
     @torch.no_grad()
-    def _pixels(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         """(batch, frames, channels, height, width) latents to float32 pixels in [0, 1]."""
         if self._decoder is None:
             return latents.new_empty(latents.shape[0], 0, 3, 0, 0)
-        z = latents.transpose(1, 2).float()
-        z = z * self._std.to(z.device) + self._mean.to(z.device)
-        video = self._decoder.decode(z.to(self.pipe.vae.device, self.pipe.vae.dtype))
+        video = self._decoder.decode(self._pixels.denormalise(latents))
         left = self.num_frames - self.num_emitted_frames
         return video[:, :, :left].float().mul(0.5).add(0.5).clamp_(0.0, 1.0).transpose(1, 2)
 

@@ -31,6 +31,9 @@ def fork(
     *,
     at: Annotated[str, typer.Option(help="Where to branch: 20s, 1m30s or 1:30.", show_default=False)],
     prompt: Annotated[str | None, typer.Option(help="What to show from there on.")] = None,
+    event: Annotated[
+        str, typer.Option(help="What the new prompt does to the cache: keep, recache, flush or cut.")
+    ] = "keep",
     seconds: Annotated[float | None, typer.Option(help="Length of the new video.", show_default="as before")] = None,
     out: Annotated[Path | None, typer.Option(help="New run folder.", show_default="DIR-fork-1, -2, ...")] = None,
 ) -> None:
@@ -53,7 +56,7 @@ def fork(
     path = out or free_place(folder.with_name(f"{folder.name}-fork"))
     refuse_existing(path)
     branch_point(source, at=time)
-    config = forked_config(source, at=time, prompt=prompt, seconds=seconds)
+    config = forked_config(source, at=time, prompt=prompt, event=event, seconds=seconds)
     use_recorded_setup(source)
     pipe = load_pipeline(config.model)
     session = start_session(pipe, config)
@@ -81,18 +84,23 @@ def parse_time(text: str) -> float:
     return time
 
 
-def forked_config(source: "RunFolder", *, at: float, prompt: str | None, seconds: float | None) -> RunConfig:
+def forked_config(
+    source: "RunFolder", *, at: float, prompt: str | None, event: str = "keep", seconds: float | None
+) -> RunConfig:
     """Change a run's configuration from a time on.
 
     Args:
         source: The run to branch from.
         at: Seconds.
         prompt: The new prompt, if any.
+        event: What it does to the cache.
         seconds: The new length, if any.
 
     Raises:
         ValueError: If nothing is new, or the new length ends before ``at``.
     """
+    if prompt is None and event != "keep":
+        raise ValueError(f"--event {event} is what a new prompt does to the cache: give --prompt too")
     if prompt is None and seconds is None:
         raise ValueError("a fork without anything new is the same video: give --prompt or --seconds")
     config = source.config
@@ -101,7 +109,7 @@ def forked_config(source: "RunFolder", *, at: float, prompt: str | None, seconds
         raise ValueError(f"--at {at:g} s is not within the new video of {length:g} s: give a longer --seconds")
     changes = tuple(change for change in config.prompt_changes if change.at < at)
     if prompt is not None:
-        changes += (PromptChange(at=at, prompt=prompt),)
+        changes += (PromptChange(at=at, prompt=prompt, event=event),)
     else:
         changes = config.prompt_changes
     return replace(config, seconds=length, prompt_changes=changes)

@@ -27,10 +27,12 @@ class FakeSession:
         self.next_block_index = 0
         self.memory = np.random.default_rng(config.seed).standard_normal(8)
         self.prompt = config.prompt
+        self.prompt_changes = []
         self.delay, self.break_at = delay, break_at
 
-    def change_prompt(self, prompt):
+    def change_prompt(self, prompt, *, event="keep"):
         self.prompt = prompt
+        self.prompt_changes.append({"block": self.next_block_index, "prompt": prompt, "event": event})
         return self.next_block_index
 
     def next_chunk(self):
@@ -59,11 +61,16 @@ class FakeSession:
         )
 
     def state_dict(self):
-        return {"memory": torch.from_numpy(self.memory)}, {"next": self.next_block_index, "prompt": self.prompt}
+        return {"memory": torch.from_numpy(self.memory)}, {
+            "next": self.next_block_index,
+            "prompt": self.prompt,
+            "changes": self.prompt_changes,
+        }
 
     def load_state_dict(self, tensors, numbers):
         self.memory = tensors["memory"].numpy()
         self.next_block_index, self.prompt = numbers["next"], numbers["prompt"]
+        self.prompt_changes = list(numbers["changes"])
 
 
 def make_config(*overrides, seconds=SECONDS, prompt=PROMPT):
