@@ -15,10 +15,12 @@ from longtake.cache.base import (
 )
 from longtake.cache.frames import FramePlan, FramePolicy
 from longtake.cache.kv_cache import KVCache
-from longtake.cache.registry import POLICIES, make_policy
+from longtake.cache.registry import DEFAULT_POLICY, EXACT_POLICY, POLICIES, make_policy
 from longtake.cache.storage import KeysValues, PlainStorage, Storage, Stored, TokenBuffer
 
 __all__ = [
+    "DEFAULT_POLICY",
+    "EXACT_POLICY",
     "POLICIES",
     "BlockTrace",
     "CachePolicy",

@@ -5,6 +5,7 @@ from typing import Any
 
 from longtake.cache.attention_sink import AttentionSink
 from longtake.cache.base import CachePolicy
+from longtake.cache.deep_forcing import DeepForcing
 from longtake.cache.full import Full
 from longtake.cache.sliding_window import SlidingWindow
 from longtake.configs.fields import make
@@ -13,7 +14,14 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "full": Full,
     "sliding_window": SlidingWindow,
     "attention_sink": AttentionSink,
+    "deep_forcing": DeepForcing,
 }
+
+DEFAULT_POLICY = "attention_sink"
+"""What videos are made with unless told otherwise: bounded, and no position leaves the trained range."""
+
+EXACT_POLICY = "full"
+"""What a bare rollout uses unless told otherwise: nothing is lost."""
 
 
 def make_policy(settings: CachePolicy | Mapping[str, Any] | str) -> CachePolicy:

@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from longtake.cache import CachePolicy, Event, make_policy
+from longtake.cache import DEFAULT_POLICY, CachePolicy, Event, make_policy
 from longtake.configs.families import ModelFamily, family_names, load_family
 from longtake.models import VaePixels, use_onednn
 from longtake.pipelines.model_folder import check_model_folder

@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from longtake.cache import BlockTrace, CachePolicy, CacheStats, Pass, make_policy
+from longtake.cache import EXACT_POLICY, BlockTrace, CachePolicy, CacheStats, Pass, make_policy
 from longtake.models.causal import CausalTransformer, Segment
 from longtake.models.threads import fitting_threads
 from longtake.pipelines.branches import Branches, Pending, Pixels

@@ -3,12 +3,14 @@
 import ast
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+
+from longtake.cache import POLICIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +29,10 @@ MAY_IMPORT = {
 }
 MAX_LINES = 400
 MAX_STATEMENTS = 40
+MAX_POLICY_LINES = 150
+POLICY_FREE = ("models", "pipelines")
+# The English word, not the policy.
+NOT_A_POLICY = {("pipelines/provenance.py", "full")}
 
 
 def _folders() -> list[str]:
@@ -145,6 +151,59 @@ def test_modules_are_short():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in _modules()}
     faults = [f"{path.relative_to(ROOT)}: {length} lines" for path, length in lengths.items() if length > MAX_LINES]
     assert not faults, f"over {MAX_LINES} lines, so more than one idea: {faults}"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_is_one_short_file_with_its_name(name):
+    path = ROOT / "cache" / f"{name}.py"
+    assert POLICIES[name].name == name and POLICIES[name].__module__ == f"longtake.cache.{name}"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_POLICY_LINES
+    assert (ROOT / "configs" / "cache" / f"{name}.yaml").is_file()
+
+
+def _policy_mentions(text: str, names: Iterable[str], classes: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Lines that speak of a policy: a name of several words anywhere, a name of one as a whole string, any class."""
+    names, classes = set(names), set(classes)
+    for number, line in enumerate(text.splitlines(), start=1):
+        yield from ((number, name) for name in names if "_" in name and re.search(rf"\b{name}\b", line))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Name) and node.id in classes:
+            yield node.lineno, node.id
+    for node, dotted in _imports(ast.parse(text)):
+        parts = dotted.split(".")
+        if parts[:2] == ["longtake", "cache"] and (set(parts[2:]) & (names | classes)):
+            yield node.lineno, dotted
+
+
+def test_models_and_pipelines_know_no_policy():
+    classes = [cls.__name__ for cls in POLICIES.values()]
+    faults = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for folder in POLICY_FREE
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in _policy_mentions(path.read_text(encoding="utf-8"), POLICIES, classes)
+        if (str(path.relative_to(ROOT)), name) not in NOT_A_POLICY
+    ]
+    assert not faults, faults
+
+
+@pytest.mark.parametrize(
+    ("code", "is_fault"),
+    [
+        ("if policy.name == 'full': pass", True),
+        ("# as attention_sink does it", True),
+        ("from longtake.cache.full import Full", True),
+        ("from longtake.cache import Full", True),
+        ("x = isinstance(policy, Full)", True),
+        ("# the disk is full", False),
+        ("torch.full((1,), 2.0)", False),
+        ("from longtake.cache import KVCache, Pass", False),
+    ],
+)
+def test_the_policy_check_itself(code, is_fault):
+    assert bool(list(_policy_mentions(code, ["full", "attention_sink"], ["Full", "AttentionSink"]))) is is_fault
 
 
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
