@@ -24,7 +24,7 @@ from longtake.cache.base import (
     PolicyState,
     Read,
 )
-from longtake.cache.storage import Stored
+from longtake.cache.storage import KeysValues, Stored
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class FramePolicy(CachePolicy):
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Say what the block at ``start_frame`` reads.
 
-        What the next block does not read is dropped for good, so a plan may only ever let go of frames.
+        What the next block does not read is dropped for good, unless ``kept`` says otherwise: a plan may let go of
+        frames and never get one back.
 
         Args:
             stored: Frames at hand, ascending, all before ``start_frame``.
@@ -75,6 +76,24 @@ class FramePolicy(CachePolicy):
     @abstractmethod
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """Most frames that are stored between blocks; None when unbounded."""
+
+    def num_read_frames(self, frames_per_block: int) -> int | None:
+        """Most stored frames that a block reads; as many as are stored unless a policy says otherwise."""
+        return self.num_stored_frames(frames_per_block)
+
+    def num_extra_frames(self, frames_per_block: int) -> int:
+        """Places for whole frames that a state of its own fills, behind those of ``FrameState``."""
+        return 0
+
+    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...] | None:
+        """Frames that stay stored for the block at ``start_frame`` and later ones; None: those that it reads.
+
+        Args:
+            stored: Frames at hand, ascending, all before ``start_frame``.
+            start_frame: First frame of the next block.
+            num_frames: Frames of the next block.
+        """
+        return None
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
         """Name the role of each stored frame; all recent unless a policy says otherwise."""
@@ -97,13 +116,14 @@ class FrameStore:
     Args:
         geometry: Shapes of the rollout.
         num_slots: Frames to make room for; None grows by half again whenever it is full.
+        num_extra: Frames' worth of places in ``buffer`` behind the slots, in bounded stores.
     """
 
-    def __init__(self, geometry: Geometry, num_slots: int | None) -> None:
+    def __init__(self, geometry: Geometry, num_slots: int | None, num_extra: int = 0) -> None:
         self.frame_size = geometry.tokens_per_frame
         self.is_bounded = num_slots is not None
         self.num_slots = num_slots if num_slots is not None else geometry.max_frames or 4 * geometry.frames_per_block
-        self.buffer = geometry.storage.buffer(geometry, self.num_slots * self.frame_size)
+        self.buffer = geometry.storage.buffer(geometry, (self.num_slots + num_extra) * self.frame_size)
 
     @property
     def bytes_per_frame(self) -> int:
@@ -158,27 +178,35 @@ class FrameState(PolicyState):
     def __init__(self, policy: FramePolicy, geometry: Geometry) -> None:
         self.policy = policy
         self.geometry = geometry
-        self.store = FrameStore(geometry, policy.num_stored_frames(geometry.frames_per_block))
+        block = geometry.frames_per_block
+        self.store = FrameStore(geometry, policy.num_stored_frames(block), policy.num_extra_frames(block))
         self._before: dict[int, int] = {}
         self._after: dict[int, int] = {}
         self._committed = -1
         self._plan: tuple[int, FramePlan] | None = None
+        self._committing: tuple[Pass, KeysValues] | None = None
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
         """Read the frames that the policy plans for this block."""
-        slots = self._before if pass_.start_frame <= self._committed else self._after
+        slots = self.slots(pass_)
         plan = self._planned(tuple(slots), pass_)
-        capacity = self.store.num_slots * self.geometry.tokens_per_frame if self.store.is_bounded else 0
+        capacity = (self.policy.num_read_frames(self.geometry.frames_per_block) or 0) * self.store.frame_size
         return Context(self._reads(layer, plan, slots), plan.query_positions, capacity=capacity)
+
+    def slots(self, pass_: Pass) -> Mapping[int, int]:
+        """Where the frames lie that are at hand for a pass: frame to slot."""
+        return self._before if pass_.start_frame <= self._committed else self._after
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Keep the block's frames in the slots of those that the next block no longer reads."""
         if pass_.start_frame != self._committed:
             self._hand_over(pass_)
-        gone = tuple(sorted(self._before.keys() - self._after.keys()))
-        if gone:
-            self.release(layer, gone)
         new = range(pass_.start_frame, pass_.start_frame + pass_.num_frames)
+        gone = tuple(sorted({*self._before, *new} - self._after.keys()))
+        if gone:
+            self._committing = pass_, KeysValues(k, v)
+            self.release(layer, gone)
+            self._committing = None
         self.store.write(layer, [self._after.get(f, -1) for f in new], k, v)
 
     def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
@@ -204,14 +232,21 @@ class FrameState(PolicyState):
         self._after = after | {frame: next(free) for frame in frames if frame not in after}
 
     def release(self, layer: int, frames: tuple[int, ...]) -> None:
-        """Take leave of stored frames that no later block reads, before their slots are written over.
+        """Take leave of frames that no later block reads, before their slots are written over.
 
-        ``self.stored(layer, frames)`` still has them. Called once per layer and block; does nothing by itself.
+        ``self.stored(layer, frames)`` still has them, those of the block being committed too. Called once per layer
+        and block; does nothing by itself.
         """
 
     def stored(self, layer: int, frames: Sequence[int]) -> list[tuple[int, Stored]]:
-        """Tokens of frames that the block being committed could read: (number of frames, tokens) each."""
-        return self.store.read(layer, [self._before[frame] for frame in frames])
+        """Tokens of ascending frames that are being released: (number of frames, tokens) each."""
+        parts = self.store.read(layer, [self._before[frame] for frame in frames if frame in self._before])
+        if self._committing is not None:
+            pass_, own = self._committing
+            size = self.store.frame_size
+            starts = [(frame - pass_.start_frame) * size for frame in frames if frame not in self._before]
+            parts += [(1, KeysValues(own.keys[:, i : i + size], own.values[:, i : i + size])) for i in starts]
+        return parts
 
     def stats(self) -> CacheStats:
         """Tokens and bytes of the frames at hand."""
@@ -274,7 +309,9 @@ class FrameState(PolicyState):
     def _hand_over(self, pass_: Pass) -> None:
         end = pass_.start_frame + pass_.num_frames
         at_hand = (*sorted(self._after), *range(pass_.start_frame, end))
-        kept = self.plan(at_hand, end, self.geometry.frames_per_block).frames
+        kept = self.policy.kept(at_hand, end, self.geometry.frames_per_block)
+        if kept is None:
+            kept = self.plan(at_hand, end, self.geometry.frames_per_block).frames
         if not self.store.is_bounded:
             self.store.grow(len(kept))
         self._before, self._committed = self._after, pass_.start_frame
