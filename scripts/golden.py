@@ -38,6 +38,23 @@ CASES = {
     "attention_sink_absolute": {
         "cache": {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 2, "positions": "absolute"}
     },
+    "deep_forcing": {
+        "cache": {
+            "policy": "deep_forcing",
+            "num_context_frames": 10,
+            "num_sink_frames": 2,
+            "num_budget_frames": 8,
+            "num_recent_frames": 4,
+        }
+    },
+    "deep_sink": {
+        "cache": {
+            "policy": "deep_forcing",
+            "compression": "none",
+            "num_context_frames": 9,
+            "num_sink_frames": 4,
+        }
+    },
     "context_noise": {"cache": "full", "context_timestep": 100},
     "frame_first": {"cache": "full", "first_block_frames": 1, "frames_per_block": 4},
     "euler_guided": {

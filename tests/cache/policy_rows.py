@@ -82,4 +82,42 @@ POLICY_ROWS = {
         limit=11,
         sinks=4,
     ),
+    "deep_forcing": Row(
+        settings={
+            "policy": "deep_forcing",
+            "num_context_frames": 12,
+            "num_sink_frames": 4,
+            "num_budget_frames": 10,
+            "num_recent_frames": 4,
+        },
+        limit=12,
+        sinks=4,
+        recent=0,
+    ),
+    "deep_forcing.paper": Row(
+        settings={
+            "policy": "deep_forcing",
+            "num_context_frames": 12,
+            "num_sink_frames": 3,
+            "num_budget_frames": 10,
+            "num_recent_frames": 5,
+            "positions": "contiguous",
+            "unify_top": True,
+            "fusion": "max",
+            "max_reuse": 0,
+        },
+        limit=12,
+        sinks=3,
+        recent=1,
+    ),
+    "deep_forcing.none": Row(
+        settings={
+            "policy": "deep_forcing",
+            "compression": "none",
+            "num_context_frames": 12,
+            "num_sink_frames": 5,
+        },
+        limit=12,
+        sinks=5,
+    ),
 }
