@@ -76,6 +76,15 @@ def window(frames: int, sinks: int = 0, positions: str = "absolute") -> dict:
     }
 
 
+def deep_sink(frames: int, sinks: int) -> dict:
+    return {
+        "policy": "deep_forcing",
+        "compression": "none",
+        "num_context_frames": frames,
+        "num_sink_frames": sinks,
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
@@ -85,6 +94,8 @@ def window(frames: int, sinks: int = 0, positions: str = "absolute") -> dict:
         ("sf_window6", {"policy": "sliding_window", "num_context_frames": 6, "positions": "contiguous"}),
         ("sf_window6", window(6)),
         ("infinity_rope", window(9, 1, "contiguous")),
+        ("deep_sink_w12_s6", deep_sink(12, 6)),
+        ("deep_forcing", "deep_forcing"),
     ],
 )
 def test_equals_the_authors_code(name, cache):
@@ -99,6 +110,10 @@ def test_equals_the_authors_code(name, cache):
         ("sf_window6", "full"),
         ("infinity_rope", window(9, 1, "absolute")),
         ("infinity_rope", window(9, 0, "contiguous")),
+        ("deep_sink_w12_s6", deep_sink(12, 5)),
+        ("deep_sink_w12_s6", deep_sink(12, 6) | {"positions": "contiguous"}),
+        ("deep_forcing", {"policy": "deep_forcing", "num_recent_frames": 3}),
+        ("deep_forcing", {"policy": "deep_forcing", "unify_top": True}),
     ],
 )
 def test_a_wrong_policy_differs(name, cache):
