@@ -3,30 +3,22 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from longtake.cache.base import Event, Geometry
 from longtake.cache.frames import FramePlan, FramePolicy
+from longtake.cache.recache import RecacheState
 from longtake.cache.sliding_window import check_positions
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSink(FramePolicy):
-    """First frames plus a sliding window (StreamingLLM, arXiv:2309.17453).
-
-    ``positions: contiguous`` is StreamingLLM proper: every frame at its place among those attended, so nothing ever
-    leaves the range 0 to ``num_context_frames`` - 1. ``absolute`` is what Self-Forcing's sink_size and LongLive do:
-    every frame at its own index, with a gap behind the sink that grows.
-    """
-
-    name: ClassVar[str] = "attention_sink"
-    source: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
+class SinkWindow(FramePolicy):
+    """First frames and the last ones: what is kept, without the positions."""
 
     num_context_frames: int = 12  # everything attended: sinks, history and the block itself
     num_sink_frames: int = 3
-    positions: Literal["absolute", "contiguous"] = "contiguous"
 
     def __post_init__(self) -> None:
         if self.num_sink_frames < 0:
             raise ValueError(f"num_sink_frames={self.num_sink_frames} must be 0 or more.")
-        check_positions(self.positions)
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse a context without room for the sinks and a block."""
@@ -42,16 +34,49 @@ class AttentionSink(FramePolicy):
         """What one block reads beside itself."""
         return self.num_context_frames - frames_per_block
 
+    def num_sinks(self, stored: tuple[int, ...]) -> int:
+        """How many of the stored frames are sinks: those before ``num_sink_frames``."""
+        return sum(frame < self.num_sink_frames for frame in stored)
+
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
-        """Sinks are the frames before ``num_sink_frames``."""
-        return tuple("sink" if frame < self.num_sink_frames else "recent" for frame in frames)
+        """Sinks, then the recent past."""
+        num_sinks = self.num_sinks(frames)
+        return ("sink",) * num_sinks + ("recent",) * (len(frames) - num_sinks)
+
+    def sinks_and_window(self, stored: tuple[int, ...], num_frames: int) -> tuple[int, ...]:
+        """The sinks and the last frames that fit beside them and a block of ``num_frames``."""
+        num_sinks = self.num_sinks(stored)
+        room = self.num_context_frames - num_frames - num_sinks
+        return stored[:num_sinks] + stored[max(len(stored) - room, num_sinks) :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSink(SinkWindow):
+    """First frames plus a sliding window (StreamingLLM, arXiv:2309.17453).
+
+    ``positions: contiguous`` is StreamingLLM proper: every frame at its place among those attended, so nothing ever
+    leaves the range 0 to ``num_context_frames`` - 1. ``absolute`` is what Self-Forcing's sink_size and LongLive do:
+    every frame at its own index, with a gap behind the sink that grows.
+    """
+
+    name: ClassVar[str] = "attention_sink"
+    source: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
+    events: ClassVar[frozenset[Event]] = frozenset({"keep", "recache", "flush"})
+
+    positions: Literal["absolute", "contiguous"] = "contiguous"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positions(self.positions)
+
+    def start(self, geometry: Geometry) -> RecacheState:
+        """Make the empty state of one rollout."""
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return RecacheState(self, geometry, num_frames=self.num_context_frames, num_sink_frames=self.num_sink_frames)
 
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read the sinks and the last frames that fit beside them and the block."""
-        sinks = tuple(frame for frame in stored if frame < self.num_sink_frames)
-        window = stored[len(sinks) :]
-        room = self.num_context_frames - num_frames - len(sinks)
-        frames = sinks + window[max(len(window) - room, 0) :]
+        frames = self.sinks_and_window(stored, num_frames)
         if self.positions == "absolute":
             return FramePlan.absolute(frames, start_frame, num_frames)
         return FramePlan.contiguous(frames, num_frames)

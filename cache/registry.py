@@ -3,10 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from longtake.cache.anchor import Anchor
 from longtake.cache.attention_sink import AttentionSink
 from longtake.cache.base import CachePolicy
+from longtake.cache.commit_reads import CommitReads
 from longtake.cache.deep_forcing import DeepForcing
 from longtake.cache.full import Full
+from longtake.cache.infinity_rope import InfinityRope
+from longtake.cache.longlive import LongLive
+from longtake.cache.offloaded import Offloaded
+from longtake.cache.pack import Pack
+from longtake.cache.quantized import Quantized
 from longtake.cache.sliding_window import SlidingWindow
 from longtake.configs.fields import make
 
@@ -14,7 +21,14 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "full": Full,
     "sliding_window": SlidingWindow,
     "attention_sink": AttentionSink,
+    "longlive": LongLive,
+    "infinity_rope": InfinityRope,
+    "anchor": Anchor,
+    "pack": Pack,
     "deep_forcing": DeepForcing,
+    "quantized": Quantized,
+    "offloaded": Offloaded,
+    "commit_reads": CommitReads,
 }
 
 DEFAULT_POLICY = "attention_sink"
@@ -29,10 +43,13 @@ def make_policy(settings: CachePolicy | Mapping[str, Any] | str) -> CachePolicy:
 
     Args:
         settings: ``{"policy": NAME, field: value, ...}``, a name alone (all defaults), or a policy, which is returned.
+            ``inner``, where a policy takes one, is any of these itself.
 
     Raises:
         ValueError: If the name or a field is unknown, with the nearest known one, or a value does not fit.
     """
     if isinstance(settings, CachePolicy):
         return settings
+    if isinstance(settings, Mapping) and "inner" in settings:
+        settings = {**settings, "inner": make_policy(settings["inner"])}
     return make(POLICIES, settings, key="policy", what="cache policy")

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from longtake.cache.base import Event, Geometry
 from longtake.cache.frames import FramePlan, FramePolicy
+from longtake.cache.recache import RecacheState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,7 @@ class SlidingWindow(FramePolicy):
 
     name: ClassVar[str] = "sliding_window"
     source: ClassVar[str] = "Self-Forcing, arXiv:2506.08009"
+    events: ClassVar[frozenset[Event]] = frozenset({"keep", "recache", "flush"})
 
     num_context_frames: int = 21  # everything attended: history and the block itself
     positions: Literal["absolute", "contiguous"] = "absolute"
@@ -32,6 +35,11 @@ class SlidingWindow(FramePolicy):
                 f"num_context_frames={self.num_context_frames} leaves no room for a block of {frames_per_block} "
                 f"frames: use {frames_per_block} or more."
             )
+
+    def start(self, geometry: Geometry) -> RecacheState:
+        """Make the empty state of one rollout."""
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return RecacheState(self, geometry, num_frames=self.num_context_frames)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """What one block reads beside itself."""

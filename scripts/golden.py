@@ -31,6 +31,14 @@ TINY = {
     "ffn_dim": 64,
     "num_layers": 2,
 }
+
+
+def seeded(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Gaussian numbers that depend on a name alone, float32 on the CPU."""
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(key))
+
+
 CASES = {
     "full": {"cache": "full"},
     "sliding_window": {"cache": {"policy": "sliding_window", "num_context_frames": 7}},
@@ -55,6 +63,18 @@ CASES = {
             "num_sink_frames": 4,
         }
     },
+    "longlive": {
+        "cache": {"policy": "longlive", "num_context_frames": 9, "num_sink_frames": 2},
+        "schedule": ((12, seeded("next prompt", TEXT_SHAPE), "recache"),),
+    },
+    "infinity_rope": {
+        "cache": {"policy": "infinity_rope", "num_context_frames": 7},
+        "schedule": ((12, seeded("next prompt", TEXT_SHAPE), "cut"),),
+    },
+    "anchor": {
+        "cache": {"policy": "anchor", "num_context_frames": 12, "num_sink_frames": 2},
+        "schedule": ((6, seeded("next prompt", TEXT_SHAPE), "recache"),),
+    },
     "context_noise": {"cache": "full", "context_timestep": 100},
     "frame_first": {"cache": "full", "first_block_frames": 1, "frames_per_block": 4},
     "euler_guided": {
@@ -66,12 +86,6 @@ CASES = {
         "sampler": {"name": "multi_step", "solver": "unipc", "num_inference_steps": 6, "guidance_scale": 2.0},
     },
 }
-
-
-def seeded(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Gaussian numbers that depend on a name alone, float32 on the CPU."""
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(key))
 
 
 def tiny_transformer() -> WanTransformer3DModel:

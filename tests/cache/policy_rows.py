@@ -58,6 +58,8 @@ class Row:
         return limit if self.full_until is None else self.full_until
 
 
+SMALL_PACK = {"num_sink_frames": 4, "num_recent_frames": 4, "num_selected_blocks": 2, "num_archive_blocks": 5}
+
 POLICY_ROWS = {
     "full": Row(settings={"policy": "full"}, limit=None),
     "sliding_window": Row(settings={"policy": "sliding_window", "num_context_frames": 12}, limit=12),
@@ -119,5 +121,104 @@ POLICY_ROWS = {
         },
         limit=12,
         sinks=5,
+    ),
+    "pack": Row(
+        settings={"policy": "pack", **SMALL_PACK},
+        limit=16,
+        sinks=4,
+        recent=4,
+        exact_roles=("sink", "recent"),
+        full_until=9,
+        grid=(4, 4),
+    ),
+    "pack.none": Row(
+        settings={"policy": "pack", **SMALL_PACK, "compressor": "none"},
+        limit=22,
+        sinks=4,
+        recent=4,
+        full_until=11,
+    ),
+    "pack.lr": Row(
+        settings={"policy": "pack", **SMALL_PACK, "compressor": "lr", "num_recent_frames": 2, "mid_span": 2.0},
+        limit=14,
+        sinks=4,
+        recent=2,
+        exact_roles=("sink", "recent"),
+        full_until=7,
+        grid=(4, 4),
+    ),
+    "pack.softmax_mass": Row(
+        settings={
+            "policy": "pack",
+            **SMALL_PACK,
+            "compressor": "none",
+            "selection": "softmax_mass",
+            "positions": "absolute",
+            "archive": "host",
+        },
+        limit=22,
+        sinks=4,
+        recent=4,
+        full_until=11,
+    ),
+    "pack.recency": Row(
+        settings={
+            "policy": "pack",
+            **SMALL_PACK,
+            "selection": "recency",
+            "num_recent_frames": 0,
+            "spatial": "compact",
+            "is_count_biased": True,
+        },
+        limit=13,
+        sinks=4,
+        recent=0,
+        exact_roles=("sink",),
+        full_until=4,
+        grid=(4, 4),
+    ),
+    "longlive": Row(
+        settings={"policy": "longlive", "num_context_frames": 12, "num_sink_frames": 3},
+        limit=12,
+        sinks=3,
+    ),
+    "longlive.infinity": Row(
+        settings={
+            "policy": "longlive",
+            "num_context_frames": 11,
+            "num_sink_frames": 2,
+            "positions": "contiguous",
+            "global_sink": False,
+            "recache": "causal",
+        },
+        limit=11,
+        sinks=2,
+        positions=(0, 10),
+    ),
+    "infinity_rope": Row(
+        settings={"policy": "infinity_rope", "num_context_frames": 7, "num_sink_frames": 1},
+        limit=7,
+        sinks=1,
+        positions=(0, 48),
+    ),
+    "infinity_rope.paper": Row(
+        settings={
+            "policy": "infinity_rope",
+            "num_context_frames": 9,
+            "num_sink_frames": 2,
+            "num_flush_frames": 1,
+            "placement": "paper",
+        },
+        limit=9,
+        sinks=2,
+        positions=(0, 48),
+    ),
+    "anchor": Row(
+        settings={"policy": "anchor", "num_context_frames": 14, "num_sink_frames": 3},
+        limit=14,
+        full_until=11,
+        sinks=3,
+        recent=4,
+        positions=(0, 20),
     ),
 }

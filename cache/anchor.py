@@ -1,0 +1,150 @@
+"""Anchor Forcing: first frames, the frames just after the last change of prompt, and a window, in three regions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longtake.cache.attention_sink import SinkWindow
+from longtake.cache.base import BlockTrace, EncodeJob, Event, Geometry, Number
+from longtake.cache.frames import FramePlan
+from longtake.cache.recache import RecacheState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor(SinkWindow):
+    """Junction cache and tri-region RoPE (Anchor Forcing, arXiv:2603.13405, built on LongLive).
+
+    The junction is the first frames after a change of prompt. They are read from the moment they leave the window
+    until those of the next change do. In a long video the sinks stand at 0 and up (0-2), the window ends at
+    ``num_position_frames`` - 1 (12-20, the block at 18-20), and the junction stands a window and its own length below
+    that end (6-8). A change of prompt also encodes the window anew, as LongLive does: what is read there are the
+    sinks and the junction, and the frames stand at 9-20.
+
+    While the prompt has not changed, every ``num_refresh_blocks``-th block makes a junction, as released for single
+    prompts.
+
+    Differs: the released junction appears one block late where a prompt changes exactly between two blocks, and its
+    "previous" junction is an earlier pass of the same block; here it is that of the prompt before. Released are
+    junctions of one block of three; here any number of frames with any block.
+    """
+
+    name: ClassVar[str] = "anchor"
+    source: ClassVar[str] = "Anchor Forcing, arXiv:2603.13405"
+    events: ClassVar[frozenset[Event]] = frozenset({"keep", "recache", "flush"})
+
+    num_context_frames: int = 15  # everything attended: sinks, junction, history and the block itself
+    num_junction_frames: int = 3
+    num_position_frames: int = 21  # positions run from 0 to one less
+    num_refresh_blocks: int = 6  # while the prompt stays the same; 0: no junction then
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_junction_frames", "num_refresh_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+        needed = self.num_context_frames + self.num_sink_frames
+        if self.num_position_frames < needed:
+            raise ValueError(
+                f"num_position_frames={self.num_position_frames} leaves no room between the sinks and the window for "
+                f"the junction: use {needed} or more (num_context_frames and once more num_sink_frames)."
+            )
+
+    @property
+    def num_window_frames(self) -> int:
+        """Everything attended but the junction."""
+        return self.num_context_frames - self.num_junction_frames
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse a context without room for sinks, junction, a block and one frame before it."""
+        needed = self.num_sink_frames + self.num_junction_frames + frames_per_block + 1
+        if self.num_context_frames < needed:
+            raise ValueError(
+                f"num_context_frames={self.num_context_frames} leaves no room for num_sink_frames="
+                f"{self.num_sink_frames}, num_junction_frames={self.num_junction_frames}, a block of "
+                f"{frames_per_block} frames and one before it: use {needed} or more, or fewer sinks."
+            )
+
+    def start(self, geometry: Geometry) -> "AnchorState":
+        """Make the empty state of one rollout."""
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return AnchorState(self, geometry, num_frames=self.num_window_frames, num_sink_frames=self.num_sink_frames)
+
+    def oldest(self, start_frame: int, num_frames: int) -> int:
+        """First frame of the window that a block sees."""
+        return start_frame + num_frames - (self.num_window_frames - self.num_sink_frames)
+
+    def plan(
+        self, stored: tuple[int, ...], start_frame: int, num_frames: int, *, anchors: tuple[int, ...] = ()
+    ) -> FramePlan:
+        """Read sinks, junction and window.
+
+        Args:
+            stored: Frames at hand, ascending.
+            start_frame: First frame of the block.
+            num_frames: Frames of the block.
+            anchors: Where junctions start; the last one of which a frame has left the window is read.
+        """
+        oldest = self.oldest(start_frame, num_frames)
+        anchor = max((a for a in anchors if a < oldest), default=-1)
+        junction_start = self.num_position_frames - self.num_context_frames
+        query = min(self.num_position_frames - num_frames, start_frame)
+        frames, positions, roles = [], [], []
+        for frame in stored:
+            if frame < self.num_sink_frames:
+                role, position = "sink", frame
+            elif frame >= oldest:
+                role, position = "recent", frame - start_frame + query
+            elif 0 <= anchor <= frame < anchor + self.num_junction_frames:
+                role, position = "junction", junction_start + frame - anchor
+            else:
+                continue
+            frames.append(frame), positions.append(float(position)), roles.append(role)
+        queries = tuple(map(float, range(query, query + num_frames)))
+        return FramePlan(tuple(frames), tuple(positions), queries, tuple(roles))
+
+
+class AnchorState(RecacheState):
+    """Whole frames, and where junctions start."""
+
+    policy: Anchor
+
+    def __init__(self, policy: Anchor, geometry: Geometry, **window: int) -> None:
+        super().__init__(policy, geometry, **window)
+        self._anchors: tuple[int, ...] = ()
+        self._has_switched = False
+
+    def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
+        """Remember where a new prompt, or a refresh, starts."""
+        refresh, end = self.policy.num_refresh_blocks, trace.start_frame + trace.latents.shape[1]
+        self._has_switched |= trace.event != "keep"
+        is_due = refresh > 0 and not self._has_switched and (trace.block_index + 1) % refresh == 0
+        if is_due or trace.event != "keep":
+            oldest = self.policy.oldest(end, self.geometry.frames_per_block)
+            first = max((a for a in self._anchors if a < oldest), default=0)
+            self._anchors = (*(a for a in self._anchors if a >= first), end)
+        return super().end_block(trace)
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """What the policy plans, with this rollout's junctions."""
+        return self.policy.plan(stored, start_frame, num_frames, anchors=self._anchors)
+
+    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
+        """Role of each frame that the next block reads."""
+        return self.plan(frames, frames[-1] + 1, self.geometry.frames_per_block).roles if frames else ()
+
+    def state_dict(self) -> dict[str, Tensor | Number]:
+        """Frames at hand, the last clean latents and the junctions."""
+        junctions = {"anchors": torch.tensor(self._anchors).long(), "has_switched": self._has_switched}
+        return super().state_dict() | junctions
+
+    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: If the saved shapes are not this rollout's.
+        """
+        super().load_state_dict(state)
+        self._anchors, self._has_switched = tuple(state["anchors"].tolist()), bool(state["has_switched"])

@@ -1,0 +1,105 @@
+"""Infinity-RoPE: positions relative to the newest block, a flush and a cut between scenes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from longtake.cache.attention_sink import SinkWindow
+from longtake.cache.base import BlockTrace, EncodeJob, Event, Geometry, Number
+from longtake.cache.frames import FramePlan, FrameState
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfinityRope(SinkWindow):
+    """Block-relativistic RoPE, KV flush and RoPE cut (Infinity-RoPE, arXiv:2511.20649).
+
+    ``placement: released`` puts every frame at its place among those attended, so nothing leaves the range 0 to
+    ``num_context_frames`` - 1. ``paper`` lets the newest block start at its own index until that is ``onset`` and
+    there from then on; what is older keeps its distance, and stands at 0 once it would stand before it.
+
+    The event ``flush`` keeps the sinks and the last ``num_flush_frames`` frames (released: 2, paper: 1). ``cut``
+    flushes as well, and its first block, in all its passes, stands at ``cut`` and up; the block after it stands as
+    ever.
+
+    Differs: released are slots and token counts of a sink of one frame, blocks of three and a full window; here any
+    of them, and a flush keeps what there is. The released cut moves the last three frames attended, here those of
+    the block. Without sinks the released code attends to one un-rotated frame. Its cut belongs to the scene before
+    the one marked; here the driver says which.
+    """
+
+    name: ClassVar[str] = "infinity_rope"
+    source: ClassVar[str] = "Infinity-RoPE, arXiv:2511.20649"
+    events: ClassVar[frozenset[Event]] = frozenset({"keep", "flush", "cut"})
+
+    num_context_frames: int = 6  # everything attended: sinks, history and the block itself
+    num_sink_frames: int = 1
+    num_flush_frames: int = 2  # newest frames that outlive a flush, beside the sinks
+    placement: Literal["released", "paper"] = "released"
+    onset: int = 21  # placement paper: where the newest block starts
+    cut: int = 45  # where the first block of a new scene starts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("num_flush_frames", self.num_flush_frames), ("onset", self.onset), ("cut", self.cut)):
+            if value < 0:
+                raise ValueError(f"{name}={value} must be 0 or more.")
+        if self.placement not in ("released", "paper"):
+            raise ValueError(f"placement={self.placement!r} is unknown: use 'released' or 'paper'.")
+
+    def start(self, geometry: Geometry) -> "InfinityRopeState":
+        """Make the empty state of one rollout."""
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return InfinityRopeState(self, geometry)
+
+    def after_flush(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The sinks and the newest frames."""
+        num_sinks = self.num_sinks(stored)
+        return stored[:num_sinks] + stored[max(len(stored) - self.num_flush_frames, num_sinks) :]
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read the sinks and the window, at positions that do not grow."""
+        frames = self.sinks_and_window(stored, num_frames)
+        if self.placement == "released":
+            return FramePlan.contiguous(frames, num_frames)
+        first = min(start_frame, self.onset)
+        positions = tuple(float(max(first - (start_frame - frame), 0)) for frame in frames)
+        return FramePlan(frames, positions, tuple(map(float, range(first, first + num_frames))))
+
+
+class InfinityRopeState(FrameState):
+    """Whole frames, and which block a cut has moved."""
+
+    policy: InfinityRope
+
+    def __init__(self, policy: InfinityRope, geometry: Geometry) -> None:
+        super().__init__(policy, geometry)
+        self._cut_frame = -1
+
+    def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
+        """Flush if the next prompt asks for it; remember a cut."""
+        if trace.event == "cut":
+            self._cut_frame = trace.start_frame + trace.latents.shape[1]
+        return super().end_block(trace)
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """What the policy plans; the first block after a cut stands apart from what it reads."""
+        plan = super().plan(stored, start_frame, num_frames)
+        if start_frame != self._cut_frame:
+            return plan
+        cut = range(self.policy.cut, self.policy.cut + num_frames)
+        return replace(plan, query_positions=tuple(map(float, cut)))
+
+    def state_dict(self) -> dict[str, Tensor | Number]:
+        """Frames at hand and the block of the last cut."""
+        return super().state_dict() | {"cut_frame": self._cut_frame}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: If the saved shapes are not this rollout's.
+        """
+        super().load_state_dict(state)
+        self._cut_frame = int(state["cut_frame"])

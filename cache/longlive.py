@@ -1,0 +1,53 @@
+"""LongLive: first frames, a window, and a re-cache when the prompt changes."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from longtake.cache.attention_sink import AttentionSink
+from longtake.cache.base import Geometry
+from longtake.cache.recache import RecacheState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongLive(AttentionSink):
+    """Frame sink, short window and KV re-cache (LongLive, arXiv:2509.22622, release 1.0).
+
+    ``positions: absolute`` is the released default; ``contiguous`` is its "infinity" mode, in which nothing leaves
+    the range 0 to ``num_context_frames`` - 1. The event ``recache`` encodes the last ``num_context_frames`` clean
+    frames again under the new prompt. With ``global_sink`` the first frames keep their old keys and are read by it;
+    without, the oldest frames encoded anew become the sinks. As released, a video no longer than the window is
+    encoded anew whole, its sinks included, whatever ``global_sink`` says.
+
+    Differs: the released infinity mode positions the first video of a batch only, here all. Where a block is
+    smaller than ``num_sink_frames`` the released code attends to sinks that are still empty, and keeps those it
+    fills in a block's later passes as they were at the first, noisy one; here a sink is a committed frame like any
+    other. ``recache: causal`` is not in the release, though it prepares such a mask.
+    """
+
+    name: ClassVar[str] = "longlive"
+    source: ClassVar[str] = "LongLive, arXiv:2509.22622"
+
+    positions: Literal["absolute", "contiguous"] = "absolute"
+    global_sink: bool = True  # the sinks outlive a re-cache; false: they move to the oldest frame encoded anew
+    recache: Literal["bidirectional", "causal"] = "bidirectional"  # what frames see of each other in a re-cache
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recache not in ("bidirectional", "causal"):
+            raise ValueError(f"recache={self.recache!r} is unknown: use 'bidirectional' or 'causal'.")
+
+    def start(self, geometry: Geometry) -> RecacheState:
+        """Make the empty state of one rollout."""
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return RecacheState(
+            self,
+            geometry,
+            num_frames=self.num_context_frames,
+            num_sink_frames=self.num_sink_frames,
+            protects_sinks=self.global_sink,
+            is_causal=self.recache == "causal",
+        )
+
+    def num_sinks(self, stored: tuple[int, ...]) -> int:
+        """The oldest stored frames are the sinks: the first of the video, unless a re-cache moved them."""
+        return min(len(stored), self.num_sink_frames)

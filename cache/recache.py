@@ -1,0 +1,114 @@
+"""Re-cache: the last frames encoded anew under a new prompt, for any policy of whole frames."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from longtake.cache.base import BlockTrace, Context, EncodeJob, Geometry, Number, Pass
+from longtake.cache.frames import FramePlan, FramePolicy, FrameState
+
+
+class RecacheState(FrameState):
+    """Whole frames, and the clean latents of the last ones, so that a new prompt can encode them again.
+
+    As released by LongLive: one forward over the last ``num_frames`` clean frames, in which every frame sees every
+    other. The sinks outlive it and are read in place of the oldest of them, whose keys are neither seen nor stored.
+    While the video is no longer than the window nothing outlives it: all is encoded anew.
+
+    Args:
+        policy: What to keep and read between changes of prompt.
+        geometry: Shapes of the rollout.
+        num_frames: Window: sinks, recent past and a block.
+        num_sink_frames: How many of these are sinks.
+        protects_sinks: Frames that are not recent outlive a re-cache; without, the oldest frames encoded anew take
+            the place of the sinks.
+        is_causal: Encode block by block instead, each seeing only what came before, as the rollout itself does.
+    """
+
+    def __init__(
+        self,
+        policy: FramePolicy,
+        geometry: Geometry,
+        *,
+        num_frames: int,
+        num_sink_frames: int = 0,
+        protects_sinks: bool = True,
+        is_causal: bool = False,
+    ) -> None:
+        super().__init__(policy, geometry)
+        self.num_frames, self.num_sink_frames = num_frames, num_sink_frames
+        self.protects_sinks = protects_sinks
+        self.is_causal = is_causal
+        self._latents: Tensor | None = None
+        self._outlive: tuple[int, ...] = ()
+        self._num_encoded = 0
+
+    def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
+        """Remember the block's latents; encode the last ones again if the next prompt asks for it."""
+        super().end_block(trace)
+        latents = trace.latents if self._latents is None else torch.cat((self._latents, trace.latents), dim=1)
+        self._latents = latents[:, -self.num_frames :]
+        if trace.event != "recache":
+            return []
+        return self._recache(trace.start_frame + trace.latents.shape[1])
+
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        """Read what the block reads; in a re-cache, what outlives it."""
+        if pass_.kind != "encode" or self.is_causal:
+            return super().select(layer, pass_, q)
+        plan = self.plan(self._outlive, pass_.start_frame, pass_.num_frames)
+        # The frames stand where they would without anything before them: what is read replaces the oldest of them.
+        queries = self.plan((), pass_.start_frame, pass_.num_frames).query_positions
+        return Context(
+            self._reads(layer, FramePlan(self._outlive, plan.positions, queries, plan.roles), self._after),
+            queries,
+            holds="pass",
+            capacity=self.store.num_slots * self.geometry.tokens_per_frame,
+            num_own_frames=self._num_encoded,
+        )
+
+    def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store a block, or the frames of a re-cache that the next block reads."""
+        if pass_.kind != "encode" or self.is_causal:
+            return super().commit(layer, pass_, q, k, v)
+        end = pass_.start_frame + pass_.num_frames
+        new = (f if f >= end - self._num_encoded else -1 for f in range(pass_.start_frame, end))
+        self.store.write(layer, [self._after.get(f, -1) for f in new], k, v)
+
+    def state_dict(self) -> dict[str, Tensor | Number]:
+        """Frames at hand and the last clean latents."""
+        state = super().state_dict()
+        return state if self._latents is None else state | {"latents": self._latents.contiguous()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: If the saved shapes are not this rollout's.
+        """
+        super().load_state_dict(state)
+        latents = state.get("latents")
+        self._latents = None if latents is None else latents.to(self.geometry.device)
+
+    def _recache(self, end: int) -> list[EncodeJob]:
+        """Let go of what does not outlive the re-cache, and ask for the forwards that fill its place."""
+        latents, stored = self._latents, tuple(sorted(self._after))
+        num_frames = latents.shape[1]
+        protects = self.protects_sinks and num_frames < end
+        self._num_encoded = min(num_frames, self.num_frames - self.num_sink_frames * protects)
+        first = end - self._num_encoded
+        roles = zip(stored, self.roles(stored), strict=True)
+        self._outlive = tuple(f for f, role in roles if protects and role != "recent" and f < first)
+        if not self.is_causal:
+            at_hand = (*self._outlive, *range(first, end))
+            self.keep(self.plan(at_hand, end, self.geometry.frames_per_block).frames)
+            return [EncodeJob(latents, end - num_frames, label="recache")]
+        # Every frame that is encoded anew is new to the cache, whatever was committed before.
+        self.keep(self._outlive)
+        self._committed, self._plan = -1, None
+        size = self.geometry.frames_per_block
+        starts = [*range(end - size, first, -size), first][::-1]
+        sizes = [b - a for a, b in zip(starts, [*starts[1:], end], strict=True)]
+        parts = latents[:, -self._num_encoded :].split(sizes, dim=1)
+        return [EncodeJob(part, start, label="recache") for part, start in zip(parts, starts, strict=True)]
