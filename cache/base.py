@@ -198,7 +198,7 @@ class EncodeJob:
     Attributes:
         latents: (batch, frames, channels, height, width), fed at ``timestep``.
         start_frame: First latent frame of the job.
-        timestep: Network timestep, 0 to 1000.
+        timestep: Network timestep, 0 to 1000; None: that of the rollout's commit passes.
         label: Comes back in the pass, so that a policy knows its jobs.
         pooling: Decode the latents, average over (frames, rows, columns) of pixels, and encode the smaller clip again
             before it is fed. Needs a VAE.
@@ -207,7 +207,7 @@ class EncodeJob:
 
     latents: Tensor
     start_frame: int
-    timestep: float = 0.0
+    timestep: float | None = 0.0
     label: str = ""
     pooling: tuple[int, int, int] | None = None
     tokens: Tensor | None = None
@@ -268,9 +268,12 @@ class PolicyState(ABC):
     Class attributes:
         merges_commit: Whether a block's commit may share one forward with the next block's first denoising pass.
             A policy that works on whole blocks in ``end_block`` sets it False.
+        keeps_read_sets: Whether the assembled read sets of all layers stay in memory over a block's passes. Where
+            tokens are encoded or far away, that would undo what it saves, and their wrapper sets it False.
     """
 
     merges_commit: ClassVar[bool] = True
+    keeps_read_sets: bool = True
 
     @abstractmethod
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:

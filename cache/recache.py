@@ -12,9 +12,9 @@ from longtake.cache.frames import FramePlan, FramePolicy, FrameState
 class RecacheState(FrameState):
     """Whole frames, and the clean latents of the last ones, so that a new prompt can encode them again.
 
-    As released by LongLive: one forward over the last ``num_frames`` clean frames, in which every frame sees every
-    other. The sinks outlive it and are read in place of the oldest of them, whose keys are neither seen nor stored.
-    While the video is no longer than the window nothing outlives it: all is encoded anew.
+    As released by LongLive: one forward over the last ``num_frames`` clean frames, at the timestep of commit passes,
+    in which every frame sees every other. The sinks outlive it and are read in place of the oldest of them, whose keys
+    are neither seen nor stored. While the video is no longer than the window nothing outlives it: all is encoded anew.
 
     Args:
         policy: What to keep and read between changes of prompt.
@@ -103,7 +103,7 @@ class RecacheState(FrameState):
         if not self.is_causal:
             at_hand = (*self._outlive, *range(first, end))
             self.keep(self.plan(at_hand, end, self.geometry.frames_per_block).frames)
-            return [EncodeJob(latents, end - num_frames, label="recache")]
+            return [EncodeJob(latents, end - num_frames, timestep=None, label="recache")]
         # Every frame that is encoded anew is new to the cache, whatever was committed before.
         self.keep(self._outlive)
         self._committed, self._plan = -1, None
@@ -111,4 +111,6 @@ class RecacheState(FrameState):
         starts = [*range(end - size, first, -size), first][::-1]
         sizes = [b - a for a, b in zip(starts, [*starts[1:], end], strict=True)]
         parts = latents[:, -self._num_encoded :].split(sizes, dim=1)
-        return [EncodeJob(part, start, label="recache") for part, start in zip(parts, starts, strict=True)]
+        return [
+            EncodeJob(part, start, timestep=None, label="recache") for part, start in zip(parts, starts, strict=True)
+        ]

@@ -50,6 +50,7 @@ class Branches:
         embeds: (batch, text_len, text_dim) by branch, the conditional one first.
         guidance_scale: Weight of the conditional branch; of no use to a single one.
         pixels: For jobs with ``pooling``.
+        context_timestep: For jobs that leave theirs to the rollout.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Branches:
         embeds: Sequence[Tensor],
         guidance_scale: float,
         pixels: Pixels | None,
+        context_timestep: float = 0.0,
     ) -> None:
         self.causal = causal
+        self.context_timestep = context_timestep
         self.guidance_scale = guidance_scale
         self.pixels = pixels
         self.prompts = [self._prompt(e) for e in embeds]
@@ -142,7 +145,8 @@ class Branches:
                 pass_ = Pass(
                     "encode", trace.block_index, job.start_frame, latents.shape[1], label=job.label, grid=grid
                 )
-                self._forward(branch, latents, [Segment(pass_, float(job.timestep))], job.tokens)
+                timestep = self.context_timestep if job.timestep is None else float(job.timestep)
+                self._forward(branch, latents, [Segment(pass_, timestep)], job.tokens)
 
     def _pooled(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
         """A smaller clip, its right and lower rest that fills no patch left out."""

@@ -160,6 +160,7 @@ class LatentRollout:
             embeds=embeds,
             guidance_scale=self.sampler.guidance_scale,
             pixels=pixels,
+            context_timestep=self.context_timestep,
         )
         self._first_prompt = prompt_embeds
         self._initial_latents = initial_latents
