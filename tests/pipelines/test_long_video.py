@@ -188,3 +188,38 @@ def test_bad_folders(tmp_path, tiny_folder):
         LongVideoPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no bundled weights"):
         LongVideoPipeline.from_pretrained("self_forcing")
+
+
+def test_a_schedule_takes_effect_at_the_first_block_that_starts_in_time(tiny_pipe):
+    """Blocks start at pixel frames 0, 9, 21 and 33 of 16 a second."""
+    plain = run(tiny_pipe)
+    fps = tiny_pipe.family.fps
+    for at, frame in ((9 / fps, 9), (9.5 / fps, 21), (1.2, 21)):
+        changed = run(tiny_pipe, schedule=[(at, OTHER)])
+        assert torch.equal(changed[:, :frame], plain[:, :frame])
+        assert (changed[:, frame:] - plain[:, frame:]).abs().amax((0, 2, 3, 4)).min() > 1e-5
+    assert torch.equal(run(tiny_pipe, schedule=[(0, OTHER)]), run(tiny_pipe, OTHER))
+
+
+def test_a_session_says_which_prompts_it_shows_from_which_block(tiny_pipe):
+    session = tiny_pipe.start(PROMPT, num_frames=45, cache=SINK, schedule=[(0.6, OTHER, "keep"), (2.0, PROMPT)])
+    assert session.prompt_changes == [
+        {"block": 2, "start_frame": 6, "prompt": OTHER, "event": "keep"},
+        {"block": 3, "start_frame": 9, "prompt": PROMPT, "event": "keep"},
+    ]
+    assert [chunk.prompt for chunk in session] == [(PROMPT,), (PROMPT,), (OTHER,), (PROMPT,)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([(1.0, OTHER, "cut")], "does not support the prompt event 'cut'"),
+        ([(1.0, OTHER, "cat")], "unknown prompt event 'cat'"),
+        ([(1.0, OTHER), (0.5, PROMPT)], "out of order: 1.06"),
+        ([(-1.0, OTHER)], "a time of 0 or more"),
+        ([(1.0, "")], "the prompt is empty"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused_before_any_work(tiny_pipe, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipe.start(PROMPT, num_frames=45, cache={"policy": "full"}, schedule=schedule)

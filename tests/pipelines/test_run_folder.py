@@ -213,7 +213,7 @@ def test_dropped_states_leave_even_gaps():
 
 
 def test_prompt_changes_survive_a_stop(tmp_path):
-    changes = "prompt_changes=[{at: 2, prompt: a blue ring}, {at: 5, prompt: two squares}]"
+    changes = "prompt_changes=[{at: 2, prompt: a blue ring}, {at: 5, prompt: two squares, event: recache}]"
     config = make_config(changes)
     generate(tmp_path / "whole", config=config)
     generate(tmp_path / "plain", config=make_config())
@@ -221,6 +221,11 @@ def test_prompt_changes_survive_a_stop(tmp_path):
         generate(tmp_path / "run", config=config, break_at=9)
     resume(tmp_path / "run")
     assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
+    for name in ("run", "whole"):
+        assert RunFolder(tmp_path / name).record["prompt_changes"] == [
+            {"block": 3, "prompt": "a blue ring", "event": "keep"},
+            {"block": 7, "prompt": "two squares", "event": "recache"},
+        ]
     same = [a == b for a, b in zip(hashes(tmp_path / "whole"), hashes(tmp_path / "plain"), strict=True)]
     # The first block that starts at or after 2 s, frame 32, is the one at frame 33: block 3.
     assert same == [True] * 3 + [False] * 10
