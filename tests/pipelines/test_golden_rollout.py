@@ -61,7 +61,10 @@ def roll(name: str, cache, **changes) -> float:
         "sampler": {"name": "few_step", "timesteps": config["denoising_steps"], "flow_shift": config["flow_shift"]},
         "noise": RecordedNoise(tensors["noise"], tensors["renoise"]),
         "context_timestep": config["context_noise"],
-    } | changes
+    }
+    if "event" in config:
+        settings["schedule"] = [(config["switch_frame"], tensors["prompt_embeds_after"], config["event"])]
+    settings |= changes
     blocks = list(rollout_latents(model, tensors["prompt_embeds"], **settings))
     assert [b.start_frame for b in blocks] == list(range(0, sum(config["blocks"]), config["blocks"][-1]))
     return (torch.cat([b.latents for b in blocks], dim=1) - tensors["latents"]).abs().max().item()
@@ -74,6 +77,10 @@ def window(frames: int, sinks: int = 0, positions: str = "absolute") -> dict:
         "num_sink_frames": sinks,
         "positions": positions,
     }
+
+
+def longlive(**changes) -> dict:
+    return {"policy": "longlive", "num_context_frames": 9, "num_sink_frames": 3} | changes
 
 
 def deep_sink(frames: int, sinks: int) -> dict:
@@ -94,6 +101,9 @@ def deep_sink(frames: int, sinks: int) -> dict:
         ("sf_window6", {"policy": "sliding_window", "num_context_frames": 6, "positions": "contiguous"}),
         ("sf_window6", window(6)),
         ("infinity_rope", window(9, 1, "contiguous")),
+        ("infinity_rope", {"policy": "infinity_rope", "num_context_frames": 9}),
+        ("longlive_recache", longlive()),
+        ("longlive_recache", window(9, 3)),
         ("deep_sink_w12_s6", deep_sink(12, 6)),
         ("deep_forcing", "deep_forcing"),
     ],
@@ -110,6 +120,10 @@ def test_equals_the_authors_code(name, cache):
         ("sf_window6", "full"),
         ("infinity_rope", window(9, 1, "absolute")),
         ("infinity_rope", window(9, 0, "contiguous")),
+        ("infinity_rope", {"policy": "infinity_rope", "num_context_frames": 9, "placement": "paper"}),
+        ("longlive_recache", longlive(global_sink=False)),
+        ("longlive_recache", longlive(positions="contiguous")),
+        ("longlive_recache", longlive(num_sink_frames=2)),
         ("deep_sink_w12_s6", deep_sink(12, 5)),
         ("deep_sink_w12_s6", deep_sink(12, 6) | {"positions": "contiguous"}),
         ("deep_forcing", {"policy": "deep_forcing", "num_recent_frames": 3}),
@@ -118,6 +132,18 @@ def test_equals_the_authors_code(name, cache):
 )
 def test_a_wrong_policy_differs(name, cache):
     assert roll(name, cache) > 50 * TOLERANCE
+
+
+def test_a_causal_recache_differs():
+    """Hardly, with so few frames left in the window of so small a model."""
+    assert roll("longlive_recache", longlive(recache="causal")) > 10 * roll("longlive_recache", longlive())
+
+
+@pytest.mark.parametrize("event", ["keep", "flush"])
+def test_another_event_differs(event):
+    config, tensors, _ = load("longlive_recache")
+    schedule = [(config["switch_frame"], tensors["prompt_embeds_after"], event)]
+    assert roll("longlive_recache", longlive(), schedule=schedule) > 50 * TOLERANCE
 
 
 def test_a_wrong_flow_shift_differs():
