@@ -221,11 +221,14 @@ class CachePolicy(ABC):
         name: Key in YAML and on the command line.
         source: Paper or repository.
         events: What a change of prompt may do to its cache.
+        takes_windows: Whether denoising passes may span several blocks that are committed one by one, as samplers with
+            a joint window make them.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     events: ClassVar[frozenset[Event]] = frozenset({"keep"})
+    takes_windows: ClassVar[bool] = False
 
     @property
     def needs_vae(self) -> bool:

@@ -2,11 +2,12 @@
 
 Per layer there is one scratch buffer, [context | block]; where heads read different things, one per group of heads.
 The context is gathered from the policy's storage and rotated once per block; the block's own keys and values are
-written into the tail at every pass.
+written into the tail at every pass. Where storage is encoded or far away, one buffer serves all layers and is gathered
+at every pass.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -54,10 +55,13 @@ class _ReadSet:
     block_index: int
     kind: str
     holds: str
+    num_frames: int
+    context: Context | None = None
+    """What ``parts`` are built from, where they do not stay."""
 
     def serves(self, pass_: Pass) -> bool:
         """Whether a pass reads just this."""
-        if self.block_index != pass_.block_index or pass_.kind == "encode":
+        if (self.block_index, self.num_frames) != (pass_.block_index, pass_.num_frames) or pass_.kind == "encode":
             return False
         return self.holds == "block" or (self.holds == "kind" and self.kind == pass_.kind)
 
@@ -83,6 +87,7 @@ class KVCache:
             device=geometry.device,
         )
         self._read_sets: dict[int, _ReadSet] = {}
+        self._shared: list[_Scratch] = []
 
     @property
     def merges_commit(self) -> bool:
@@ -130,8 +135,9 @@ class KVCache:
 
     @property
     def num_scratch_bytes(self) -> int:
-        """Bytes of the rotated read sets of all layers."""
-        return sum(part.keys.nbytes + part.values.nbytes for s in self._read_sets.values() for part in s.parts)
+        """Bytes of the rotated read sets: of all layers, or of one where they do not stay."""
+        parts = [*self._shared, *(part for read_set in self._read_sets.values() for part in read_set.parts)]
+        return sum(part.keys.nbytes + part.values.nbytes for part in parts)
 
     def state_dict(self) -> dict[str, Tensor | Number]:
         """The policy's state; scratch is rebuilt from it."""
@@ -152,19 +158,33 @@ class KVCache:
         return self.attention(q, part.keys[:, :end], part.values[:, :end], part.bias[..., :end])
 
     def _assemble(self, layer: int, q: Tensor, pass_: Pass) -> _ReadSet:
-        # Encode passes are rare and large: all layers share one read set, so that none of it stays.
-        slot = -1 if pass_.kind == "encode" else layer
-        known = self._read_sets.get(slot)
-        if known is not None and known.serves(pass_):
+        known = self._read_sets.get(layer)
+        is_known = known is not None and known.serves(pass_)
+        if is_known and known.context is None:
             return known
-        context = self.state.select(layer, pass_, q)
+        context = known.context if is_known else self.state.select(layer, pass_, q)
+        # Encode passes are rare and large: all layers share one read set, so that none of it stays.
+        stays = self.state.keeps_read_sets and pass_.kind != "encode"
         groups = context.groups or (None,)
-        old = known.parts if known is not None and len(known.parts) == len(groups) else [None] * len(groups)
+        old = (known.parts if known is not None else []) if stays else self._shared
+        old = old if len(old) == len(groups) else [None] * len(groups)
         parts = [self._part(scratch, context, group, q.shape[1]) for scratch, group in zip(old, groups, strict=True)]
-        self._read_sets[slot] = _ReadSet(
-            parts, context.query_positions, context.num_own_frames, pass_.block_index, pass_.kind, context.holds
+        read_set = _ReadSet(
+            parts,
+            context.query_positions,
+            context.num_own_frames,
+            pass_.block_index,
+            pass_.kind,
+            context.holds,
+            pass_.num_frames,
         )
-        return self._read_sets[slot]
+        if stays:
+            self._read_sets[layer] = read_set
+        else:
+            self._shared = parts
+            if pass_.kind != "encode":
+                self._read_sets[layer] = replace(read_set, parts=[], context=context)
+        return read_set
 
     def _part(self, scratch: _Scratch | None, context: Context, group: HeadGroup | None, num_own: int) -> _Scratch:
         """Gather one group's reads, into the buffers of the last time if they are large enough."""

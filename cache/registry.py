@@ -6,15 +6,22 @@ from typing import Any
 from longtake.cache.anchor import Anchor
 from longtake.cache.attention_sink import AttentionSink
 from longtake.cache.base import CachePolicy
+from longtake.cache.budget import Budget
 from longtake.cache.commit_reads import CommitReads
 from longtake.cache.deep_forcing import DeepForcing
+from longtake.cache.ema_sink import EmaSink
 from longtake.cache.full import Full
 from longtake.cache.infinity_rope import InfinityRope
 from longtake.cache.longlive import LongLive
+from longtake.cache.memrope import MemRoPE
 from longtake.cache.offloaded import Offloaded
 from longtake.cache.pack import Pack
 from longtake.cache.quantized import Quantized
+from longtake.cache.relax import Relax
+from longtake.cache.rolling_sink import RollingSink
 from longtake.cache.sliding_window import SlidingWindow
+from longtake.cache.slow_fast import SlowFast
+from longtake.cache.tempcache import TempCache
 from longtake.configs.fields import make
 
 POLICIES: dict[str, type[CachePolicy]] = {
@@ -26,9 +33,16 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "anchor": Anchor,
     "pack": Pack,
     "deep_forcing": DeepForcing,
+    "ema_sink": EmaSink,
+    "memrope": MemRoPE,
+    "rolling_sink": RollingSink,
+    "relax": Relax,
+    "slow_fast": SlowFast,
     "quantized": Quantized,
     "offloaded": Offloaded,
     "commit_reads": CommitReads,
+    "budget": Budget,
+    "tempcache": TempCache,
 }
 
 DEFAULT_POLICY = "attention_sink"

@@ -73,7 +73,7 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
         options = get_args(hint)
         if value is None and type(None) in options:
             return None
-        return _converted(value, next(o for o in options if o is not type(None)), name)
+        return _one_of(value, [option for option in options if option is not type(None)], name)
     if origin is Literal:
         if value not in get_args(hint):
             listed = ", ".join(map(repr, get_args(hint)))
@@ -91,3 +91,13 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
     if hint is str and not isinstance(value, str):
         raise ValueError(f"{name} is {value!r} but must be text.")
     return value
+
+
+def _one_of(value: Any, hints: list[Any], name: str) -> Any:
+    """Take the first type that fits; the error is the last one's."""
+    for hint in hints[:-1]:
+        try:
+            return _converted(value, hint, name)
+        except ValueError:
+            continue
+    return _converted(value, hints[-1], name)

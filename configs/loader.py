@@ -1,7 +1,8 @@
 """From YAML files, presets and dotted overrides to one validated ``RunConfig``.
 
 ``cache``, ``sampler`` and ``model`` are groups. ``cache: sliding_window`` is the preset of that name, a mapping goes
-over the preset it names, and changing the name drops what belonged to the old one. ``model: NAME`` is a family with
+over the preset it names, and changing the name drops what belonged to the old one; so for ``cache.inner``, the policy
+that a wrapper takes. ``model: NAME`` is a family with
 its bundled weights, ``model: FOLDER`` a folder that is run like Self-Forcing unless ``family`` says otherwise.
 """
 
@@ -177,6 +178,9 @@ def _merge_group(group: _Group, base: Mapping[str, Any], value: Any) -> dict[str
     name = value.get(group.key)
     if group.folder != "model" and name is not None and name != base.get(group.key):
         base = load_preset(group.folder, name)
+    if value.get("inner") is not None:
+        # A wrapper's policy is a group in a group.
+        value["inner"] = _merge_group(group, base.get("inner") or {}, value["inner"])
     return {**base, **value}
 
 

@@ -55,6 +55,7 @@ CASES = {
             "num_recent_frames": 4,
         }
     },
+    "tempcache": {"cache": {"policy": "tempcache", "num_context_frames": 7, "min_similarity": 0.4}},
     "deep_sink": {
         "cache": {
             "policy": "deep_forcing",
@@ -74,6 +75,20 @@ CASES = {
     "anchor": {
         "cache": {"policy": "anchor", "num_context_frames": 12, "num_sink_frames": 2},
         "schedule": ((6, seeded("next prompt", TEXT_SHAPE), "recache"),),
+    },
+    "quantized": {
+        "cache": {"policy": "quantized", "inner": {"policy": "attention_sink", "num_context_frames": 8}, "bits": 4}
+    },
+    "offloaded": {"cache": {"policy": "offloaded", "inner": {"policy": "sliding_window", "num_context_frames": 12}}},
+    "commit_reads": {
+        "cache": {"policy": "commit_reads", "inner": {"policy": "attention_sink", "num_context_frames": 10}}
+    },
+    "budget": {
+        "cache": {
+            "policy": "budget",
+            "inner": {"policy": "sliding_window", "num_context_frames": 21},
+            "max_bytes": "60KB",
+        }
     },
     "context_noise": {"cache": "full", "context_timestep": 100},
     "frame_first": {"cache": "full", "first_block_frames": 1, "frames_per_block": 4},

@@ -3,17 +3,53 @@
 import json
 import math
 from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from policy_driver import HEADS, PLAIN, Player, make_geometry, marked, read_marks, spans
 
 from longtake.cache import make_policy
 from longtake.cache.base import HeadGroup
+from longtake.cache.budget import Budget
+from longtake.cache.footprint import num_cache_bytes
 
 
 def plain(settings):
     """No wrapper."""
     return settings
+
+
+def quantized(settings):
+    """Eight bits."""
+    return {"policy": "quantized", "bits": 8, "inner": settings}
+
+
+def offloaded(settings):
+    """Host memory, which on the CPU is the same memory, under another buffer."""
+    return {"policy": "offloaded", "inner": settings}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneByteLess(Budget):
+    """A budget that the inner policy misses by a byte as it is, so that it has to be encoded."""
+
+    def choose(self, geometry):
+        return _encoded_to_fit(self.inner, replace(geometry, max_frames=geometry.max_frames or 120))
+
+
+@lru_cache(maxsize=None)
+def _encoded_to_fit(policy, geometry):
+    return Budget(inner=policy, max_bytes=num_cache_bytes(policy, geometry) - 1).choose(geometry)
+
+
+def budget(settings):
+    """Too little for the tokens as they are."""
+    return OneByteLess(inner=make_policy(settings))
+
+
+WRAPPERS = {wrap.__name__: wrap for wrap in (plain, quantized, offloaded, budget)}
+TOLERANCES = {quantized: 0.05, budget: 0.05}  # of attention's outputs, which have a standard deviation of 0.3 to 1
 
 
 def within(row, end):
@@ -89,13 +125,15 @@ class Watcher:
         for sample in range(self.geometry.batch_size):
             for head in range(len(group.heads)):
                 rows = [tuple(t) for k in keys for t in k[sample, :, head].tolist() if t[5] == PLAIN]
-                self.check_stored({(t[0], t[1]) for t in rows}, len(rows), start, pass_.num_frames, size)
+                seen = {(t[0], t[1]) for t in rows}
+                assert len(rows) == len(seen), "a token is read twice"
+                assert all(frame < start for frame, _ in seen), "a token of the future"
+                if pass_.kind == "denoise" or row.is_same_in_commits:
+                    self.check_complete(seen, start, pass_.num_frames, size)
 
-    def check_stored(self, seen, count, start, num_frames, size):
-        """What one head of one sample reads, as (frame, token) pairs."""
+    def check_complete(self, seen, start, num_frames, size):
+        """Whether one head of one sample reads all that it has to, from (frame, token) pairs."""
         row = self.row
-        assert count == len(seen), "a token is read twice"
-        assert all(frame < start for frame, _ in seen), "a token of the future"
         until = row.until
         complete = Counter(frame for frame, _ in seen)
         if start + num_frames <= until:
@@ -209,11 +247,13 @@ def check_denoising_changes_nothing(row, block, wrap=plain):
     same([outputs[layers:] for outputs in few], [outputs[layers:] for outputs in many])
 
 
-def check_equal_to_full(row, block, wrap=plain, *, atol=1e-5):
+def check_equal_to_full(row, block, wrap=plain):
     """Attention is full attention until something has to go."""
     num_blocks = int(min(row.until, 24) // block)
-    ours = roll(row, block, wrap, num_blocks=num_blocks)
-    same(ours, roll(row, block, num_blocks=num_blocks, settings="full"), atol=atol)
+    ours, full = (roll(row, block, wrap, num_blocks=num_blocks, settings=policy) for policy in (None, "full"))
+    if not row.is_same_in_commits:
+        ours, full = ([outputs[: len(outputs) // 2] for outputs in blocks] for blocks in (ours, full))
+    same(ours, full, atol=TOLERANCES.get(wrap, 1e-5))
 
 
 def check_batch_order(row, block, wrap=plain):

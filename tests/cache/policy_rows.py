@@ -1,7 +1,7 @@
 """One row per policy of the shared matrix (test_policies.py crosses them with block sizes and storage wrappers).
 
-To add a policy, put its rows at the end of ``POLICY_ROWS``: ``"name"`` or ``"name.variant"``. Choose small settings, so
-that a few blocks fill the cache, with room for blocks of 4. Say what holds; every field that is not given takes the
+To add a policy, put its rows at the end of ``POLICY_ROWS``: ``"name"`` or ``"name.variant"``. Choose small settings,
+so that a few blocks fill the cache, with room for blocks of 4. Say what holds; every field that is not given takes the
 strictest meaning:
 
 - everything bounded says ``limit``; a policy that keeps archives needs settings that cap them;
@@ -38,6 +38,7 @@ class Row:
         grid: Token rows and columns of a frame.
         settles: Blocks after which the number of tokens and bytes repeats itself.
         is_per_sample: What a video reads does not depend on the others in its batch.
+        is_same_in_commits: Commit passes read what denoising does; False: they may read less.
     """
 
     settings: Mapping[str, Any] | CachePolicy
@@ -50,6 +51,7 @@ class Row:
     grid: tuple[int, int] = (1, 2)
     settles: int = 100
     is_per_sample: bool = True
+    is_same_in_commits: bool = True
 
     @property
     def until(self) -> float:
@@ -220,5 +222,104 @@ POLICY_ROWS = {
         sinks=3,
         recent=4,
         positions=(0, 20),
+    ),
+    "tempcache": Row(
+        settings={"policy": "tempcache", "num_context_frames": 12},
+        limit=12,
+        exact_roles=(),
+    ),
+    "tempcache.absolute": Row(
+        settings={"policy": "tempcache", "num_context_frames": 10, "positions": "absolute"},
+        limit=10,
+        exact_roles=(),
+    ),
+    "ema_sink": Row(
+        settings={"policy": "ema_sink", "num_context_frames": 12, "num_sink_frames": 3, "alpha": 0.9},
+        limit=12,
+        recent=5,
+        exact_roles=("recent",),
+        positions=(0, 11),
+    ),
+    "ema_sink.replace": Row(
+        settings={"policy": "ema_sink", "num_context_frames": 8, "num_sink_frames": 2, "uneven": "replace"},
+        limit=8,
+        recent=2,
+        exact_roles=("recent",),
+        positions=(0, 7),
+    ),
+    "memrope": Row(
+        settings={"policy": "memrope", "num_context_frames": 12, "num_sink_frames": 3},
+        limit=12,
+        sinks=3,
+        recent=3,
+        exact_roles=("sink", "recent"),
+        positions=(0, 11),
+    ),
+    "rolling_sink": Row(
+        settings={"policy": "rolling_sink", "num_context_frames": 13},
+        limit=13,
+        recent=1,
+        exact_roles=("recent",),
+    ),
+    "rolling_sink.contiguous": Row(
+        settings={"policy": "rolling_sink", "num_context_frames": 9, "positions": "contiguous"},
+        limit=9,
+        recent=1,
+        exact_roles=("recent",),
+        positions=(0, 8),
+    ),
+    "relax": Row(
+        settings={"policy": "relax", "num_context_frames": 9, "num_budget_frames": 24},
+        limit=9,
+        sinks=2,
+        recent=1,
+        positions=(0, 8),
+    ),
+    "relax.absolute": Row(
+        settings={
+            "policy": "relax",
+            "num_context_frames": 12,
+            "num_sink_frames": 1,
+            "num_recent_frames": 4,
+            "num_budget_frames": 15,
+            "num_candidates": 2,
+            "positions": "absolute",
+        },
+        limit=12,
+        sinks=1,
+        recent=4,
+    ),
+    "slow_fast": Row(
+        settings={"policy": "slow_fast", "num_context_frames": 15, "num_sink_frames": 2, "num_recent_frames": 8},
+        limit=15,
+        sinks=2,
+        recent=4,
+        positions=(0, 14),
+    ),
+    "slow_fast.each_layer": Row(
+        settings={
+            "policy": "slow_fast",
+            "num_context_frames": 14,
+            "num_sink_frames": 1,
+            "num_recent_frames": 9,
+            "num_blocks_per_update": 1,
+            "similarity": "means",
+            "decided_by": "each_layer",
+        },
+        limit=14,
+        sinks=1,
+        recent=5,
+        positions=(0, 13),
+    ),
+    "commit_reads": Row(
+        settings={
+            "policy": "commit_reads",
+            "num_recent_frames": 2,
+            "inner": {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3},
+        },
+        limit=12,
+        sinks=3,
+        positions=(0, 11),
+        is_same_in_commits=False,
     ),
 }

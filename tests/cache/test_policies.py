@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from policy_checks import CHECKS, check_far_frames, groups_of, plain
+from policy_checks import CHECKS, WRAPPERS, check_far_frames, groups_of
 from policy_driver import Player, make_geometry, marked, read_marks, spans
 from policy_rows import POLICY_ROWS, Row
 
@@ -23,7 +23,6 @@ from longtake.cache.frames import FrameState
 from longtake.cache.sliding_window import SlidingWindow
 
 BLOCKS = (1, 3, 4)
-WRAPPERS = {"plain": plain}
 
 matrix = pytest.mark.parametrize("name", POLICY_ROWS)
 blocks = pytest.mark.parametrize("block", BLOCKS)

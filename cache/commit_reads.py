@@ -1,0 +1,137 @@
+"""Any policy, with commit passes that read recent frames only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from longtake.cache.base import (
+    BlockTrace,
+    CacheStats,
+    Context,
+    EncodeJob,
+    Geometry,
+    Number,
+    Pass,
+    PolicyState,
+    Read,
+)
+from longtake.cache.storage import Stored
+from longtake.cache.wrapper import Wrapper
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitReads(Wrapper):
+    """Denoising reads what any policy says, the commit pass the block and recent frames alone.
+
+    What a commit stores is then no echo of sinks and memories, which later blocks read anyway; and the pass is
+    shorter. Rolling Forcing's released code does this once its sink drops out of the commit's window
+    (arXiv:2509.25161); here it holds from the first block on, for every policy. Reads of whole frames are cut to the
+    last ``num_recent_frames``; reads of single tokens stay if their role is ``recent``. Positions stay as they are.
+    """
+
+    name: ClassVar[str] = "commit_reads"
+    source: ClassVar[str] = "after Rolling Forcing, arXiv:2509.25161"
+
+    num_recent_frames: int = 3  # before the block; 0: the block alone
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_recent_frames < 0:
+            raise ValueError(f"num_recent_frames={self.num_recent_frames} must be 0 or more.")
+
+    def start(self, geometry: Geometry) -> PolicyState:
+        """Make the inner policy's empty state, with other reads for commits."""
+        return CommitReadsState(self, self.inner.start(geometry))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of stored tokens, cut when they are asked for."""
+
+    stored: Stored
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        """How many, per sample."""
+        return self.end - self.start
+
+    @property
+    def keys(self) -> Tensor:
+        """(batch, tokens, heads, head_dim), un-rotated."""
+        return self.stored.keys[:, self.start : self.end]
+
+    @property
+    def values(self) -> Tensor:
+        """(batch, tokens, heads, head_dim)."""
+        return self.stored.values[:, self.start : self.end]
+
+
+class CommitReadsState(PolicyState):
+    """The inner policy's state; only what commits read is different."""
+
+    def __init__(self, policy: CommitReads, inner: PolicyState) -> None:
+        self.policy = policy
+        self.inner = inner
+        self.merges_commit = inner.merges_commit
+        self.keeps_read_sets = inner.keeps_read_sets
+
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        """Read what the inner policy reads, in a commit the recent frames of it."""
+        context = self.inner.select(layer, pass_, q)
+        if context.holds == "block":
+            context = replace(context, holds="kind")
+        if pass_.kind != "commit":
+            return context
+        groups = tuple(replace(group, reads=self._recent(group.reads, pass_)) for group in context.groups)
+        return replace(context, reads=self._recent(context.reads, pass_), groups=groups)
+
+    def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store what the inner policy stores."""
+        self.inner.commit(layer, pass_, q, k, v)
+
+    def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
+        """Do what the inner policy does."""
+        return self.inner.end_block(trace)
+
+    def stats(self) -> CacheStats:
+        """The inner policy's."""
+        return self.inner.stats()
+
+    def state_dict(self) -> dict[str, Tensor | Number]:
+        """The inner policy's."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+        """Take over the inner policy's saved state."""
+        self.inner.load_state_dict(state)
+
+    def _recent(self, reads: tuple[Read, ...], pass_: Pass) -> tuple[Read, ...]:
+        oldest = pass_.start_frame - self.policy.num_recent_frames
+        kept: list[Read] = []
+        for read in reads:
+            if isinstance(read.positions, Tensor) or len(read.frames) != len(read.positions):
+                kept += [read] if read.role == "recent" and self.policy.num_recent_frames else []
+                continue
+            size = read.stored.num_tokens // len(read.frames)
+            wanted = [index for index, frame in enumerate(read.frames) if frame >= oldest]
+            if len(wanted) == len(read.frames):
+                kept.append(read)
+                continue
+            kept += [_frame_of(read, index, size) for index in wanted]
+        return tuple(kept)
+
+
+def _frame_of(read: Read, index: int, size: int) -> Read:
+    """One whole frame of a read."""
+    places = slice(index * size, (index + 1) * size)
+    return replace(
+        read,
+        stored=_Part(read.stored, places.start, places.stop),
+        positions=read.positions[index : index + 1],
+        frames=read.frames[index : index + 1],
+        bias=None if read.bias is None else read.bias[..., places],
+    )

@@ -1,0 +1,74 @@
+"""What all policies that take a policy have in common."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from longtake.cache.attention_sink import AttentionSink
+from longtake.cache.base import CachePolicy, Event, Geometry, PolicyState
+from longtake.cache.coded import CodedStorage
+from longtake.cache.storage import PlainStorage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper(CachePolicy):
+    """A policy around another one, which may be a wrapper itself.
+
+    In YAML ``inner`` is a policy's name or its mapping.
+    """
+
+    inner: CachePolicy = field(default_factory=AttentionSink)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, CachePolicy):
+            raise ValueError(
+                f"inner={self.inner!r} of cache policy {self.name!r} is no policy: "
+                "give its settings to make_policy, or a policy object."
+            )
+
+    @property
+    def events(self) -> frozenset[Event]:
+        """What a change of prompt may do: the inner policy's."""
+        return self.inner.events
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether a rollout has to have a VAE: the inner policy's."""
+        return self.inner.needs_vae
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it works with trained weights only: the inner policy's."""
+        return self.inner.needs_weights
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse what the inner policy refuses."""
+        self.inner.check(frames_per_block, num_frames)
+
+    @abstractmethod
+    def start(self, geometry: Geometry) -> PolicyState:
+        """Make the empty state of one rollout."""
+
+    def settings(self) -> dict[str, Any]:
+        """Name and fields, the inner policy's mapping among them."""
+        return super().settings() | {"inner": self.inner.settings()}
+
+
+def start_coded(policy: Wrapper, geometry: Geometry, change: Callable[[CodedStorage], CodedStorage]) -> PolicyState:
+    """Start a wrapper's inner policy on changed storage.
+
+    Args:
+        policy: The wrapper.
+        geometry: Of the rollout.
+        change: From the storage as it is, without a codec at first, to the one wanted.
+
+    Raises:
+        ValueError: If the storage is none that can be changed, or the inner policy refuses the geometry.
+    """
+    storage = CodedStorage() if isinstance(geometry.storage, PlainStorage) else geometry.storage
+    if not isinstance(storage, CodedStorage):
+        raise ValueError(f"cache policy {policy.name!r} cannot change storage of {type(storage).__name__}: use plain.")
+    state = policy.inner.start(replace(geometry, storage=change(storage)))
+    state.keeps_read_sets = False
+    return state
