@@ -1,0 +1,69 @@
+"""Tokens of a new frame that correspond to stored ones, and making one of two."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from longtake.cache.storage import take_tokens
+
+SAME_PLACE = 1e-4  # what a token at the same place in the frame is ahead of an equally similar one elsewhere
+
+
+def merge_repeats(
+    keys: Tensor, values: Tensor, counts: Tensor, cells: Tensor, *, tokens_per_frame: int, min_similarity: float
+) -> tuple[Tensor, Tensor]:
+    """Merge new tokens, frame by frame, with those before them that they repeat.
+
+    Two tokens correspond if each is the other's nearest by the mean cosine of their heads' keys. The older one is
+    counted with the newer one from then on, whose value becomes the mean over all that it stands for.
+
+    Args:
+        keys: (batch, tokens, heads, head_dim), un-rotated; stored ones first, then whole new frames.
+        values: Same shape.
+        counts: (batch, stored tokens), how many each stands for; 0: none any more.
+        cells: (batch, stored tokens), int64, their places in the frame.
+        tokens_per_frame: Tokens of a new frame.
+        min_similarity: Mean cosine from which tokens are merged.
+
+    Returns:
+        Values of the new tokens, (batch, new tokens, heads, head_dim); counts of all tokens, (batch, tokens).
+
+    Source: lemma and "last key" of TempCache, arXiv:2602.01801.
+    """
+    batch, num_tokens, num_heads, _ = keys.shape
+    num_old = counts.shape[1]
+    unit = normalize(keys, dim=-1).flatten(2) / num_heads**0.5
+    own = torch.arange(tokens_per_frame, device=keys.device).expand(batch, -1)
+    values = values.clone()
+    for start in range(num_old, num_tokens, tokens_per_frame):
+        new = slice(start, start + tokens_per_frame)
+        weights = torch.zeros_like(own, dtype=counts.dtype)
+        if start:
+            older, weights = _nearest(unit[:, new] @ unit[:, :start].mT, counts, cells, min_similarity)
+            counts = counts.scatter_add(1, older, -weights)
+            share = weights[..., None, None]
+            mean = (values[:, new].float() + share * take_tokens(values[:, :start], older).float()) / (1 + share)
+            values[:, new] = mean.to(values.dtype)
+        counts, cells = torch.cat((counts, 1 + weights), dim=1), torch.cat((cells, own), dim=1)
+    return values[:, num_old:], counts
+
+
+def _nearest(similarity: Tensor, counts: Tensor, cells: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Of every new token the nearest known one, and what that counts; 0 where the two do not correspond.
+
+    Args:
+        similarity: (batch, new tokens, known tokens).
+        counts: (batch, known tokens).
+        cells: (batch, known tokens).
+        least: Similarity from which tokens correspond.
+
+    Returns:
+        Indices and weights, (batch, new tokens) each.
+    """
+    similarity = similarity.float().masked_fill(counts[:, None] == 0, -torch.inf)
+    ahead = torch.full_like(similarity[:, :1], SAME_PLACE)
+    similarity.scatter_add_(1, cells[:, None], ahead)
+    best, older = similarity.max(dim=2)
+    newer = similarity.argmax(dim=1).gather(1, older)
+    is_mutual = newer == torch.arange(similarity.shape[1], device=similarity.device)
+    return older, counts.gather(1, older) * (is_mutual & (best >= least))
