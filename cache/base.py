@@ -223,12 +223,14 @@ class CachePolicy(ABC):
         events: What a change of prompt may do to its cache.
         takes_windows: Whether denoising passes may span several blocks that are committed one by one, as samplers with
             a joint window make them.
+        published_block: Latent frames per block that the source's sizes are meant for.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     events: ClassVar[frozenset[Event]] = frozenset({"keep"})
     takes_windows: ClassVar[bool] = False
+    published_block: ClassVar[int] = 3
 
     @property
     def needs_vae(self) -> bool:

@@ -36,6 +36,7 @@ class Pack(CachePolicy):
 
     name: ClassVar[str] = "pack"
     source: ClassVar[str] = "PackForcing, arXiv:2603.25730"
+    published_block: ClassVar[int] = 4
 
     num_sink_frames: int = 8
     num_recent_frames: int = 4
@@ -107,5 +108,7 @@ class Pack(CachePolicy):
         Raises:
             ValueError: If the compressor's weights are missing.
         """
-        network = load_compressor(self.compressor_weights, geometry.device) if self.needs_weights else None
+        network = None
+        if self.compressor_weights is not None and self.needs_weights:
+            network = load_compressor(self.compressor_weights, self.compressor, geometry.device)
         return PackState(self, geometry, network)
