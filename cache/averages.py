@@ -1,0 +1,162 @@
+"""Running averages of frames, for policies that let go of frames but not of what was in them."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longtake.cache.base import CacheStats, Context, Geometry, Number, Pass, Read
+from longtake.cache.frames import FramePolicy, FrameState
+from longtake.cache.storage import KeysValues, PlainBuffer, Stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingPolicy(FramePolicy):
+    """A policy that reads averages beside frames. Its ``plan`` leaves their positions free."""
+
+    @property
+    @abstractmethod
+    def num_averages(self) -> int:
+        """Most frames' worth of averages."""
+
+    @property
+    @abstractmethod
+    def average_role(self) -> str:
+        """Role under which averages are read."""
+
+    @abstractmethod
+    def averages(self, start_frame: int, num_frames: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Averages that the block at ``start_frame`` reads.
+
+        Args:
+            start_frame: First frame of the block.
+            num_frames: Frames of the block.
+
+        Returns:
+            Of the first averages, in order: the frame that each stands for most, and its temporal position.
+        """
+
+    @abstractmethod
+    def update(self, averages: "FrameAverages", layer: int, frames: tuple[int, ...], tokens: list[Stored]) -> None:
+        """Take released frames into the averages of one layer.
+
+        Args:
+            averages: To be changed.
+            layer: Self-attention layer.
+            frames: Released frames, ascending.
+            tokens: Of each frame.
+        """
+
+    def start(self, geometry: Geometry) -> "AveragingState":
+        """Make the empty state of one rollout."""
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return AveragingState(self, geometry)
+
+
+class FrameAverages:
+    """Averages in float32, whatever the rollout's dtype and storage.
+
+    An average moves by a thousandth of a difference, which bfloat16 and eight bits round away: kept in the rollout's
+    own storage it would never move.
+
+    Args:
+        geometry: Shapes of the rollout.
+        num_frames: Frames to make room for.
+    """
+
+    def __init__(self, geometry: Geometry, num_frames: int) -> None:
+        self.dtype = geometry.dtype
+        self.size = geometry.tokens_per_frame
+        self.buffer = PlainBuffer(replace(geometry, dtype=torch.float32), num_frames * self.size)
+
+    def put(self, layer: int, place: int, new: Stored) -> None:
+        """Begin an average with a frame."""
+        self.buffer.write(layer, place * self.size, new.keys, new.values)
+
+    def mix(self, layer: int, place: int, new: Stored, weight: float) -> None:
+        """Move an average towards a frame by ``weight`` of the difference."""
+        old = self.buffer.read(layer, place * self.size, (place + 1) * self.size)
+        old.keys.lerp_(new.keys.float(), weight)
+        old.values.lerp_(new.values.float(), weight)
+
+    def read(self, layer: int, num_frames: int) -> KeysValues:
+        """The first averages, in the rollout's dtype."""
+        stored = self.buffer.read(layer, 0, num_frames * self.size)
+        return KeysValues(stored.keys.to(self.dtype), stored.values.to(self.dtype))
+
+
+class AveragingState(FrameState):
+    """Frames, and averages of those that were let go of. Averages of a layer change when that layer commits."""
+
+    def __init__(self, policy: AveragingPolicy, geometry: Geometry) -> None:
+        super().__init__(policy, geometry)
+        self.averages = FrameAverages(geometry, policy.num_averages)
+        self._end = 0  # frame behind the last committed one
+        self._seen: tuple[int, int] | None = None  # first frame and size of the block that was last selected for
+
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        """Read frames and averages, in the order of their positions."""
+        context = super().select(layer, pass_, q)
+        self._seen = pass_.start_frame, pass_.num_frames
+        frames, positions = self.policy.averages(*self._seen)
+        reads = context.reads
+        if frames:
+            stored = self.averages.read(layer, len(frames))
+            average = Read(stored, positions, frames=frames, role=self.policy.average_role)
+            reads = tuple(sorted((*reads, average), key=lambda read: read.positions[0]))
+        capacity = context.capacity + self.policy.num_averages * self.averages.size
+        return replace(context, reads=reads, capacity=capacity)
+
+    def release(self, layer: int, frames: tuple[int, ...]) -> None:
+        """Take the frames into the averages."""
+        size, tokens = self.averages.size, []
+        for count, stored in self.stored(layer, frames):
+            k, v = stored.keys, stored.values
+            tokens += [KeysValues(k[:, i : i + size], v[:, i : i + size]) for i in range(0, count * size, size)]
+        self.policy.update(self.averages, layer, frames, tokens)
+
+    def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keep the block's frames, and average those that have to go."""
+        super().commit(layer, pass_, q, k, v)
+        self._end = pass_.start_frame + pass_.num_frames
+
+    def stats(self) -> CacheStats:
+        """Tokens and bytes of frames and averages."""
+        stats, role = super().stats(), self.policy.average_role
+        tokens, bytes_, positions = dict(stats.tokens), dict(stats.bytes), stats.positions
+        num_tokens = len(self.policy.averages(self._end, self.geometry.frames_per_block)[0]) * self.averages.size
+        if num_tokens:
+            tokens[role] = tokens.get(role, 0) + num_tokens
+            bytes_[role] = bytes_.get(role, 0) + num_tokens * self.averages.buffer.bytes_per_token
+        if positions is not None and self._seen is not None:
+            span = (*positions, *self.policy.averages(*self._seen)[1])
+            positions = min(span), max(span)
+        return CacheStats(tokens, bytes_, positions)
+
+    def state_dict(self) -> dict[str, Tensor | Number]:
+        """Frames and averages."""
+        state = super().state_dict() | {"end": self._end}
+        buffer = self.averages.buffer
+        for layer in range(self.geometry.num_layers if self._end else 0):
+            saved = buffer.save(layer, 0, buffer.num_tokens)
+            state |= {f"averages.{layer}.{name}": tensor for name, tensor in saved.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: If the saved shapes are not this rollout's.
+        """
+        super().load_state_dict(state)
+        self._end, self._seen = int(state["end"]), None
+        for layer in range(self.geometry.num_layers if self._end else 0):
+            saved = {name: state[f"averages.{layer}.{name}"] for name in ("keys", "values")}
+            if saved["keys"].shape[1] != self.averages.buffer.num_tokens:
+                raise ValueError(
+                    f"the saved cache holds averages of {saved['keys'].shape[1]} tokens, this policy of "
+                    f"{self.averages.buffer.num_tokens}: resume with the cache settings it was saved with."
+                )
+            self.averages.buffer.load(layer, 0, saved)

@@ -1,0 +1,98 @@
+"""Sinks that take in what leaves the window."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from longtake.cache.averages import AveragingPolicy, FrameAverages
+from longtake.cache.frames import FramePlan
+from longtake.cache.storage import Stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaSink(AveragingPolicy):
+    """EMA sink of Reward-Forcing (arXiv:2512.04678; released settings: 9 frames, 3 of them sinks, alpha 0.999).
+
+    The sinks begin as the first frames. Whatever leaves the window is averaged into them, frame i of the leaving
+    block into sink i, raw keys and values alike:
+
+        sink = alpha * sink + (1 - alpha) * leaving
+
+    Positions are places in the reading order: sinks from 0, then the window, then the block.
+
+    Differs: the averages are float32, where the released code keeps them in the rollout's bfloat16, in which 0.999
+    of a number rounds back to it. Where as many frames leave as there are sinks, as with the released settings, the
+    numbers are the released ones. Where not, the released code writes the leaving frames over the first sinks
+    (``uneven: replace``); here they go round, frame f into sink f modulo ``num_sink_frames``, so that sinks stay
+    averages at any block size.
+    """
+
+    name: ClassVar[str] = "ema_sink"
+    source: ClassVar[str] = "Reward-Forcing, arXiv:2512.04678"
+
+    num_context_frames: int = 9  # everything attended: sinks, window and the block itself
+    num_sink_frames: int = 3
+    alpha: float = 0.999  # share of a sink that survives a leaving frame; 1: sinks never change
+    uneven: Literal["average", "replace"] = "average"  # when other than num_sink_frames leave at once
+
+    def __post_init__(self) -> None:
+        if self.num_sink_frames < 1:
+            raise ValueError(
+                f"num_sink_frames={self.num_sink_frames} must be 1 or more: without sinks use sliding_window."
+            )
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha={self.alpha} must lie between 0 (sinks are replaced) and 1 (sinks never change).")
+        if self.uneven not in ("average", "replace"):
+            raise ValueError(f"uneven={self.uneven!r} is unknown: use 'average' or 'replace'.")
+
+    @property
+    def num_averages(self) -> int:
+        """Every sink is an average."""
+        return self.num_sink_frames
+
+    @property
+    def average_role(self) -> str:
+        """Averages take the place of sinks."""
+        return "sink"
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse a context without room for the sinks and a block."""
+        needed = self.num_sink_frames + frames_per_block
+        if self.num_context_frames < needed:
+            raise ValueError(
+                f"num_context_frames={self.num_context_frames} leaves no room for "
+                f"num_sink_frames={self.num_sink_frames} and a block of {frames_per_block} frames: "
+                f"use {needed} or more, or fewer sinks."
+            )
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """The window; sinks are kept apart."""
+        return self.num_context_frames - frames_per_block - self.num_sink_frames
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read the last frames that fit beside the sinks and the block."""
+        window = tuple(frame for frame in stored if frame >= self.num_sink_frames)
+        room = self.num_context_frames - num_frames - self.num_sink_frames
+        window = window[max(len(window) - room, 0) :]
+        first = min(self.num_sink_frames, start_frame)
+        positions = tuple(map(float, range(first, first + len(window) + num_frames)))
+        return FramePlan(window, positions[: len(window)], positions[len(window) :])
+
+    def averages(self, start_frame: int, num_frames: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The sinks that are there, at 0 and up."""
+        sinks = tuple(range(min(self.num_sink_frames, start_frame)))
+        return sinks, tuple(map(float, sinks))
+
+    def update(self, averages: FrameAverages, layer: int, frames: tuple[int, ...], tokens: list[Stored]) -> None:
+        """Let the first frames be the sinks, and average later ones into them."""
+        leaving = [frame for frame in frames if frame >= self.num_sink_frames]
+        is_even = len(leaving) == self.num_sink_frames
+        for frame, new in zip(frames, tokens, strict=True):
+            place = leaving.index(frame) if frame in leaving else frame
+            if frame < self.num_sink_frames:
+                averages.put(layer, place, new)
+            elif is_even:
+                averages.mix(layer, place, new, 1.0 - self.alpha)
+            elif self.uneven == "average":
+                averages.mix(layer, frame % self.num_sink_frames, new, 1.0 - self.alpha)
+            elif place < self.num_sink_frames:
+                averages.put(layer, place, new)

@@ -1,0 +1,76 @@
+"""The first frames over and over, forwards and backwards, as if they were the recent past."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from longtake.cache.frames import FramePlan, FramePolicy
+from longtake.cache.sliding_window import check_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollingSink(FramePolicy):
+    """Replayed first frames and the last block (Rolling Sink, arXiv:2602.07775), written from its description.
+
+    The first N = ``num_context_frames`` - block frames are kept for good. A window that has grown full still stands
+    where the recent past would, but only its last block is the recent past: at every place p before it the first
+    frames are shown, in order where p div N is even and backwards where it is odd, so that neighbours stay neighbours:
+
+        frame shown at p = m if (p div N) is even else N - 1 - m,  m = p mod N
+
+    With 21 frames and blocks of 3 the window shows 17, 16, 15 at p = 18, 14, 13, 12 at p = 21, and 0, 1, 2 at p = 36.
+    What the model sees of the past thus never gets older than the first seconds, and never drifts.
+
+    Differs: places are counted in frames, so that any block size and window work; the description speaks of 18 first
+    frames and blocks of 3.
+    """
+
+    name: ClassVar[str] = "rolling_sink"
+    source: ClassVar[str] = "Rolling Sink, arXiv:2602.07775"
+
+    num_context_frames: int = 21  # everything attended: replayed frames, last block and the block itself
+    positions: Literal["absolute", "contiguous"] = "absolute"  # contiguous: the same distances, from 0
+
+    def __post_init__(self) -> None:
+        check_positions(self.positions)
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse a context without room for a block and the one before it."""
+        if self.num_context_frames < 2 * frames_per_block:
+            raise ValueError(
+                f"num_context_frames={self.num_context_frames} leaves no room for a block of {frames_per_block} "
+                f"frames and the one before it: use {2 * frames_per_block} or more."
+            )
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """The first frames and the last block."""
+        return self.num_context_frames
+
+    def num_read_frames(self, frames_per_block: int) -> int | None:
+        """What one block reads beside itself."""
+        return self.num_context_frames - frames_per_block
+
+    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
+        """First frames are sinks, those behind a gap are the last block's."""
+        return tuple("sink" if frame == index else "recent" for index, frame in enumerate(frames))
+
+    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """The first frames and the last block, whether or not the next block reads them all."""
+        num_first = self.num_context_frames - num_frames
+        return tuple(frame for frame in stored if frame < num_first or frame >= start_frame - num_frames)
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Fill the window before the block with what is shown at each of its places."""
+        num_first = self.num_context_frames - num_frames
+        places = range(max(start_frame - num_first, 0), start_frame)
+        last = start_frame - num_frames
+        frames = tuple(place if place >= last else shown(place, num_first) for place in places)
+        roles = tuple("recent" if place >= last else "sink" for place in places)
+        shift = places.start if self.positions == "contiguous" else 0
+        positions = tuple(float(place - shift) for place in range(places.start, start_frame + num_frames))
+        return FramePlan(frames, positions[: len(frames)], positions[len(frames) :], roles)
+
+
+def shown(place: int, num_first: int) -> int:
+    """Which of the first ``num_first`` frames stands at a place: 0, 1, ..., then back, and forth again."""
+    cycle, frame = divmod(place, num_first)
+    return num_first - 1 - frame if cycle % 2 else frame

@@ -1,0 +1,158 @@
+"""A state with a slow memory: frames that stay until newer ones, of which something is new, push them out."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from longtake.cache.base import CacheStats, Context, Geometry, Number, Pass, Read
+from longtake.cache.frames import FrameState
+
+
+class SlowMemoryPolicy(Protocol):
+    """What a ``FramePolicy`` has to say beside, to have a slow memory."""
+
+    num_sink_frames: int
+    num_slow_frames: int
+    threshold: float
+    num_blocks_per_update: int
+    similarity: str
+    decided_by: str
+
+    def num_slow(self, start_frame: int, num_frames: int) -> int:
+        """Frames in the slow memory for the block at ``start_frame``."""
+
+
+class SlowMemoryState(FrameState):
+    """Sinks and a queue of last frames, and behind their slots the slow memory, oldest first.
+
+    Whether a frame enters the slow memory is a tensor on the device, one decision per sample: the memory moves up by
+    one or stays, by an index, so that nothing waits for a decision and tokens are moved as they are encoded.
+    """
+
+    def __init__(self, policy: SlowMemoryPolicy, geometry: Geometry) -> None:
+        super().__init__(policy, geometry)
+        rows = geometry.num_layers if policy.decided_by == "each_layer" else 1
+        self._is_shared = rows == 1
+        shape = (rows, geometry.batch_size, policy.num_slow_frames)
+        self._frames = torch.zeros(shape, dtype=torch.int64, device=geometry.device)
+        self._alike: dict[int, Tensor] = {}  # first frame of a block -> (rows, batch), how like the frame before it is
+        self._end = 0  # frame behind the last committed one
+
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        """Read sinks, slow memory and queue."""
+        context = super().select(layer, pass_, q)
+        count, first = self.policy.num_slow(pass_.start_frame, pass_.num_frames), self.policy.num_sink_frames
+        if not count:
+            return context
+        start, size = self._first_place, self.store.frame_size
+        stored = self.store.buffer.read(layer, start, start + count * size)
+        positions = tuple(map(float, range(first, first + count)))
+        # Elsewhere than on the CPU the device would have to be waited for, to know which frames are there now.
+        frames = tuple(range(first, first + count))
+        if self._frames.device.type == "cpu":
+            frames = tuple(self._frames[0 if self._is_shared else layer, 0, :count].tolist())
+        sinks = [read for read in context.reads if read.role == "sink"]
+        slow = Read(stored, positions, frames=frames, role="memory")
+        return replace(context, reads=(*sinks, slow, *context.reads[len(sinks) :]))
+
+    def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Compare the block with what was before it, and keep it."""
+        if self._decides(layer) and self._is_looked_at(pass_.block_index) and pass_.start_frame:
+            self._compare(layer, pass_, k)
+        super().commit(layer, pass_, q, k, v)
+        self._end = pass_.start_frame + pass_.num_frames
+
+    def release(self, layer: int, frames: tuple[int, ...]) -> None:
+        """Take frames that leave the queue into the slow memory while it has room; then those with something new."""
+        pass_, _ = self._committing
+        size, row = self.store.frame_size, 0 if self._is_shared else layer
+        for frame in frames:
+            slot, place = self._before[frame], frame - self.policy.num_sink_frames
+            distance, rest = divmod(pass_.start_frame - frame, pass_.num_frames)
+            if place < self.policy.num_slow_frames:
+                index = torch.arange(slot * size, (slot + 1) * size, device=self._frames.device)
+                self.store.buffer.move(layer, index, self._first_place + place * size)
+                self._frames[row, :, place] = frame
+            elif not rest and self._is_looked_at(pass_.block_index - distance):
+                self._offer(layer, row, frame, slot)
+
+    def stats(self) -> CacheStats:
+        """Tokens and bytes of sinks, queue and slow memory."""
+        stats = super().stats()
+        count = self.policy.num_slow(self._end, self.geometry.frames_per_block)
+        if not count:
+            return stats
+        tokens = dict(stats.tokens) | {"memory": count * self.store.frame_size}
+        return replace(stats, tokens=tokens, bytes=dict(stats.bytes) | {"memory": count * self.store.bytes_per_frame})
+
+    def state_dict(self) -> dict[str, Tensor | Number]:
+        """Sinks, queue and slow memory, and what has been found of blocks still in the queue."""
+        state = super().state_dict() | {"end": self._end, "slow.frames": self._frames.clone()}
+        start, count = self._first_place, self.policy.num_slow(self._end, self.geometry.frames_per_block)
+        for layer in range(self.geometry.num_layers if count else 0):
+            saved = self.store.buffer.save(layer, start, start + count * self.store.frame_size)
+            state |= {f"slow.{layer}.{name}": tensor for name, tensor in saved.items()}
+        return state | {f"alike.{frame}.": alike.clone() for frame, alike in self._alike.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: If the saved shapes are not this rollout's.
+        """
+        if state["slow.frames"].shape != self._frames.shape:
+            raise ValueError(
+                f"the saved cache decided for {tuple(state['slow.frames'].shape)} (layers, videos, slow frames), this "
+                f"rollout does for {tuple(self._frames.shape)}: resume with the settings and batch it was saved with."
+            )
+        super().load_state_dict(state)
+        self._end = int(state["end"])
+        self._frames.copy_(state["slow.frames"])
+        device = self._frames.device
+        self._alike = {int(k.split(".")[1]): v.to(device) for k, v in state.items() if k.startswith("alike.")}
+        for layer in range(self.geometry.num_layers):
+            prefix = f"slow.{layer}."
+            saved = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+            if saved:
+                self.store.buffer.load(layer, self._first_place, saved)
+
+    @property
+    def _first_place(self) -> int:
+        return self.store.num_slots * self.store.frame_size
+
+    def _decides(self, layer: int) -> bool:
+        return layer == 0 or not self._is_shared
+
+    def _is_looked_at(self, block_index: int) -> bool:
+        every = self.policy.num_blocks_per_update
+        return block_index % every == every - 1
+
+    def _compare(self, layer: int, pass_: Pass, k: Tensor) -> None:
+        """Note how like the frame before it a block's first frame is, before that frame's slot can be written over."""
+        if layer == 0:
+            queued = [f for f in self._after if f >= self.policy.num_sink_frames]
+            self._alike = {f: alike for f, alike in self._alike.items() if f >= min(queued, default=0)}
+            self._alike[pass_.start_frame] = torch.ones(self._frames.shape[:2], device=self._frames.device)
+        ((_, before),) = self.store.read(layer, [self.slots(pass_)[pass_.start_frame - 1]])
+        pair = [x.float() for x in (k[:, : self.store.frame_size], before.keys)]
+        if self.policy.similarity == "means":
+            pair = [x.mean(dim=1, keepdim=True) for x in pair]
+        alike = cosine_similarity(*(x.flatten(2) for x in pair), dim=-1).mean(dim=1)
+        self._alike[pass_.start_frame][0 if self._is_shared else layer] = alike
+
+    def _offer(self, layer: int, row: int, frame: int, slot: int) -> None:
+        """Let a frame take the newest place of the slow memory and the others move up, where it brought something."""
+        enters = (self._alike[frame][row] < self.policy.threshold).long()
+        count, size, device = self.policy.num_slow_frames, self.store.frame_size, self._frames.device
+        index = torch.arange(count, device=device) + enters[:, None]
+        first = self.store.num_slots
+        places = torch.tensor([*range(first, first + count), slot], device=device)[index]
+        tokens = places[:, :, None] * size + torch.arange(size, device=device)
+        self.store.buffer.move(layer, tokens.flatten(1), self._first_place)
+        if self._decides(layer):
+            newest = torch.full((index.shape[0], 1), frame, device=device)
+            self._frames[row] = torch.cat([self._frames[row], newest], dim=1).gather(1, index)
