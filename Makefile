@@ -22,10 +22,10 @@ export GOMP_SPINCOUNT ?= 10000
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format golden bench train-mini
+.PHONY: help install demo test lint format golden bench docs-policies train-mini
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## make .venv and install everything into it
 
@@ -72,6 +72,9 @@ golden: $(STAMP) ## regenerate the project's own golden numbers under tests/gold
 
 bench: $(STAMP) ## measure speed and memory on this machine
 	@$(OFFLINE) $(BIN)/python -m longtake.scripts.benchmark
+
+docs-policies: $(STAMP) ## rewrite docs/policies.md and its pictures
+	@$(OFFLINE) $(BIN)/python -m longtake.scripts.document_policies
 
 train-mini: $(STAMP) ## train the bundled mini model from scratch
 	@$(BIN)/python -m longtake.scripts.train_mini all

@@ -37,17 +37,22 @@ class Span:
         frames: Frames of the video that they come from.
         positions: One temporal position per entry of ``frames``, or, where tokens do not stand at whole frames, the
             distinct positions in use, ascending; empty on the meta device.
+        shares: Tokens of each entry of ``frames``, 1 for a whole frame; 0 where all its tokens are gone.
         num_tokens: Per sample, in heads that read them.
-        share: Tokens per frame of ``frames``, 1 for whole frames.
         heads: Which heads read them; None: all.
     """
 
     role: str
     frames: tuple[int, ...]
     positions: tuple[float, ...]
-    num_tokens: int
-    share: float
+    shares: tuple[float, ...]
+    num_tokens: int = 0
     heads: tuple[int, ...] | None = None
+
+    @property
+    def share(self) -> float:
+        """Tokens per frame, mean."""
+        return sum(self.shares) / len(self.shares) if self.shares else 0.0
 
 
 @dataclass(frozen=True)
@@ -227,16 +232,49 @@ def _record(pass_: Pass, context: Context, geometry: Geometry) -> PassRecord:
 
 def _span(read: Read, tokens_per_frame: int) -> Span:
     num_tokens = read.stored.num_tokens
-    num_frames = len(read.frames) or len(read.positions)
-    share = num_tokens / (tokens_per_frame * num_frames) if num_frames else 0.0
-    return Span(read.role, read.frames, _positions(read.positions), num_tokens, share)
+    positions, counts = _positions(read.positions), _counts(read.positions)
+    frames = read.frames
+    if counts and len(counts) == len(frames):
+        shares = tuple(count / tokens_per_frame for count in counts)
+    elif counts and _are_groups(frames, positions):
+        shares = (num_tokens / (tokens_per_frame * len(frames)),) * len(frames)
+    elif counts and set(positions) <= set(map(float, frames)):
+        own = dict(zip(positions, counts, strict=True))
+        shares = tuple(own.get(float(frame), 0) / tokens_per_frame for frame in frames)
+    else:
+        shares = (num_tokens / (tokens_per_frame * len(frames)),) * len(frames) if frames else ()
+    return Span(read.role, frames, positions, shares, num_tokens)
+
+
+def _are_groups(frames: tuple[int, ...], positions: tuple[float, ...]) -> bool:
+    """Whether each position is the middle of several frames, as those of averages are."""
+    size, rest = divmod(len(frames), len(positions))
+    return (
+        size > 1
+        and not rest
+        and all(
+            position == sum(frames[index * size : (index + 1) * size]) / size
+            for index, position in enumerate(positions)
+        )
+    )
 
 
 def _positions(positions: tuple[float, ...] | Tensor) -> tuple[float, ...]:
     """Of whole frames as they are; of tokens the distinct ones of the first sample."""
     if not isinstance(positions, Tensor):
         return tuple(positions)
-    if positions.device.type == "meta":
+    return tuple(_times(positions).unique().tolist())
+
+
+def _counts(positions: tuple[float, ...] | Tensor) -> tuple[int, ...]:
+    """Tokens at each of ``_positions``; none for whole frames."""
+    if not isinstance(positions, Tensor):
         return ()
-    first = positions if positions.ndim == 2 else positions[0]
-    return tuple(first[:, 0].unique().tolist())
+    return tuple(_times(positions).unique(return_counts=True)[1].tolist())
+
+
+def _times(coordinates: Tensor) -> Tensor:
+    """Temporal coordinates of the first sample's tokens; none on the meta device."""
+    if coordinates.device.type == "meta":
+        return torch.empty(0)
+    return (coordinates if coordinates.ndim == 2 else coordinates[0])[:, 0]

@@ -29,7 +29,9 @@ def policies(
         list[str],
         typer.Option(metavar="BLOCK:EVENT", help="A new prompt at a block: 6:recache; may be repeated."),
     ] = (),
-    frames_per_block: Annotated[int, typer.Option(help="Latent frames denoised together.", min=1)] = 3,
+    frames_per_block: Annotated[
+        int | None, typer.Option(help="Latent frames denoised together.", show_default="the source's", min=1)
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Where the picture goes.", show_default="NAME.png")] = None,
 ) -> None:
     """List the cache policies with what they attend to and cost, or explain one.
@@ -108,33 +110,33 @@ def parse_events(texts: Sequence[str]) -> "dict[int, Event]":
     return events
 
 
-def _table(frames_per_block: int) -> Iterator[Text]:
+def _table(frames_per_block: int | None) -> Iterator[Text]:
     """A line of figures per policy, and what it is below."""
     from longtake.cache import POLICIES
     from longtake.scripts.policy_facts import events, facts, needs, preset_policy, summary, wan_1_3b
 
-    geometry = wan_1_3b(frames_per_block)
     width = min(out.width, 110)
     note = (
-        f"Presets on Wan2.1 1.3B at 832x480 in bfloat16, blocks of {frames_per_block} latent frames. attends: frames' "
+        "Presets on Wan2.1 1.3B at 832x480 in bfloat16. block: latent frames denoised together. attends: frames' "
         "worth of tokens that a block attends to, itself included. reads, stores: GB of keys and values that a block "
-        "reads and that are kept. Figures of an unbounded policy are those of one minute."
+        "reads beside its own, and that are kept. Figures of an unbounded policy are those of one minute."
     )
     yield Text(_filled(note, width), style="dim")
     yield Text()
-    yield _row(("policy", "attends", "reads", "stores", "bounded", "needs", "events"), style="bold")
+    yield _row(("policy", "block", "attends", "reads", "stores", "bounded", "needs", "events"), style="bold")
     for name, cls in POLICIES.items():
         what = summary(cls)
         try:
             policy = preset_policy(name)
-            row = facts(policy, geometry)
+            size = frames_per_block or policy.published_block
+            row = facts(policy, wan_1_3b(size))
         except ValueError as error:
-            cells = (name, "-", "-", "-", "-", "-", events(cls))
+            cells = (name, "-", "-", "-", "-", "-", "-", "-")
             what += f" The preset alone does not run here: {error}"
         else:
             bounded = "yes" if row.is_bounded else f"+{row.grows / GB:.3g}/min"
             sizes = f"{row.context_frames:.3g}", f"{row.attended_bytes / GB:.2f}", f"{row.stored_bytes / GB:.2f}"
-            cells = (name, *sizes, bounded, needs(policy), events(cls))
+            cells = (name, str(size), *sizes, bounded, needs(policy), ", ".join(events(policy)) or "-")
         yield _row(cells, style="bold cyan")
         yield Text(_filled(what, width, indent="  "), style="dim")
 
@@ -144,9 +146,11 @@ def _filled(text: str, width: int, *, indent: str = "") -> str:
 
 
 def _row(cells: tuple[str, ...], *, style: str) -> Text:
-    name, attends, reads, stores, bounded, needed, events = cells
+    name, block, attends, reads, stores, bounded, needed, events = cells
     text = Text(f"{name:<16}", style=style)
-    text.append(f" {attends:>7} {reads:>6} {stores:>6}  {bounded:<9} {needed:<12} {events}", style="not bold default")
+    text.append(
+        f"{block:>5} {attends:>7} {reads:>6} {stores:>6}  {bounded:<9} {needed:<12} {events}", style="not bold default"
+    )
     return text
 
 
@@ -156,8 +160,9 @@ def _explain(
     from longtake.scripts.policy_facts import facts, needs, summary, wan_1_3b
     from longtake.scripts.policy_pictures import draw, legend, lines, play
 
-    policy.check(frames_per_block)
-    blocks = play(policy, num_blocks=num_blocks, frames_per_block=frames_per_block, events=events)
+    size = frames_per_block or policy.published_block
+    policy.check(size)
+    blocks = play(policy, num_blocks=num_blocks, frames_per_block=size, events=events)
     out.print(f"[bold]{policy.name}[/bold]  {summary(type(policy))}")
     fields = {key: value for key, value in policy.settings().items() if key != "policy"}
     out.print(", ".join(f"{key}={value}" for key, value in fields.items()) or "no settings", markup=False, style="dim")
@@ -166,7 +171,7 @@ def _explain(
         out.print(line)
     out.print()
     out.print(legend(blocks))
-    row = facts(policy, wan_1_3b(frames_per_block))
+    row = facts(policy, wan_1_3b(size))
     growth = "" if row.is_bounded else f" after {row.after_seconds:.0f} s, growing"
     out.print(
         f"Wan2.1 1.3B at 832x480: attends to {row.context_frames:.3g} frames ({row.context_tokens:,} tokens) with the "

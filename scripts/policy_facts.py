@@ -1,16 +1,16 @@
 """What a cache policy costs at the size people run: played on meta tensors until nothing changes any more."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from longtake.cache import CachePolicy, Geometry, make_policy
+from longtake.cache import CachePolicy, Event, Geometry, make_policy
 from longtake.cache.simulation import SimulatedBlock, simulate
 from longtake.configs.loader import load_preset, preset_names
 
 FRAMES_PER_SECOND = 4  # latent ones, at 16 pixel frames a second
-SETTLED_BLOCKS = 24  # as many as change nothing, and a policy is taken to be in its steady state
+SETTLED_BLOCKS = 16  # as many as change nothing, and a policy is taken to be in its steady state
 MOST_BLOCKS = 720  # then it is taken to grow for ever: 9 minutes in blocks of 3
 MINUTE = 60
 REFERENCE = re.compile(r"arXiv:[0-9.]+[0-9]")
@@ -78,25 +78,33 @@ def needs(policy: CachePolicy) -> str:
     return ", ".join(name for name, is_needed in wanted.items() if is_needed) or "-"
 
 
-def events(cls: type[CachePolicy]) -> str:
+def events(policy: CachePolicy) -> list[Event]:
     """Prompt events that it knows, the trivial one left out."""
-    return ", ".join(sorted(cls.events - {"keep"})) or "-"
+    return sorted(policy.events - {"keep"})
 
 
 def facts(policy: CachePolicy, geometry: Geometry | None = None) -> PolicyFacts:
     """Play a policy until nothing changes any more, or for a minute if that never comes.
 
+    One layer is played for all: policies that treat layers differently keep as much in each of them, or refuse a
+    model of one layer, and then all are played.
+
     Args:
         policy: What to measure.
-        geometry: Shapes; ``wan_1_3b()`` unless given.
+        geometry: Shapes; ``wan_1_3b`` with the source's block size unless given.
 
     Raises:
         ValueError: If the policy has no room for the geometry's blocks, or does not fit its layers.
     """
-    g = geometry or wan_1_3b()
+    g = geometry or wan_1_3b(policy.published_block)
+    played = replace(g, num_layers=1)
+    try:
+        policy.start(played)
+    except ValueError:
+        played = g
     attended, stored, steady = 0.0, 0, 0
     is_bounded = True
-    for block in simulate(policy, g, MOST_BLOCKS):
+    for block in simulate(policy, played, MOST_BLOCKS):
         now_attended, now_stored = block.denoise.num_tokens, block.stats.num_bytes
         if now_attended > attended or now_stored > stored:
             attended, stored, steady = max(attended, now_attended), max(stored, now_stored), block.index
@@ -105,6 +113,7 @@ def facts(policy: CachePolicy, geometry: Geometry | None = None) -> PolicyFacts:
         is_settled = block.index >= steady + SETTLED_BLOCKS
         if is_settled or (not is_bounded and seconds >= MINUTE):
             break
+    stored = stored * g.num_layers // played.num_layers
     grows = 0.0 if is_settled else stored / seconds * MINUTE
     token_bytes = 2 * g.num_layers * g.num_heads * g.head_dim * g.dtype.itemsize * g.batch_size
     context = round(attended) + g.frames_per_block * g.tokens_per_frame

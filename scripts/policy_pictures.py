@@ -1,6 +1,7 @@
 """What each block of a rollout reads, as text and as a picture: rows are blocks, columns frames, colours roles."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
 
 BLOCK = "block"
 COLOURS = {"sink": "#3f78c4", "recent": "#5aa872", "mid": "#e5994b", "memory": "#9a6fc0", BLOCK: "#3a3f4b"}
+EVENT_COLOUR = "#c0392b"
+ROW_HEIGHT = 0.84
 OTHER_COLOURS = ("#d1605e", "#4bb3b8", "#c9b23c", "#b0728f", "#7d8f4e", "#8c8c8c")
 TEXT_FRAMES = 60  # most columns of the text picture; more frames share a column
 LABELLED_FRAMES = 45  # more, and numbers would not be readable
+WHOLE = 0.99  # a frame of which so much is read is read
 MAX_LISTED = 3  # runs of numbers before a list is shortened
 
 
@@ -111,7 +115,7 @@ def _letter(role: str) -> str:
 def _own_span(record: PassRecord) -> Span:
     first = record.pass_.start_frame
     frames = tuple(range(first, first + record.pass_.num_frames))
-    return Span(BLOCK, frames, record.query_positions, 0, 1.0)
+    return Span(BLOCK, frames, record.query_positions, (1.0,) * len(frames))
 
 
 def _line(
@@ -126,12 +130,12 @@ def _line(
     cells: list[tuple[str, str, float] | None] = [None] * width
     spans = [*record.spans, _own_span(record)]
     for span in spans:
-        for frame in span.frames:
+        for frame, share in zip(span.frames, span.shares, strict=True):
             column = frame // per_column
             known = cells[column]
-            if column < width and (known is None or known[2] < span.share or span.role == BLOCK):
+            if share and (known is None or known[2] < share or span.role == BLOCK):
                 letter = _letter(span.role)
-                cells[column] = (letter if span.share > 0.99 else letter.lower(), colours[span.role], span.share)
+                cells[column] = (letter if share > WHOLE else letter.lower(), colours[span.role], share)
     line = Text(f"{label}  ")
     for cell in cells:
         if cell is None:
@@ -143,7 +147,7 @@ def _line(
         line.append("; " if index else "")
         line.append(span.role, style=f"bold {colours[span.role]}")
         heads = "" if span.heads is None else f" (heads {numbers(span.heads)})"
-        share = "" if span.share > 0.99 or not span.frames else f" ({span.share:.0%})"
+        share = "" if span.share > WHOLE or not span.frames else f" ({span.share:.0%})"
         positions = f" @ {numbers(span.positions)}" if span.positions else ""
         line.append(f"{heads} {numbers(span.frames)}{share}{positions}")
     return line
@@ -155,14 +159,12 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
     for span in spans:
         last = merged[-1] if merged else None
         if last is not None and (last.role, last.heads) == (span.role, span.heads):
-            num_frames = len(last.frames) + len(span.frames)
-            share = (last.share * len(last.frames) + span.share * len(span.frames)) / max(num_frames, 1)
             merged[-1] = Span(
                 span.role,
                 last.frames + span.frames,
                 last.positions + span.positions,
+                last.shares + span.shares,
                 last.num_tokens + span.num_tokens,
-                share,
                 span.heads,
             )
         else:
@@ -175,7 +177,7 @@ def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_traine
 
     Args:
         blocks: Of ``play``.
-        path: PNG to write, in a palette of 64 colours to keep it small.
+        path: PNG to write, in a palette of 128 colours to keep it small.
         title: Above the picture.
         num_trained_frames: Positions from 0 to here are shaded: what a model has been trained at.
 
@@ -185,6 +187,7 @@ def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_traine
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         raise ValueError("the picture needs the package matplotlib (not installed): pip install matplotlib.") from None
     from PIL import Image
@@ -196,43 +199,38 @@ def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_traine
     _draw_frames(left, blocks, colours)
     _draw_positions(right, blocks, colours, num_trained_frames)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    handles = [left.barh(0, 0, color=colour, label=role) for role, colour in colours.items()]
+    handles = [Patch(color=colour, label=role) for role, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) + 1, frameon=False, fontsize=9)
     buffer = BytesIO()
     figure.savefig(buffer, dpi=90)
     buffer.seek(0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def _draw_frames(axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str]) -> None:
     total = blocks[-1].start_frame + blocks[-1].num_frames
+    boxes: list[_Box] = []
     for row, block in enumerate(blocks):
-        cells: dict[int, list[tuple[Span, float | None]]] = {}
+        cells: dict[float, list[tuple[str, float, float | None]]] = {}
         for span in [*block.denoise.spans, _own_span(block.denoise)]:
-            has_each = len(span.positions) == len(span.frames)
-            for index, frame in enumerate(span.frames):
-                cells.setdefault(frame, []).append((span, span.positions[index] if has_each else None))
-        for frame, entries in cells.items():
-            height = 0.84 / len(entries)
-            for part, (span, position) in enumerate(entries):
-                bottom = row - 0.42 + part * height
-                axis.barh(bottom, 0.94, height, left=frame - 0.47, align="edge", **_look(span, colours))
-                if position is not None and total <= LABELLED_FRAMES:
-                    axis.text(
-                        frame,
-                        bottom + height / 2 + 0.03,
-                        f"{position:.3g}",
-                        color="white" if span.share > 0.5 else "#202020",
-                        fontsize=7 if len(entries) == 1 else 4.5,
-                        ha="center",
-                        va="center",
-                    )
+            known = dict(zip(span.frames, span.positions, strict=False))
+            if len(span.positions) != len(span.frames):  # tokens of their own: named only where they stand at home
+                known = {frame: None for frame in span.frames}
+            for frame, share in zip(span.frames, span.shares, strict=True):
+                if share:
+                    cells.setdefault(float(frame), []).append((span.role, share, known[frame]))
+        boxes += _stacked(row, cells, 1.0)
+    _fill(axis, boxes, colours, is_labelled=total <= LABELLED_FRAMES)
     _mark_events(axis, blocks)
+    for row, block in enumerate(blocks):
+        if block.event != "keep":
+            axis.text(
+                total - 0.5, row - 0.54, f"new prompt: {block.event}", fontsize=7, color=EVENT_COLOUR, ha="right"
+            )
     axis.set_xlim(-0.6, total - 0.4)
     axis.set_ylim(len(blocks) - 0.5, -0.5)
     axis.set_yticks(range(len(blocks)))
-    axis.tick_params(length=0, labelsize=8)
     axis.set_ylabel("block")
     axis.set_xlabel("frame of the video" + (" (numbers: its temporal position)" if total <= LABELLED_FRAMES else ""))
     _strip(axis)
@@ -241,41 +239,81 @@ def _draw_frames(axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mappin
 def _draw_positions(
     axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str], num_trained_frames: int
 ) -> None:
-    shaded = axis.axvspan(-0.5, num_trained_frames - 0.5, color="#eef0f4", zorder=0)
+    axis.axvspan(-0.5, num_trained_frames - 0.5, color="#eceff4", zorder=0)
+    boxes: list[_Box] = []
     for row, block in enumerate(blocks):
+        cells: dict[float, list[tuple[str, float, float | None]]] = {}
         for span in [*block.denoise.spans, _own_span(block.denoise)]:
-            step = min((b - a for a, b in zip(span.positions, span.positions[1:], strict=False) if b > a), default=1.0)
-            width = 0.94 * min(1.0, step)
-            for position in span.positions:
-                axis.barh(row, width, 0.84, left=position - width / 2, **_look(span, colours))
+            shares = [share for share in span.shares if share]
+            if len(shares) != len(span.positions):
+                shares = [span.share] * len(span.positions)
+            for position, share in zip(span.positions, shares, strict=True):
+                cells.setdefault(position, []).append((span.role, share, None))
+        places = sorted(cells)
+        step = min((b - a for a, b in zip(places, places[1:], strict=False)), default=1.0)
+        boxes += _stacked(row, cells, min(1.0, max(step, 0.2)))
+    _fill(axis, boxes, colours)
     _mark_events(axis, blocks)
+    places = [box.x for box in boxes]
+    axis.set_xlim(min(-1.0, *places) - 0.1, max(num_trained_frames, *places) + 1.0)
     axis.set_xlabel(f"temporal position (shaded: {num_trained_frames} frames of training)")
-    axis.tick_params(length=0, labelsize=8)
-    low, high = axis.get_xlim()
-    axis.set_xlim(min(low, shaded.get_x() - 0.5), max(high, num_trained_frames + 0.5))
     _strip(axis)
 
 
-def _look(span: Span, colours: Mapping[str, str]) -> dict[str, object]:
-    """Parts of frames are paler."""
-    return {"color": colours[span.role], "alpha": max(0.3, min(1.0, span.share)), "linewidth": 0}
+@dataclass(frozen=True)
+class _Box:
+    """A coloured cell; ``x`` is its middle, ``y`` its upper edge."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    role: str
+    share: float
+    label: float | None
+
+
+def _stacked(
+    row: int, cells: Mapping[float, Sequence[tuple[str, float, float | None]]], width: float
+) -> Iterator[_Box]:
+    """Boxes of a row; what shares a place shares its height."""
+    for x, entries in cells.items():
+        height = ROW_HEIGHT / len(entries)
+        for part, (role, share, label) in enumerate(entries):
+            yield _Box(x, row - ROW_HEIGHT / 2 + part * height, width, height, role, share, label)
+
+
+def _fill(axis: "Axes", boxes: Sequence[_Box], colours: Mapping[str, str], *, is_labelled: bool = False) -> None:
+    """Draw boxes, those of few tokens paler."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
+
+    corners = []
+    for box in boxes:
+        left, right, bottom = box.x - box.width / 2, box.x + box.width / 2, box.y + box.height
+        corners.append([(left, box.y), (right, box.y), (right, bottom), (left, bottom)])
+    faces = [to_rgba(colours[box.role], max(0.3, min(1.0, box.share))) for box in boxes]
+    axis.add_collection(PolyCollection(corners, facecolors=faces, edgecolors="white", linewidths=0.7))
+    for box in boxes:
+        if is_labelled and box.label is not None:
+            axis.text(
+                box.x,
+                box.y + box.height / 2 + 0.03,
+                f"{box.label:.3g}",
+                color="white" if box.share > 0.5 else "#202020",
+                fontsize=6.5 if box.height == ROW_HEIGHT else 4.5,
+                ha="center",
+                va="center",
+            )
 
 
 def _mark_events(axis: "Axes", blocks: Sequence[SimulatedBlock]) -> None:
     for row, block in enumerate(blocks):
         if block.event != "keep":
-            axis.axhline(row - 0.5, color="#c0392b", linewidth=1.4)
-            axis.annotate(
-                f"new prompt: {block.event}",
-                (1.0, row - 0.5),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=7,
-                color="#c0392b",
-            )
+            axis.axhline(row - 0.5, color=EVENT_COLOUR, linewidth=1.2)
 
 
 def _strip(axis: "Axes") -> None:
+    axis.tick_params(length=0, labelsize=8)
     for side in ("top", "right", "left", "bottom"):
         axis.spines[side].set_visible(False)

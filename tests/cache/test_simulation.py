@@ -112,7 +112,7 @@ def test_head_groups_tokens_commits_and_jobs_are_noted():
     assert first.denoise.spans == () and first.commit is not None
     memory, sink = second.denoise.spans
     assert (memory.heads, memory.positions, memory.frames) == ((0,), (0.5, 2.5), (0, 1, 2))
-    assert memory.share == pytest.approx(8 / 48) and sink.heads == (1, 2, 3) and sink.share == 1.0
+    assert memory.shares == pytest.approx((8 / 48,) * 3) and sink.heads == (1, 2, 3) and sink.share == 1.0
     assert second.denoise.num_tokens == (8 * 1 + 16 * 3) / 4 and second.denoise.is_bounded
     assert second.commit.spans == () and [b.event for b in (first, second, third)] == ["keep", "keep", "recache"]
     (job,) = second.jobs

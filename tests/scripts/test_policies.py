@@ -24,9 +24,9 @@ def test_table_has_a_line_per_policy(capfd):
     for name in POLICIES:
         assert re.search(rf"^{name} ", stdout, re.MULTILINE), name
     row = next(line.split() for line in stdout.splitlines() if line.startswith("attention_sink "))
-    assert row[1:5] == ["12", "2.59", "2.59", "yes"]
+    assert row[1:6] == ["3", "12", "2.59", "2.59", "yes"]
     row = next(line.split() for line in stdout.splitlines() if line.startswith("full "))
-    assert row[1] == "240" and row[4].startswith("+")
+    assert row[2] == "240" and row[5].startswith("+")
 
 
 def test_facts_are_those_of_the_published_sizes():

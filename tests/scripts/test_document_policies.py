@@ -1,0 +1,51 @@
+"""docs/policies.md says what the code says."""
+
+import re
+from pathlib import Path
+
+from longtake.cache import POLICIES
+from longtake.scripts import document_policies
+from longtake.scripts.document_policies import all_pictures, field_comments, picture_name, render
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "policies.md"
+
+
+def test_page_is_up_to_date():
+    """Text of the registry as it is now; `make docs-policies` writes it."""
+    assert PAGE.read_text(encoding="utf-8") == render(), "run `make docs-policies`"
+
+
+def test_every_policy_has_its_section_and_picture():
+    page = PAGE.read_text(encoding="utf-8")
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == list(POLICIES)
+    pictures = sorted(path.name for path in (ROOT / "docs" / "policies").glob("*"))
+    assert pictures == sorted(picture_name(name, e) for name, shown in all_pictures().items() for e in shown.events)
+    assert all((ROOT / "docs" / "policies" / name).stat().st_size < 60_000 for name in pictures)
+
+
+def test_it_writes_page_and_pictures_and_clears_old_ones(tmp_path, monkeypatch):
+    chosen = {name: POLICIES[name] for name in ("full", "attention_sink")}
+    monkeypatch.setattr(document_policies, "POLICIES", chosen)
+    page = tmp_path / "policies.md"
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "old.png").touch()
+    document_policies.document_policies(page, pictures=True)
+    text = page.read_text()
+    assert "| [attention_sink](#attention_sink) | 3 | 12 | 2.59 | 2.59 | yes |" in text
+    assert "| `num_context_frames` | `12` | everything attended: sinks, history and the block itself |" in text
+    assert "\npolicy: attention_sink\n" in text and "## sliding_window" not in text
+    names = {path.name for path in (tmp_path / "policies").iterdir()}
+    assert {"full.png", "attention_sink.png"} <= names and "old.png" not in names
+
+
+def test_field_comments_stand_beside_or_above():
+    source = """class A:
+    name: ClassVar[str] = "a"  # not this
+    x: int = 3  # three
+    # first line
+    # second line
+    y: Literal["a", "b"] = "a"
+    z: float = 1.0
+"""
+    assert field_comments(source) == {"x": "three", "y": "first line second line", "z": ""}
