@@ -224,6 +224,7 @@ class CachePolicy(ABC):
         takes_windows: Whether denoising passes may span several blocks that are committed one by one, as samplers with
             a joint window make them.
         published_block: Latent frames per block that the source's sizes are meant for.
+        published_window: Blocks that the source denoises together.
     """
 
     name: ClassVar[str]
@@ -231,6 +232,7 @@ class CachePolicy(ABC):
     events: ClassVar[frozenset[Event]] = frozenset({"keep"})
     takes_windows: ClassVar[bool] = False
     published_block: ClassVar[int] = 3
+    published_window: ClassVar[int] = 1
 
     @property
     def needs_vae(self) -> bool:

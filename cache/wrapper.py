@@ -33,6 +33,16 @@ class Wrapper(CachePolicy):
         return self.inner.events
 
     @property
+    def published_block(self) -> int:
+        """Latent frames per block: the inner policy's."""
+        return self.inner.published_block
+
+    @property
+    def published_window(self) -> int:
+        """Blocks that are denoised together: the inner policy's."""
+        return self.inner.published_window
+
+    @property
     def needs_vae(self) -> bool:
         """Whether a rollout has to have a VAE: the inner policy's."""
         return self.inner.needs_vae

@@ -1,0 +1,93 @@
+"""Rolling Forcing's cache: sinks that move up to the working frames before the window."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from longtake.cache.attention_sink import SinkWindow
+from longtake.cache.base import Context, Geometry, Pass
+from longtake.cache.frames import FramePlan, FrameState
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollingForcing(SinkWindow):
+    """Sinks right before the working frames, working frames right before the window (arXiv:2509.25161).
+
+    Made for the sampler ``rolling_window``: while a window of blocks is denoised together, the sinks, the last
+    committed frames and the window make ``num_context_frames``; all but the sinks stand at their own frames, the
+    sinks right before the working frames. With a sampler of single blocks the window is the block.
+
+    ``commit: released`` is what the released code does: a commit reads the last ``num_context_frames`` of what is
+    stored, the block included, all at their own frames. More frames are stored than that, so the sinks drop out once
+    the store is full, and from then on clean keys are made without them. ``keep_sinks`` commits with what a
+    denoising pass of the block would read.
+
+    Differs: the released store has room for its window of frames and one block; here sinks, working frames and the
+    block follow ``num_context_frames`` and ``num_sink_frames``. Given first latents count as committed frames, which
+    the released code mishandles.
+    """
+
+    name: ClassVar[str] = "rolling_forcing"
+    source: ClassVar[str] = "Rolling Forcing, arXiv:2509.25161"
+    takes_windows: ClassVar[bool] = True
+    published_window: ClassVar[int] = 5
+
+    num_context_frames: int = 21  # everything attended: sinks, working frames and the window
+    num_sink_frames: int = 3
+    commit: Literal["released", "keep_sinks"] = "released"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.commit not in ("released", "keep_sinks"):
+            raise ValueError(f"commit={self.commit!r} is unknown: use 'released' or 'keep_sinks'.")
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """Sinks and working frames of a commit, which has no window to make room for."""
+        return self.num_context_frames
+
+    def num_read_frames(self, frames_per_block: int) -> int | None:
+        """What a single block reads beside itself; a window reads less."""
+        return self.num_context_frames - frames_per_block
+
+    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """The sinks, and as many of the last frames as fit beside them."""
+        return self.sinks_and_window(stored, 0)
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read the sinks and the last frames that fit beside them and the window."""
+        frames = self.sinks_and_window(stored, num_frames)
+        num_sinks = self.num_sinks(frames)
+        first = start_frame - (len(frames) - num_sinks) - num_sinks
+        plan = FramePlan.absolute(frames, start_frame, num_frames)
+        moved = tuple(float(first + place) for place in range(num_sinks))
+        return replace(plan, positions=moved + plan.positions[num_sinks:])
+
+    def commit_plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read what the released code commits with, or what the block itself would read."""
+        if self.commit == "keep_sinks":
+            return self.plan(stored, start_frame, num_frames)
+        room = self.num_context_frames - num_frames
+        return FramePlan.absolute(stored[max(len(stored) - room, 0) :], start_frame, num_frames)
+
+    def start(self, geometry: Geometry) -> "RollingForcingState":
+        """Make the empty state of one rollout."""
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return RollingForcingState(self, geometry)
+
+
+class RollingForcingState(FrameState):
+    """Whole frames; commits read by a plan of their own."""
+
+    policy: RollingForcing
+
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        """Read what the policy plans for a window, or for a commit."""
+        if pass_.kind != "commit":
+            return replace(super().select(layer, pass_, q), holds="kind")
+        slots = self.slots(pass_)
+        plan = self.policy.commit_plan(tuple(sorted(slots)), pass_.start_frame, pass_.num_frames)
+        reads = self._reads(layer, plan, slots)
+        return replace(
+            super().select(layer, pass_, q), reads=reads, query_positions=plan.query_positions, holds="kind"
+        )
