@@ -10,6 +10,7 @@ from longtake.cache.budget import Budget
 from longtake.cache.commit_reads import CommitReads
 from longtake.cache.deep_forcing import DeepForcing
 from longtake.cache.ema_sink import EmaSink
+from longtake.cache.forcing_kv import ForcingKV
 from longtake.cache.full import Full
 from longtake.cache.infinity_rope import InfinityRope
 from longtake.cache.longlive import LongLive
@@ -18,6 +19,7 @@ from longtake.cache.offloaded import Offloaded
 from longtake.cache.pack import Pack
 from longtake.cache.quantized import Quantized
 from longtake.cache.relax import Relax
+from longtake.cache.rolling_forcing import RollingForcing
 from longtake.cache.rolling_sink import RollingSink
 from longtake.cache.sliding_window import SlidingWindow
 from longtake.cache.slow_fast import SlowFast
@@ -43,6 +45,8 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "commit_reads": CommitReads,
     "budget": Budget,
     "tempcache": TempCache,
+    "rolling_forcing": RollingForcing,
+    "forcing_kv": ForcingKV,
 }
 
 DEFAULT_POLICY = "attention_sink"

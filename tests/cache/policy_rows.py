@@ -322,4 +322,40 @@ POLICY_ROWS = {
         positions=(0, 11),
         is_same_in_commits=False,
     ),
+    "forcing_kv": Row(
+        settings={"policy": "forcing_kv", "heads": [[], [1]]},
+        limit=7,
+        sinks=1,
+        recent=1,
+        full_until=3,
+    ),
+    "forcing_kv.contiguous": Row(
+        settings={
+            "policy": "forcing_kv",
+            "heads": [[0], []],
+            "num_sink_frames": 2,
+            "num_recent_frames": 2,
+            "num_plain_layers": 0,
+            "positions": "contiguous",
+        },
+        limit=9,
+        sinks=2,
+        recent=2,
+        full_until=4,
+    ),
+    "rolling_forcing": Row(
+        settings={"policy": "rolling_forcing", "num_context_frames": 12, "num_sink_frames": 3},
+        limit=12,
+        sinks=3,
+    ),
+    "rolling_forcing.keep_sinks": Row(
+        settings={
+            "policy": "rolling_forcing",
+            "num_context_frames": 11,
+            "num_sink_frames": 2,
+            "commit": "keep_sinks",
+        },
+        limit=11,
+        sinks=2,
+    ),
 }
