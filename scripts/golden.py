@@ -56,6 +56,7 @@ CASES = {
         }
     },
     "tempcache": {"cache": {"policy": "tempcache", "num_context_frames": 7, "min_similarity": 0.4}},
+    "forcing_kv": {"cache": {"policy": "forcing_kv", "heads": [[], [1]]}},
     "deep_sink": {
         "cache": {
             "policy": "deep_forcing",
@@ -89,6 +90,10 @@ CASES = {
             "inner": {"policy": "sliding_window", "num_context_frames": 21},
             "max_bytes": "60KB",
         }
+    },
+    "rolling_forcing": {
+        "cache": {"policy": "rolling_forcing", "num_context_frames": 12, "num_sink_frames": 3},
+        "sampler": {"name": "rolling_window", "timesteps": [1000, 600, 300]},
     },
     "context_noise": {"cache": "full", "context_timestep": 100},
     "frame_first": {"cache": "full", "first_block_frames": 1, "frames_per_block": 4},
