@@ -62,6 +62,7 @@ class AttentionSink(SinkWindow):
     name: ClassVar[str] = "attention_sink"
     source: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
     events: ClassVar[frozenset[Event]] = frozenset({"keep", "recache", "flush"})
+    takes_windows: ClassVar[bool] = True
 
     positions: Literal["absolute", "contiguous"] = "contiguous"
 

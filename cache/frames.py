@@ -183,7 +183,7 @@ class FrameState(PolicyState):
         self._before: dict[int, int] = {}
         self._after: dict[int, int] = {}
         self._committed = -1
-        self._plan: tuple[int, FramePlan] | None = None
+        self._plan: tuple[tuple, FramePlan] | None = None
         self._committing: tuple[Pass, KeysValues] | None = None
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
@@ -301,9 +301,9 @@ class FrameState(PolicyState):
         return tuple(reads)
 
     def _planned(self, stored: tuple[int, ...], pass_: Pass) -> FramePlan:
-        if self._plan is None or self._plan[0] != pass_.start_frame:
-            plan = self.plan(tuple(sorted(stored)), pass_.start_frame, pass_.num_frames)
-            self._plan = (pass_.start_frame, plan)
+        key = (pass_.start_frame, pass_.num_frames)
+        if self._plan is None or self._plan[0] != key:
+            self._plan = (key, self.plan(tuple(sorted(stored)), pass_.start_frame, pass_.num_frames))
         return self._plan[1]
 
     def _hand_over(self, pass_: Pass) -> None:

@@ -16,6 +16,7 @@ class Full(FramePolicy):
 
     name: ClassVar[str] = "full"
     source: ClassVar[str] = "CausVid, arXiv:2412.07772"
+    takes_windows: ClassVar[bool] = True
 
     num_context_frames: int | None = None  # longest rollout allowed; null: no limit
 

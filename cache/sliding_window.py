@@ -19,6 +19,7 @@ class SlidingWindow(FramePolicy):
     name: ClassVar[str] = "sliding_window"
     source: ClassVar[str] = "Self-Forcing, arXiv:2506.08009"
     events: ClassVar[frozenset[Event]] = frozenset({"keep", "recache", "flush"})
+    takes_windows: ClassVar[bool] = True
 
     num_context_frames: int = 21  # everything attended: history and the block itself
     positions: Literal["absolute", "contiguous"] = "absolute"

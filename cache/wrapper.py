@@ -43,6 +43,11 @@ class Wrapper(CachePolicy):
         return self.inner.published_window
 
     @property
+    def takes_windows(self) -> bool:
+        """Whether passes may span several blocks: the inner policy's."""
+        return self.inner.takes_windows
+
+    @property
     def needs_vae(self) -> bool:
         """Whether a rollout has to have a VAE: the inner policy's."""
         return self.inner.needs_vae

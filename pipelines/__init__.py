@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longtake.pipelines.latents import rollout_latents
     from longtake.pipelines.long_video import LongVideoPipeline, LongVideoPipelineOutput
     from longtake.pipelines.prompts import PromptSwitch
-    from longtake.pipelines.rollout import Block, LatentRollout, rollout_latents
+    from longtake.pipelines.rollout import Block, LatentRollout
     from longtake.pipelines.take import Chunk, TakeSession
 
 __all__ = [
@@ -31,7 +32,7 @@ _MODULES = {
     "LongVideoPipelineOutput": "long_video",
     "PromptSwitch": "prompts",
     "TakeSession": "take",
-    "rollout_latents": "rollout",
+    "rollout_latents": "latents",
 }
 
 

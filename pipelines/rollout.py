@@ -12,7 +12,9 @@ from longtake.cache import EXACT_POLICY, BlockTrace, CachePolicy, CacheStats, Pa
 from longtake.models.causal import CausalTransformer, Segment
 from longtake.models.threads import fitting_threads
 from longtake.pipelines.branches import Branches, Pending, Pixels
-from longtake.pipelines.prompts import PromptSwitch, check_event, strongest
+from longtake.pipelines.checks import check_blocks, check_policy, check_switch
+from longtake.pipelines.prompts import PromptSwitch, strongest
+from longtake.pipelines.window import OpenBlock, RollingBlocks
 from longtake.samplers import NoiseSource, Sampler, make_sampler
 
 StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
@@ -38,66 +40,6 @@ class Block:
     start_frame: int
     latents: Tensor
     prompt_index: int = -1
-
-
-def rollout_latents(
-    transformer: WanTransformer3DModel,
-    prompt_embeds: Tensor,
-    *,
-    num_frames: int = 21,
-    frame_shape: Sequence[int] = (16, 60, 104),
-    frames_per_block: int = 3,
-    first_block_frames: int | None = None,
-    cache: CachePolicy | Mapping[str, Any] | str = EXACT_POLICY,
-    sampler: Sampler | Mapping[str, Any] | str = "few_step",
-    noise: NoiseSource,
-    initial_latents: Tensor | None = None,
-    context_timestep: float = 0,
-    schedule: Sequence[tuple[int, Tensor, str]] = (),
-    negative_prompt_embeds: Tensor | None = None,
-    pixels: Pixels | None = None,
-) -> Iterator[Block]:
-    """Roll a transformer out over latent frames, without text and pixels.
-
-    Args:
-        transformer: Any ``WanTransformer3DModel``; stock again whenever a block is yielded.
-        prompt_embeds: (batch, text_len, text_dim), fed to the transformer's text embedder as they are.
-        num_frames: Latent frames to generate, beyond ``initial_latents``; whole blocks.
-        frame_shape: (channels, height, width) of a latent frame.
-        frames_per_block: Latent frames denoised together.
-        first_block_frames: Frames of the very first block, where it differs (1 in frame-first models).
-        cache: Policy, its mapping, or its name.
-        sampler: Sampler, its mapping, or its name.
-        noise: Where noise comes from; a source that ends (zero frames) ends the rollout.
-        initial_latents: (batch, frames, channels, height, width): they fill the cache at timestep 0, block by block.
-        context_timestep: Timestep of the commit pass; no noise is added.
-        schedule: (start_frame, prompt_embeds, event) prompt switches; event: keep, recache, flush, cut.
-        negative_prompt_embeds: For samplers with guidance; zeros when not given.
-        pixels: Pools latents by way of pixels, for policies that ask for it; ``models.VaePixels`` does.
-
-    Yields:
-        Blocks in order.
-
-    Raises:
-        ValueError: For settings that do not fit each other, before any forward.
-    """
-    rollout = LatentRollout(
-        transformer,
-        prompt_embeds,
-        num_frames=num_frames,
-        frame_shape=frame_shape,
-        frames_per_block=frames_per_block,
-        first_block_frames=first_block_frames,
-        cache=cache,
-        sampler=sampler,
-        noise=noise,
-        initial_latents=initial_latents,
-        context_timestep=context_timestep,
-        schedule=[PromptSwitch(*entry) for entry in schedule],
-        negative_prompt_embeds=negative_prompt_embeds,
-        pixels=pixels,
-    )
-    return iter(rollout)
 
 
 class LatentRollout:
@@ -138,13 +80,18 @@ class LatentRollout:
         self.schedule = list(schedule)
         self.batch_size = prompt_embeds.shape[0]
         self._num_given = 0 if initial_latents is None else initial_latents.shape[1]
-        self._check(num_frames, initial_latents, frames_per_block, first_block_frames)
-        self._check_policy(pixels)
+        check_blocks(num_frames, frames_per_block, first_block_frames, self._num_given)
+        wanted = (self.batch_size, self._num_given, *self.frame_shape)
+        if initial_latents is not None and tuple(initial_latents.shape) != wanted:
+            raise ValueError(f"initial_latents has shape {tuple(initial_latents.shape)}, expected {wanted}.")
+        check_policy(self.policy, self.sampler, has_pixels=pixels is not None)
+        for switch in self.schedule:
+            check_switch(self.policy, self.sampler, switch.event)
         self.end_frame = self._num_given + num_frames
         geometry = self.causal.geometry(
             frame_shape, frames_per_block=frames_per_block, batch_size=self.batch_size, max_frames=self.end_frame
         )
-        self.policy.check(max(self.first_block_frames, frames_per_block), self.end_frame)
+        self.policy.check(self._num_joint_frames, self.end_frame)
         tokens = geometry.tokens_per_frame * frames_per_block
         self.merge_commit = 2 * tokens <= MERGE_LIMIT if merge_commit is None else merge_commit
 
@@ -162,6 +109,7 @@ class LatentRollout:
             pixels=pixels,
             context_timestep=self.context_timestep,
         )
+        self.window = RollingBlocks(self.sampler) if self.sampler.num_window_blocks > 1 else None
         self._first_prompt = prompt_embeds
         self._initial_latents = initial_latents
         self._next_frame = self._num_given
@@ -179,45 +127,90 @@ class LatentRollout:
         """Make the next block, or None at the end of the rollout."""
         if self._next_frame >= self.end_frame:
             return None
-        start, index = self._next_frame, self._next_index
-        num_frames = self.frames_per_block if start else self.first_block_frames
-        shape = (self.batch_size, num_frames, *self.frame_shape)
-        x = self.noise.initial(index, start, shape)
-        if x.shape[1] == 0:
-            self.end_frame = start
-            return None
-        x = self._checked_noise(x, shape)
-
         geometry = self.branches.caches[0].geometry
         width = geometry.num_heads * geometry.head_dim
-        num_tokens = self.batch_size * num_frames * geometry.tokens_per_frame
+        num_tokens = self.batch_size * self._num_joint_frames * geometry.tokens_per_frame
         with (
             self.causal.installed(),
             fitting_threads(width=width, num_tokens=num_tokens, device=self.causal.device),
         ):
-            self._fill()
-            self._switch_prompt(start)
-            if not (self.merge_commit and self.branches.can_merge(num_frames)):
-                self.branches.commit_pending()
-            step_index = 0
+            block = self._one_block() if self.window is None else self._leaving_block(self.window)
+        if block is None:
+            return None
+        trace = BlockTrace(self._block_id(block.start_frame), block.start_frame, block.latents)
+        self.branches.pending = Pending(trace, self.context_timestep)
+        self._next_frame, self._next_index = block.start_frame + block.latents.shape[1], block.index + 1
+        return block
 
-            def denoise(x: Tensor, timestep: float) -> Tensor:
-                nonlocal step_index
-                pass_ = Pass("denoise", self._block_id(start), start, num_frames, step_index)
-                x0 = x - (timestep / 1000.0) * self.branches.guided_flow(x, Segment(pass_, float(timestep)))
-                if self.on_step_end is not None:
-                    x0 = self.on_step_end(step_index, timestep, x0, self.branches.prompts[0].embeds)
-                step_index += 1
-                return x0
+    def _one_block(self) -> Block | None:
+        """Denoise the next block by itself."""
+        start, index = self._next_frame, self._next_index
+        x = self._noise(index, start)
+        if x is None:
+            return None
+        num_frames = x.shape[1]
+        self._fill()
+        self._switch_prompt(start)
+        if not (self.merge_commit and self.branches.can_merge(num_frames)):
+            self.branches.commit_pending()
+        step_index = 0
 
-            def renoise(step: int) -> Tensor:
-                return self._checked_noise(self.noise.renoise(index, start, step, shape), shape)
+        def denoise(x: Tensor, timestep: float) -> Tensor:
+            nonlocal step_index
+            pass_ = Pass("denoise", self._block_id(start), start, num_frames, step_index)
+            x0 = x - (timestep / 1000.0) * self.branches.guided_flow(x, Segment(pass_, float(timestep)))
+            x0 = self._step_ended(step_index, timestep, x0)
+            step_index += 1
+            return x0
 
-            latents = self.sampler.sample(denoise, x, renoise=renoise, block_index=index)
+        def renoise(step: int) -> Tensor:
+            return self._checked_noise(self.noise.renoise(index, start, step, x.shape), tuple(x.shape))
 
-        self.branches.pending = Pending(BlockTrace(self._block_id(start), start, latents), self.context_timestep)
-        self._next_frame, self._next_index = start + num_frames, index + 1
+        latents = self.sampler.sample(denoise, x, renoise=renoise, block_index=index)
         return Block(index, start, latents, self._prompt_index)
+
+    def _leaving_block(self, window: RollingBlocks) -> Block | None:
+        """Denoise the window until its first block is clean, letting a block in before every forward."""
+
+        def denoise(parts: list[Tensor], timesteps: list[float]) -> list[Tensor]:
+            x, first = torch.cat(parts, dim=1), window.blocks[0].start_frame
+            pass_ = Pass("denoise", self._block_id(first), first, x.shape[1])
+            flow = self.branches.guided_flow(x, Segment(pass_, window.frame_timesteps(timesteps)))
+            flows = flow.split([part.shape[1] for part in parts], dim=1)
+            steps = zip(window.blocks, parts, timesteps, flows, strict=True)
+            return [self._step_ended(b.level, t, part - (t / 1000.0) * f) for b, part, t, f in steps]
+
+        def renoise(block: OpenBlock) -> Tensor:
+            shape = tuple(block.latents.shape)
+            return self._checked_noise(self.noise.renoise(block.index, block.start_frame, block.level, shape), shape)
+
+        self._fill()
+        done = None
+        while done is None:
+            start, index = self.next_open_frame, self._next_index + len(window.blocks)
+            x = self._noise(index, start) if start < self.end_frame and not window.is_full else None
+            if x is not None:
+                self._switch_prompt(start)
+                window.enter(OpenBlock(index, start, x, 0, self._prompt_index))
+            if not window.blocks:
+                return None
+            self.branches.commit_pending()
+            done = window.advance(denoise, renoise)
+        return Block(done.index, done.start_frame, done.latents, done.prompt_index)
+
+    def _step_ended(self, step_index: int, timestep: float, x0: Tensor) -> Tensor:
+        if self.on_step_end is None:
+            return x0
+        return self.on_step_end(step_index, timestep, x0, self.branches.prompts[0].embeds)
+
+    def _noise(self, index: int, start: int) -> Tensor | None:
+        """What a block starts from; None where the source ends, and the rollout with it."""
+        shape = (self.batch_size, self.frames_per_block if start else self.first_block_frames, *self.frame_shape)
+        x = self.noise.initial(index, start, shape)
+        if x.shape[1] == 0:
+            self.end_frame = start
+            return None
+        return self._checked_noise(x, shape)
 
     def add_switch(self, switch: PromptSwitch) -> int:
         """Extend the schedule.
@@ -228,7 +221,7 @@ class LatentRollout:
         Raises:
             ValueError: If the policy does not know the event.
         """
-        check_event(self.policy, switch.event)
+        check_switch(self.policy, self.sampler, switch.event)
         self.schedule.append(switch)
         return self.switch_index(switch)
 
@@ -259,7 +252,10 @@ class LatentRollout:
     @property
     def next_open_frame(self) -> int:
         """First latent frame of the next block that is not begun: a new prompt shows from here on."""
-        return self._next_frame
+        if self.window is None or not self.window.blocks:
+            return self._next_frame
+        last = self.window.blocks[-1]
+        return last.start_frame + last.num_frames
 
     @property
     def next_index(self) -> int:
@@ -285,6 +281,9 @@ class LatentRollout:
         for branch, cache in enumerate(self.branches.caches):
             for key, value in cache.state_dict().items():
                 (tensors if isinstance(value, Tensor) else numbers)[f"cache.{branch}.{key}"] = value
+        if self.window is not None:
+            latents, numbers["window"] = self.window.state_dict()
+            tensors |= {f"window.{place}": tensor for place, tensor in latents.items()}
         return tensors, numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -309,6 +308,11 @@ class LatentRollout:
                 tensors["pending.latents"].to(self.causal.device),
             )
             self.branches.pending = Pending(trace, self.context_timestep)
+        if self.window is not None:
+            if "window" not in numbers:
+                raise ValueError("the saved state has no 'window': it was written with another sampler.")
+            latents = {k.removeprefix("window."): v for k, v in tensors.items() if k.startswith("window.")}
+            self.window.load_state_dict(latents, numbers["window"], self.causal.device)
         self._prompt_index = numbers["prompt_index"]
         embeds = self._first_prompt if self._prompt_index < 0 else self.schedule[self._prompt_index].prompt_embeds
         self.branches.take_prompt(embeds)
@@ -337,6 +341,12 @@ class LatentRollout:
             self.branches.commit_pending(event=event, embeds=switches[-1].prompt_embeds)
             self._prompt_index = due - 1
 
+    @property
+    def _num_joint_frames(self) -> int:
+        """Most frames that are denoised together."""
+        rest = (self.sampler.num_window_blocks - 1) * self.frames_per_block
+        return max(self.first_block_frames, self.frames_per_block) + rest
+
     def _block_id(self, start_frame: int) -> int:
         """Index of a block in the video, given latents counted."""
         first = self.first_block_frames
@@ -346,38 +356,3 @@ class LatentRollout:
         if tuple(x.shape) != shape:
             raise ValueError(f"the noise source gave shape {tuple(x.shape)} where {shape} was asked for.")
         return x.to(self.causal.device, torch.float32)
-
-    def _check(
-        self, num_frames: int, initial_latents: Tensor | None, frames_per_block: int, first_block_frames: int | None
-    ) -> None:
-        for name, value in (("num_frames", num_frames), ("frames_per_block", frames_per_block)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more.")
-        if first_block_frames is not None and first_block_frames < 1:
-            raise ValueError(f"first_block_frames={first_block_frames} must be 1 or more, or None.")
-        first, given = self.first_block_frames, self._num_given
-        if given and (given < first or (given - first) % frames_per_block):
-            raise ValueError(
-                f"initial_latents has {given} frames, which is no whole number of blocks: "
-                f"use {first} frames plus a multiple of {frames_per_block}."
-            )
-        total = given + num_frames
-        if total < first or (total - first) % frames_per_block:
-            nearest = first + max(0, round((total - first) / frames_per_block)) * frames_per_block
-            raise ValueError(
-                f"num_frames={num_frames} is no whole number of blocks of {frames_per_block} frames "
-                f"(first block {first}, {given} given): use {max(nearest - given, frames_per_block)}."
-            )
-        if initial_latents is not None:
-            wanted = (self.batch_size, given, *self.frame_shape)
-            if tuple(initial_latents.shape) != wanted:
-                raise ValueError(f"initial_latents has shape {tuple(initial_latents.shape)}, expected {wanted}.")
-
-    def _check_policy(self, pixels: Pixels | None) -> None:
-        for switch in self.schedule:
-            check_event(self.policy, switch.event)
-        if self.policy.needs_vae and pixels is None:
-            raise ValueError(
-                f"cache policy {self.policy.name!r} pools pixels with these settings and needs a VAE: "
-                "give pixels, or use LongVideoPipeline."
-            )

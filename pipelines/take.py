@@ -12,7 +12,8 @@ from torch import Tensor
 
 from longtake.cache import CacheStats, Event
 from longtake.models import StreamingDecoder, VaePixels
-from longtake.pipelines.prompts import PromptSwitch, check_event
+from longtake.pipelines.checks import check_switch
+from longtake.pipelines.prompts import PromptSwitch
 from longtake.pipelines.rollout import LatentRollout
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class TakeSession:
                 next block or another change.
         """
         r = self.rollout
-        check_event(r.policy, event)
+        check_switch(r.policy, r.sampler, event)
         start = r.next_open_frame if at is None else self._latent_frame(at)
         earliest = max([r.next_open_frame, *(switch.start_frame for switch in r.schedule)])
         if start < earliest:

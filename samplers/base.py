@@ -45,6 +45,11 @@ class Sampler(ABC):
         """Denoising steps of a block."""
 
     @property
+    def num_window_blocks(self) -> int:
+        """Blocks that are denoised together; more than 1 in samplers that have ``advance`` (``RollingWindow``)."""
+        return 1
+
+    @property
     def guidance_scale(self) -> float:
         """Scale of classifier-free guidance; 1 runs the conditional branch alone."""
         return 1.0

@@ -7,10 +7,12 @@ from longtake.configs.fields import make
 from longtake.samplers.base import Sampler
 from longtake.samplers.few_step import FewStep
 from longtake.samplers.multi_step import MultiStep
+from longtake.samplers.rolling_window import RollingWindow
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "few_step": FewStep,
     "multi_step": MultiStep,
+    "rolling_window": RollingWindow,
 }
 
 

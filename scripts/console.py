@@ -163,7 +163,7 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession"
     Raises:
         ValueError: With the value, the limit and the remedy.
     """
-    from longtake.pipelines.prompts import check_event
+    from longtake.pipelines.checks import check_switch
 
     session = pipe.start(
         config.prompt,
@@ -177,7 +177,7 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession"
     )
     for change in config.prompt_changes:
         # Now, not when its time has come: a text that is too long must not end a video in the middle.
-        check_event(session.rollout.policy, change.event)
+        check_switch(session.rollout.policy, session.rollout.sampler, change.event)
         pipe.embed_text([change.prompt])
     return session
 

@@ -347,6 +347,7 @@ POLICY_ROWS = {
         settings={"policy": "rolling_forcing", "num_context_frames": 12, "num_sink_frames": 3},
         limit=12,
         sinks=3,
+        is_same_in_commits=False,
     ),
     "rolling_forcing.keep_sinks": Row(
         settings={

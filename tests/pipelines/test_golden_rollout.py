@@ -58,7 +58,11 @@ def roll(name: str, cache, **changes) -> float:
         "frame_shape": tuple(tensors["noise"].shape[2:]),
         "frames_per_block": config["blocks"][-1],
         "cache": cache,
-        "sampler": {"name": "few_step", "timesteps": config["denoising_steps"], "flow_shift": config["flow_shift"]},
+        "sampler": {
+            "name": config.get("sampler", "few_step"),
+            "timesteps": config["denoising_steps"],
+            "flow_shift": config["flow_shift"],
+        },
         "noise": RecordedNoise(tensors["noise"], tensors["renoise"]),
         "context_timestep": config["context_noise"],
     }
@@ -106,6 +110,7 @@ def deep_sink(frames: int, sinks: int) -> dict:
         ("longlive_recache", window(9, 3)),
         ("deep_sink_w12_s6", deep_sink(12, 6)),
         ("deep_forcing", "deep_forcing"),
+        ("rolling_forcing", "rolling_forcing"),
     ],
 )
 def test_equals_the_authors_code(name, cache):
@@ -127,6 +132,8 @@ def test_equals_the_authors_code(name, cache):
         ("deep_sink_w12_s6", deep_sink(12, 5)),
         ("deep_sink_w12_s6", deep_sink(12, 6) | {"positions": "contiguous"}),
         ("deep_forcing", {"policy": "deep_forcing", "num_recent_frames": 3}),
+        ("rolling_forcing", {"policy": "rolling_forcing", "num_sink_frames": 2}),
+        ("rolling_forcing", window(21, 3)),
         ("deep_forcing", {"policy": "deep_forcing", "unify_top": True}),
     ],
 )
@@ -144,6 +151,12 @@ def test_another_event_differs(event):
     config, tensors, _ = load("longlive_recache")
     schedule = [(config["switch_frame"], tensors["prompt_embeds_after"], event)]
     assert roll("longlive_recache", longlive(), schedule=schedule) > 50 * TOLERANCE
+
+
+def test_sinks_kept_in_commits_differ():
+    """Hardly: in eleven blocks four commits are without sinks as released."""
+    kept = {"policy": "rolling_forcing", "commit": "keep_sinks"}
+    assert roll("rolling_forcing", kept) > 20 * roll("rolling_forcing", "rolling_forcing")
 
 
 def test_a_wrong_flow_shift_differs():

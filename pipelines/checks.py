@@ -1,0 +1,70 @@
+"""What is refused before a rollout does any work."""
+
+from longtake.cache import POLICIES, CachePolicy
+from longtake.pipelines.prompts import check_event
+from longtake.samplers import Sampler
+
+
+def check_blocks(num_frames: int, frames_per_block: int, first_block_frames: int | None, num_given: int) -> None:
+    """Refuse lengths that are no whole blocks.
+
+    Args:
+        num_frames: Latent frames to generate.
+        frames_per_block: Latent frames denoised together.
+        first_block_frames: Frames of the very first block, where it differs.
+        num_given: Latent frames given.
+
+    Raises:
+        ValueError: With the nearest length that is.
+    """
+    for name, value in (("num_frames", num_frames), ("frames_per_block", frames_per_block)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more.")
+    if first_block_frames is not None and first_block_frames < 1:
+        raise ValueError(f"first_block_frames={first_block_frames} must be 1 or more, or None.")
+    first = first_block_frames or frames_per_block
+    if num_given and (num_given < first or (num_given - first) % frames_per_block):
+        raise ValueError(
+            f"initial_latents has {num_given} frames, which is no whole number of blocks: "
+            f"use {first} frames plus a multiple of {frames_per_block}."
+        )
+    total = num_given + num_frames
+    if total < first or (total - first) % frames_per_block:
+        nearest = first + max(0, round((total - first) / frames_per_block)) * frames_per_block
+        raise ValueError(
+            f"num_frames={num_frames} is no whole number of blocks of {frames_per_block} frames "
+            f"(first block {first}, {num_given} given): use {max(nearest - num_given, frames_per_block)}."
+        )
+
+
+def check_policy(policy: CachePolicy, sampler: Sampler, *, has_pixels: bool) -> None:
+    """Refuse a policy that cannot serve the sampler, or that needs a VAE where there is none.
+
+    Raises:
+        ValueError: With the policies that can, or the remedy.
+    """
+    if sampler.num_window_blocks > 1 and not policy.takes_windows:
+        known = [name for name, kind in POLICIES.items() if kind.takes_windows is True]
+        raise ValueError(
+            f"cache policy {policy.name!r} serves one block at a time, sampler {sampler.name!r} denoises "
+            f"{sampler.num_window_blocks} together: use another sampler, or one of the policies {', '.join(known)}."
+        )
+    if policy.needs_vae and not has_pixels:
+        raise ValueError(
+            f"cache policy {policy.name!r} pools pixels with these settings and needs a VAE: "
+            "give pixels, or use LongVideoPipeline."
+        )
+
+
+def check_switch(policy: CachePolicy, sampler: Sampler, event: str) -> None:
+    """Refuse a prompt event that the policy does not know, or that the sampler has no moment for.
+
+    Raises:
+        ValueError: With those that there are.
+    """
+    check_event(policy, event)
+    if event != "keep" and sampler.num_window_blocks > 1:
+        raise ValueError(
+            f"sampler {sampler.name!r} denoises blocks of both prompts together, so there is no moment for "
+            f"the prompt event {event!r}: use 'keep', or another sampler."
+        )
