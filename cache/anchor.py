@@ -18,17 +18,16 @@ class Anchor(SinkWindow):
     """Junction cache and tri-region RoPE (Anchor Forcing, arXiv:2603.13405, built on LongLive).
 
     The junction is the first frames after a change of prompt. They are read from the moment they leave the window
-    until those of the next change do. In a long video the sinks stand at 0 and up (0-2), the window ends at
+    until those of the next change do. In a long video the sinks stand at 0-2, the window ends at
     ``num_position_frames`` - 1 (12-20, the block at 18-20), and the junction stands a window and its own length below
-    that end (6-8). A change of prompt also encodes the window anew, as LongLive does: what is read there are the
-    sinks and the junction, and the frames stand at 9-20.
-
-    While the prompt has not changed, every ``num_refresh_blocks``-th block makes a junction, as released for single
-    prompts.
+    that end (6-8). A change of prompt also encodes the window anew, as LongLive does: sinks and junction are read, and
+    the frames stand at 9-20. As released for single prompts, every ``num_refresh_blocks``-th block makes a junction
+    while the prompt stays the same.
 
     Differs: the released junction appears one block late where a prompt changes exactly between two blocks, and its
     "previous" junction is an earlier pass of the same block; here it is that of the prompt before. Released are
-    junctions of one block of three; here any number of frames with any block.
+    junctions of one block of three, here any number of frames with any block. A junction that has not left the window
+    when the prompt changes again is encoded anew with it.
     """
 
     name: ClassVar[str] = "anchor"
@@ -42,9 +41,9 @@ class Anchor(SinkWindow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_junction_frames", "num_refresh_blocks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+        if min(self.num_junction_frames, self.num_refresh_blocks) < 0:
+            counts = f"num_junction_frames={self.num_junction_frames}, num_refresh_blocks={self.num_refresh_blocks}"
+            raise ValueError(f"{counts}: both must be 0 or more.")
         needed = self.num_context_frames + self.num_sink_frames
         if self.num_position_frames < needed:
             raise ValueError(
