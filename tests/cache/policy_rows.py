@@ -240,13 +240,6 @@ POLICY_ROWS = {
         exact_roles=("recent",),
         positions=(0, 11),
     ),
-    "ema_sink.replace": Row(
-        settings={"policy": "ema_sink", "num_context_frames": 8, "num_sink_frames": 2, "uneven": "replace"},
-        limit=8,
-        recent=2,
-        exact_roles=("recent",),
-        positions=(0, 7),
-    ),
     "memrope": Row(
         settings={"policy": "memrope", "num_context_frames": 12, "num_sink_frames": 3},
         limit=12,
@@ -260,13 +253,6 @@ POLICY_ROWS = {
         limit=13,
         recent=1,
         exact_roles=("recent",),
-    ),
-    "rolling_sink.contiguous": Row(
-        settings={"policy": "rolling_sink", "num_context_frames": 9, "positions": "contiguous"},
-        limit=9,
-        recent=1,
-        exact_roles=("recent",),
-        positions=(0, 8),
     ),
     "relax": Row(
         settings={"policy": "relax", "num_context_frames": 9, "num_budget_frames": 24},
@@ -295,21 +281,6 @@ POLICY_ROWS = {
         sinks=2,
         recent=4,
         positions=(0, 14),
-    ),
-    "slow_fast.each_layer": Row(
-        settings={
-            "policy": "slow_fast",
-            "num_context_frames": 14,
-            "num_sink_frames": 1,
-            "num_recent_frames": 9,
-            "num_blocks_per_update": 1,
-            "similarity": "means",
-            "decided_by": "each_layer",
-        },
-        limit=14,
-        sinks=1,
-        recent=5,
-        positions=(0, 13),
     ),
     "commit_reads": Row(
         settings={
