@@ -104,18 +104,28 @@ class Player:
         self.cache = KVCache(make_policy(settings), self.geometry, attention=sdpa)
         self.content, self.samples, self.watch, self.attends = content, samples, watch, attends
         self.layers = range(geometry.num_layers)
+        self._asked = {}
 
     def one(self, layer, pass_):
         """One layer of one pass; the output of its attention."""
         q, k, v = (x.to(self.geometry.device) for x in self.content(layer, pass_, self.geometry, self.samples))
         if self.attends:
             return self.cache.attend(layer, q, k, v, pass_)
-        context = self.cache.state.select(layer, pass_, q)
-        if self.watch is not None:
-            self.watch(layer, pass_, context)
+        if not self._holds(layer, pass_):
+            context = self.cache.state.select(layer, pass_, q)
+            self._asked[layer] = (pass_.block_index, pass_.kind, context.holds)
+            if self.watch is not None:
+                self.watch(layer, pass_, context)
         if pass_.kind != "denoise":
             self.cache.state.commit(layer, pass_, q, k, v)
         return None
+
+    def _holds(self, layer, pass_):
+        """Whether a cache would ask again."""
+        index, kind, holds = self._asked.get(layer, (-1, "", "pass"))
+        if pass_.kind == "encode" or kind == "encode":
+            return False
+        return index == pass_.block_index and (holds == "block" or (holds == "kind" and kind == pass_.kind))
 
     def denoise(self, span, *, steps=2):
         """All denoising passes of a block; outputs of the last."""
