@@ -105,6 +105,7 @@ def simulate(
     num_blocks: int,
     *,
     events: Mapping[int, Event] | None = None,
+    window_blocks: int = 1,
     layer: int = 0,
 ) -> Iterator[SimulatedBlock]:
     """Play a rollout block by block as the model would: select, commit, end of block, encode jobs.
@@ -114,6 +115,7 @@ def simulate(
         geometry: Shapes; ``device`` meta for sizes alone.
         num_blocks: Blocks to play.
         events: What a change of prompt at the start of a block does, by block index, from 1.
+        window_blocks: Blocks that a denoising pass spans, as samplers with a joint window have it.
         layer: Layer whose reads are noted.
 
     Raises:
@@ -131,7 +133,8 @@ def simulate(
     for index in range(num_blocks):
         start = index * size
         qkv = player.made_up(start, size)
-        denoise, holds = player.select(Pass("denoise", index, start, size), qkv)
+        window = [qkv[0].repeat(1, window_blocks, 1, 1)]
+        denoise, holds = player.select(Pass("denoise", index, start, size * window_blocks), window)
         committing = Pass("commit", index, start, size)
         commit = None if holds == "block" else player.select(committing, qkv)[0]
         player.commit(committing, qkv)

@@ -21,7 +21,7 @@ class PolicyFacts:
     """What the table of policies says of one.
 
     Attributes:
-        context_frames: Most that a block attends to, itself included, in frames' worth of tokens.
+        context_frames: Most that a block or window attends to, itself included, in frames' worth of tokens.
         context_tokens: The same in tokens.
         attended_bytes: Keys and values that it attends to beside itself.
         stored_bytes: Keys and values that are kept between blocks.
@@ -104,7 +104,7 @@ def facts(policy: CachePolicy, geometry: Geometry | None = None) -> PolicyFacts:
         played = g
     attended, stored, steady = 0.0, 0, 0
     is_bounded = True
-    for block in simulate(policy, played, MOST_BLOCKS):
+    for block in simulate(policy, played, MOST_BLOCKS, window_blocks=policy.published_window):
         now_attended, now_stored = block.denoise.num_tokens, block.stats.num_bytes
         if now_attended > attended or now_stored > stored:
             attended, stored, steady = max(attended, now_attended), max(stored, now_stored), block.index
@@ -116,7 +116,7 @@ def facts(policy: CachePolicy, geometry: Geometry | None = None) -> PolicyFacts:
     stored = stored * g.num_layers // played.num_layers
     grows = 0.0 if is_settled else stored / seconds * MINUTE
     token_bytes = 2 * g.num_layers * g.num_heads * g.head_dim * g.dtype.itemsize * g.batch_size
-    context = round(attended) + g.frames_per_block * g.tokens_per_frame
+    context = round(attended) + policy.published_window * g.frames_per_block * g.tokens_per_frame
     return PolicyFacts(
         context_frames=context / g.tokens_per_frame,
         context_tokens=context,

@@ -47,7 +47,8 @@ def play(
     Raises:
         ValueError: If the policy does not know an event, or has no room for such blocks.
     """
-    return list(simulate(policy, toy_geometry(frames_per_block), num_blocks, events=events))
+    geometry, window = toy_geometry(frames_per_block), policy.published_window
+    return list(simulate(policy, geometry, num_blocks, events=events, window_blocks=window))
 
 
 def roles(blocks: Sequence[SimulatedBlock]) -> dict[str, str]:
@@ -80,7 +81,7 @@ def lines(blocks: Sequence[SimulatedBlock]) -> Iterator[Text]:
     Capital letters are whole frames, small ones part of a frame's tokens, ``#`` the block itself.
     """
     colours = roles(blocks)
-    total = blocks[-1].start_frame + blocks[-1].num_frames
+    total = _num_frames(blocks)
     per_column = -(-total // TEXT_FRAMES)
     width = -(-total // per_column)
     title = "frames" if per_column == 1 else f"frames, {per_column} to a letter"
@@ -110,6 +111,12 @@ def legend(blocks: Sequence[SimulatedBlock]) -> Text:
 
 def _letter(role: str) -> str:
     return "#" if role == BLOCK else role[0].upper()
+
+
+def _num_frames(blocks: Sequence[SimulatedBlock]) -> int:
+    """Frames up to the end of the last pass, which may be a window of several blocks."""
+    last = blocks[-1].denoise.pass_
+    return last.start_frame + last.num_frames
 
 
 def _own_span(record: PassRecord) -> Span:
@@ -209,17 +216,14 @@ def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_traine
 
 
 def _draw_frames(axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str]) -> None:
-    total = blocks[-1].start_frame + blocks[-1].num_frames
+    total = _num_frames(blocks)
     boxes: list[_Box] = []
     for row, block in enumerate(blocks):
         cells: dict[float, list[tuple[str, float, float | None]]] = {}
         for span in [*block.denoise.spans, _own_span(block.denoise)]:
-            known = dict(zip(span.frames, span.positions, strict=False))
-            if len(span.positions) != len(span.frames):  # tokens of their own: named only where they stand at home
-                known = {frame: None for frame in span.frames}
-            for frame, share in zip(span.frames, span.shares, strict=True):
+            for frame, share, position in zip(span.frames, span.shares, _places(span), strict=True):
                 if share:
-                    cells.setdefault(float(frame), []).append((span.role, share, known[frame]))
+                    cells.setdefault(float(frame), []).append((span.role, share, position))
         boxes += _stacked(row, cells, 1.0)
     _fill(axis, boxes, colours, is_labelled=total <= LABELLED_FRAMES)
     _mark_events(axis, blocks)
@@ -234,6 +238,14 @@ def _draw_frames(axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mappin
     axis.set_ylabel("block")
     axis.set_xlabel("frame of the video" + (" (numbers: its temporal position)" if total <= LABELLED_FRAMES else ""))
     _strip(axis)
+
+
+def _places(span: Span) -> Sequence[float | None]:
+    """Position of each frame; None where its tokens stand neither together nor at home."""
+    if len(span.positions) == len(span.frames):
+        return span.positions
+    is_home = set(span.positions) <= set(map(float, span.frames)) and len(set(span.shares)) > 1
+    return [float(frame) if is_home else None for frame in span.frames]
 
 
 def _draw_positions(
