@@ -13,6 +13,7 @@ from longtake.scripts.fork import fork
 from longtake.scripts.generate import generate
 from longtake.scripts.info import info
 from longtake.scripts.policies import policies
+from longtake.scripts.profile_heads import profile_heads
 from longtake.scripts.resume import resume
 
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
     "policies": policies,
     "info": info,
     "benchmark": benchmark,
+    "profile-heads": profile_heads,
 }
 
 app = typer.Typer(

@@ -1,0 +1,161 @@
+"""Which attention heads of a model look only at the near past: measured in rollouts that keep everything."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longtake.cache import (
+    BlockTrace,
+    CachePolicy,
+    CacheStats,
+    Context,
+    EncodeJob,
+    Geometry,
+    Pass,
+    PolicyState,
+    make_policy,
+)
+from longtake.cache.base import Number
+from longtake.cache.head_map import HeadMap
+from longtake.rope import GridRotary, apply_phases, axis_frequencies
+
+MAX_QUERIES = 256  # of a block, evenly spread: a share of attention needs no more
+
+
+@dataclass
+class HeadProfile:
+    """Adds up how much of their attention heads give to the near past.
+
+    Use ``policy`` as the cache of any rollouts of one model; each committed block counts once.
+
+    Attributes:
+        num_skipped: First frames of a video whose attention does not count, since heads of all kinds look there.
+        num_recent: Frames before a block that are near, beside the block itself.
+
+    Source: the share and its threshold of 0.8 are Forcing-KV's, arXiv:2605.09681.
+    """
+
+    num_skipped: int = 3
+    num_recent: int = 1
+    _sums: Tensor | None = None
+    _counts: Tensor | None = None
+
+    @property
+    def policy(self) -> CachePolicy:
+        """A cache that keeps everything and is watched."""
+        return _Watched(profile=self)
+
+    @property
+    def shares(self) -> Tensor:
+        """(layers, heads), float64: mean share of the attention that goes to the last frame and the block itself.
+
+        Raises:
+            ValueError: If no block was long enough after the first frames.
+        """
+        if self._counts is None or not self._counts.all():
+            raise ValueError(
+                f"no block had frames between the first {self.num_skipped} and the last {self.num_recent}: "
+                "profile longer rollouts."
+            )
+        return self._sums / self._counts[:, None]
+
+    def head_map(self, threshold: float = 0.8) -> HeadMap:
+        """Call heads static whose share is ``threshold`` or more."""
+        shares = self.shares
+        static = tuple(tuple(torch.nonzero(row >= threshold).flatten().tolist()) for row in shares)
+        return HeadMap(static, shares.shape[1])
+
+    def add(self, layer: int, geometry: Geometry, shares: Tensor) -> None:
+        """Count one block.
+
+        Args:
+            layer: Of the heads.
+            geometry: Shapes of the rollout.
+            shares: (heads,).
+        """
+        if self._sums is None:
+            self._sums = torch.zeros((geometry.num_layers, geometry.num_heads), dtype=torch.float64)
+            self._counts = torch.zeros(geometry.num_layers, dtype=torch.float64)
+        self._sums[layer] += shares.double().cpu()
+        self._counts[layer] += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watched(CachePolicy):
+    """Everything is kept, and attention measured when a block commits."""
+
+    name: ClassVar[str] = "head_profile"
+    source: ClassVar[str] = "Forcing-KV, arXiv:2605.09681"
+
+    profile: HeadProfile = field(compare=False)
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Any block fits."""
+
+    def start(self, geometry: Geometry) -> "_WatchedState":
+        """Make the empty state of one rollout."""
+        return _WatchedState(self.profile, geometry)
+
+
+class _WatchedState(PolicyState):
+    """The state of a policy that keeps everything, and the measurement."""
+
+    def __init__(self, profile: HeadProfile, geometry: Geometry) -> None:
+        self.profile, self.geometry = profile, geometry
+        self.inner = make_policy("full").start(geometry)
+        self._origin: int | None = None
+        self._rotary = GridRotary(
+            axis_frequencies(geometry.head_dim),
+            num_rows=geometry.num_rows,
+            num_columns=geometry.num_columns,
+            device=geometry.device,
+        )
+
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        """Read everything."""
+        return self.inner.select(layer, pass_, q)
+
+    def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Measure, and store."""
+        self._origin = pass_.start_frame if self._origin is None else self._origin
+        first = self._origin + self.profile.num_skipped
+        if first < pass_.start_frame - self.profile.num_recent:
+            mass = self.frame_masses(layer, pass_, q, k)[..., self.profile.num_skipped :]
+            near = mass[..., -(self.profile.num_recent + pass_.num_frames) :].sum(dim=-1)
+            self.profile.add(layer, self.geometry, (near / mass.sum(dim=-1)).mean(dim=0))
+        self.inner.commit(layer, pass_, q, k, v)
+
+    def frame_masses(self, layer: int, pass_: Pass, q: Tensor, k: Tensor) -> Tensor:
+        """(batch, heads, frames), float32: mean attention that a block's queries give to each frame up to its own."""
+        size = self.geometry.tokens_per_frame
+        context = self.inner.select(layer, pass_, q)
+        phases = self._rotary.phases(context.query_positions)
+        parts = [(read.keys, self._rotary.phases(read.positions)) for read in context.reads]
+        order = [frame for read in context.reads for frame in read.frames]
+        keys = torch.cat([apply_phases(keys, turns).float() for keys, turns in (*parts, (k, phases))], dim=1)
+        stride = max(1, q.shape[1] // MAX_QUERIES)
+        queries = apply_phases(q, phases)[:, ::stride].float()
+        scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) * self.geometry.head_dim**-0.5
+        masses = scores.softmax(dim=-1).mean(dim=2).unflatten(-1, (-1, size)).sum(dim=-1)
+        # Stored frames lie in slots; in time order they say which of them are near.
+        by_time = sorted(range(len(order)), key=order.__getitem__) + list(range(len(order), masses.shape[-1]))
+        return masses[..., by_time]
+
+    def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
+        """Nothing to move."""
+        return self.inner.end_block(trace)
+
+    def stats(self) -> CacheStats:
+        """Everything so far."""
+        return self.inner.stats()
+
+    def state_dict(self) -> dict[str, Tensor | Number]:
+        """What is stored; a measurement is not continued."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+        """Take over what is stored."""
+        self.inner.load_state_dict(state)
