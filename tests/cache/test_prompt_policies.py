@@ -80,7 +80,6 @@ def compare_longlive(settings, block, *, actual=None, **how):
     ("window", "sinks", "block", "first"),
     [
         (9, 3, 3, None),
-        (12, 3, 3, None),
         (10, 2, 3, None),
         (6, 1, 1, None),
         (12, 4, 4, None),
@@ -90,7 +89,7 @@ def compare_longlive(settings, block, *, actual=None, **how):
 )
 def test_longlive_equals_its_release(positions, global_sink, window, sinks, block, first):
     settings = longlive(num_context_frames=window, num_sink_frames=sinks, positions=positions, global_sink=global_sink)
-    for events in ({}, {1: "recache"}, {4: "recache"}, {2: "recache", 5: "recache", 6: "recache", 11: "recache"}):
+    for events in ({1: "recache", 8: "recache"}, {2: "recache", 5: "recache", 6: "recache", 11: "recache"}):
         error, encoded = compare_longlive(settings, block, first=first, events=events)
         assert error <= TOLERANCE, events
         ends = [span.start + span.count for span in spans(14, block, first=first) if span.index in events]
@@ -206,7 +205,7 @@ EVENTS = {1: "flush", 4: "cut", 6: "flush", 7: "cut", 10: "cut"}
 )
 def test_infinity_rope_equals_its_release(window, sinks, block, first):
     settings = infinity(num_context_frames=window, num_sink_frames=sinks)
-    for events in ({}, {5: "flush"}, {5: "cut"}, EVENTS):
+    for events in ({}, EVENTS):
         assert compare_infinity(settings, block, events=events, first=first) <= TOLERANCE, events
 
 
@@ -345,7 +344,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("cut", [2, 4, 5, 6, 9])
+@pytest.mark.parametrize("cut", [4, 5, 6])
 def test_a_save_around_an_event_continues_alike(name, cut):
     """Saved between a block and its commit, before, at and after the change of prompt."""
     settings, event = CASES[name]
