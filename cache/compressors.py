@@ -97,11 +97,12 @@ class LatentCompressor(nn.Module):
         return self.projection(functional.adaptive_avg_pool3d(x, cells))
 
 
-def load_compressor(weights: str, device: torch.device) -> LatentCompressor:
+def load_compressor(weights: str, kind: str, device: torch.device) -> LatentCompressor:
     """Read trained weights; the sizes of the network are theirs.
 
     Args:
         weights: Name of a bundled model, or a .safetensors file.
+        kind: Which of a bundled model's: ``hr`` is trained to stand alone, ``hr+lr`` to be added to the other branch.
         device: Where it will run.
 
     Raises:
@@ -109,7 +110,7 @@ def load_compressor(weights: str, device: torch.device) -> LatentCompressor:
     """
     path = Path(weights)
     if path.suffix != ".safetensors":
-        path = Path(str(files("longtake.models"))) / weights / "compressor" / "hr.safetensors"
+        path = Path(str(files("longtake.models"))) / weights / "compressor" / f"{kind}.safetensors"
     if not path.is_file():
         raise ValueError(
             f"compressor_weights={weights!r}: {path} does not exist; give the name of a bundled model that has a "
