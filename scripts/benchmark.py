@@ -1,7 +1,7 @@
 """``longtake benchmark``: speed and memory on this machine, as ratios within one process.
 
-Three parts: how busy the transformer keeps the processor, a minute of video end to end, and whether a thousand
-blocks stay flat. Run it on an idle machine with ``OMP_WAIT_POLICY=PASSIVE`` (``make bench``).
+Four parts: how busy the transformer keeps the processor, a minute of video end to end, whether a thousand blocks stay
+flat, and what each cache policy costs. Run it on an idle machine with ``OMP_WAIT_POLICY=PASSIVE`` (``make bench``).
 """
 
 import json
@@ -22,6 +22,7 @@ class Part(StrEnum):
     TRANSFORMER = "transformer"
     VIDEO = "video"
     FLAT = "flat"
+    POLICIES = "policies"
 
 
 def benchmark(
@@ -33,9 +34,11 @@ def benchmark(
     """Measure speed and memory on this machine.
 
     **transformer**: share of the processor's matmul rate that a rollout reaches. **video**: the mini model from text
-    to closed file. **flat**: time and memory per block over a long rollout.
+    to closed file. **flat**: time and memory per block over a long rollout. **policies**: time per block of every
+    policy beside the sliding window that attends to as much.
     """
     from longtake.scripts import measure
+    from longtake.scripts.measure_policies import measure_policies
 
     record: dict[str, Any] = {"machine": measure.machine()}
     out.print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
@@ -43,6 +46,7 @@ def benchmark(
         Part.FLAT: lambda: measure.measure_flat(blocks),  # first, while the process is small
         Part.TRANSFORMER: measure.measure_transformer,
         Part.VIDEO: lambda: measure.measure_video(seconds),
+        Part.POLICIES: measure_policies,
     }
     for name, take in parts.items():
         if part in (Part.ALL, name):
