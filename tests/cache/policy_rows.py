@@ -133,13 +133,6 @@ POLICY_ROWS = {
         full_until=9,
         grid=(4, 4),
     ),
-    "pack.none": Row(
-        settings={"policy": "pack", **SMALL_PACK, "compressor": "none"},
-        limit=22,
-        sinks=4,
-        recent=4,
-        full_until=11,
-    ),
     "pack.lr": Row(
         settings={"policy": "pack", **SMALL_PACK, "compressor": "lr", "num_recent_frames": 2, "mid_span": 2.0},
         limit=14,
@@ -162,22 +155,6 @@ POLICY_ROWS = {
         sinks=4,
         recent=4,
         full_until=11,
-    ),
-    "pack.recency": Row(
-        settings={
-            "policy": "pack",
-            **SMALL_PACK,
-            "selection": "recency",
-            "num_recent_frames": 0,
-            "spatial": "compact",
-            "is_count_biased": True,
-        },
-        limit=13,
-        sinks=4,
-        recent=0,
-        exact_roles=("sink",),
-        full_until=4,
-        grid=(4, 4),
     ),
     "longlive": Row(
         settings={"policy": "longlive", "num_context_frames": 12, "num_sink_frames": 3},
