@@ -115,7 +115,8 @@ def summary(results: Sequence[VideoResult], *, baseline: str) -> dict[str, dict[
     return table
 
 
-def _cell(interval: Interval, *, signed: bool = False) -> str:
+def cell(interval: Interval, *, signed: bool = False) -> str:
+    """An interval as a table's cell; a signed one, a difference, is bold where it excludes zero."""
     if interval.num_prompts == 0:
         return "-"
     digits = 1 if max(abs(interval.mean), abs(interval.high)) >= 5 else 2
@@ -123,8 +124,8 @@ def _cell(interval: Interval, *, signed: bool = False) -> str:
     mean = f"{interval.mean:{sign}.{digits}f}"
     if isnan(interval.low):
         return mean
-    cell = f"{mean} [{interval.low:{sign}.{digits}f}, {interval.high:{sign}.{digits}f}]"
-    return f"**{cell}**" if signed and interval.excludes_zero else cell
+    text = f"{mean} [{interval.low:{sign}.{digits}f}, {interval.high:{sign}.{digits}f}]"
+    return f"**{text}**" if signed and interval.excludes_zero else text
 
 
 def markdown_table(results: Sequence[VideoResult], *, baseline: str, levels: Levels) -> str:
@@ -145,9 +146,9 @@ def markdown_table(results: Sequence[VideoResult], *, baseline: str, levels: Lev
                 lines.append(f"| {TITLES[measure]} | _{name}_ | | {values[measure]:.2f} | {values[measure]:.2f} | | |")
         for policy, rows in table.items():
             row = rows[measure]
-            against = "" if policy == baseline else _cell(row["against"], signed=True)
-            cells = [TITLES[measure], policy, str(row["late"].num_prompts), _cell(row["early"]), _cell(row["late"])]
-            lines.append("| " + " | ".join([*cells, _cell(row["drift"], signed=True), against]) + " |")
+            against = "" if policy == baseline else cell(row["against"], signed=True)
+            cells = [TITLES[measure], policy, str(row["late"].num_prompts), cell(row["early"]), cell(row["late"])]
+            lines.append("| " + " | ".join([*cells, cell(row["drift"], signed=True), against]) + " |")
     return "\n".join(lines) + "\n"
 
 

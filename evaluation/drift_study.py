@@ -15,12 +15,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.evaluation.drift import MEASURES, WindowMeter
+from longtake.evaluation.drift import MEASURES, WINDOW_FRAMES, WindowMeter
 from longtake.evaluation.judge import ClipJudge
 from longtake.evaluation.moving_scenes import Scene, describe
 
 StreamFrames = Callable[[list[str], list[int], Any], Iterable[Tensor]]
 """(prompts, seeds, cache) -> tensors (batch, F, 3, H, W) in [0, 1], in order."""
+
+
+COSTS = ("ms_per_block", "kv_mb")
+"""Measured beside the drift measures where a ``CostMeter`` is given: denoising milliseconds per block and video, and
+megabytes of keys and values per video, read sets and guidance branches included."""
+
+
+class CostMeter:
+    """What a stream's blocks cost, by the window of video they end in; the stream adds to it before it yields."""
+
+    def __init__(self) -> None:
+        self._num_frames = 0
+        self._blocks: list[tuple[int, float, float]] = []
+
+    def add(self, *, num_frames: int, seconds: float, num_bytes: float) -> None:
+        """Note a block.
+
+        Args:
+            num_frames: pixel frames it adds to each video.
+            seconds: of denoising, per video of the batch.
+            num_bytes: of keys and values after it, per video of the batch.
+        """
+        self._num_frames += num_frames
+        self._blocks.append(((self._num_frames - 1) // WINDOW_FRAMES, seconds, num_bytes))
+
+    def take(self, num_windows: int) -> list[dict[str, float]]:
+        """Costs per window, NaN where no block ended; empties the meter."""
+        rows = []
+        for window in range(num_windows):
+            own = [(seconds, size) for index, seconds, size in self._blocks if index == window]
+            mean = 1e3 * sum(seconds for seconds, _ in own) / len(own) if own else float("nan")
+            rows.append({"ms_per_block": mean, "kv_mb": own[-1][1] / 1e6 if own else float("nan")})
+        self._num_frames = 0
+        self._blocks.clear()
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +183,7 @@ def run_study(
     fingerprints: dict[str, str],
     path: Path,
     prompts: Sequence[int] | None = None,
+    costs: CostMeter | None = None,
 ) -> Iterator[list[VideoResult]]:
     """Run what is missing of a study, policy by policy within every batch of prompts.
 
@@ -165,6 +201,7 @@ def run_study(
         path: JSON lines to append to.
         prompts: indices into ``scenes`` this run takes care of, all of them unless given; runs that share a study
             write to files of their own.
+        costs: what ``stream_frames`` notes its blocks' costs in, if it does.
 
     Yields:
         The results of every finished batch, already on disk.
@@ -188,6 +225,7 @@ def run_study(
         captions = [describe(scene) for scene in chosen]
         seeds = [video_seed(prompt, seed) for prompt, seed in videos]
         measured = measure_stream(judge, chosen, stream_frames(captions, seeds, policies[label]))
+        spent = costs.take(len(measured[0])) if costs is not None else [{} for _ in measured[0]]
         finished = [
             VideoResult(
                 policy=label,
@@ -195,7 +233,7 @@ def run_study(
                 seed_index=seed,
                 prompt=caption,
                 fingerprint=fingerprints[label],
-                windows=tuple(windows),
+                windows=tuple(row | cost for row, cost in zip(windows, spent, strict=True)),
             )
             for (prompt, seed), caption, windows in zip(videos, captions, measured, strict=True)
         ]
@@ -209,10 +247,10 @@ def window_values(results: Sequence[VideoResult], measure: str, window: int) -> 
     Raises:
         ValueError: If the measure is unknown.
     """
-    if measure not in MEASURES:
-        raise ValueError(f"unknown measure {measure!r}: known are {', '.join(MEASURES)}.")
+    if measure not in (*MEASURES, *COSTS):
+        raise ValueError(f"unknown measure {measure!r}: known are {', '.join((*MEASURES, *COSTS))}.")
     return {
-        (result.prompt_index, result.seed_index): result.windows[window][measure]
+        (result.prompt_index, result.seed_index): result.windows[window].get(measure, float("nan"))
         for result in results
         if window < len(result.windows)
     }

@@ -113,3 +113,40 @@ def paired_by_prompt(
     common = sorted(values.keys() & baseline.keys())
     differences = [values[key] - baseline[key] for key in common]
     return bootstrap_by_prompt(differences, [key[0] for key in common], seed=seed)
+
+
+def ratio_by_prompt(
+    values: dict[tuple[int, int], float],
+    reference: dict[tuple[int, int], float],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of ``values`` over mean of ``reference`` on the videos both have, with its interval clustered by prompt.
+
+    A ratio of means, not a mean of ratios: a video whose reference is nearly zero does not decide it.
+
+    Args:
+        values: {(prompt index, seed index): measure}.
+        reference: the same, for what counts as 1.
+        num_resamples: bootstrap resamples of whole prompts.
+        seed: of the resampling.
+
+    Returns:
+        NaN without videos or where the reference is zero.
+    """
+    pairs = {key: (values[key], reference[key]) for key in sorted(values.keys() & reference.keys())}
+    by_prompt: dict[int, list[tuple[float, float]]] = {}
+    for (prompt, _), pair in pairs.items():
+        if not np.isnan(pair).any():
+            by_prompt.setdefault(prompt, []).append(pair)
+    means = np.array([np.mean(rows, axis=0) for rows in by_prompt.values()]).reshape(-1, 2)
+    if not len(means) or means[:, 1].mean() == 0:
+        return Interval(mean=np.nan, low=np.nan, high=np.nan, num_prompts=0)
+    ratio = float(means[:, 0].mean() / means[:, 1].mean())
+    if len(means) == 1:
+        return Interval(mean=ratio, low=np.nan, high=np.nan, num_prompts=1)
+    draws = np.random.default_rng(seed).integers(0, len(means), size=(num_resamples, len(means)))
+    drawn = means[draws].mean(axis=1)
+    low, high = np.nanpercentile(drawn[:, 0] / np.where(drawn[:, 1] > 0, drawn[:, 1], np.nan), [2.5, 97.5])
+    return Interval(mean=ratio, low=float(low), high=float(high), num_prompts=len(means))

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -83,6 +84,7 @@ def events(policy: CachePolicy) -> list[Event]:
     return sorted(policy.events - {"keep"})
 
 
+@cache
 def facts(policy: CachePolicy, geometry: Geometry | None = None) -> PolicyFacts:
     """Play a policy until nothing changes any more, or for a minute if that never comes.
 

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from longtake.evaluation.moving_scenes import describe, held_back_scenes, render
-from longtake.scripts import drift_mini, judge_mini
+from longtake.scripts import compare_policies, drift_mini, judge_mini
 
 RUNNER = CliRunner()
 SCENES = {
@@ -22,7 +23,7 @@ SCENES = {
 class TrueScenes:
     """Stands in for the pipeline: its videos are renders."""
 
-    family = SimpleNamespace(sampler={"name": "few_step"})
+    family = SimpleNamespace(sampler={"name": "few_step"}, frames_per_block=3)
     transformer = vae = text_encoder = torch.nn.Linear(1, 1)
 
     @classmethod
@@ -36,12 +37,13 @@ class TrueScenes:
         for start in range(0, total, 100):
             indices = np.arange(start, min(start + 100, total))
             clips = torch.from_numpy(np.stack([render(SCENES[text], indices) for text in prompt]))
-            yield SimpleNamespace(frames=clips.permute(0, 1, 4, 2, 3).float() / 255.0)
+            frames = clips.permute(0, 1, 4, 2, 3).float() / 255.0
+            yield SimpleNamespace(frames=frames, seconds={"denoise": 0.5}, num_cache_bytes=2_000_000)
 
 
 @pytest.fixture(autouse=True)
 def true_scenes(monkeypatch):
-    for script in (drift_mini, judge_mini):
+    for script in (compare_policies, drift_mini, judge_mini):
         monkeypatch.setattr(script, "LongVideoPipeline", TrueScenes)
 
 
@@ -82,6 +84,39 @@ def test_drift_refuses_what_it_cannot_read(tmp_path):
     assert empty.exit_code == 2
     wrong = RUNNER.invoke(drift_mini.app, ["run", "--cache", "x={num_sink_frames: 3}"])
     assert wrong.exit_code == 2
+
+
+def test_policies_are_compared_in_shares_and_put_into_one_page(tmp_path):
+    app, page, out = typer.Typer(), tmp_path / "docs" / "results.md", tmp_path / "docs" / "results"
+    app.command()(compare_policies.compare)
+    base = ["--out", str(out), "--page", str(page), "--moments", "5,10", "--unbounded", "5", "--prompts", "2"]
+    chosen = ["--cache", "sliding_window", "--cache", "full", "--cache", "deep={policy: attention_sink}"]
+    for share in ("1/2", "2/2"):
+        made = RUNNER.invoke(app, [*base, *chosen, "--seeds", "1", "--batch", "1", "--share", share])
+        assert made.exit_code == 0, made.output
+    assert {path.name for path in out.glob("*.jsonl")} == {"policies-1-of-2.jsonl", "policies-2-of-2.jsonl"}
+    rows = [json.loads(line) for path in out.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert {(row["policy"], len(row["windows"])) for row in rows} == {("sliding_window", 2), ("deep", 2), ("full", 1)}
+    late = next(row for row in rows if row["policy"] == "deep")["windows"][1]
+    assert late["kv_mb"] == 2.0 and late["ms_per_block"] == 500.0
+    text = page.read_text()
+    at_5, at_10 = text.split("### At ")[1:]
+    assert "| full | 2 |" in at_5 and "| full |" not in at_10 and "| deep | 2 |" in at_10
+    assert (out / "curves.png").is_file() and (out / "curves.csv").is_file()
+    page.write_text(text.replace("# Results", "# My reading"))
+    again = RUNNER.invoke(app, [*base, "--no-run"])
+    assert again.exit_code == 0 and page.read_text().startswith("# My reading")
+    wrong = RUNNER.invoke(app, [*base, "--no-run", "--out", str(tmp_path / "none")])
+    assert wrong.exit_code == 2 and "no finished videos" in wrong.output
+
+
+def test_every_preset_is_compared_that_runs_on_the_model(capsys):
+    family = SimpleNamespace(frames_per_block=3)
+    chosen = compare_policies.all_presets(family)
+    assert {"full", "sliding_window", "attention_sink"} <= set(chosen) <= set(compare_policies.POLICIES)
+    assert all("inner" not in settings for settings in chosen.values())
+    seconds = compare_policies.lengths(chosen, family, longest=120.0, unbounded=60.0)
+    assert seconds["full"] == 60.0 and seconds["sliding_window"] == 120.0
 
 
 def test_score_prints_every_pass_line_and_writes_json(tmp_path):
