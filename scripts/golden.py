@@ -95,6 +95,24 @@ CASES = {
         "cache": {"policy": "rolling_forcing", "num_context_frames": 12, "num_sink_frames": 3},
         "sampler": {"name": "rolling_window", "timesteps": [1000, 600, 300]},
     },
+    "ema_sink": {"cache": {"policy": "ema_sink", "num_context_frames": 9, "alpha": 0.7}},
+    "memrope": {"cache": {"policy": "memrope", "num_context_frames": 9, "num_sink_frames": 2, "long_rate": 0.1}},
+    "rolling_sink": {"cache": {"policy": "rolling_sink", "num_context_frames": 9}},
+    "relax": {"cache": {"policy": "relax", "num_context_frames": 8, "num_budget_frames": 18}},
+    "slow_fast": {
+        "cache": {"policy": "slow_fast", "num_context_frames": 12, "num_sink_frames": 2, "num_blocks_per_update": 1}
+    },
+    "pack": {"cache": {"policy": "pack", "num_sink_frames": 3, "num_recent_frames": 3, "num_selected_blocks": 2}},
+    "pack_in_full": {
+        "cache": {
+            "policy": "pack",
+            "num_sink_frames": 3,
+            "num_recent_frames": 3,
+            "num_selected_blocks": 1,
+            "compressor": "none",
+            "selection": "softmax_mass",
+        }
+    },
     "context_noise": {"cache": "full", "context_timestep": 100},
     "frame_first": {"cache": "full", "first_block_frames": 1, "frames_per_block": 4},
     "euler_guided": {

@@ -110,6 +110,7 @@ def deep_sink(frames: int, sinks: int) -> dict:
         ("longlive_recache", window(9, 3)),
         ("deep_sink_w12_s6", deep_sink(12, 6)),
         ("deep_forcing", "deep_forcing"),
+        ("ema_sink", "ema_sink"),
         ("rolling_forcing", "rolling_forcing"),
     ],
 )
@@ -135,6 +136,9 @@ def test_equals_the_authors_code(name, cache):
         ("rolling_forcing", {"policy": "rolling_forcing", "num_sink_frames": 2}),
         ("rolling_forcing", window(21, 3)),
         ("deep_forcing", {"policy": "deep_forcing", "unify_top": True}),
+        ("ema_sink", {"policy": "ema_sink", "alpha": 0.9}),
+        ("ema_sink", {"policy": "ema_sink", "num_context_frames": 12}),
+        ("ema_sink", {"policy": "ema_sink", "num_sink_frames": 2}),
     ],
 )
 def test_a_wrong_policy_differs(name, cache):
@@ -162,3 +166,8 @@ def test_sinks_kept_in_commits_differ():
 def test_a_wrong_flow_shift_differs():
     sampler = {"name": "few_step", "timesteps": [1000, 750, 500, 250], "flow_shift": 8.0}
     assert roll("sf_window6", {"policy": "sliding_window", "num_context_frames": 6}, sampler=sampler) > 50 * TOLERANCE
+
+
+def test_an_ema_sink_that_never_moves_differs():
+    """A thousandth per block is little, but more than the tolerance."""
+    assert roll("ema_sink", {"policy": "ema_sink", "alpha": 1.0}) > 2 * TOLERANCE
