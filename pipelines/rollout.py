@@ -258,6 +258,13 @@ class LatentRollout:
         return last.start_frame + last.num_frames
 
     @property
+    def last_opening_frame(self) -> int:
+        """First latent frame of the last block that is begun in making the next one."""
+        if self.window is None or self.window.blocks:
+            return self.next_open_frame
+        return self.start_of(self._next_index + self.sampler.num_window_blocks - 1)
+
+    @property
     def next_index(self) -> int:
         """Index of the next block."""
         return self._next_index

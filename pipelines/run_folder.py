@@ -184,7 +184,9 @@ def refuse_existing(path: Path) -> None:
     raise ValueError(f"{path} exists and nothing is overwritten: {remedy}")
 
 
-def fork_run(source: RunFolder, path: Path, *, config: RunConfig, at: float, record: Mapping[str, Any]) -> RunFolder:
+def fork_run(
+    source: RunFolder, path: Path, *, config: RunConfig, at: float, record: Mapping[str, Any], num_ahead: int = 0
+) -> RunFolder:
     """Make a new run that shares the beginning of another one.
 
     The newest state at or before the block where ``at`` falls is copied with its part of the video; blocks between
@@ -196,13 +198,14 @@ def fork_run(source: RunFolder, path: Path, *, config: RunConfig, at: float, rec
         config: The new run's configuration: the source's up to ``at``.
         at: Seconds; the branch begins with the first block that starts at or after it.
         record: Versions, machine and weights.
+        num_ahead: Blocks that a state has begun already beyond the next one.
 
     Raises:
         ValueError: If the source has not come that far, or ``path`` exists.
     """
     fps = source.record["video"]["fps"]
     block, frame = branch_point(source, at=at)
-    starts = [number for number in source.states.blocks() if number <= block]
+    starts = [number for number in source.states.blocks() if number <= block - num_ahead]
     state_block = starts[-1] if starts else 0
     parent = {"folder": str(source.path), "at": at, "block": block, "frame": frame, "seconds": frame / fps}
     folder = RunFolder.create(path, config=config, record={**record, "parent": parent})

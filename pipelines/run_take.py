@@ -10,7 +10,7 @@ import numpy as np
 
 from longtake.pipelines.fragments import count_frames
 from longtake.pipelines.run_files import BlockLog
-from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, now, starts_at
+from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, now
 from longtake.pipelines.run_state import SavedState
 from longtake.pipelines.take import Chunk, TakeSession
 from longtake.pipelines.video_writer import VideoFormat, VideoWriter
@@ -149,9 +149,9 @@ class _Run:
         changes = self.config.prompt_changes
         while self.num_changes < len(changes):
             change = changes[self.num_changes]
-            if not starts_at(self.num_frames, at=change.at, fps=self.session.fps):
+            if not self.session.is_due(change.at):
                 return
-            self.session.change_prompt(change.prompt, event=change.event)
+            self.session.change_prompt(change.prompt, event=change.event, at=change.at)
             self.num_changes += 1
             self.folder.update_record(prompt_changes=self.session.prompt_changes)
 

@@ -142,7 +142,8 @@ class TakeSession:
         r = self.rollout
         check_switch(r.policy, r.sampler, event)
         start = r.next_open_frame if at is None else self._latent_frame(at)
-        earliest = max([r.next_open_frame, *(switch.start_frame for switch in r.schedule)])
+        # Between the starts of two blocks any time means the second.
+        earliest = max([r.next_open_frame - r.frames_per_block + 1, *(switch.start_frame for switch in r.schedule)])
         if start < earliest:
             seconds = self._pixel_frame(earliest) / self.fps
             raise ValueError(f"a prompt change at {at} s is too late or out of order: {seconds:g} s is the earliest.")
@@ -150,6 +151,15 @@ class TakeSession:
         index = r.add_switch(PromptSwitch(start, self.pipe.embed_text(prompts), event))
         self._prompts.append(tuple(prompts))
         return index
+
+    def is_due(self, at: float) -> bool:
+        """Whether the next chunk's making begins the first block that starts at or after a time, in seconds."""
+        return self._latent_frame(at) <= self.rollout.last_opening_frame
+
+    @property
+    def num_ahead(self) -> int:
+        """Blocks that are begun, at most, beyond the one that comes next."""
+        return self.rollout.sampler.num_window_blocks - 1
 
     @property
     def prompt_changes(self) -> list[dict[str, Any]]:

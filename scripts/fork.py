@@ -61,7 +61,10 @@ def fork(
     pipe = load_pipeline(config.model)
     session = start_session(pipe, config)
     record = provenance(pipe, config.model)
-    with stop_requests() as should_stop, fork_run(source, path, config=config, at=time, record=record) as new:
+    with (
+        stop_requests() as should_stop,
+        fork_run(source, path, config=config, at=time, record=record, num_ahead=session.num_ahead) as new,
+    ):
         if run_in_folder(new, session, should_stop=should_stop).status != "finished":
             raise typer.Exit(EXIT_INTERRUPTED)
 

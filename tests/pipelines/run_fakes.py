@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from longtake.configs.loader import load_run
-from longtake.pipelines.run_folder import RunFolder
+from longtake.pipelines.run_folder import RunFolder, starts_at
 from longtake.pipelines.run_take import run_take
 
 PROMPT = "a red circle bouncing"
@@ -30,7 +30,14 @@ class FakeSession:
         self.prompt_changes = []
         self.delay, self.break_at = delay, break_at
 
-    def change_prompt(self, prompt, *, event="keep"):
+    @property
+    def num_emitted(self):
+        return 9 + 12 * (self.next_block_index - 1) if self.next_block_index else 0
+
+    def is_due(self, at):
+        return starts_at(self.num_emitted, at=at, fps=self.fps)
+
+    def change_prompt(self, prompt, *, event="keep", at=None):
         self.prompt = prompt
         self.prompt_changes.append({"block": self.next_block_index, "prompt": prompt, "event": event})
         return self.next_block_index
@@ -44,7 +51,7 @@ class FakeSession:
         time.sleep(self.delay)
         text = sum(self.prompt.encode())
         self.memory = np.sin(self.memory * 3.7 + text + index)
-        start = 9 + 12 * (index - 1) if index else 0
+        start = self.num_emitted
         count = min(12 if index else 9, self.num_frames - start)
         pixels = np.random.default_rng(np.abs(self.memory * 1e9).astype(np.uint64)).integers(
             0, 256, (1, count, SIZE, SIZE, 3), dtype=np.uint8

@@ -223,3 +223,36 @@ def test_a_session_says_which_prompts_it_shows_from_which_block(tiny_pipe):
 def test_a_schedule_that_does_not_fit_is_refused_before_any_work(tiny_pipe, schedule, message):
     with pytest.raises(ValueError, match=message):
         tiny_pipe.start(PROMPT, num_frames=45, cache={"policy": "full"}, schedule=schedule)
+
+
+ROLLING = {
+    "cache": {"policy": "rolling_forcing", "num_context_frames": 15},
+    "sampler": {"name": "rolling_window", "timesteps": [1000, 600, 300]},
+}
+
+
+def test_blocks_denoised_together_come_out_one_by_one(tiny_pipe):
+    chunks = list(tiny_pipe.stream(PROMPT, num_frames=57, seed=3, **ROLLING))
+    assert [c.index for c in chunks] == [0, 1, 2, 3, 4] and [c.is_last for c in chunks] == [False] * 4 + [True]
+    video = torch.cat([c.frames for c in chunks], 1)
+    assert video.shape[1] == 57
+    for stop in (1, 3):
+        first = tiny_pipe.start(PROMPT, num_frames=57, seed=3, **ROLLING)
+        parts = [first.next_chunk().frames for _ in range(stop)]
+        second = tiny_pipe.start(PROMPT, num_frames=57, seed=3, **ROLLING)
+        second.load_state_dict(*first.state_dict())
+        assert torch.equal(video, torch.cat([*parts, *(chunk.frames for chunk in second)], 1))
+
+
+def test_a_change_is_due_before_its_block_enters_the_window(tiny_pipe):
+    """Blocks start at pixel frames 0, 9, 21, 33 and 45; the first chunk needs three of them."""
+    session = tiny_pipe.start(PROMPT, num_frames=57, **ROLLING)
+    assert session.num_ahead == 2
+    fps = session.fps
+    assert [session.is_due(frame / fps) for frame in (9, 21, 22)] == [True, True, False]
+    session.next_chunk()
+    assert [session.is_due(frame / fps) for frame in (33, 34)] == [True, False]
+    assert session.change_prompt(OTHER, at=25 / fps) == 3
+    with pytest.raises(ValueError, match="too late"):
+        session.change_prompt(OTHER, at=20 / fps)
+    assert [chunk.prompt for chunk in session] == [(PROMPT,), (PROMPT,), (OTHER,), (OTHER,)]
