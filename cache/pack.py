@@ -38,9 +38,9 @@ class Pack(CachePolicy):
     source: ClassVar[str] = "PackForcing, arXiv:2603.25730"
     published_block: ClassVar[int] = 4
 
-    num_sink_frames: int = 8
-    num_recent_frames: int = 4
-    num_selected_blocks: int = 16
+    num_sink_frames: int = 8  # first frames, in full for ever
+    num_recent_frames: int = 4  # last frames before the block, in full
+    num_selected_blocks: int = 16  # compressed blocks that a block reads
     num_archive_blocks: int = 128  # two minutes of blocks of 4; the oldest goes first
     compressor: Literal["none", "pool", "lr", "hr", "hr+lr"] = "pool"
     compressor_weights: str | None = None  # mini, or a file; for hr
