@@ -107,7 +107,7 @@ def test_policies_are_compared_in_shares_and_put_into_one_page(tmp_path):
     again = RUNNER.invoke(app, [*base, "--no-run"])
     assert again.exit_code == 0 and page.read_text().startswith("# My reading")
     wrong = RUNNER.invoke(app, [*base, "--no-run", "--out", str(tmp_path / "none")])
-    assert wrong.exit_code == 2 and "no finished videos" in wrong.output
+    assert wrong.exit_code == 2
 
 
 def test_every_preset_is_compared_that_runs_on_the_model(capsys):

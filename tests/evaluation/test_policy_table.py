@@ -1,7 +1,5 @@
 """The table of policies: columns, references, pairing and costs, on made-up results."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
