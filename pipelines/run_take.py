@@ -245,6 +245,7 @@ class _Run:
         record: dict[str, Any] = self.folder.record
         self.folder.update_record(
             status=outcome.status,
+            positions=self.session.positions.as_mapping(),
             sessions=[*record["sessions"], part],
             blocks=list(BlockLog.read(self.folder.log_path)),
         )

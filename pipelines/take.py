@@ -13,6 +13,7 @@ from torch import Tensor
 from longtake.cache import CacheStats, Event
 from longtake.models import StreamingDecoder, VaePixels
 from longtake.pipelines.checks import check_switch
+from longtake.pipelines.positions import PositionUse
 from longtake.pipelines.prompts import PromptSwitch
 from longtake.pipelines.rollout import LatentRollout
 
@@ -82,6 +83,7 @@ class TakeSession:
         self.fps = fps
         self.decode = decode
         self.num_emitted_frames = 0
+        self.positions = PositionUse(rollout.policy.name, pipe.family.num_trained_frames)
         self._prompts = [tuple(prompts)]
         self._decoder = StreamingDecoder(pipe.vae) if decode else None
         self._pixels = VaePixels(pipe.vae)
@@ -112,12 +114,14 @@ class TakeSession:
         frames = self._decode(block.latents)
         decoded = time.perf_counter()
         self.num_emitted_frames += frames.shape[1]
+        stats = self.rollout.stats()
+        self.positions.see(stats.positions)
         return Chunk(
             index=block.index,
             start_frame=block.start_frame,
             frames=frames,
             latents=block.latents,
-            stats=self.rollout.stats(),
+            stats=stats,
             num_cache_bytes=self.rollout.num_cache_bytes,
             seconds={"denoise": denoised - start, "decode": decoded - denoised},
             is_last=self.rollout.next_frame >= self.rollout.end_frame,
@@ -188,7 +192,11 @@ class TakeSession:
         """
         tensors, numbers = self.rollout.state_dict()
         tensors = {f"rollout.{key}": value for key, value in tensors.items()}
-        state: dict[str, Any] = {"rollout": numbers, "num_emitted_frames": self.num_emitted_frames}
+        state: dict[str, Any] = {
+            "rollout": numbers,
+            "num_emitted_frames": self.num_emitted_frames,
+            "positions": self.positions.as_mapping(),
+        }
         switches = zip(self.rollout.schedule, self._prompts[1:], strict=True)
         state["prompts"] = [{"frame": s.start_frame, "prompt": list(p), "event": s.event} for s, p in switches]
         if self._decoder is not None:
@@ -202,7 +210,7 @@ class TakeSession:
         Raises:
             ValueError: If the state does not belong to such a video.
         """
-        for key in ("rollout", "num_emitted_frames", "prompts"):
+        for key in ("rollout", "num_emitted_frames", "positions", "prompts"):
             if key not in numbers:
                 raise ValueError(f"the saved state has no {key!r}: it was not written by a take.")
         self.rollout.schedule.clear()
@@ -217,6 +225,7 @@ class TakeSession:
                 raise ValueError("the saved state has no 'decoder': it was written without pixels.")
             self._decoder.load_state_dict(_under("decoder.", tensors), numbers["decoder"])
         self.num_emitted_frames = numbers["num_emitted_frames"]
+        self.positions.load(numbers["positions"])
 
     def _latent_frame(self, seconds: float) -> int:
         """First latent frame whose pixels start at or after a time; the first frame alone is one pixel frame."""

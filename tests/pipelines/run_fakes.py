@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from longtake.configs.loader import load_run
+from longtake.pipelines.positions import PositionUse
 from longtake.pipelines.run_folder import RunFolder, starts_at
 from longtake.pipelines.run_take import run_take
 
@@ -28,6 +29,7 @@ class FakeSession:
         self.memory = np.random.default_rng(config.seed).standard_normal(8)
         self.prompt = config.prompt
         self.prompt_changes = []
+        self.positions = PositionUse("fake", 21)
         self.delay, self.break_at = delay, break_at
 
     @property
