@@ -52,7 +52,7 @@ def _nearest(similarity: Tensor, counts: Tensor, cells: Tensor, least: float) ->
     """Of every new token the nearest known one, and what that counts; 0 where the two do not correspond.
 
     Args:
-        similarity: (batch, new tokens, known tokens).
+        similarity: (batch, new tokens, known tokens); changed in place.
         counts: (batch, known tokens).
         cells: (batch, known tokens).
         least: Similarity from which tokens correspond.
@@ -60,10 +60,11 @@ def _nearest(similarity: Tensor, counts: Tensor, cells: Tensor, least: float) ->
     Returns:
         Indices and weights, (batch, new tokens) each.
     """
-    similarity = similarity.float().masked_fill(counts[:, None] == 0, -torch.inf)
+    similarity = similarity.float().masked_fill_(counts[:, None] == 0, -torch.inf)
     ahead = torch.full_like(similarity[:, :1], SAME_PLACE)
     similarity.scatter_add_(1, cells[:, None], ahead)
     best, older = similarity.max(dim=2)
-    newer = similarity.argmax(dim=1).gather(1, older)
+    # Only the columns that were chosen matter, few of all.
+    newer = similarity.gather(2, older[:, None].expand(-1, similarity.shape[1], -1)).argmax(dim=1)
     is_mutual = newer == torch.arange(similarity.shape[1], device=similarity.device)
     return older, counts.gather(1, older) * (is_mutual & (best >= least))
