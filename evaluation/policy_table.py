@@ -116,7 +116,7 @@ def _against(grouped: Mapping[str, Sequence[VideoResult]], window: int, baseline
 
 def _cell(interval: Interval, column: str) -> str:
     if column in PLAIN:
-        return "-" if isnan(interval.mean) else f"{interval.mean:.3g}"
+        return "-" if isnan(interval.mean) else f"{interval.mean:{',.0f' if interval.mean >= 100 else '.3g'}}"
     return cell(interval)
 
 

@@ -11,7 +11,7 @@ from longtake.cache.simulation import SimulatedBlock, simulate
 from longtake.configs.loader import load_preset, preset_names
 
 FRAMES_PER_SECOND = 4  # latent ones, at 16 pixel frames a second
-SETTLED_BLOCKS = 16  # as many as change nothing, and a policy is taken to be in its steady state
+SETTLED_BLOCKS = 12  # as many as change nothing, and a policy is taken to be in its steady state
 MOST_BLOCKS = 720  # then it is taken to grow for ever: 9 minutes in blocks of 3
 MINUTE = 60
 REFERENCE = re.compile(r"arXiv:[0-9.]+[0-9]")
