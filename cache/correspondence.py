@@ -19,7 +19,7 @@ def merge_repeats(
 
     Args:
         keys: (batch, tokens, heads, head_dim), un-rotated; stored ones first, then whole new frames.
-        values: Same shape.
+        values: Same shape; those of the new tokens are changed in place.
         counts: (batch, stored tokens), how many each stands for; 0: none any more.
         cells: (batch, stored tokens), int64, their places in the frame.
         tokens_per_frame: Tokens of a new frame.
@@ -34,7 +34,6 @@ def merge_repeats(
     num_old = counts.shape[1]
     unit = normalize(keys, dim=-1).flatten(2) / num_heads**0.5
     own = torch.arange(tokens_per_frame, device=keys.device).expand(batch, -1)
-    values = values.clone()
     for start in range(num_old, num_tokens, tokens_per_frame):
         new = slice(start, start + tokens_per_frame)
         weights = torch.zeros_like(own, dtype=counts.dtype)

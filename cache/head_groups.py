@@ -210,7 +210,7 @@ class HeadGroupState(PolicyState):
             part = slice((pass_.num_frames - num_recent + num_staying) * size, None)
             buffer.write(0, (num_sinks + num_staying) * size, k[:, part], v[:, part])
             return
-        # A first block that is longer than the others can be more than there is room for: its first frames are dropped.
+        # A first block that is longer than the others may be more than there is room for: its oldest frames go.
         num_dropped = max(num_left - self.settings.num_recent_frames - self.geometry.frames_per_block, 0)
         num_left, num_older = num_left - num_dropped, num_older - num_dropped
         self._move(buffer, num_sinks + group.num_chosen, num_old, num_sinks)

@@ -185,5 +185,6 @@ def take_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     """
     if index.ndim == 1:
         return tensor.index_select(1, index)
-    index = index.reshape(*index.shape, *[1] * (tensor.ndim - 2))
-    return torch.take_along_dim(tensor, index, dim=1)
+    # Whole rows at a time: several times as fast as gathering single channels.
+    rows = [one.index_select(0, places) for one, places in zip(tensor, index, strict=True)]
+    return torch.stack(rows) if len(rows) > 1 else rows[0][None]

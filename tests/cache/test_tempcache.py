@@ -105,7 +105,7 @@ def test_equals_the_slow_version(num_old, least):
     keys = base[content] + 0.3 * noise
     values = torch.randn(keys.shape, generator=generator)
     counts = torch.randint(0, 4, (2, num_old), generator=generator).float()
-    ours, ours_counts = merge_repeats(keys, values, counts, cells, tokens_per_frame=SIZE, min_similarity=least)
+    ours, ours_counts = merge_repeats(keys, values.clone(), counts, cells, tokens_per_frame=SIZE, min_similarity=least)
     num_merged = 0
     for sample in range(2):
         theirs, their_counts = slow_merge(
