@@ -60,9 +60,12 @@ class RollingWindow(Sampler):
 
     timesteps: tuple[float, ...] = (1000, 800, 600, 400, 200)
     flow_shift: float = 5.0
+    guidance_scale: float = 1.0  # distilled models need none
 
     def __post_init__(self) -> None:
         check_flow_shift(self.flow_shift)
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale={self.guidance_scale} must be 0 or more; 1 turns guidance off.")
         check_timesteps("timesteps", self.timesteps)
 
     @property

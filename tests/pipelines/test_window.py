@@ -180,6 +180,15 @@ def test_the_hook_sees_every_block_at_its_own_level(transformer):
     assert {count for _, _, count in seen} == {3}
 
 
+def test_guidance_between_equal_prompts_changes_nothing(transformer):
+    plain = roll(transformer, cache=ROLLING)
+    guided = STEPS | {"guidance_scale": 4.0}
+    same = roll(transformer, cache=ROLLING, sampler=guided, negative_prompt_embeds=embeds())
+    other = roll(transformer, cache=ROLLING, sampler=guided, negative_prompt_embeds=-embeds())
+    assert (plain - same).abs().max() < 1e-4
+    assert (plain - other).abs().max() > 1e-3
+
+
 def test_a_source_that_ends_ends_the_rollout(transformer):
     assert torch.equal(roll(transformer, num_frames=30), roll(transformer, num_frames=24))
 
