@@ -273,7 +273,7 @@ class LatentRollout:
         """Everything a continuation needs beside the constructor's arguments.
 
         Returns:
-            Tensors, and plain numbers that fit into JSON. Valid between blocks.
+            Tensors, each with memory of its own, and plain numbers that fit into JSON. Valid between blocks.
         """
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {
@@ -291,7 +291,7 @@ class LatentRollout:
         if self.window is not None:
             latents, numbers["window"] = self.window.state_dict()
             tensors |= {f"window.{place}": tensor for place, tensor in latents.items()}
-        return tensors, numbers
+        return _unshared(tensors), numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue where another rollout with the same arguments was saved.
@@ -363,3 +363,14 @@ class LatentRollout:
         if tuple(x.shape) != shape:
             raise ValueError(f"the noise source gave shape {tuple(x.shape)} where {shape} was asked for.")
         return x.to(self.causal.device, torch.float32)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what shares memory or has gaps, which files of tensors do not take: branches keep the same latents."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if place in seen else tensor.contiguous()
+        seen.add(result[key].untyped_storage().data_ptr())
+    return result

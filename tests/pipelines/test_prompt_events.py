@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from longtake.cache import Context, EncodeJob, KeysValues, Read
@@ -358,3 +359,16 @@ def test_plain_tuples_make_a_schedule(transformer):
         )
     )
     assert [b.prompt_index for b in blocks] == [-1, 0, 1]
+
+
+def test_a_state_is_a_file_of_tensors(transformer, tmp_path):
+    """Branches remember the same latents, and given ones are parts of one tensor."""
+    cache = {"policy": "attention_sink", "num_context_frames": 9}
+    settings = {"sampler": GUIDED, "cache": cache, "initial_latents": torch.ones(1, 6, *SHAPE)}
+    first = make(transformer, **settings)
+    first.next_block()
+    tensors, numbers = first.state_dict()
+    save_file(tensors, tmp_path / "state.safetensors")
+    second = make(transformer, **settings)
+    second.load_state_dict(load_file(tmp_path / "state.safetensors"), numbers)
+    assert torch.equal(first.next_block().latents, second.next_block().latents)
