@@ -2,12 +2,14 @@
 
 import json
 import math
+import traceback
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from policy_driver import HEADS, PLAIN, Player, make_geometry, marked, read_marks, spans
+from policy_rows import POLICY_ROWS
 
 from longtake.cache import make_policy
 from longtake.cache.base import HeadGroup
@@ -308,3 +310,17 @@ CHECKS = {
         check_meta_device,
     )
 }
+
+
+def verdict(case):
+    """What is wrong with a case of the matrix, as text; nothing: None. For worker processes.
+
+    Args:
+        case: (row, block size, wrapper, check), all but the size by name.
+    """
+    name, block, wrapper, check = case
+    try:
+        CHECKS[check](POLICY_ROWS[name], block, WRAPPERS[wrapper])
+    except Exception:
+        return traceback.format_exc()
+    return None
