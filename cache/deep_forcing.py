@@ -24,8 +24,9 @@ class DeepForcing(CachePolicy):
     ``compression: none`` is the deep sink alone: the window slides, and the sink moves with every block.
 
     Different from the released code: positions are given when keys are read, so nothing is rotated twice; nothing
-    is left over from an earlier video; where a token that was kept too often would leave a place empty it stays.
-    With blocks shorter than a third of ``num_recent_frames`` the recent queries come from commits alone.
+    is left over from an earlier video; a token that was kept too often stays where its place would be left empty; a
+    window other than the release's fixed 21 frames moves the sink by what compression takes of it. Where more than
+    two blocks are recent, their queries come from commits alone (the release counts the last block's passes again).
     """
 
     name: ClassVar[str] = "deep_forcing"

@@ -22,7 +22,7 @@ def policy(**changes):
     return {"policy": "deep_forcing"} | SMALL | changes
 
 
-def both(settings, block, num_blocks, *, first=None, samples=(0, 1), reuse=7):
+def both(settings, block, num_blocks, *, first=None, samples=(0, 1), reuse=7, given=0):
     """Outputs of all passes of ours and of the reference, and the reference of the first sample."""
     geometry = make_geometry(block, grid=GRID, layers=1, dtype=torch.float32)
     player = Player(settings, geometry, samples=samples)
@@ -42,7 +42,8 @@ def both(settings, block, num_blocks, *, first=None, samples=(0, 1), reuse=7):
     ]
     ours, theirs = [], []
     for span in spans(num_blocks, block, first=first):
-        passes = [Pass("denoise", span.index, span.start, span.count, step) for step in (0, 1)]
+        steps = () if span.index < given else (0, 1)
+        passes = [Pass("denoise", span.index, span.start, span.count, step) for step in steps]
         for pass_ in [*passes, Pass("commit", span.index, span.start, span.count)]:
             q, k, v = random(0, pass_, player.geometry, samples)
             ours.append(player.cache.attend(0, q, k, v, pass_))
@@ -73,6 +74,13 @@ def both(settings, block, num_blocks, *, first=None, samples=(0, 1), reuse=7):
 def test_equals_the_release(changes, block, first):
     ours, theirs, reference = both(policy(**changes), block, 24 // block, first=first)
     assert reference.sink_start is not None, "nothing was evicted"
+    assert (ours - theirs).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("given", [2, 6])
+@pytest.mark.parametrize("compression", ["participative", "none"])
+def test_given_latents_are_committed_alone(given, compression):
+    ours, theirs, _ = both(policy(compression=compression), 3, 8, given=given)
     assert (ours - theirs).abs().max() < 2e-5
 
 
