@@ -146,9 +146,12 @@ class FrameStore:
             start += count
 
     def read(self, layer: int, slots: Sequence[int]) -> list[tuple[int, Stored]]:
-        """Tokens of ``slots`` in order, neighbours joined: (number of frames, tokens) each."""
-        size = self.frame_size
-        return [(n, self.buffer.read(layer, slot * size, (slot + n) * size)) for n, slot in _runs(slots)]
+        """Tokens of ``slots`` in order, neighbours joined, also backwards: (number of frames, tokens) each."""
+        size, parts = self.frame_size, []
+        for count, slot, is_backwards in _walks(slots):
+            stored = self.buffer.read(layer, slot * size, (slot + count) * size)
+            parts.append((count, Backwards(stored, size) if is_backwards else stored))
+        return parts
 
     def save(self, layer: int, slots: Sequence[int]) -> dict[str, Tensor]:
         """Frames of ``slots`` in order, as they are encoded."""
@@ -166,6 +169,44 @@ def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((1, slot))
     return runs
+
+
+def _walks(slots: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """(length, lowest slot, whether backwards) of neighbouring slots in either direction."""
+    walks: list[tuple[int, int, bool]] = []
+    for count, slot in _runs(slots):
+        last, lowest, is_backwards = walks[-1] if walks else (0, 0, False)
+        if count == 1 and slot == lowest - 1 and (is_backwards or last == 1):
+            walks[-1] = (last + 1, slot, True)
+        else:
+            walks.append((count, slot, False))
+    return walks
+
+
+@dataclass(frozen=True)
+class Backwards:
+    """Frames in the reverse of the order in which they are stored, turned round when they are read."""
+
+    stored: Stored
+    frame_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        """How many, per sample."""
+        return self.stored.num_tokens
+
+    @property
+    def keys(self) -> Tensor:
+        """(batch, tokens, heads, head_dim), un-rotated."""
+        return self._turned(self.stored.keys)
+
+    @property
+    def values(self) -> Tensor:
+        """(batch, tokens, heads, head_dim)."""
+        return self._turned(self.stored.values)
+
+    def _turned(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(1, (-1, self.frame_size)).flip(1).flatten(1, 2)
 
 
 class FrameState(PolicyState):

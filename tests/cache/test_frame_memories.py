@@ -177,6 +177,17 @@ def test_rolling_sink(block, first, window):
     assert worst(sliding, reference.rolling_sink, block, first, window=window) > 0.1
 
 
+def test_frames_read_backwards_are_one_read():
+    """So that a replay costs no more than a window: at most there, back, there again, and the last block."""
+    state = make_policy("rolling_sink").start(make_geometry(3))
+    for index in range(30):
+        pass_ = Pass("commit", index, 3 * index, 3)
+        for layer in range(2):
+            context = state.select(layer, pass_)
+            state.commit(layer, pass_, *random(layer, pass_, make_geometry(3), (0,)))
+        assert len(context.reads) <= 4
+
+
 def test_rolling_sink_traces():
     """As published: five replayed blocks and a real one, at the places of the recent past."""
     state = make_policy("rolling_sink").start(make_geometry(3))
