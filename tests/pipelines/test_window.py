@@ -145,6 +145,14 @@ def test_a_video_goes_on_bit_for_bit_from_any_block(transformer, cache):
             assert ours.prompt_index == theirs.prompt_index
 
 
+@pytest.mark.parametrize(("wrapper", "error"), [("offloaded", 0.0), ("quantized", 2e-3)])
+def test_wrappers_take_windows_where_their_inner_policy_does(transformer, wrapper, error):
+    plain = roll(transformer, cache=ROLLING, num_frames=21)
+    assert (roll(transformer, cache={"policy": wrapper, "inner": ROLLING}, num_frames=21) - plain).abs().max() <= error
+    with pytest.raises(ValueError, match=f"'{wrapper}' serves one block at a time"):
+        make(transformer, cache={"policy": wrapper, "inner": "pack"})
+
+
 def test_samples_do_not_depend_on_the_batch(transformer):
     noise, both = Noise(2), embeds(2)
     together = roll(transformer, 2, cache=ROLLING, noise=noise)
