@@ -50,6 +50,11 @@ class ForcingKV(CachePolicy):
         if not self.head_map and not self.heads:
             raise ValueError(f"forcing_kv needs a head_map or heads: {PROFILER}, or use head_map: auto.")
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it needs something measured for a model: a map of its heads, unless they are listed."""
+        return not self.heads
+
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse blocks that give dynamic heads fewer frames to choose from than they are to keep."""
         if self.num_dynamic_frames > frames_per_block:

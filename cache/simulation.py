@@ -4,7 +4,7 @@ Made-up keys change slowly from frame to frame, as a scene does, so that policie
 something to choose by. On the meta device only sizes are known, and nothing is computed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,13 +57,13 @@ class Span:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass reads in one layer.
+    """What one pass reads; spans and positions are those of one layer.
 
     Attributes:
         pass_: Which pass.
         spans: In the order in which they are laid out.
         query_positions: Temporal positions of the pass's own frames; distinct ones where tokens have coordinates.
-        num_tokens: Stored tokens read, mean over heads.
+        num_tokens: Stored tokens read, mean over layers and heads.
         is_bounded: Whether the policy says how many that can become.
     """
 
@@ -106,7 +106,7 @@ def simulate(
     *,
     events: Mapping[int, Event] | None = None,
     window_blocks: int = 1,
-    layer: int = 0,
+    layer: int = -1,
 ) -> Iterator[SimulatedBlock]:
     """Play a rollout block by block as the model would: select, commit, end of block, encode jobs.
 
@@ -116,7 +116,7 @@ def simulate(
         num_blocks: Blocks to play.
         events: What a change of prompt at the start of a block does, by block index, from 1.
         window_blocks: Blocks that a denoising pass spans, as samplers with a joint window have it.
-        layer: Layer whose reads are noted.
+        layer: Layer whose reads are noted; from the last one backwards if negative.
 
     Raises:
         ValueError: If the policy does not know an event, or has no room for the geometry's blocks.
@@ -179,8 +179,7 @@ class _Player:
     def select(self, pass_: Pass, qkv: list[Tensor]) -> tuple[PassRecord, str]:
         """Ask every layer; returns one layer's answer, and for how long it holds."""
         contexts = [self.state.select(layer, pass_, qkv[0]) for layer in range(self.geometry.num_layers)]
-        context = contexts[self.layer]
-        return _record(pass_, context, self.geometry), context.holds
+        return self._record(pass_, contexts), contexts[self.layer].holds
 
     def commit(self, pass_: Pass, qkv: list[Tensor]) -> None:
         for layer in range(self.geometry.num_layers):
@@ -191,12 +190,25 @@ class _Player:
         num_frames, grid = job_shape(job, self.geometry)
         pass_ = Pass("encode", block_index, job.start_frame, num_frames, label=job.label, grid=grid)
         qkv = self.made_up(job.start_frame, num_frames, grid)
-        noted = None
+        contexts = []
         for layer in range(self.geometry.num_layers):
-            context = self.state.select(layer, pass_, qkv[0])
-            noted = _record(pass_, context, self.geometry) if layer == self.layer else noted
+            contexts.append(self.state.select(layer, pass_, qkv[0]))
             self.state.commit(layer, pass_, *qkv)
-        return noted
+        return self._record(pass_, contexts)
+
+    def _record(self, pass_: Pass, contexts: Sequence[Context]) -> PassRecord:
+        geometry = self.geometry
+        noted = contexts[self.layer]
+        spans = [span for span, _ in _spans(noted, geometry)]
+        num_tokens = sum(span.num_tokens * part for context in contexts for span, part in _spans(context, geometry))
+        capacities = [group.capacity for group in noted.groups] or [noted.capacity]
+        return PassRecord(
+            pass_,
+            tuple(spans),
+            _positions(noted.query_positions),
+            num_tokens / len(contexts),
+            is_bounded=all(capacities),
+        )
 
 
 def job_shape(job: EncodeJob, geometry: Geometry) -> tuple[int, tuple[int, int] | None]:
@@ -217,20 +229,14 @@ def job_shape(job: EncodeJob, geometry: Geometry) -> tuple[int, tuple[int, int] 
     return num_frames, None if grid == (geometry.num_rows, geometry.num_columns) else grid
 
 
-def _record(pass_: Pass, context: Context, geometry: Geometry) -> PassRecord:
-    size = geometry.tokens_per_frame
-    spans = [_span(read, size) for read in context.reads]
+def _spans(context: Context, geometry: Geometry) -> Iterator[tuple[Span, float]]:
+    """What a layer reads, each with the share of the heads that read it."""
+    for read in context.reads:
+        yield _span(read, geometry.tokens_per_frame), 1.0
     for group in context.groups:
-        spans += [replace(_span(read, size), heads=group.heads) for read in group.reads]
-    num_tokens = sum(s.num_tokens * (1 if s.heads is None else len(s.heads) / geometry.num_heads) for s in spans)
-    capacities = [group.capacity for group in context.groups] or [context.capacity]
-    return PassRecord(
-        pass_,
-        tuple(spans),
-        _positions(context.query_positions),
-        num_tokens,
-        is_bounded=all(capacities),
-    )
+        for read in group.reads:
+            span = replace(_span(read, geometry.tokens_per_frame), heads=group.heads)
+            yield span, len(group.heads) / geometry.num_heads
 
 
 def _span(read: Read, tokens_per_frame: int) -> Span:

@@ -32,6 +32,7 @@ def policies(
     frames_per_block: Annotated[
         int | None, typer.Option(help="Latent frames denoised together.", show_default="the source's", min=1)
     ] = None,
+    layer: Annotated[int, typer.Option(help="Layer to explain, of six; from the last backwards if negative.")] = -1,
     png: Annotated[Path | None, typer.Option(help="Where the picture goes.", show_default="NAME.png")] = None,
 ) -> None:
     """List the cache policies with what they attend to and cost, or explain one.
@@ -61,6 +62,7 @@ def policies(
             num_blocks=blocks,
             frames_per_block=frames_per_block,
             events=parse_events(event),
+            layer=layer,
             png=png or Path(f"{name}.png"),
         )
         return
@@ -155,14 +157,20 @@ def _row(cells: tuple[str, ...], *, style: str) -> Text:
 
 
 def _explain(
-    policy: "CachePolicy", *, num_blocks: int, frames_per_block: int, events: "Mapping[int, Event]", png: Path
+    policy: "CachePolicy",
+    *,
+    num_blocks: int,
+    frames_per_block: int,
+    events: "Mapping[int, Event]",
+    layer: int,
+    png: Path,
 ) -> None:
     from longtake.scripts.policy_facts import facts, needs, summary, wan_1_3b
     from longtake.scripts.policy_pictures import draw, legend, lines, play
 
     size = frames_per_block or policy.published_block
     policy.check(size)
-    blocks = play(policy, num_blocks=num_blocks, frames_per_block=size, events=events)
+    blocks = play(policy, num_blocks=num_blocks, frames_per_block=size, events=events, layer=layer)
     out.print(f"[bold]{policy.name}[/bold]  {summary(type(policy))}")
     fields = {key: value for key, value in policy.settings().items() if key != "policy"}
     out.print(", ".join(f"{key}={value}" for key, value in fields.items()) or "no settings", markup=False, style="dim")

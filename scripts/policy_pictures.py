@@ -40,15 +40,22 @@ def toy_geometry(frames_per_block: int = 3) -> Geometry:
 
 
 def play(
-    policy: CachePolicy, *, num_blocks: int = 12, frames_per_block: int = 3, events: Mapping[int, Event] | None = None
+    policy: CachePolicy,
+    *,
+    num_blocks: int = 12,
+    frames_per_block: int = 3,
+    events: Mapping[int, Event] | None = None,
+    layer: int = -1,
 ) -> list[SimulatedBlock]:
-    """Play a rollout of the bundled model's shapes.
+    """Play a rollout of the bundled model's shapes, and note what one layer reads.
 
     Raises:
-        ValueError: If the policy does not know an event, or has no room for such blocks.
+        ValueError: If the policy does not know an event, has no room for such blocks, or there is no such layer.
     """
     geometry, window = toy_geometry(frames_per_block), policy.published_window
-    return list(simulate(policy, geometry, num_blocks, events=events, window_blocks=window))
+    if not -geometry.num_layers <= layer < geometry.num_layers:
+        raise ValueError(f"layer={layer} does not exist: the model played has layers 0 to {geometry.num_layers - 1}.")
+    return list(simulate(policy, geometry, num_blocks, events=events, window_blocks=window, layer=layer))
 
 
 def roles(blocks: Sequence[SimulatedBlock]) -> dict[str, str]:
@@ -288,10 +295,13 @@ class _Box:
 def _stacked(
     row: int, cells: Mapping[float, Sequence[tuple[str, float, float | None]]], width: float
 ) -> Iterator[_Box]:
-    """Boxes of a row; what shares a place shares its height."""
+    """Boxes of a row; what shares a place shares its height, but groups of heads that read the same are one."""
     for x, entries in cells.items():
-        height = ROW_HEIGHT / len(entries)
-        for part, (role, share, label) in enumerate(entries):
+        shares: dict[tuple[str, float | None], float] = {}
+        for role, share, label in entries:
+            shares[role, label] = max(share, shares.get((role, label), 0.0))
+        height = ROW_HEIGHT / len(shares)
+        for part, ((role, label), share) in enumerate(shares.items()):
             yield _Box(x, row - ROW_HEIGHT / 2 + part * height, width, height, role, share, label)
 
 

@@ -66,6 +66,7 @@ def test_wrong_words_are_one_line(capfd, tmp_path):
         (("attention_sink", "--set", "num_sinks=4"), "Did you mean 'num_sink_frames'"),
         (("attention_sink", "--explain", "--set", "num_context_frames=5"), "use 6 or more"),
         (("attention_sink", "--explain", "--event", "recache"), "write BLOCK:EVENT"),
+        (("attention_sink", "--explain", "--layer", "6"), "layers 0 to 5"),
         (("attention_sink", "--explain", "--event", "6:jump"), "does not know the event 'jump'"),
         (("--explain",), "give its name"),
     ):
