@@ -324,15 +324,15 @@ def draw_task(num_blocks: int, generator: torch.Generator) -> Task:
 
 
 @torch.no_grad()
-def measure(distillation: Distillation, lessons: Lessons, *, num_batches: int = 8, batch: int = 16) -> float:
-    """Mean ``flow_error`` on the held-back clips; the same noise and tasks for every compressor."""
+def measure(distillation: Distillation, lessons: Lessons, *, num_batches: int = 16, batch: int = 8) -> Tensor:
+    """``flow_error`` on the held-back clips, (batches,); the same noise and tasks for every compressor."""
     generator = torch.Generator().manual_seed(7)
     first, errors = len(lessons.latents) - NUM_VALIDATION, []
     for _ in range(num_batches):
         task = draw_task(lessons.num_blocks, generator)
         rows = first + torch.randperm(NUM_VALIDATION, generator=generator)[:batch]
         errors.append(distillation.flow_error(task, lessons, rows, generator))
-    return torch.stack(errors).mean().item()
+    return torch.stack(errors)
 
 
 def train_compressor(
