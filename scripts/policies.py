@@ -160,7 +160,7 @@ def _explain(
     policy: "CachePolicy",
     *,
     num_blocks: int,
-    frames_per_block: int,
+    frames_per_block: int | None,
     events: "Mapping[int, Event]",
     layer: int,
     png: Path,

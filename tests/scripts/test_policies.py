@@ -25,6 +25,8 @@ def test_table_has_a_line_per_policy(capfd):
         assert re.search(rf"^{name} ", stdout, re.MULTILINE), name
     row = next(line.split() for line in stdout.splitlines() if line.startswith("attention_sink "))
     assert row[1:6] == ["3", "12", "2.59", "2.59", "yes"]
+    row = next(line.split() for line in stdout.splitlines() if line.startswith("pack "))
+    assert row[1] == "4" and float(row[3]) <= 4.0 and row[5] == "yes"  # published sizes; the archive has a cap
     row = next(line.split() for line in stdout.splitlines() if line.startswith("full "))
     assert row[2] == "240" and row[5].startswith("+")
 
