@@ -229,10 +229,13 @@ def test_other_weights_do_not_resume(tiny_folder, tmp_path, capfd):
 def test_fork_branches_with_a_new_prompt(finished, tmp_path, capfd):
     path, _ = finished
     fork = tmp_path / "fork"
-    words = ("fork", path, "--at", "2s", "--prompt", "a blue square moving right", "--out", fork)
+    text = "a blue square moving right"
+    words = ("fork", path, "--at", "2s", "--prompt", text, "--event", "recache", "--out", fork)
     assert call(capfd, *words)[0] == 0
     ours, theirs = hashes(fork), hashes(path)
     branch = RunFolder(fork).record["parent"]["block"]
+    change = {"block": 3, "start_frame": 9, "prompt": text, "event": "recache"}
+    assert RunFolder(fork).record["prompt_changes"] == [change]
     assert branch == 3 and ours[:3] == theirs[:3] and ours[3] != theirs[3]
     assert count_frames(fork / "video.mp4") == 49
     assert_one_line(call(capfd, *words), "nothing is overwritten")
@@ -240,6 +243,9 @@ def test_fork_branches_with_a_new_prompt(finished, tmp_path, capfd):
     assert_one_line(call(capfd, "fork", path, "--at", "soon", "--prompt", "x"), "no time")
     assert_one_line(call(capfd, "fork", path, "--at", "9s", "--prompt", "x", "--seconds", "20"), "has 3.06 s")
     assert_one_line(call(capfd, "fork", path, "--at", "2s", "--prompt", " "), "empty")
+    assert_one_line(call(capfd, "fork", path, "--at", "2s", "--seconds", "5", "--event", "cut"), "give --prompt too")
+    assert_one_line(call(capfd, "fork", path, "--at", "2s", "--prompt", "x", "--event", "cut"), "does not support")
+    assert_one_line(call(capfd, "fork", path, "--at", "2s", "--prompt", "x", "--event", "cat"), "unknown prompt event")
 
 
 def test_many_prompts_skip_what_is_finished(tiny_folder, tmp_path, capfd):
