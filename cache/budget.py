@@ -4,7 +4,7 @@ import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from longtake.cache.base import CachePolicy, Geometry, PolicyState
@@ -119,7 +119,8 @@ def _is_encoded(policy: CachePolicy) -> bool:
 def _window(policy: CachePolicy) -> int | None:
     if isinstance(policy, Wrapper):
         return _window(policy.inner)
-    return getattr(policy, "num_context_frames", None)
+    has_window = "num_context_frames" in {field.name for field in fields(policy)}
+    return policy.num_context_frames if has_window else None
 
 
 def _resized(policy: CachePolicy, window: int) -> CachePolicy:

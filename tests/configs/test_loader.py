@@ -66,6 +66,24 @@ def test_layers_go_on_top_of_each_other(tmp_path):
     assert config.cache == {**load_preset("cache", "attention_sink"), "num_context_frames": 15, "num_sink_frames": 4}
 
 
+def test_the_policy_in_a_wrapper_is_a_preset_too():
+    config = run("cache={policy: quantized, bits: 4, inner: sliding_window}", "cache.inner.num_context_frames=9")
+    assert config.cache["inner"] == load_preset("cache", "sliding_window") | {"num_context_frames": 9}
+    assert (config.cache["policy"], config.cache["bits"]) == ("quantized", 4)
+    assert make_policy(config.cache).inner.num_context_frames == 9
+    twice = run("cache={policy: offloaded, inner: {policy: quantized, inner: full}}").cache["inner"]
+    assert twice == load_preset("cache", "quantized") | {"inner": load_preset("cache", "full")}
+    with pytest.raises(ValueError, match="Did you mean 'sliding_window'"):
+        run("cache={policy: quantized, inner: sliding_windw}")
+
+
+def test_a_value_may_be_of_one_type_or_another():
+    assert make_policy({"policy": "budget", "max_bytes": 10**9}).num_bytes == 10**9
+    assert make_policy({"policy": "budget", "max_bytes": "1.5 GiB"}).num_bytes == 3 * 2**29
+    with pytest.raises(ValueError, match="max_bytes of cache policy 'budget'"):
+        make_policy({"policy": "budget", "max_bytes": [1]})
+
+
 @pytest.mark.parametrize("switch", ["cache=sliding_window", "cache.policy=sliding_window"])
 def test_changing_the_policy_drops_the_old_ones_fields(switch):
     assert run("cache.num_sink_frames=5", switch).cache == load_preset("cache", "sliding_window")
