@@ -1,11 +1,9 @@
-"""Train the compressor of ``pack`` for a frozen transformer: attention is to give what it gives with full history.
+"""Train the compressor of ``pack`` for a frozen transformer: it is to predict what it predicts with full history.
 
-A block of a clip attends to what came before it twice: with all earlier blocks in full, and as ``pack`` reads them:
-first blocks in full, the middle compressed, the last block in full. The queries are those of the first case, recorded
-once. The loss is the mean squared difference of the attention's outputs, after its output projection and relative to
-their size in each layer. The gradient runs through the compressed keys and values, which are made by a forward of the
-frozen transformer, into the network alone. What is measured at the end is another thing: the difference of the flows
-that the transformer predicts, with all layers reading compressed history.
+A block of a clip is denoised twice from the same noise: with all earlier blocks in full, and as ``pack`` reads them:
+first blocks in full, the middle compressed, the last block in full. The loss is the mean squared difference of the two
+predicted flows. Its gradient runs through the compressed keys and values of every layer, which are made by a forward
+of the frozen transformer, into the network alone. All that does not depend on the network is computed once.
 """
 
 import math
@@ -26,7 +24,7 @@ from longtake.scripts.mini_training.compressor_clips import CELL
 from longtake.scripts.mini_training.runtime import StageLog, autocast, console, save_atomically
 
 CHANNELS = (32, 64, 128, 128)
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 FLOW_SHIFT = 3.0  # of the mini model's sampler
 SAMPLER_SHARE = 0.5  # of the noise levels are the four-step sampler's
 SAMPLER_SIGMAS = (1.0, 0.9, 0.75, 0.5)
@@ -47,7 +45,6 @@ class Forward:
         mask: (tokens, context + tokens), True where a token reads another; None: everywhere.
         tokens: Added to the patch embedding.
         made: Un-rotated keys and values of its own tokens, by layer.
-        attended: Rotated queries, and what attention gave, (batch, tokens, heads, head_dim) each, by layer.
     """
 
     phases: Tensor
@@ -55,7 +52,6 @@ class Forward:
     mask: Tensor | None = None
     tokens: Tensor | None = None
     made: KeysValues = field(default_factory=list)
-    attended: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Reader:
@@ -118,7 +114,6 @@ class _Attention:
         keys = [keys if phases is None else apply_phases(keys, phases) for keys, _, phases in parts]
         out = attend(q, [*keys, own], [*(values for _, values, _ in parts), v], forward.mask)
         forward.made.append((k, v))
-        forward.attended.append((q, out))
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
@@ -162,24 +157,18 @@ class Distillation:
         self.size = (frames_per_block, *reader.grid)
         self.cells = num_cells(self.size, cell_factors(self.size, CELL))
 
-    def attention_error(self, task: Task, lessons: "Lessons", rows: Tensor) -> Tensor:
-        """Mean squared difference of what attention gives, relative to its size, mean over layers: the loss."""
-        tokens = math.prod(self.size)
+    def loss(self, task: Task, lessons: "Lessons", rows: Tensor) -> Tensor:
+        """Mean squared difference of the flow of a block to the recorded one, with gradients to the network."""
+        tokens, frames = math.prod(self.size), self.size[0]
         sinks, recent = slice(0, task.num_sinks * tokens), slice((task.current - 1) * tokens, task.current * tokens)
         first, last = ([tuple(x[rows, part].float() for x in kv) for kv in lessons.full] for part in (sinks, recent))
-        starts = [float(i * self.size[0]) for i in task.mids]
-        phases = self.reader.phases(starts, self.cells, self.size[0])
+        phases = self.reader.phases([float(i * frames) for i in task.mids], self.cells, frames)
         latents, pooled, prompt = (x[rows].float() for x in (lessons.latents, lessons.pooled, lessons.prompts))
         middle = self._encoded(task, latents, pooled, prompt, (first, None), phases)
-        errors = []
-        blocks = self.reader.transformer.blocks
-        for block, sink, (k, v), late, own in zip(blocks, first, middle, last, lessons.own[task.current], strict=True):
-            q, own_k, own_v, target = (x[rows].float() for x in own)
-            out = attend(q, [sink[0], apply_phases(k, phases), late[0], own_k], [sink[1], v, late[1], own_v])
-            weight = block.attn1.to_out[0].weight
-            change = functional.linear((out - target).flatten(2), weight)
-            errors.append(change.square().mean() / functional.linear(target.flatten(2), weight).square().mean())
-        return torch.stack(errors).mean()
+        noisy, sigma, whole = (x[rows] for x in lessons.wanted[task.current])
+        own = self.reader.phases([float(task.current * frames)], self.size, frames)
+        reads = Forward(own, context=[(first, None), (middle, phases), (last, None)])
+        return (self.reader.flow(noisy, 1000.0 * sigma, prompt, reads) - whole).square().mean()
 
     @torch.no_grad()
     def flow_error(self, task: Task, lessons: "Lessons", rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -271,14 +260,14 @@ class Lessons:
         pooled: (clips, blocks, frames, channels, rows, columns).
         prompts: (clips, text_len, text_dim).
         full: Rotated keys and values of the clean clips by layer, bfloat16.
-        own: Of every block that is denoised, by layer: rotated queries and keys, values, and what attention gives.
+        wanted: Of every block that is denoised: noisy latents, noise shares, and the flow with full history.
     """
 
     latents: Tensor
     pooled: Tensor
     prompts: Tensor
     full: KeysValues = field(default_factory=list)
-    own: dict[int, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    wanted: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def num_blocks(self) -> int:
@@ -287,11 +276,11 @@ class Lessons:
 
     @torch.no_grad()
     def fill(self, reader: Reader, frames: int, *, batch: int = 16) -> None:
-        """Compute ``full`` and ``own`` of the clips that are trained on, with one noise per block."""
+        """Compute ``full`` and ``wanted`` of the clips that are trained on, with one noise per block."""
         size, last, generator = (frames, *reader.grid), self.num_blocks - 1, torch.Generator().manual_seed(1)
         tokens = math.prod(size)
         phases = reader.phases([float(i * frames) for i in range(last)], size, frames)
-        full, own = [], {current: [] for current in range(FIRST_CURRENT, self.num_blocks)}
+        full, wanted = [], {current: [] for current in range(FIRST_CURRENT, self.num_blocks)}
         for start in range(0, len(self.latents) - NUM_VALIDATION, batch):
             rows = slice(start, min(start + batch, len(self.latents) - NUM_VALIDATION))
             latents, prompt = self.latents[rows].float(), self.prompts[rows]
@@ -299,22 +288,14 @@ class Lessons:
             reader.flow(latents[:, : last * frames], 0.0, prompt, clean)
             rotated = [(apply_phases(k, phases), v) for k, v in clean.made]
             full.append([tuple(x.bfloat16() for x in kv) for kv in rotated])
-            for current, parts in own.items():
+            for current, parts in wanted.items():
                 noisy, sigma = noised(latents[:, current * frames : (current + 1) * frames], generator)
                 before = [(k[:, : current * tokens], v[:, : current * tokens]) for k, v in rotated]
                 block = reader.phases([float(current * frames)], size, frames)
-                made = Forward(block, context=[(before, None)])
-                reader.flow(noisy, 1000.0 * sigma, prompt, made)
-                layers = zip(made.made, made.attended, strict=True)
-                found = [(q, apply_phases(k, block), v, out) for (k, v), (q, out) in layers]
-                parts.append([tuple(x.bfloat16() for x in layer) for layer in found])
-        self.full = _joined(full)
-        self.own = {current: _joined(parts) for current, parts in own.items()}
-
-
-def _joined(batches: list[list[tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...]]:
-    """Batches of layers of tensors to layers of tensors."""
-    return [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in zip(*batches, strict=True)]
+                whole = reader.flow(noisy, 1000.0 * sigma, prompt, Forward(block, context=[(before, None)]))
+                parts.append((noisy, sigma, whole))
+        self.full = [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in zip(*full, strict=True)]
+        self.wanted = {i: tuple(map(torch.cat, zip(*parts, strict=True))) for i, parts in wanted.items()}
 
 
 def draw_task(num_blocks: int, generator: torch.Generator) -> Task:
@@ -375,7 +356,7 @@ def train_compressor(
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * decay
         rows = torch.randint(num_clips, (batch,), generator=generator)
-        loss = distillation.attention_error(draw_task(lessons.num_blocks, generator), lessons, rows)
+        loss = distillation.loss(draw_task(lessons.num_blocks, generator), lessons, rows)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()

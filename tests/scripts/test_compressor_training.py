@@ -87,13 +87,13 @@ def test_it_learns_and_goes_on(pipe, tmp_path, monkeypatch):
     )
     with Reader(pipe.transformer, GRID).installed() as reader:
         lessons.fill(reader, FRAMES)
-        assert lessons.full[0][0].shape == (2, 4 * 48, 6, 32) and set(lessons.own) == {3, 4}
+        assert lessons.full[0][0].shape == (2, 4 * 48, 6, 32) and set(lessons.wanted) == {3, 4}
         network = LatentCompressor(12, 192, compressor.CHANNELS)
         distillation = Distillation(reader, FRAMES, "hr", network)
         optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
         losses = []
         for _ in range(6):
-            loss = distillation.attention_error(Task(4, 1), lessons, torch.tensor([0, 1]))
+            loss = distillation.loss(Task(4, 1), lessons, torch.tensor([0, 1]))
             losses.append(loss.item())
             loss.backward()
             optimiser.step()
