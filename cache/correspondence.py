@@ -9,8 +9,29 @@ from longtake.cache.storage import take_tokens
 SAME_PLACE = 1e-4  # what a token at the same place in the frame is ahead of an equally similar one elsewhere
 
 
+ROUNDING = 1e-6  # of the cosine of equal keys
+
+
+def random_projection(num_channels: int, num_projections: int, like: Tensor) -> Tensor | None:
+    """Directions in which near keys stay near: (num_channels, num_projections), the same in every run.
+
+    None where all channels are no more, or ``num_projections`` is 0: then neighbours are found exactly.
+    """
+    if not 0 < num_projections < num_channels:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num_channels, num_projections, generator=generator).to(like.device, like.dtype)
+
+
 def merge_repeats(
-    keys: Tensor, values: Tensor, counts: Tensor, cells: Tensor, *, tokens_per_frame: int, min_similarity: float
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    cells: Tensor,
+    *,
+    tokens_per_frame: int,
+    min_similarity: float,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge new tokens, frame by frame, with those before them that they repeat.
 
@@ -24,6 +45,7 @@ def merge_repeats(
         cells: (batch, stored tokens), int64, their places in the frame.
         tokens_per_frame: Tokens of a new frame.
         min_similarity: Mean cosine from which tokens are merged.
+        projection: Neighbours are looked for in these directions; None: in all channels.
 
     Returns:
         Values of the new tokens, (batch, new tokens, heads, head_dim); counts of all tokens, (batch, tokens).
@@ -33,12 +55,15 @@ def merge_repeats(
     batch, num_tokens, num_heads, _ = keys.shape
     num_old = counts.shape[1]
     unit = normalize(keys, dim=-1).flatten(2) / num_heads**0.5
+    seen = unit if projection is None else normalize(unit @ projection, dim=-1)
     own = torch.arange(tokens_per_frame, device=keys.device).expand(batch, -1)
     for start in range(num_old, num_tokens, tokens_per_frame):
         new = slice(start, start + tokens_per_frame)
         weights = torch.zeros_like(own, dtype=counts.dtype)
         if start:
-            older, weights = _nearest(unit[:, new] @ unit[:, :start].mT, counts, cells, min_similarity)
+            older, is_mutual = _nearest(seen[:, new] @ seen[:, :start].mT, counts, cells)
+            cosines = (unit[:, new] * take_tokens(unit[:, :start], older)).sum(dim=-1, dtype=torch.float32)
+            weights = counts.gather(1, older) * (is_mutual & (cosines >= min_similarity - ROUNDING))
             counts = counts.scatter_add(1, older, -weights)
             share = weights[..., None, None]
             mean = (values[:, new].float() + share * take_tokens(values[:, :start], older).float()) / (1 + share)
@@ -47,23 +72,21 @@ def merge_repeats(
     return values[:, num_old:], counts
 
 
-def _nearest(similarity: Tensor, counts: Tensor, cells: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Of every new token the nearest known one, and what that counts; 0 where the two do not correspond.
+def _nearest(similarity: Tensor, counts: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every new token the nearest known one, and whether it is the nearest of that one, too.
 
     Args:
         similarity: (batch, new tokens, known tokens); changed in place.
         counts: (batch, known tokens).
         cells: (batch, known tokens).
-        least: Similarity from which tokens correspond.
 
     Returns:
-        Indices and weights, (batch, new tokens) each.
+        Indices and truth, (batch, new tokens) each.
     """
     similarity = similarity.float().masked_fill_(counts[:, None] == 0, -torch.inf)
     ahead = torch.full_like(similarity[:, :1], SAME_PLACE)
     similarity.scatter_add_(1, cells[:, None], ahead)
-    best, older = similarity.max(dim=2)
+    older = similarity.argmax(dim=2)
     # Only the columns that were chosen matter, few of all.
     newer = similarity.gather(2, older[:, None].expand(-1, similarity.shape[1], -1)).argmax(dim=1)
-    is_mutual = newer == torch.arange(similarity.shape[1], device=similarity.device)
-    return older, counts.gather(1, older) * (is_mutual & (best >= least))
+    return older, newer == torch.arange(similarity.shape[1], device=similarity.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, Number, Pass, PolicyState, Read
-from longtake.cache.correspondence import merge_repeats
+from longtake.cache.correspondence import merge_repeats, random_projection
 from longtake.cache.tokens import coordinates, token_numbers
 
 NUM_SHOWN = 64  # frames that a read may say it comes from: nearly all tokens are younger
@@ -23,8 +23,9 @@ class TempCache(CachePolicy):
     logarithm of their number is added to the scores. For keys that are equal this is exact. What does not repeat
     stays as it is; when ``num_context_frames`` frames' worth of tokens are full, the oldest go.
 
-    Different from the paper: neighbours are found exactly, by keys before rotation (rotated keys of equal content
-    differ across time), and merged in all heads of a layer alike; the cache is bounded. ``positions: clamped`` keeps
+    Different from the paper: neighbours are found by keys before rotation (rotated keys of equal content differ
+    across time), in random directions of all heads together, and merged in all of them alike; what is near there is
+    merged only if it is similar in all channels. The cache is bounded. ``positions: clamped`` keeps
     what is older than the window at its edge, so that no distance leaves the trained range; ``absolute`` keeps every
     token at its own frame. The same paper's sparse attention and prompt pruning are no cache policies.
     """
@@ -34,6 +35,7 @@ class TempCache(CachePolicy):
 
     num_context_frames: int = 21  # everything attended, in frames' worth of tokens: history and the block itself
     min_similarity: float = 0.9  # of un-rotated keys
+    num_projections: int = 64  # random directions in which neighbours are looked for; 0: in all channels
     positions: Literal["absolute", "clamped"] = "clamped"
 
     def __post_init__(self) -> None:
@@ -41,6 +43,8 @@ class TempCache(CachePolicy):
             raise ValueError(f"num_context_frames={self.num_context_frames} must be 1 or more.")
         if self.min_similarity <= 0:
             raise ValueError(f"min_similarity={self.min_similarity} must be more than 0; above 1 nothing is merged.")
+        if self.num_projections < 0:
+            raise ValueError(f"num_projections={self.num_projections} must be 0 or more; 0 looks in all channels.")
         if self.positions not in ("absolute", "clamped"):
             raise ValueError(f"positions={self.positions!r} is unknown: use 'absolute' or 'clamped'.")
 
@@ -69,6 +73,8 @@ class TempCacheState(PolicyState):
         empty = torch.zeros((geometry.batch_size, 0), device=geometry.device)
         self._numbers = [empty.long()] * geometry.num_layers
         self._counts = [empty] * geometry.num_layers
+        channels = geometry.num_heads * geometry.head_dim
+        self._projection = random_projection(channels, policy.num_projections, empty.to(geometry.dtype))
         self._origin = -1
         self._span: tuple[float, float] | None = None
 
@@ -102,6 +108,7 @@ class TempCacheState(PolicyState):
             numbers % size,
             tokens_per_frame=size,
             min_similarity=self.policy.min_similarity,
+            projection=self._projection,
         )
         self.buffer.write(layer, numbers.shape[1], k, values)
         new = token_numbers(self.geometry, pass_.start_frame, pass_.num_frames)

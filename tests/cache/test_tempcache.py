@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from policy_driver import Player, make_geometry, spans
 
 from longtake.cache import Pass, make_policy, tempcache
-from longtake.cache.correspondence import merge_repeats
+from longtake.cache.correspondence import merge_repeats, random_projection
 
 GRID = (2, 2)
 SIZE = 4
@@ -116,6 +116,25 @@ def test_equals_the_slow_version(num_old, least):
         num_merged += sum(count > 1 for count in their_counts[num_old:])
     assert num_merged, "nothing was merged, so nothing was compared"
     assert ours_counts.sum() == counts.sum() + 2 * 3 * SIZE, "every token counts once"
+
+
+def test_neighbours_are_found_in_random_directions_too():
+    """Equal keys are always found, and nearly all that are similar; nothing is merged that is not similar."""
+    size = 128
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(1, size, 4, 64, generator=generator)
+    values = torch.randn(1, 2 * size, 4, 64, generator=generator)
+    cells = torch.arange(size)[None]
+    projection = random_projection(4 * 64, 64, base)
+    assert projection.shape == (256, 64) and random_projection(64, 64, base) is None
+    merged = {}
+    for noise in (0.0, 0.3, 3.0):
+        order = torch.randperm(size, generator=generator)
+        new = base[:, order] + noise * torch.randn(base.shape, generator=generator)
+        settings = {"tokens_per_frame": size, "min_similarity": 0.9, "projection": projection}
+        _, counts = merge_repeats(torch.cat((base, new), 1), values.clone(), torch.ones(1, size), cells, **settings)
+        merged[noise] = (counts[0, size:] == 2).sum().item()
+    assert merged[0.0] == size and merged[0.3] > 0.95 * size and merged[3.0] == 0
 
 
 def test_the_most_recent_key_stays_and_the_oldest_token_goes():
