@@ -23,7 +23,6 @@ from longtake.cache.base import (
     Read,
 )
 
-LATENT_CHANNELS = 16  # of Wan2.1's VAE
 PATCH = 2  # latent rows and columns per token
 SIMILARITY = 0.9  # correlation of neighbouring frames' made-up keys
 
@@ -106,6 +105,7 @@ def simulate(
     *,
     events: Mapping[int, Event] | None = None,
     window_blocks: int = 1,
+    latent_channels: int = 16,
     layer: int = -1,
 ) -> Iterator[SimulatedBlock]:
     """Play a rollout block by block as the model would: select, commit, end of block, encode jobs.
@@ -116,6 +116,7 @@ def simulate(
         num_blocks: Blocks to play.
         events: What a change of prompt at the start of a block does, by block index, from 1.
         window_blocks: Blocks that a denoising pass spans, as samplers with a joint window have it.
+        latent_channels: Of the latents that the policy is shown; Wan2.1's unless given.
         layer: Layer whose reads are noted; from the last one backwards if negative.
 
     Raises:
@@ -138,7 +139,7 @@ def simulate(
         committing = Pass("commit", index, start, size)
         commit = None if holds == "block" else player.select(committing, qkv)[0]
         player.commit(committing, qkv)
-        trace = BlockTrace(index, start, player.latents(size), events.get(index + 1, "keep"))
+        trace = BlockTrace(index, start, player.latents(size, latent_channels), events.get(index + 1, "keep"))
         jobs = tuple(player.encode(job, index) for job in player.state.end_block(trace))
         event = events.get(index, "keep")
         yield SimulatedBlock(index, start, size, event, denoise, commit, jobs, player.state.stats())
@@ -170,10 +171,10 @@ class _Player:
             frames.append(self._scene)
         return list(torch.cat(frames, dim=2).to(g.device, g.dtype))
 
-    def latents(self, num_frames: int) -> Tensor:
+    def latents(self, num_frames: int, num_channels: int) -> Tensor:
         """(batch, frames, channels, height, width)."""
         g = self.geometry
-        shape = (g.batch_size, num_frames, LATENT_CHANNELS, PATCH * g.num_rows, PATCH * g.num_columns)
+        shape = (g.batch_size, num_frames, num_channels, PATCH * g.num_rows, PATCH * g.num_columns)
         return torch.zeros(shape, device=g.device)
 
     def select(self, pass_: Pass, qkv: list[Tensor]) -> tuple[PassRecord, str]:

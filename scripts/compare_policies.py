@@ -25,7 +25,7 @@ from longtake.scripts.mini_study import (
     reference_levels,
     replace_between,
 )
-from longtake.scripts.policy_pictures import toy_geometry
+from longtake.scripts.policy_pictures import TOY_CHANNELS, toy_geometry
 
 MOMENTS = "5,30,60,120"
 RESULTS = "policies"
@@ -125,7 +125,7 @@ def lengths(policies: Mapping[str, Any], family: ModelFamily, *, longest: float,
     geometry = toy_geometry(family.frames_per_block)
     seconds = {}
     for label, cache in policies.items():
-        *_, last = simulate(make_policy(cache), geometry, 2)
+        *_, last = simulate(make_policy(cache), geometry, 2, latent_channels=TOY_CHANNELS)
         seconds[label] = longest if last.denoise.is_bounded else min(longest, unbounded)
     return seconds
 

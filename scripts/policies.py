@@ -165,7 +165,7 @@ def _explain(
     layer: int,
     png: Path,
 ) -> None:
-    from longtake.scripts.policy_facts import facts, needs, summary, wan_1_3b
+    from longtake.scripts.policy_facts import summary
     from longtake.scripts.policy_pictures import draw, legend, lines, play
 
     size = frames_per_block or policy.published_block
@@ -179,15 +179,24 @@ def _explain(
         out.print(line)
     out.print()
     out.print(legend(blocks))
-    row = facts(policy, wan_1_3b(size))
-    growth = "" if row.is_bounded else f" after {row.after_seconds:.0f} s, growing"
-    out.print(
-        f"Wan2.1 1.3B at 832x480: attends to {row.context_frames:.3g} frames ({row.context_tokens:,} tokens) with the "
-        f"block, reads {row.attended_bytes / GB:.2f} GB, stores {row.stored_bytes / GB:.2f} GB{growth}; "
-        f"needs: {needs(policy).replace('-', 'nothing')}"
-    )
+    out.print(_cost(policy, size))
     draw(blocks, png, title=title(policy, events))
     out.print(str(png), markup=False, style="bold")
+
+
+def _cost(policy: "CachePolicy", frames_per_block: int) -> str:
+    from longtake.scripts.policy_facts import facts, needs, wan_1_3b
+
+    needed = f"needs: {needs(policy).replace('-', 'nothing')}"
+    try:
+        row = facts(policy, wan_1_3b(frames_per_block))
+    except ValueError as error:
+        return f"Wan2.1 1.3B at 832x480: {error} {needed}"
+    growth = "" if row.is_bounded else f" after {row.after_seconds:.0f} s, growing"
+    return (
+        f"Wan2.1 1.3B at 832x480: attends to {row.context_frames:.3g} frames ({row.context_tokens:,} tokens) with the "
+        f"block, reads {row.attended_bytes / GB:.2f} GB, stores {row.stored_bytes / GB:.2f} GB{growth}; {needed}"
+    )
 
 
 def title(policy: "CachePolicy", events: "Mapping[int, Event] | None" = None) -> str:

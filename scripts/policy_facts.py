@@ -96,8 +96,15 @@ def facts(policy: CachePolicy, geometry: Geometry | None = None) -> PolicyFacts:
         geometry: Shapes; ``wan_1_3b`` with the source's block size unless given.
 
     Raises:
-        ValueError: If the policy has no room for the geometry's blocks, or does not fit its layers.
+        ValueError: If the policy has no room for the geometry's blocks, or what it needs is made for another model.
     """
+    try:
+        return _measured(policy, geometry)
+    except RuntimeError as error:
+        raise ValueError(f"what {policy.name} needs is made for a model of other shapes ({error}).") from error
+
+
+def _measured(policy: CachePolicy, geometry: Geometry | None) -> PolicyFacts:
     g = geometry or wan_1_3b(policy.published_block)
     played = replace(g, num_layers=1)
     try:

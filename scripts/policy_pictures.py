@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLOCK = "block"
+TOY_CHANNELS = 12  # of the bundled model's latents
 COLOURS = {"sink": "#3f78c4", "recent": "#5aa872", "mid": "#e5994b", "memory": "#9a6fc0", BLOCK: "#3a3f4b"}
 EVENT_COLOUR = "#c0392b"
 ROW_HEIGHT = 0.84
@@ -55,7 +56,8 @@ def play(
     geometry, window = toy_geometry(frames_per_block), policy.published_window
     if not -geometry.num_layers <= layer < geometry.num_layers:
         raise ValueError(f"layer={layer} does not exist: the model played has layers 0 to {geometry.num_layers - 1}.")
-    return list(simulate(policy, geometry, num_blocks, events=events, window_blocks=window, layer=layer))
+    settings = {"window_blocks": window, "latent_channels": TOY_CHANNELS, "layer": layer}
+    return list(simulate(policy, geometry, num_blocks, events=events, **settings))
 
 
 def roles(blocks: Sequence[SimulatedBlock]) -> dict[str, str]:

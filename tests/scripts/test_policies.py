@@ -62,6 +62,13 @@ def test_explain_writes_beside_the_user_unless_told_where(capfd, tmp_path, monke
     assert (tmp_path / "full.png").is_file()
 
 
+def test_weights_of_the_bundled_model_can_be_explained_and_fit_no_other(capfd, tmp_path):
+    changes = [word for change in ("compressor=hr+lr", "compressor_weights=mini") for word in ("--set", change)]
+    code, stdout, _ = call(capfd, "pack", "--explain", "--blocks", 5, *changes, "--png", tmp_path / "pack.png")
+    assert code == 0 and " job " in stdout and "mid 8-11" in stdout
+    assert "made for a model of other shapes" in stdout and "needs: VAE, weights" in stdout
+
+
 def test_wrong_words_are_one_line(capfd, tmp_path):
     for words, message in (
         (("attention_sink", "--set", "num_sink_frames"), "write key=value"),
