@@ -16,7 +16,7 @@ from longtake.configs.loader import load_preset
 from longtake.pipelines import LatentRollout
 from longtake.samplers import SeededNoise
 from longtake.scripts.console import out
-from longtake.scripts.measure import BLOCK, MANY_FRAMES, Size
+from longtake.scripts.measure import BLOCK, Size
 
 SIZE = Size(width=256, num_heads=2, num_layers=2, side=16)  # 256 tokens a frame, heads of 128 as Wan's
 NUM_ROUNDS = 9
@@ -51,15 +51,15 @@ def steady_state(policy: CachePolicy, geometry: Geometry) -> Steady:
     return Steady(most / geometry.tokens_per_frame + BLOCK, since + 1, since >= MOST_BLOCKS - 2)
 
 
-def blocks_of(transformer: Any, policy: CachePolicy, num_given: int) -> Iterator[tuple[float, float]]:
-    """Seconds of wall clock and of processor of each block after ``num_given`` frames that were given.
+def blocks_of(transformer: Any, policy: CachePolicy, num_given: int, num_blocks: int) -> Iterator[tuple[float, float]]:
+    """Seconds of wall clock and of processor of ``num_blocks`` blocks after ``num_given`` frames that were given.
 
     Given frames are committed in one pass each, a fifth of what making them takes.
     """
     rollout = LatentRollout(
         transformer,
         torch.zeros(1, SIZE.num_text_tokens, 64),
-        num_frames=MANY_FRAMES // BLOCK * BLOCK,
+        num_frames=BLOCK * (num_blocks + 1),
         frame_shape=(16, 2 * SIZE.side, 2 * SIZE.side),
         frames_per_block=BLOCK,
         cache=policy,
@@ -67,7 +67,7 @@ def blocks_of(transformer: Any, policy: CachePolicy, num_given: int) -> Iterator
         initial_latents=torch.randn(1, num_given, 16, 2 * SIZE.side, 2 * SIZE.side) if num_given else None,
     )
     rollout.next_block()
-    while True:
+    for _ in range(num_blocks):
         wall, processor = time.perf_counter(), time.process_time()
         rollout.next_block()
         yield time.perf_counter() - wall, time.process_time() - processor
@@ -133,8 +133,8 @@ def _pairs(transformer: Any, policy: CachePolicy, geometry: Geometry, num_rounds
     frames = 6 * BLOCK if steady.grows else max(round(steady.num_frames), 2 * BLOCK)
     num_given = BLOCK * (6 if steady.grows else steady.num_blocks)
     window = make_policy({"policy": "sliding_window", "num_context_frames": 1000 if steady.grows else frames})
-    ours = blocks_of(transformer, policy, num_given)
-    theirs = blocks_of(transformer, window, num_given)
+    ours = blocks_of(transformer, policy, num_given, num_rounds)
+    theirs = blocks_of(transformer, window, num_given, num_rounds)
     pairs = []
     for index in range(num_rounds):
         # Who goes first changes, because the second finds warmer caches.
