@@ -66,6 +66,34 @@ def build_tiny_pipeline(folder, *, seed: int = 0):
 
 
 @pytest.fixture(scope="session")
+def make_transformer():
+    """Makes a real transformer with random weights: two heads of 24, 4 latent channels, 16 text channels."""
+    from diffusers import WanTransformer3DModel
+
+    def make(*, num_layers: int = 2):
+        torch.manual_seed(0)
+        model = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=num_layers,
+        )
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def transformer(make_transformer):
+    """Two layers of it, the same weights in every module."""
+    return make_transformer()
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A diffusers Wan folder with random weights: 8x8x4 compression, patch (1, 2, 2)."""
     return build_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "model")

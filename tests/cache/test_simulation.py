@@ -38,6 +38,10 @@ def test_it_reads_what_the_published_trace_says():
     assert all(span.share == 1.0 for span in last.spans)
 
 
+# Presets with the published sizes of blocks of 3 that have to refuse blocks of 4.
+NO_ROOM = {("relax", 4), ("slow_fast", 4)}
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("block", [1, 3, 4])
 def test_every_policy_can_be_played_and_sizes_do_not_depend_on_the_device(name, block):
@@ -45,11 +49,11 @@ def test_every_policy_can_be_played_and_sizes_do_not_depend_on_the_device(name, 
     from longtake.scripts.policy_facts import preset_policy
     from longtake.scripts.policy_pictures import toy_geometry
 
-    try:
-        policy = preset_policy(name)
-        policy.start(toy_geometry(block))
-    except ValueError as error:
-        pytest.skip(str(error))
+    policy = preset_policy(name)
+    if (name, block) in NO_ROOM:
+        with pytest.raises(ValueError, match=f"block of {block} frames.* use 8 or more"):
+            policy.start(toy_geometry(block))
+        return
     real = toy_geometry(block)
     sizes = []
     for device in ("cpu", "meta"):

@@ -21,19 +21,8 @@ SHAPE = (4, 6, 4)
 
 
 @pytest.fixture(scope="module")
-def transformer():
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=3,
-    )
-    return model.eval()
+def transformer(make_transformer):
+    return make_transformer(num_layers=3)
 
 
 @pytest.fixture(scope="module")

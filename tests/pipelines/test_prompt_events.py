@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -123,22 +122,6 @@ class Halving:
     def pool(self, latents, size):
         self.asked.append(size)
         return functional.interpolate(latents[:, 0], (3, 5))[:, None]
-
-
-@pytest.fixture(scope="module")
-def transformer():
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-    )
-    return model.eval()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 
 from longtake.models.causal import CausalTransformer
 from longtake.pipelines import LatentRollout, PromptSwitch
@@ -35,22 +34,6 @@ class Noise:
 
     def renoise(self, block_index, start_frame, step_index, shape):
         return self.draws[step_index, :, start_frame : start_frame + shape[1]]
-
-
-@pytest.fixture(scope="module")
-def transformer():
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-    )
-    return model.eval()
 
 
 def embeds(batch=1):
