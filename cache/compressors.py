@@ -102,7 +102,8 @@ def load_compressor(weights: str, kind: str, device: torch.device) -> LatentComp
 
     Args:
         weights: Name of a bundled model, or a .safetensors file.
-        kind: Which of a bundled model's: ``hr`` is trained to stand alone, ``hr+lr`` to be added to the other branch.
+        kind: Which of a bundled model's: ``hr`` stands alone, ``hr+lr`` is added to the other branch; so far both
+            are one file, trained as ``hr+lr``.
         device: Where it will run.
 
     Raises:
