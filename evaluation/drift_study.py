@@ -23,6 +23,7 @@ StreamFrames = Callable[[list[str], list[int], Any], Iterable[Tensor]]
 """(prompts, seeds, cache) -> tensors (batch, F, 3, H, W) in [0, 1], in order."""
 
 
+SEED_STEP = 1_000_003  # between the noise seeds of one prompt
 COSTS = ("ms_per_block", "kv_mb")
 """Measured beside the drift measures where a ``CostMeter`` is given: denoising milliseconds per block and video, and
 megabytes of keys and values per video, read sets and guidance branches included."""
@@ -120,7 +121,13 @@ def append_results(path: Path, results: Sequence[VideoResult]) -> None:
 
 def video_seed(prompt_index: int, seed_index: int) -> int:
     """Noise seed of a video: the same for every policy, different between prompts."""
-    return 1_000_003 * seed_index + prompt_index
+    return SEED_STEP * seed_index + prompt_index
+
+
+def video_name(seed: int) -> str:
+    """File name of the video of a noise seed: no underscore, unique within a policy."""
+    seed_index, prompt_index = divmod(seed, SEED_STEP)
+    return f"p{prompt_index:04d}-{seed_index}.mp4"
 
 
 def study_fingerprint(modules: Iterable[torch.nn.Module], settings: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.conversion import convert_original_state_dict
-from longtake.models.convolution import use_onednn
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from longtake.models.vae_kernels import use_fast_kernels
 from longtake.models.vae_pixels import VaePixels
 
 __all__ = [
@@ -14,5 +14,5 @@ __all__ = [
     "StreamingEncoder",
     "VaePixels",
     "convert_original_state_dict",
-    "use_onednn",
+    "use_fast_kernels",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtake.cache import DEFAULT_POLICY, CachePolicy, Event, make_policy
 from longtake.configs.families import ModelFamily, family_names, load_family
-from longtake.models import VaePixels, use_onednn
+from longtake.models import VaePixels, use_fast_kernels
 from longtake.pipelines.model_folder import check_model_folder
 from longtake.pipelines.rollout import LatentRollout
 from longtake.pipelines.take import Chunk, TakeSession
@@ -79,7 +79,7 @@ class LongVideoPipeline(WanPipeline):
         check_model_folder(folder)
         pipe = super().from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **kwargs)
         pipe.family = settings
-        use_onednn(pipe.vae)
+        use_fast_kernels(pipe.vae)
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:

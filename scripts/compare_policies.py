@@ -43,7 +43,7 @@ seconds of video that end there. `python scripts/compare_policies.py` makes what
 | background PSNR | median background against that of the first five seconds, dB; still cameras |
 | revisit PSNR | views against the first time the camera stood there, dB; panning cameras |
 | motion kept | motion magnitude, as a share of the same videos' in the first five seconds |
-| ms per block | denoising time per block and video, batches of 16 together |
+| ms per block | processor time of denoising per block and video, batches of 16 together |
 | KV MB | keys and values per video: storage, read sets, both guidance branches |
 
 Brackets are 95 % intervals from a bootstrap over prompts, both seeds of a prompt drawn together; differences are
@@ -76,6 +76,7 @@ def compare(
     sampler: Annotated[str, typer.Option(help="'{name: multi_step, ...}' instead of the model's own.")] = "",
     stop_after: Annotated[float, typer.Option(help="Start no new batch after this many minutes.")] = 1e9,
     baseline: Annotated[str, typer.Option(help="Policy the others are compared with.")] = "sliding_window",
+    videos: Annotated[Path | None, typer.Option(help="Folder to keep the videos in, one per policy.")] = None,
     run: Annotated[bool, typer.Option(help="Make what is missing, or only write the page.")] = True,
 ) -> None:
     """Make and measure what is missing, and write the tables of what there is."""
@@ -99,6 +100,7 @@ def compare(
             dtype=dtype,
             sampler=sampler,
             stop_after=stop_after,
+            videos=videos,
         )
     rows = [row for path in sorted(out.glob(f"{RESULTS}*.jsonl")) for row in read_results(path)]
     write_report(rows, out=out, page=page, moments=times, baseline=baseline)

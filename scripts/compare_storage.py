@@ -45,6 +45,7 @@ def compare(
     model: Annotated[str, typer.Option(help="'mini' or a folder.")] = "mini",
     dtype: Annotated[Precision, typer.Option(help="Of the matmuls and the VAE.")] = Precision.bfloat16,
     sampler: Annotated[str, typer.Option(help="'{name: multi_step, ...}' instead of the model's own.")] = "",
+    share: Annotated[str, typer.Option(help="I/N: every N-th prompt from the I-th; own --results.")] = "1/1",
     stop_after: Annotated[float, typer.Option(help="Start no new batch after this many minutes.")] = 1e9,
     run: Annotated[bool, typer.Option(help="Make what is missing, or only print the table.")] = True,
 ) -> None:
@@ -59,7 +60,7 @@ def compare(
             prompts=prompts,
             seeds=seeds,
             batch=batch,
-            share="1/1",
+            share=share,
             dtype=dtype,
             sampler=sampler,
             stop_after=stop_after,

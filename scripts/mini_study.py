@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from rich.console import Console
 from torch import Tensor
 
 from longtake.cache import make_policy
-from longtake.evaluation.drift_study import CostMeter, read_results, run_study, study_fingerprint
+from longtake.evaluation.drift_study import CostMeter, read_results, run_study, study_fingerprint, video_name
 from longtake.evaluation.drift_truth import truth_levels
 from longtake.evaluation.judge import load_judge
 from longtake.evaluation.moving_scenes import FPS, held_back_scenes
 from longtake.pipelines.long_video import LongVideoPipeline
+from longtake.pipelines.video_writer import VideoFormat, VideoWriter
 
 console = Console(width=max(120, Console().width))
+VIDEO_CRF = 12  # visually lossless: the files are there to be measured again
 PROMPT_SEED = 64  # of the held-back scenes; not the ones the model's score uses
 
 
@@ -44,6 +47,7 @@ def make_missing(
     dtype: Precision,
     sampler: str,
     stop_after: float,
+    videos: Path | None = None,
 ) -> None:
     """Make and measure what is missing of a study, and say how far it is.
 
@@ -59,6 +63,7 @@ def make_missing(
         dtype: Of the transformer's matmuls and the whole VAE.
         sampler: A mapping as text instead of the model's own.
         stop_after: Start no new batch after this many minutes.
+        videos: Folder to keep the videos in, as ``LABEL/pPROMPT-SEED.mp4``.
     """
     part, parts = parse_share(share)
     pipe.vae.to(torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32)
@@ -71,29 +76,38 @@ def make_missing(
         for name, cache in policies.items()
     }
     # A policy stands for its length too: run_study hands it on as it is.
-    jobs = {name: (cache, seconds[name]) for name, cache in policies.items()}
+    jobs = {name: (name, cache, seconds[name]) for name, cache in policies.items()}
     costs = CostMeter()
 
-    def frames_of(texts: list[str], noise_seeds: list[int], job: tuple[Any, float]) -> Iterator[Tensor]:
-        cache, length = job
+    def frames_of(texts: list[str], noise_seeds: list[int], job: tuple[str, Any, float]) -> Iterator[Tensor]:
+        _, cache, length = job
         chunks = pipe.stream(prompt=texts, seconds=length, cache=cache, seed=noise_seeds, sampler=solver)
         while True:
+            begin = time.process_time()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is Precision.bfloat16):
                 chunk = next(chunks, None)
             if chunk is None:
                 return
+            # Processor time, so that other work on the machine does not count; the chunk splits it.
+            share = chunk.seconds["denoise"] / sum(chunk.seconds.values())
             costs.add(
                 num_frames=chunk.frames.shape[1],
-                seconds=chunk.seconds["denoise"] / len(texts),
+                seconds=share * (time.process_time() - begin) / len(texts),
                 num_bytes=chunk.num_cache_bytes / len(texts),
             )
             yield chunk.frames
+
+    def kept(texts: list[str], noise_seeds: list[int], job: tuple[str, Any, float]) -> Iterator[Tensor]:
+        stream = frames_of(texts, noise_seeds, job)
+        return (
+            stream if videos is None else keep_videos(stream, [videos / job[0] / video_name(s) for s in noise_seeds])
+        )
 
     begin = last = time.perf_counter()
     mine = range(part - 1, prompts, parts)
     total = len(mine) * seeds * len(policies)
     for finished in run_study(
-        frames_of,
+        kept,
         judge,
         scenes=held_back_scenes(prompts, seed=PROMPT_SEED),
         policies=jobs,
@@ -113,6 +127,29 @@ def make_missing(
         if now - begin > 60.0 * stop_after:
             console.print(f"stopped after {stop_after:g} minutes; run the same command again to go on")
             break
+
+
+def keep_videos(stream: Iterator[Tensor], paths: Sequence[Path]) -> Iterator[Tensor]:
+    """Hand a batch's frames on and write each video of it to its own file, over what a killed run left there.
+
+    Args:
+        stream: (batch, F, 3, H, W) in [0, 1], in order.
+        paths: One per video of the batch.
+    """
+    with ExitStack() as stack:
+        writers: list[VideoWriter] = []
+        for frames in stream:
+            if not writers:
+                height, width = frames.shape[-2:]
+                form = VideoFormat(height=height, width=width, fps=FPS, crf=VIDEO_CRF)
+                for path in paths:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.unlink(missing_ok=True)
+                    writers.append(stack.enter_context(VideoWriter(path, video_format=form)))
+            pixels = (frames.float() * 255.0).round().byte().movedim(2, -1).numpy()
+            for writer, video in zip(writers, pixels, strict=True):
+                writer.write(video)
+            yield frames
 
 
 def reference_levels(folder: Path, prompts: list[int]) -> dict[str, dict[str, float]]:

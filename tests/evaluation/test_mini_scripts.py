@@ -1,8 +1,10 @@
 """The two commands, as a user types them, with a model that answers every prompt with its true scene."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
+import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from longtake.evaluation.moving_scenes import describe, held_back_scenes, render
-from longtake.scripts import compare_policies, drift_mini, judge_mini
+from longtake.scripts import compare_policies, drift_mini, judge_mini, mini_study
 
 RUNNER = CliRunner()
 SCENES = {
@@ -38,7 +40,7 @@ class TrueScenes:
             indices = np.arange(start, min(start + 100, total))
             clips = torch.from_numpy(np.stack([render(SCENES[text], indices) for text in prompt]))
             frames = clips.permute(0, 1, 4, 2, 3).float() / 255.0
-            yield SimpleNamespace(frames=frames, seconds={"denoise": 0.5}, num_cache_bytes=2_000_000)
+            yield SimpleNamespace(frames=frames, seconds={"denoise": 0.5, "decode": 1.5}, num_cache_bytes=2_000_000)
 
 
 @pytest.fixture(autouse=True)
@@ -86,19 +88,28 @@ def test_drift_refuses_what_it_cannot_read(tmp_path):
     assert wrong.exit_code == 2
 
 
-def test_policies_are_compared_in_shares_and_put_into_one_page(tmp_path):
+def test_policies_are_compared_in_shares_and_put_into_one_page(tmp_path, monkeypatch):
+    clock = itertools.count(step=2.0)
+    monkeypatch.setattr(mini_study.time, "process_time", lambda: next(clock))
     app, page, out = typer.Typer(), tmp_path / "docs" / "results.md", tmp_path / "docs" / "results"
     app.command()(compare_policies.compare)
     base = ["--out", str(out), "--page", str(page), "--moments", "5,10", "--unbounded", "5", "--prompts", "2"]
     chosen = ["--cache", "sliding_window", "--cache", "full", "--cache", "deep={policy: attention_sink}"]
+    kept = ["--videos", str(tmp_path / "videos")]
     for share in ("1/2", "2/2"):
-        made = RUNNER.invoke(app, [*base, *chosen, "--seeds", "1", "--batch", "1", "--share", share])
+        made = RUNNER.invoke(app, [*base, *chosen, "--seeds", "1", "--batch", "1", "--share", share, *kept])
         assert made.exit_code == 0, made.output
+    videos = {str(path.relative_to(tmp_path / "videos")) for path in (tmp_path / "videos").rglob("*.mp4")}
+    assert videos == {f"{name}/p000{i}-0.mp4" for name in ("sliding_window", "full", "deep") for i in range(2)}
+    frames = imageio.v3.imread(tmp_path / "videos" / "deep" / "p0001-0.mp4")
+    assert frames.shape == (161, 64, 64, 3)
+    wanted = render(held_back_scenes(2, seed=mini_study.PROMPT_SEED)[1], np.arange(161))
+    assert np.abs(frames.astype(float) - wanted).mean() < 4
     assert {path.name for path in out.glob("*.jsonl")} == {"policies-1-of-2.jsonl", "policies-2-of-2.jsonl"}
     rows = [json.loads(line) for path in out.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert {(row["policy"], len(row["windows"])) for row in rows} == {("sliding_window", 2), ("deep", 2), ("full", 1)}
     late = next(row for row in rows if row["policy"] == "deep")["windows"][1]
-    assert late["kv_mb"] == 2.0 and late["ms_per_block"] == 500.0
+    assert late["kv_mb"] == 2.0 and late["ms_per_block"] == 500.0  # a quarter of two seconds
     text = page.read_text()
     at_5, at_10 = text.split("### At ")[1:]
     assert "| full | 2 |" in at_5 and "| full |" not in at_10 and "| deep | 2 |" in at_10

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, WanUpsample
 from safetensors.torch import load, save
 
-from longtake.models.convolution import use_onednn
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from longtake.models.vae_kernels import use_fast_kernels
 
 COMMON = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
 PATCHED = {"patch_size": 2, "in_channels": 12, "out_channels": 12}
@@ -143,10 +144,10 @@ def test_bad_input_is_refused(vae):
         vae.disable_tiling()
 
 
-def test_onednn_convolutions_change_rounding_alone_and_stream_as_a_whole(vae):
+def test_fast_kernels_change_rounding_alone_and_stream_as_a_whole(vae):
     quick = copy.deepcopy(vae)
-    use_onednn(quick)
-    use_onednn(quick)  # once is enough: twice is once
+    use_fast_kernels(quick)
+    use_fast_kernels(quick)  # once is enough: twice is once
     latents = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(0))
     decoder = StreamingDecoder(quick)
     streamed = torch.cat([decoder.decode(part) for part in split(latents, [1, 2, 2])], dim=2)
@@ -161,9 +162,31 @@ def test_onednn_convolutions_change_rounding_alone_and_stream_as_a_whole(vae):
     assert hooked and all(len(module._diffusers_hook.hooks) == 1 for module in hooked)
 
 
-def test_other_types_keep_the_stock_convolution(vae):
-    stock, quick = (copy.deepcopy(vae).to(torch.bfloat16) for _ in range(2))
-    use_onednn(quick)
-    latents = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fast_kernels_change_half_precision_by_its_rounding(vae, dtype):
+    stock, quick = (copy.deepcopy(vae).to(dtype) for _ in range(2))
+    use_fast_kernels(quick)
+    latents = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(quick.decode(latents).sample, stock.decode(latents).sample)
+        exact = vae.decode(latents).sample
+        errors = [(model.decode(latents.to(dtype)).sample.float() - exact).abs().mean() for model in (stock, quick)]
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_upsampler_gives_the_same_bits(vae):
+    quick = copy.deepcopy(vae)
+    use_fast_kernels(quick)
+    pairs = zip(vae.modules(), quick.modules(), strict=True)
+    (stock, fast), *_ = [pair for pair in pairs if isinstance(pair[0], WanUpsample)]
+    x = torch.randn(3, 5, 2, 4).transpose(2, 3)
+    assert torch.equal(fast(x), stock(x)) and fast(x).shape == (3, 5, 8, 4)
+
+
+def test_norm_of_nothing_and_of_huge_values_is_the_stock_one(vae):
+    quick = copy.deepcopy(vae)
+    use_fast_kernels(quick)
+    pairs = zip(vae.modules(), quick.modules(), strict=True)
+    (stock, fast), *_ = [pair for pair in pairs if isinstance(pair[0], WanRMS_norm)]
+    dim = stock.gamma.shape[0]
+    x = torch.randn(2, dim, 1, 2, 2) * torch.tensor([0.0, 1e-13, 1.0, 1e15]).view(1, 1, 1, 2, 2)
+    torch.testing.assert_close(fast(x), stock(x))
