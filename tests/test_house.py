@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "cache": {"rope", "configs"},
     "models": {"attention", "samplers", "cache", "rope", "configs"},
     "pipelines": {"models", "attention", "samplers", "cache", "rope", "configs"},
-    "evaluation": {"pipelines", "samplers", "cache", "rope"},
+    "evaluation": {"pipelines", "samplers", "cache", "rope", "configs"},
     "serving": {"evaluation", "pipelines", "models", "attention", "samplers", "cache", "rope", "configs"},
     "scripts": {"serving", "evaluation", "pipelines", "models", "attention", "samplers", "cache", "rope", "configs"},
 }

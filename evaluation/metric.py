@@ -1,0 +1,204 @@
+"""What a metric is: it takes a video as it streams by, in pieces of any length, and gives numbers under honest names.
+
+The prefix of a name says what a number may be compared with:
+
+* ``vbench/``: VBench's formula and the backbone VBench uses, or none needed; may stand beside published numbers.
+* ``vbench_form/...[role=backbone]``: VBench's formula with another backbone; to compare within one report.
+* ``proxy/``: our own measure. ``drift/``: how another measure changes over the video. ``set/``: of a set of videos.
+* ``judge/``: the bundled judge of the mini model's world.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+PREFIXES = ("vbench/", "vbench_form/", "proxy/", "drift/", "set/", "judge/")
+WINDOW_SECONDS = 2.0
+"""Length of the windows that curves over time are made of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A stretch of video with a prompt of its own, in seconds."""
+
+    start_s: float
+    end_s: float
+    prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """What is known of a video before its frames come.
+
+    Attributes:
+        id: Unique within a run; also its file name's stem.
+        num_frames: Frames that will come.
+        fps: Frames per second.
+        height: Pixels.
+        width: Pixels.
+        prompt: What it was made from; empty if unknown.
+        segments: Prompts over time, where there was more than one.
+        chunk_starts: First frame of each block of the rollout; empty if unknown.
+        path: The file, where there is one.
+    """
+
+    id: str
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    prompt: str = ""
+    segments: tuple[Segment, ...] = ()
+    chunk_starts: tuple[int, ...] = ()
+    path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec:
+    """A number's name and everything a reader needs to know about it.
+
+    Attributes:
+        name: With its prefix, e.g. ``vbench_form/subject_consistency[enc=StubDino]``.
+        higher_is_better: None where more is neither better nor worse.
+        unit: E.g. ``px``, ``dB``, ``0..1``.
+        range: Least and greatest possible value; None where there is no bound.
+        formula: ``vbench@45e79ec`` or ``ours``, or a paper.
+        backbone: Name of the network, if any.
+        weights_sha256: Of its weights file.
+        transform: Name of the transform before the backbone.
+        clip_seconds: Length of the clips the video is cut into; None for whole videos.
+        grouping: What a mean is taken over, ``video``, ``clip`` or ``frame``: a video's weight in the mean of the run.
+        scale: The mean over videos is multiplied by it (VBench's imaging quality: 0.01).
+        description: One sentence.
+    """
+
+    name: str
+    higher_is_better: bool | None
+    unit: str = ""
+    range: tuple[float | None, float | None] = (None, None)
+    formula: str = "ours"
+    backbone: str | None = None
+    weights_sha256: str | None = None
+    transform: str | None = None
+    clip_seconds: float | None = None
+    grouping: str = "video"
+    scale: float = 1.0
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name.startswith(PREFIXES):
+            raise ValueError(f"metric {self.name!r} needs one of the prefixes {', '.join(PREFIXES)}")
+        if self.grouping not in ("video", "clip", "frame"):
+            raise ValueError(f"metric {self.name!r}: grouping={self.grouping!r}: use video, clip or frame")
+
+    @property
+    def comparable_to_published(self) -> bool:
+        """Whether it may stand beside published VBench numbers."""
+        return self.name.startswith("vbench/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A measure's mean over a stretch of frames; None where it does not apply there."""
+
+    start_frame: int
+    num_frames: int
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One metric on one video.
+
+    Attributes:
+        value: None where the metric does not apply to this video; then ``skipped`` says why.
+        weight: Of this video in the mean of the run: 1, or its number of frames or clips.
+        windows: The curve over time, if the metric has one, in order.
+        details: Numbers behind the value that JSON can hold: thresholds, counts, indices, values per clip.
+        skipped: Why there is no value.
+    """
+
+    value: float | None
+    weight: float = 1.0
+    windows: tuple[Window, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    skipped: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) != (self.skipped is not None):
+            raise ValueError(f"a score has either a value or a reason why not: {self.value=}, {self.skipped=}")
+
+    @classmethod
+    def none(cls, reason: str) -> "Score":
+        """No value, and why."""
+        return cls(value=None, skipped=reason)
+
+
+class Meter(Protocol):
+    """Measures one video; keeps no more than a window of frames."""
+
+    def push(self, frames: np.ndarray) -> None:
+        """Take the next frames: (F, H, W, 3) uint8 RGB, F >= 1; pieces may be cut anywhere."""
+
+    def finish(self) -> Mapping[str, Score]:
+        """All frames have come: the scores, one for every spec of the metric."""
+
+
+class Metric(Protocol):
+    """One or more numbers that are measured together because they share work."""
+
+    specs: tuple[MetricSpec, ...]
+
+    def start(self, video: VideoInfo) -> Meter:
+        """A meter for one video."""
+
+
+class WindowMeans:
+    """Collects values per frame into means over windows.
+
+    Args:
+        video: Its rate gives the windows' length in frames; the last window may be shorter, and one under half of
+            the length joins the window before it.
+        seconds: Length of a window.
+    """
+
+    def __init__(self, video: VideoInfo, seconds: float = WINDOW_SECONDS) -> None:
+        self.length = max(1, round(video.fps * seconds))
+        self._sums: list[float] = []
+        self._counts: list[int] = []
+
+    def add(self, frame: int, value: float) -> None:
+        """Note a frame's value; frames come in order, and some may be left out."""
+        index = frame // self.length
+        while len(self._sums) <= index:
+            self._sums.append(0.0)
+            self._counts.append(0)
+        self._sums[index] += value
+        self._counts[index] += 1
+
+    def extend(self, first_frame: int, values: Sequence[float] | np.ndarray) -> None:
+        """Note the values of consecutive frames."""
+        for offset, value in enumerate(values):
+            self.add(first_frame + offset, float(value))
+
+    def mean(self) -> float | None:
+        """Mean over all noted frames."""
+        count = sum(self._counts)
+        return sum(self._sums) / count if count else None
+
+    def windows(self, num_frames: int) -> tuple[Window, ...]:
+        """The curve of a video of so many frames."""
+        starts = list(range(0, max(num_frames, 1), self.length))
+        if len(starts) > 1 and num_frames - starts[-1] < self.length / 2:
+            starts.pop()
+        rows = []
+        for position, start in enumerate(starts):
+            last = position == len(starts) - 1
+            end = num_frames if last else starts[position + 1]
+            own = range(position, len(self._sums)) if last else range(position, min(position + 1, len(self._sums)))
+            total, count = sum(self._sums[i] for i in own), sum(self._counts[i] for i in own)
+            rows.append(Window(start_frame=start, num_frames=end - start, value=total / count if count else None))
+        return tuple(rows)

@@ -1,0 +1,199 @@
+"""What an evaluation writes: a manifest line and a score file per video, and the results of a run (schema 1)."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from longtake.evaluation.metric import MetricSpec, Score, Segment, VideoInfo, Window
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestLine:
+    """How one video was made.
+
+    Attributes:
+        id: Unique within the run; the file name's stem. No underscore: the official VBench stumbles over it.
+        file: Path of the video, relative to the manifest.
+        prompt: The text it is judged by.
+        prompt_index: Of the prompt within its list; videos of one prompt are not independent.
+        seed_index: 0, 1, ... within the prompt.
+        seed: Of the noise.
+        policy: Label of the cache policy; empty if unknown.
+        prompt_extended: The longer text it was generated from, if another.
+        segments: Prompts over time.
+        config_hash: Of everything the video depends on beside prompt and seed.
+        checkpoint: Name and hash of the weights.
+        num_frames: Frames.
+        fps: Frames per second.
+        height: Pixels.
+        width: Pixels.
+        chunk_starts: First frame of each block.
+        encoder: Codec settings.
+    """
+
+    id: str
+    file: str
+    prompt: str = ""
+    prompt_index: int = 0
+    seed_index: int = 0
+    seed: int = 0
+    policy: str = ""
+    prompt_extended: str = ""
+    segments: tuple[Segment, ...] = ()
+    config_hash: str = ""
+    checkpoint: str = ""
+    num_frames: int = 0
+    fps: float = 0.0
+    height: int = 0
+    width: int = 0
+    chunk_starts: tuple[int, ...] = ()
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ManifestLine":
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: If a key is unknown or a needed one is missing.
+        """
+        unknown = values.keys() - {item.name for item in fields(cls)}
+        missing = {"id", "file"} - values.keys()
+        if unknown or missing:
+            raise ValueError(
+                f"manifest line {values.get('id', '?')!r}: unknown {sorted(unknown)}, missing {sorted(missing)}"
+            )
+        segments = tuple(Segment(**segment) for segment in values.get("segments", ()))
+        return cls(**{**values, "segments": segments, "chunk_starts": tuple(values.get("chunk_starts", ()))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoScores:
+    """Every metric on one video: the content of ``scores/ID.json``."""
+
+    video: ManifestLine
+    scores: Mapping[str, Score]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values."""
+        scores = {name: asdict(score) for name, score in sorted(self.scores.items())}
+        for score in scores.values():
+            score["windows"] = [[w["start_frame"], w["num_frames"], w["value"]] for w in score["windows"]]
+        return {"schema": SCHEMA, "video": self.video.to_json(), "scores": scores}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "VideoScores":
+        """Inverse of :meth:`to_json`."""
+        scores = {}
+        for name, score in values["scores"].items():
+            windows = tuple(Window(start_frame=s, num_frames=n, value=v) for s, n, v in score["windows"])
+            scores[name] = Score(**{**score, "windows": windows})
+        return cls(video=ManifestLine.from_json(values["video"]), scores=scores)
+
+
+def video_info(line: ManifestLine, *, num_frames: int, fps: float, height: int, width: int, path: Path) -> VideoInfo:
+    """What metrics are told about a video: from its manifest line, and from the file itself where both say it."""
+    return VideoInfo(
+        id=line.id,
+        num_frames=num_frames,
+        fps=fps,
+        height=height,
+        width=width,
+        prompt=line.prompt,
+        segments=line.segments,
+        chunk_starts=line.chunk_starts,
+        path=path,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunScores:
+    """All videos of one run (one policy, or one folder of videos) with what the numbers mean.
+
+    Attributes:
+        label: Of the run, e.g. the policy.
+        specs: {name: spec} of every metric that was asked for.
+        videos: In the order of the manifest.
+        header: Of the run: tool, protocol, model, command; JSON-able, free of times and paths.
+        skipped: {metric name or dimension: why it was not computed at all}.
+        costs: {name: value} such as ``ms_per_block``, ``kv_mb``, ``first_frame_s``; not part of ``results.json``.
+    """
+
+    label: str
+    specs: Mapping[str, MetricSpec]
+    videos: Sequence[VideoScores]
+    header: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    def values(self, name: str) -> dict[tuple[int, int], float]:
+        """{(prompt index, seed index): value} of one metric, videos without a value left out."""
+        pairs = ((video.video, video.scores.get(name)) for video in self.videos)
+        return {
+            (line.prompt_index, line.seed_index): score.value
+            for line, score in pairs
+            if score is not None and score.value is not None
+        }
+
+
+def read_manifest(path: Path) -> list[ManifestLine]:
+    """Read a manifest, one JSON object per line.
+
+    Raises:
+        ValueError: If it cannot be read, a line is no manifest line, or an id is repeated.
+    """
+    lines: list[ManifestLine] = []
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the manifest {path}: {error}") from error
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(ManifestLine.from_json(json.loads(text)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    repeated = {line.id for line in lines if sum(other.id == line.id for other in lines) > 1}
+    if repeated:
+        raise ValueError(f"{path} names {sorted(repeated)[0]!r} more than once: ids must be unique")
+    return lines
+
+
+def write_manifest(path: Path, lines: Iterable[ManifestLine]) -> None:
+    """Write a manifest; all of it or nothing."""
+    write_atomically(path, "".join(json.dumps(line.to_json(), sort_keys=True) + "\n" for line in lines))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON that is the same bytes for the same values; all of it or nothing.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
+    """
+    write_atomically(path, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by a text and see it on disk; a kill leaves the old file or the new one.
+
+    Raises:
+        OSError: If it cannot be written, for example because the disk is full; the old file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
