@@ -1,0 +1,31 @@
+"""Every metric there is, made for the backbones at hand: an explicit list, in the order of the report."""
+
+from collections.abc import Sequence
+
+from longtake.evaluation.backbones import Backbones
+from longtake.evaluation.metric import Metric
+
+GROUPS = ("vbench", "long", "weight_free", "judge")
+"""``vbench``: whole videos; ``long``: two-second clips (VBench-Long); ``weight_free``: ours; ``judge``: the mini model's
+judge."""
+
+
+def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tuple[list[Metric], dict[str, str]]:
+    """Make the metrics of some groups.
+
+    Args:
+        backbones: Networks and their classical stand-ins; a metric without its backbone is skipped.
+        groups: Of :data:`GROUPS`.
+
+    Returns:
+        The metrics, and {name: why it is not computed} of those that could not be made.
+
+    Raises:
+        ValueError: If a group is unknown.
+    """
+    for group in groups:
+        if group not in GROUPS:
+            raise ValueError(f"unknown group of metrics {group!r}; known: {', '.join(GROUPS)}.")
+    metrics: list[Metric] = []
+    skipped: dict[str, str] = {}
+    return metrics, skipped
