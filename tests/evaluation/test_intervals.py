@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longtake.evaluation.intervals import bootstrap_by_prompt, paired_by_prompt, wilson_interval
+from longtake.evaluation.intervals import bootstrap_by_prompt, cluster_bootstrap, paired_by_prompt, wilson_interval
 
 
 def test_wilson_matches_published_values():
@@ -65,3 +65,35 @@ def test_pairing_removes_the_spread_between_prompts():
     assert paired.excludes_zero
     unpaired = bootstrap_by_prompt(list(better.values()), [p for p, _ in better])
     assert not unpaired.excludes_zero
+
+
+def test_many_means_at_once_are_what_drawing_rows_gives():
+    rng = np.random.default_rng(3)
+    sums, weights = (
+        rng.normal(size=(9, 130)) * 10.0 ** rng.integers(-6, 6, size=130),
+        rng.uniform(1, 50, size=(9, 130)),
+    )
+    draws = np.random.default_rng(4).integers(0, 9, size=(700, 9))
+    limits = cluster_bootstrap(sums, weights, num_resamples=700, seed=4)
+    for index in (0, 64, 129):
+        drawn = sums[draws, index].sum(axis=1) / weights[draws, index].sum(axis=1)
+        assert limits[:, index] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), rel=1e-9)
+    assert cluster_bootstrap(np.full((4, 1), 0.1), num_resamples=50) == pytest.approx(0.1, rel=1e-15)
+
+
+def test_limits_do_not_depend_on_the_order_of_summation():
+    """As another number of threads or another machine would have it: here, other shapes of the same product."""
+    spread = np.random.default_rng(5).normal(size=(128, 500))
+    assert (
+        cluster_bootstrap(spread, num_resamples=99) == cluster_bootstrap(spread.copy(order="F"), num_resamples=99)
+    ).all()
+    one_by_one = np.concatenate(
+        [cluster_bootstrap(spread[:, i : i + 1], num_resamples=99) for i in range(500)], axis=1
+    )
+    assert (cluster_bootstrap(spread, num_resamples=99) == one_by_one).all()
+
+
+@pytest.mark.parametrize(("shape", "num_resamples"), [((1, 3), 10), ((4, 3), 0)])
+def test_a_bootstrap_of_nothing_is_refused(shape, num_resamples):
+    with pytest.raises(ValueError, match="has no limits"):
+        cluster_bootstrap(np.zeros(shape), num_resamples=num_resamples)
