@@ -34,6 +34,7 @@ class ManifestLine:
         width: Pixels.
         chunk_starts: First frame of each block.
         encoder: Codec settings.
+        sha256: Of the file; empty if unknown.
     """
 
     id: str
@@ -53,6 +54,7 @@ class ManifestLine:
     width: int = 0
     chunk_starts: tuple[int, ...] = ()
     encoder: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values."""

@@ -12,9 +12,9 @@ from longtake.evaluation.drift_study import measure_stream, read_results
 from longtake.evaluation.drift_truth import repeat_frames
 from longtake.evaluation.judge import WEIGHTS, load_judge
 from longtake.evaluation.moving_scenes import FPS, held_back_scenes
+from longtake.evaluation.suites import PROMPT_SEED
 from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.scripts.mini_study import (
-    PROMPT_SEED,
     Precision,
     console,
     make_missing,

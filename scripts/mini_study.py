@@ -19,12 +19,12 @@ from longtake.evaluation.drift_study import CostMeter, read_results, run_study, 
 from longtake.evaluation.drift_truth import truth_levels
 from longtake.evaluation.judge import load_judge
 from longtake.evaluation.moving_scenes import FPS, held_back_scenes
+from longtake.evaluation.suites import PROMPT_SEED
 from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.pipelines.video_writer import VideoFormat, VideoWriter
 
 console = Console(width=max(120, Console().width))
 VIDEO_CRF = 12  # visually lossless: the files are there to be measured again
-PROMPT_SEED = 64  # of the held-back scenes; not the ones the model's score uses
 
 
 class Precision(StrEnum):
