@@ -1,0 +1,301 @@
+"""Load backbones from a Python file of factories or from a YAML file; nothing is downloaded.
+
+A Python file offers a backbone by a public class or function that is named after a role, whatever its case and
+underscores, with or without a leading ``make``, ``build``, ``load`` or ``stub``: ``dino``, ``make_clip``,
+``StubRaft``. It is called without arguments and gives an object that is called as the authors of the network do
+(``encode_image``, ``embed``, ``(image1, image2, iters=20, test_mode=True)``, ...), or through the interfaces of
+``backbones.base``. The object may have ``name``, ``weights`` (a path; its hash is recorded) and ``official``::
+
+    import torch
+
+    def make_dino():
+        model = torch.hub.load("dino_checkout", "dino_vitb16", source="local", pretrained=False)
+        model.load_state_dict(torch.load("dino_vitbase16_pretrain.pth", weights_only=True))
+        model.name, model.weights, model.official = "dino_vitb16", "dino_vitbase16_pretrain.pth", True
+        return model
+
+A YAML file names a TorchScript file, or a factory, for each role. Paths are relative to the YAML file; a factory is
+called with the path of ``weights``, or without arguments if there is none::
+
+    dino: {torchscript: dino_vitb16.pt, sha256: 5f0b..., official: true}
+    raft: {name: raft_things, factory: "my_networks.raft:build", weights: raft-things.pth}
+    amt: {factory: "networks.py:make_amt"}
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtake.configs.fields import build
+from longtake.evaluation.backbones.adapters import Adapter, adapt
+from longtake.evaluation.backbones.base import ROLES, Backbones, check_role
+
+_PREFIXES = ("stub", "build", "make", "load")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneEntry:
+    """One role of a YAML file.
+
+    Attributes:
+        name: Goes into metrics' names; the file's or the function's name if not given.
+        torchscript: A TorchScript file; it holds the weights.
+        factory: ``package.module:function`` or ``FILE.py:function``.
+        weights: A file, handed to the factory.
+        sha256: What the TorchScript file or the weights file must hash to.
+        official: Whether this is the network, with the weights, that VBench uses here.
+    """
+
+    name: str | None = None
+    torchscript: str | None = None
+    factory: str | None = None
+    weights: str | None = None
+    sha256: str | None = None
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.torchscript is None) == (self.factory is None):
+            raise ValueError("a backbone needs either torchscript: FILE or factory: MODULE:FUNCTION")
+        if self.torchscript is not None and self.weights is not None:
+            raise ValueError("a torchscript file holds its weights: leave out weights")
+        if self.factory is not None and self.factory.count(":") != 1:
+            raise ValueError(f"factory {self.factory!r} is not MODULE:FUNCTION")
+        if self.sha256 is not None and self.torchscript is None and self.weights is None:
+            raise ValueError("sha256 without a file to check: name the weights")
+
+
+def load_backbones(path: Path, *, device: str = "cpu") -> Backbones:
+    """Load the backbones a file offers.
+
+    Args:
+        path: A ``.py`` file of factories, or a ``.yaml`` file; see the module's docstring. It is code, or names code,
+            that is run: only use files you trust.
+        device: Where networks run.
+
+    Raises:
+        ValueError: If the file cannot be read or run, offers nothing, offers two for one role, a file it names is
+            missing or has another hash, a factory fails, or what it gives cannot be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file of backbones at {path}: give a .py file of factories or a .yaml file")
+    if path.suffix == ".py":
+        return _from_python(path, device=device)
+    if path.suffix in (".yaml", ".yml"):
+        return _from_yaml(path, device=device)
+    raise ValueError(f"{path.name}: backbones come from a .py file of factories or a .yaml file")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex; a file that has not changed is read once per process.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        status = path.stat()
+        return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def role_of(name: str) -> str | None:
+    """The role that a class or function of this name offers a backbone for, None if none."""
+    plain = name.lower().replace("_", "")
+    for prefix in _PREFIXES:
+        plain = plain.removeprefix(prefix)
+    for role, facts in ROLES.items():
+        if plain in (role.replace("_", ""), *facts.aliases):
+            return role
+    return None
+
+
+def _from_python(path: Path, *, device: str) -> Backbones:
+    factories = _factories(_run(path), path)
+    found = {role: _from_factory(role, factory, where=path.name, device=device) for role, factory in factories.items()}
+    return Backbones(found, {path.name: file_sha256(path)})
+
+
+def _run(path: Path) -> types.ModuleType:
+    """Execute a Python file as a module of its own."""
+    # Two files of the same name must not be one module.
+    name = f"longtake_backbones_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"cannot run the backbones file {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _factories(module: types.ModuleType, path: Path) -> dict[str, Callable]:
+    factories: dict[str, Callable] = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") or not callable(value):
+            continue
+        # What the file only imports, it does not offer.
+        if isinstance(value, type | types.FunctionType) and value.__module__ != module.__name__:
+            continue
+        role = role_of(name)
+        if role is None:
+            continue
+        if role in factories:
+            other = factories[role].__name__ if hasattr(factories[role], "__name__") else "another"
+            raise ValueError(
+                f"{path.name} offers two backbones for {role!r}, {other} and {name}: start the name of one with '_'"
+            )
+        factories[role] = value
+    if not factories:
+        raise ValueError(
+            f"{path.name} offers no backbone: name a public class or function after its role, e.g. make_dino; "
+            f"roles: {', '.join(ROLES)}"
+        )
+    return factories
+
+
+def _from_factory(role: str, factory: Callable, *, where: str, device: str) -> Adapter:
+    """Make a backbone of a Python file; the object itself may say its name, its weights and whether it is official."""
+    default = factory.__name__ if hasattr(factory, "__name__") else role
+    model = _made(factory, (), who=f"{where}: {default} ({role})")
+    name, weights, official = (_own(model, attribute) for attribute in ("name", "weights", "official"))
+    return adapt(
+        role,
+        model,
+        name=_checked_name(name if isinstance(name, str) else default),
+        weights_sha256=file_sha256(Path(weights)) if isinstance(weights, str | Path) else None,
+        official=official is True,
+        device=device,
+    )
+
+
+def _own(model: Any, attribute: str) -> Any:
+    return getattr(model, attribute) if hasattr(model, attribute) else None
+
+
+def _made(factory: Callable, arguments: tuple, *, who: str) -> Any:
+    try:
+        model = factory(*arguments)
+    except Exception as error:
+        raise ValueError(f"{who} failed: {type(error).__name__}: {error}") from error
+    if model is None:
+        raise ValueError(f"{who} gave nothing: it must return the network")
+    return model
+
+
+def _from_yaml(path: Path, *, device: str) -> Backbones:
+    entries = _entries(path)
+    files = {path.name: file_sha256(path)}
+    # Every file is there and has its hash before the first network is made.
+    hashes = {role: _weights_hash(entry, path.parent, role=role) for role, entry in entries.items()}
+    found = {}
+    for role, entry in entries.items():
+        found[role] = adapt(
+            role,
+            _model(entry, path.parent, role=role, device=device),
+            name=_checked_name(entry.name or _default_name(entry)),
+            weights_sha256=hashes[role],
+            official=entry.official,
+            device=device,
+        )
+    return Backbones(found, files)
+
+
+def _entries(path: Path) -> dict[str, BackboneEntry]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read the backbones file {path}: {error}") from error
+    if not isinstance(values, Mapping) or not values:
+        raise ValueError(f"{path.name} offers no backbone: give a mapping from roles ({', '.join(ROLES)})")
+    entries = {}
+    for role, settings in values.items():
+        check_role(role)
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"{path.name}: {role} is {settings!r}: give a mapping with torchscript or factory")
+        try:
+            entries[role] = build(BackboneEntry, settings, what=f"backbone {role!r}")
+        except ValueError as error:
+            raise ValueError(f"{path.name}, {role}: {error}") from error
+    return entries
+
+
+def _weights_hash(entry: BackboneEntry, folder: Path, *, role: str) -> str | None:
+    stated = entry.torchscript or entry.weights
+    if stated is None:
+        return None
+    file = folder / Path(stated).expanduser()
+    if not file.is_file():
+        raise ValueError(f"backbone {role!r}: no file {file}; weights are not downloaded: put it there")
+    found = file_sha256(file)
+    if entry.sha256 is not None and found != entry.sha256.lower():
+        raise ValueError(
+            f"backbone {role!r}: {file.name} has SHA-256 {found}, not {entry.sha256}: another file, or a broken one"
+        )
+    return found
+
+
+def _model(entry: BackboneEntry, folder: Path, *, role: str, device: str) -> Any:
+    if entry.torchscript is not None:
+        file = folder / Path(entry.torchscript).expanduser()
+        try:
+            with warnings.catch_warnings():
+                # The weights are published as TorchScript; that torch prefers another format helps nobody here.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return torch.jit.load(file, map_location=device)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"backbone {role!r}: {file.name} is no TorchScript file: {error}") from error
+    module, function = entry.factory.split(":")
+    factory = _function(module, function, folder, role=role)
+    arguments = () if entry.weights is None else (str(folder / Path(entry.weights).expanduser()),)
+    return _made(factory, arguments, who=f"backbone {role!r}: {entry.factory}")
+
+
+def _function(module: str, function: str, folder: Path, *, role: str) -> Callable:
+    if module.endswith(".py"):
+        file = folder / Path(module).expanduser()
+        if not file.is_file():
+            raise ValueError(f"backbone {role!r}: no file {file}")
+        found = _run(file)
+    else:
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"backbone {role!r}: cannot import {module!r}: {error}") from error
+    if not hasattr(found, function) or not callable(getattr(found, function)):
+        raise ValueError(f"backbone {role!r}: {module!r} has no function {function!r}")
+    return getattr(found, function)
+
+
+def _default_name(entry: BackboneEntry) -> str:
+    return Path(entry.torchscript).stem if entry.torchscript else entry.factory.split(":")[1]
+
+
+def _checked_name(name: str) -> str:
+    """It stands inside brackets in metrics' names."""
+    if not re.fullmatch(r"[\w.+@:/-]+", name):
+        raise ValueError(f"backbone name {name!r}: use letters, digits and . + - _ @ : / only")
+    return name

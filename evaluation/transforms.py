@@ -1,0 +1,150 @@
+"""Frames as the backbones want them: VBench's transforms, in plain torch.
+
+VBench reads videos through two loaders, and a transform's result depends on which: ``float`` keeps what bicubic
+interpolation throws beyond 0..255, ``uint8`` clamps and rounds it. All transforms take (F, H, W, 3) uint8 RGB and
+give (F, 3, h, w) float32. Formulas and constants: VBench (commit 45e79ec), ``vbench/utils.py`` and
+``vbench2_beta_long/utils.py``; equal to torchvision's for tensors.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Loader = Literal["float", "uint8"]
+"""How VBench reads the video before a transform."""
+MusiqMode = Literal["longer", "shorter", "shorter_centercrop", "None"]
+"""VBench's ``imaging_quality_preprocessing_mode``; its default is ``longer``."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MUSIQ_SIDE = 512
+
+
+def to_tensor(frames: np.ndarray) -> Tensor:
+    """(F, H, W, 3) uint8 -> (F, 3, H, W) float32 in 0..255.
+
+    Raises:
+        ValueError: If shape or dtype are others.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}: give uint8 (frames, height, width, 3)")
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float()
+
+
+def dino_transform(frames: np.ndarray, *, side: int = 224, loader: Loader = "float") -> Tensor:
+    """Shorter side to ``side`` (bilinear), no crop, ImageNet's mean and deviation: for DINO."""
+    images = _shorter_side(to_tensor(frames), side, mode="bilinear", loader=loader)
+    return _normalise(images, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def clip_transform(frames: np.ndarray, *, side: int = 224, loader: Loader = "float") -> Tensor:
+    """Shorter side to ``side`` (bicubic), centre crop, CLIP's mean and deviation.
+
+    For CLIP through the ``float`` loader, for ViCLIP through ``uint8``.
+    """
+    images = _shorter_side(to_tensor(frames), side, mode="bicubic", loader=loader)
+    return _normalise(_centre_crop(images, side), CLIP_MEAN, CLIP_STD)
+
+
+def umt_transform(frames: np.ndarray, *, loader: Loader = "uint8") -> Tensor:
+    """Shorter side to 256 (bilinear), centre crop of 224, ImageNet's mean and deviation: for UMT."""
+    images = _shorter_side(to_tensor(frames), 256, mode="bilinear", loader=loader)
+    return _normalise(_centre_crop(images, 224), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def dinov2_transform(
+    frames: np.ndarray, *, side: int = 224, loader: Loader = "float", antialias: bool = True
+) -> Tensor:
+    """Shorter side to 256 (bicubic), centre crop, ImageNet's mean and deviation: for DINOv2 between clips.
+
+    VBench-Long leaves ``antialias`` to torchvision, where it is on since 0.17 and was off for tensors before.
+    """
+    images = _shorter_side(to_tensor(frames), 256, mode="bicubic", loader=loader, antialias=antialias)
+    return _normalise(_centre_crop(images, side), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def dreamsim_transform(
+    frames: np.ndarray, *, side: int = 224, loader: Loader = "float", antialias: bool = True
+) -> Tensor:
+    """Both sides to ``side`` (bicubic), in about 0..1: for DreamSim between clips; ``antialias`` as for DINOv2."""
+    images = to_tensor(frames)
+    return _resize(images, (side, side), mode="bicubic", loader=loader, antialias=antialias) / 255.0
+
+
+def musiq_transform(frames: np.ndarray, *, mode: MusiqMode = "longer", loader: Loader = "float") -> Tensor:
+    """Frames in 0..1, made smaller where the longer (or shorter) side is over 512: for MUSIQ.
+
+    Raises:
+        ValueError: If the mode is unknown.
+    """
+    images = to_tensor(frames)
+    if mode not in ("longer", "shorter", "shorter_centercrop", "None"):
+        raise ValueError(f"mode={mode!r}: use longer, shorter, shorter_centercrop or None")
+    if mode != "None":
+        height, width = images.shape[-2:]
+        side = max(height, width) if mode == "longer" else min(height, width)
+        if side > MUSIQ_SIDE:
+            scale = MUSIQ_SIDE / side
+            size = (int(scale * height), int(scale * width))
+            images = _resize(images, size, mode="bilinear", loader=loader)
+            if mode == "shorter_centercrop":
+                images = _centre_crop(images, MUSIQ_SIDE)
+    return images / 255.0
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Repeat the edges until both sides are multiples, the odd pixel at the right and at the bottom.
+
+    RAFT takes multiples of 8, AMT of 16.
+
+    Args:
+        images: (B, C, H, W).
+        multiple: Of pixels, at least 1.
+
+    Returns:
+        (B, C, H', W') and the padding (left, right, top, bottom), which :func:`unpad` takes away again.
+
+    Raises:
+        ValueError: If the multiple is below 1.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple={multiple}: use 1 or more pixels")
+    down, across = -images.shape[-2] % multiple, -images.shape[-1] % multiple
+    padding = (across // 2, across - across // 2, down // 2, down - down // 2)
+    return (functional.pad(images, padding, mode="replicate") if any(padding) else images), padding
+
+
+def unpad(images: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """Take the padding (left, right, top, bottom) from (..., H', W')."""
+    left, right, top, bottom = padding
+    height, width = images.shape[-2:]
+    return images[..., top : height - bottom, left : width - right]
+
+
+def _shorter_side(images: Tensor, side: int, *, mode: str, loader: Loader, antialias: bool = False) -> Tensor:
+    height, width = images.shape[-2:]
+    # The longer side is cut, not rounded, and computed from whole numbers, as torchvision does.
+    size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+    return _resize(images, size, mode=mode, loader=loader, antialias=antialias)
+
+
+def _resize(images: Tensor, size: tuple[int, int], *, mode: str, loader: Loader, antialias: bool = False) -> Tensor:
+    if loader not in ("float", "uint8"):
+        raise ValueError(f"loader={loader!r}: use float or uint8")
+    if size == tuple(images.shape[-2:]):
+        return images
+    images = functional.interpolate(images, size=size, mode=mode, align_corners=False, antialias=antialias)
+    return images.clamp_(0.0, 255.0).round_() if loader == "uint8" else images
+
+
+def _centre_crop(images: Tensor, side: int) -> Tensor:
+    top, left = (int(round((length - side) / 2.0)) for length in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
+
+
+def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    shape = (1, 3, 1, 1)
+    return (images / 255.0 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
