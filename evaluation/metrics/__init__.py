@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from longtake.evaluation.backbones import Backbones
 from longtake.evaluation.metric import Metric
+from longtake.evaluation.metrics.quality import vbench_metrics
 
 GROUPS = ("vbench", "long", "weight_free", "judge")
-"""``vbench``: whole videos; ``long``: two-second clips (VBench-Long); ``weight_free``: ours; ``judge``: the mini model's
-judge."""
+"""``vbench``: whole videos; ``long``: clips of two seconds (VBench-Long); ``weight_free``: ours; ``judge``: the mini
+model's judge."""
 
 
 def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tuple[list[Metric], dict[str, str]]:
@@ -26,6 +27,5 @@ def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tup
     for group in groups:
         if group not in GROUPS:
             raise ValueError(f"unknown group of metrics {group!r}; known: {', '.join(GROUPS)}.")
-    metrics: list[Metric] = []
-    skipped: dict[str, str] = {}
+    metrics, skipped = vbench_metrics(backbones, short="vbench" in groups, long="long" in groups)
     return metrics, skipped

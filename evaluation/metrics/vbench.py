@@ -1,0 +1,315 @@
+"""VBench's dimensions that look at single frames or at neighbours: flickering, consistency, aesthetic and imaging.
+
+Formulas: VBench (arXiv:2311.17982) and VBench++ (arXiv:2411.13503), as its code has them at commit 45e79ec. Each meter
+gives up to three numbers from one pass: of the whole video, of VBench-Long's clips, and of its development branch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from longtake.evaluation.long import clip_to_clip_scores
+from longtake.evaluation.metric import Meter, MetricSpec, Score, VideoInfo, WindowMeans
+from longtake.evaluation.metrics.dimensions import (
+    AESTHETIC,
+    BACKGROUND,
+    FLICKERING,
+    IMAGING,
+    SUBJECT,
+    Dimension,
+    Variant,
+    metric_spec,
+)
+from longtake.evaluation.metrics.spans import Batches, Span, Spans, clips_score, whole_score
+from longtake.evaluation.transforms import clip_transform, dino_transform, musiq_transform
+
+Specs = Mapping[Variant, MetricSpec]
+Features = Callable[[np.ndarray], Tensor]
+"""(F, H, W, 3) uint8 frames to (F, D) float32 features."""
+
+BATCH = 8
+"""Frames per call of a network. Fixed, so that a number does not depend on how the frames were read."""
+
+
+class SpanMetric:
+    """A dimension of VBench, on whole videos, on clips, or on both.
+
+    Args:
+        specs: One per variant to be measured.
+        meter: Makes the meter of one video.
+    """
+
+    def __init__(self, specs: Specs, meter: Callable[[VideoInfo, Specs], Meter]) -> None:
+        self._by_variant = dict(specs)
+        self.specs = tuple(specs.values())
+        self._meter = meter
+
+    def start(self, video: VideoInfo) -> Meter:
+        """A meter for one video."""
+        return self._meter(video, self._by_variant)
+
+
+class SpanMeter:
+    """Takes a video in batches and gathers terms over its spans.
+
+    Args:
+        video: To be measured.
+        specs: One per variant to be measured.
+        batch: Frames per batch.
+    """
+
+    reason = "needs at least 2 frames"
+
+    def __init__(self, video: VideoInfo, specs: Specs, *, batch: int = BATCH) -> None:
+        self.video, self.specs = video, specs
+        self.spans = Spans(video, clips="long" in specs or "long_dev" in specs)
+        self.windows = WindowMeans(video)
+        self._batches = Batches(video, batch, self.take)
+
+    def push(self, frames: np.ndarray) -> None:
+        """Take the next frames: (F, H, W, 3) uint8."""
+        with torch.inference_mode():
+            self._batches.push(frames)
+
+    def take(self, start: int, frames: np.ndarray) -> None:
+        """Take the batch whose first frame has index ``start``."""
+        raise NotImplementedError
+
+    def finish(self) -> Mapping[str, Score]:
+        """The score of every variant."""
+        with torch.inference_mode():
+            self._batches.close()
+        makers = {"short": self.short, "long": self.long, "long_dev": self.long_dev}
+        return {spec.name: makers[variant]() for variant, spec in self.specs.items()}
+
+    def value(self, mean: float | None) -> float | None:
+        """From the mean of a span's terms to its value."""
+        return mean
+
+    def short(self) -> Score:
+        """On the whole video."""
+        whole = self.spans.whole
+        return whole_score(
+            self.value(whole.mean),
+            reason=self.reason,
+            weight=float(whole.count) if self.specs["short"].grouping == "frame" else 1.0,
+            windows=self.windows.windows(self.video.num_frames),
+        )
+
+    def long(self) -> Score:
+        """On the clips."""
+        values = [self.value(clip.mean) for clip in self.spans.clips]
+        return clips_score(self.clips, values, reason=self.reason)
+
+    def long_dev(self) -> Score:
+        """On the clips, in the development branch: only the consistencies have one."""
+        raise NotImplementedError
+
+    @property
+    def clips(self) -> list[Span]:
+        """The clips of the video."""
+        return [tally.span for tally in self.spans.clips]
+
+
+class FlickeringMeter(SpanMeter):
+    """``(255 - mean |I[t+1] - I[t]|) / 255``."""
+
+    def __init__(self, video: VideoInfo, specs: Specs) -> None:
+        super().__init__(video, specs)
+        self._last: np.ndarray | None = None
+
+    def take(self, start: int, frames: np.ndarray) -> None:
+        """Differences of each frame from the one before."""
+        for index, frame in enumerate(frames, start=start):
+            if self._last is not None:
+                difference = mean_absolute_difference(self._last, frame)
+                self.spans.add(index - 1, index, difference)
+                self.windows.add(index, 1.0 - difference / 255.0)
+            self._last = frame
+        self._last = frames[-1].copy()
+
+    def value(self, mean: float | None) -> float | None:
+        """One less the difference, in units of white."""
+        return None if mean is None else (255.0 - mean) / 255.0
+
+
+def mean_absolute_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean of ``|a - b|`` over two uint8 arrays of one shape, exactly."""
+    return float(np.sum(np.maximum(a, b) - np.minimum(a, b), dtype=np.uint64)) / a.size
+
+
+class ConsistencyMeter(SpanMeter):
+    """Mean over frames of ``(max(0, cos to the frame before) + max(0, cos to the span's first)) / 2``.
+
+    Args:
+        video: To be measured.
+        specs: One per variant.
+        features: Of the frames.
+        first_features: Of each clip's first frame for the development branch; needed where it is measured.
+        dimension: Which of the two consistencies: each has a quantile table of its own.
+    """
+
+    def __init__(
+        self,
+        video: VideoInfo,
+        specs: Specs,
+        *,
+        features: Features,
+        first_features: Features | None,
+        dimension: str,
+    ) -> None:
+        super().__init__(video, specs)
+        self._features, self._first_features, self._dimension = features, first_features, dimension
+        self._last: Tensor | None = None
+        self._firsts: dict[Span, Tensor] = {}
+        self._dev_firsts: list[Tensor] = []
+
+    def take(self, start: int, frames: np.ndarray) -> None:
+        """Terms of every frame but the first of a span."""
+        features = normalize(self._features(frames), dim=-1)
+        before = features[:1] if self._last is None else self._last
+        to_previous = _clamped_cosines(torch.cat([before, features[:-1]]), features)
+        self._last = features[-1:].clone()
+        end = start + len(frames)
+        for tally in self.spans:
+            span = tally.span
+            begin = max(start, span.start)
+            if begin >= min(end, span.end):
+                continue
+            if begin == span.start:
+                self._firsts[span] = features[begin - start : begin - start + 1].clone()
+                if tally is not self.spans.whole and self._first_features is not None:
+                    first = self._first_features(frames[begin - start : begin - start + 1])
+                    self._dev_firsts.append(normalize(first, dim=-1))
+                begin += 1
+            rows = features[begin - start : span.end - start]
+            to_first = _clamped_cosines(self._firsts[span].expand_as(rows), rows)
+            for index, cosine in enumerate(to_first, start=begin):
+                term = (to_previous[index - start] + cosine) / 2
+                tally.add(term)
+                if tally is self.spans.whole:
+                    self.windows.add(index, term)
+
+    def long(self) -> Score:
+        """Mean over clips; what the clip-to-clip branch would have said is in the details."""
+        firsts = [self._firsts[clip] for clip in self.clips]
+        return self._fused(firsts, fuse=False)
+
+    def long_dev(self) -> Score:
+        """Mean over clips of half the clip's value and half the mapped clip-to-clip value."""
+        return self._fused(self._dev_firsts, fuse=True)
+
+    def _fused(self, first_features: list[Tensor], *, fuse: bool) -> Score:
+        inclip = [tally.mean for tally in self.spans.clips]
+        scores = clip_to_clip_scores(inclip, first_features, self._dimension)
+        return clips_score(
+            self.clips,
+            scores.fused if fuse else scores.inclip,
+            reason=self.reason,
+            per_clip=[{"inclip": value} for value in inclip],
+            details={"clip2clip": scores.clip_to_clip, "mapped_clip2clip": scores.mapped},
+        )
+
+
+def _clamped_cosines(a: Tensor, b: Tensor) -> list[float]:
+    """Cosines of the rows of (n, D) and (n, D), negative ones as zero."""
+    return [max(0.0, cosine) for cosine in cosine_similarity(a, b).tolist()]
+
+
+class FrameQualityMeter(SpanMeter):
+    """Mean over frames of a value that each frame has by itself.
+
+    Args:
+        video: To be measured.
+        specs: One per variant.
+        quality: (F, H, W, 3) uint8 frames to their F values.
+    """
+
+    reason = "the video has no frames"
+
+    def __init__(self, video: VideoInfo, specs: Specs, quality: Callable[[np.ndarray], list[float]]) -> None:
+        super().__init__(video, specs)
+        self._quality = quality
+
+    def take(self, start: int, frames: np.ndarray) -> None:
+        """One term per frame."""
+        for index, value in enumerate(self._quality(frames), start=start):
+            self.spans.add(index, index, value)
+            self.windows.add(index, value)
+
+
+def flickering(variants: tuple[Variant, ...]) -> SpanMetric:
+    """``temporal_flickering``: needs no network; identical to VBench's, without its static filter."""
+    return SpanMetric({variant: metric_spec(FLICKERING, variant) for variant in variants}, FlickeringMeter)
+
+
+def consistency(
+    dimension: Dimension, variants: tuple[Variant, ...], encoder: Any, first_encoder: Any, first_transform: Any
+) -> SpanMetric:
+    """``subject_consistency`` or ``background_consistency``.
+
+    Args:
+        dimension: :data:`SUBJECT` or :data:`BACKGROUND`.
+        variants: To measure; ``long_dev`` needs the last two arguments.
+        encoder: A frame encoder: DINO or CLIP.
+        first_encoder: Of the clips' first frames in the development branch: DINOv2 or DreamSim; may be None.
+        first_transform: Its transform.
+    """
+    transform = {SUBJECT: dino_transform, BACKGROUND: clip_transform}[dimension]
+
+    def features(frames: np.ndarray) -> Tensor:
+        return encoder.encode(transform(frames)).float().cpu()
+
+    def first_features(frames: np.ndarray) -> Tensor:
+        return first_encoder.encode(first_transform(frames)).float().cpu()
+
+    def meter(video: VideoInfo, specs: Specs) -> Meter:
+        second = first_features if "long_dev" in specs else None
+        return ConsistencyMeter(video, specs, features=features, first_features=second, dimension=dimension.name)
+
+    def networks(variant: Variant) -> list[tuple[str, Any]]:
+        return [("enc", encoder), ("c2c", first_encoder)] if variant == "long_dev" else [("enc", encoder)]
+
+    specs = {variant: metric_spec(dimension, variant, networks(variant)) for variant in variants}
+    return SpanMetric(specs, meter)
+
+
+def aesthetic(variants: tuple[Variant, ...], encoder: Any, head: Any) -> SpanMetric:
+    """``aesthetic_quality``: a head on normalised CLIP features, over ten.
+
+    Args:
+        variants: To measure.
+        encoder: CLIP ViT-L/14, (B, 3, 224, 224) to (B, 768).
+        head: of length 1, to (B, 1).
+    """
+
+    def quality(frames: np.ndarray) -> list[float]:
+        features = normalize(encoder.encode(clip_transform(frames)).float(), dim=-1)
+        return (head.rate(features).float().reshape(-1) / 10).tolist()
+
+    def meter(video: VideoInfo, specs: Specs) -> Meter:
+        return FrameQualityMeter(video, specs, quality)
+
+    networks = [("aesthetic", encoder), ("aesthetic", head)]
+    return SpanMetric({variant: metric_spec(AESTHETIC, variant, networks) for variant in variants}, meter)
+
+
+def imaging(variants: tuple[Variant, ...], scorer: Any) -> SpanMetric:
+    """``imaging_quality``: MUSIQ on each frame, 0..100.
+
+    Args:
+        variants: To measure.
+        scorer: A frame scorer, (1, 3, h, w) in 0..1 to a number.
+    """
+
+    def quality(frames: np.ndarray) -> list[float]:
+        return [float(scorer.score(image[None])) for frame in frames for image in musiq_transform(frame[None])]
+
+    def meter(video: VideoInfo, specs: Specs) -> Meter:
+        return FrameQualityMeter(video, specs, quality)
+
+    return SpanMetric({variant: metric_spec(IMAGING, variant, [("iqa", scorer)]) for variant in variants}, meter)
