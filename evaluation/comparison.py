@@ -1,0 +1,326 @@
+"""Runs of the same prompts and seeds side by side: means, paired differences, curves, moments, total scores."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import isnan, nan
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longtake.evaluation.intervals import Interval
+from longtake.evaluation.metric import MetricSpec, Score
+from longtake.evaluation.paired import NUM_RESAMPLES, Paired, column_intervals, column_pairs, holm
+from longtake.evaluation.records import RunScores
+from longtake.evaluation.scores import quality6_long, quality7, semantic, total
+
+SCHEMA = 1
+LEVEL = 0.05
+MOMENTS = (5.0, 30.0, 60.0)
+MOMENT_SECONDS = 5.0
+"""A moment stands for the seconds before it."""
+SLACK_SECONDS = 0.1
+"""Windows are whole frames: at 23.976 frames a second, two seconds are 48 frames and end a little late."""
+REACH_SECONDS = 1.0
+"""A video counts at a moment if it ends no earlier than this before it: rollouts are whole blocks."""
+CURVE_RESAMPLES = 2_000
+"""Bands of curves are to look at, and there are thousands of points: a fifth of the resamples is enough."""
+TOTALS = {"quality7": quality7, "quality6_long": quality6_long, "total": total}
+"""Always there, if only with the reason why they have no value."""
+OTHER_TOTALS = {
+    "semantic": semantic,
+    "quality7_long": partial(quality7, variant="long"),
+    "quality7_long_dev": partial(quality7, variant="long_dev"),
+    "quality6_long_dev": partial(quality6_long, variant="long_dev"),
+}
+"""There only where they have a value."""
+NO_INTERVAL = "an interval needs two prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grid:
+    """All (prompt, seed) pairs of all runs: the rows of every matrix."""
+
+    rows: Mapping[tuple[int, int], int]
+    prompts: NDArray
+
+    def empty(self, num_columns: int) -> NDArray[np.float64]:
+        return np.full((len(self.rows), num_columns), nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """One run's numbers, scaled as the specs say: (videos, names); moments (videos, moments * names)."""
+
+    values: NDArray
+    weights: NDArray
+    at: NDArray
+    curves: Sequence["_Curve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Curve:
+    """(windows,), (windows,), (videos, windows)."""
+
+    starts: NDArray
+    ends: NDArray
+    values: NDArray
+
+
+def compare_runs(
+    runs: Sequence[RunScores],
+    *,
+    baseline: str,
+    moments: Sequence[float] = MOMENTS,
+    num_resamples: int = NUM_RESAMPLES,
+) -> dict[str, Any]:
+    """Compare runs with one of them, pair by pair.
+
+    Args:
+        runs: Of the same prompts and seeds; what only some of them have is compared where both have it.
+        baseline: Label of the run that the others are compared with.
+        moments: Seconds; each stands for the mean of the windows that lie inside the five seconds that end there.
+        num_resamples: Bootstrap resamples of whole prompts; curves take no more than 2,000.
+
+    Returns:
+        Values that JSON holds, never NaN: ``schema``, ``baseline``, ``labels``, ``moments``, ``metrics`` and
+        ``scores`` (value or reason of each of VBench's totals). ``metrics[name]`` has ``spec``, ``runs``, ``paired``, ``curves`` and ``at``; a cell is a mean or a
+        difference with its interval, or ``{"skipped": why}``. A difference is ``significant`` if the sign test over
+        prompts, adjusted over the runs compared (Holm), is at most 0.05 and the interval leaves out zero.
+
+    Raises:
+        ValueError: If there is no run, a label is repeated, the baseline is unknown, a moment is not above 0, or
+            runs disagree about what a prompt or seed index means.
+    """
+    _check(runs, baseline, moments)
+    specs = {name: spec for run in reversed(runs) for name, spec in run.specs.items()}
+    names = list(dict.fromkeys(name for run in runs for name in run.specs))
+    grid = _grid(runs)
+    measured = {run.label: _measure(run, names, specs, grid, moments) for run in runs}
+    table = {
+        key: _compare(runs, names, {label: pick(m) for label, m in measured.items()}, grid, baseline, num_resamples)
+        for key, pick in _views(names, moments).items()
+    }
+    curves = {run.label: _curves(measured[run.label], names, grid.prompts, num_resamples) for run in runs}
+    keys = [f"{moment:g}" for moment in moments]
+    return {
+        "schema": SCHEMA,
+        "baseline": baseline,
+        "labels": [run.label for run in runs],
+        "moments": [float(moment) for moment in moments],
+        "metrics": {
+            name: {
+                "spec": {**asdict(specs[name]), "comparable_to_published": specs[name].comparable_to_published},
+                **table[""][name],
+                "curves": {label: own[name] for label, own in curves.items() if own[name]},
+                "at": {key: table[key][name] for key in keys},
+            }
+            for name in names
+        },
+        "scores": {run.label: _totals(table[""], run.label) for run in runs},
+    }
+
+
+def _check(runs: Sequence[RunScores], baseline: str, moments: Sequence[float]) -> None:
+    labels = [run.label for run in runs]
+    if not runs:
+        raise ValueError("there is no run to compare: give one or more.")
+    if repeated := [label for label, count in Counter(labels).items() if count > 1]:
+        raise ValueError(f"two runs are called {repeated[0]!r}: give them labels of their own.")
+    if baseline not in labels:
+        raise ValueError(f"baseline={baseline!r} is none of the runs {', '.join(labels)}: name one of them.")
+    if bad := [moment for moment in moments if not moment > 0]:
+        raise ValueError(f"moments={list(moments)} holds {bad[0]:g}: moments are seconds above 0.")
+    known: dict[tuple[int, int], tuple[str, str, int]] = {}
+    for run in runs:
+        keys = [(video.video.prompt_index, video.video.seed_index) for video in run.videos]
+        if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+            raise ValueError(f"run {run.label!r} has prompt and seed {repeated[0]} twice: every video needs its own.")
+        for key, video in zip(keys, run.videos, strict=True):
+            label, prompt, seed = known.setdefault(key, (run.label, video.video.prompt, video.video.seed))
+            _check_same(key, (label, prompt, seed), (run.label, video.video.prompt, video.video.seed))
+
+
+def _check_same(key: tuple[int, int], first: tuple[str, str, int], second: tuple[str, str, int]) -> None:
+    if first[1] and second[1] and first[1] != second[1]:
+        raise ValueError(
+            f"prompt {key[0]} is {first[1][:60]!r} in run {first[0]!r} and {second[1][:60]!r} in {second[0]!r}: "
+            "compare runs of one list of prompts."
+        )
+    if first[2] != second[2]:
+        raise ValueError(
+            f"prompt {key[0]}, sample {key[1]} has seed {first[2]} in run {first[0]!r} and {second[2]} in "
+            f"{second[0]!r}: paired differences need the same seeds."
+        )
+
+
+def _grid(runs: Sequence[RunScores]) -> _Grid:
+    keys = sorted({(video.video.prompt_index, video.video.seed_index) for run in runs for video in run.videos})
+    return _Grid(rows={key: row for row, key in enumerate(keys)}, prompts=np.array([k[0] for k in keys], dtype=int))
+
+
+def _measure(
+    run: RunScores,
+    names: Sequence[str],
+    specs: Mapping[str, MetricSpec],
+    grid: _Grid,
+    moments: Sequence[float],
+) -> _Measured:
+    values, weights = grid.empty(len(names)), np.ones((len(grid.rows), len(names)))
+    at = grid.empty(len(moments) * len(names))
+    curves = []
+    for column, name in enumerate(names):
+        pieces = []
+        for video in run.videos:
+            score = video.scores.get(name)
+            if score is None or score.value is None:
+                continue
+            row = grid.rows[video.video.prompt_index, video.video.seed_index]
+            values[row, column], weights[row, column] = score.value, score.weight
+            if score.windows and video.video.fps > 0:
+                piece = _window_arrays(score, video.video.fps)
+                pieces.append((row, *piece))
+                for index, moment in enumerate(moments):
+                    at[row, index * len(names) + column] = _mean_at(*piece, moment)
+        curves.append(_join(pieces, grid, specs[name].scale))
+    scales = np.array([specs[name].scale for name in names])
+    values[~(weights > 0)] = nan
+    return _Measured(
+        values=values * scales, weights=weights, at=at * np.tile(scales, len(moments)), curves=tuple(curves)
+    )
+
+
+def _window_arrays(score: Score, fps: float) -> tuple[NDArray, NDArray, NDArray]:
+    starts = np.array([window.start_frame for window in score.windows])
+    lengths = np.array([window.num_frames for window in score.windows])
+    values = np.array([window.value for window in score.windows], dtype=np.float64)  # None becomes NaN
+    return np.round(starts / fps, 3), np.round((starts + lengths) / fps, 3), values
+
+
+def _mean_at(starts: NDArray, ends: NDArray, values: NDArray, moment: float) -> float:
+    if ends[-1] < moment - REACH_SECONDS:
+        return nan
+    inside = (starts >= moment - MOMENT_SECONDS - SLACK_SECONDS) & (ends <= moment + SLACK_SECONDS) & ~np.isnan(values)
+    return float(values[inside].mean()) if inside.any() else nan
+
+
+def _join(pieces: Sequence[tuple[int, NDArray, NDArray, NDArray]], grid: _Grid, scale: float) -> _Curve:
+    """Videos' curves side by side; windows that start together are one, even where the last is a little longer."""
+    starts = np.unique(np.concatenate([piece[1] for piece in pieces])) if pieces else np.zeros(0)
+    ends, values = np.zeros(len(starts)), grid.empty(len(starts))
+    for row, own_starts, own_ends, own_values in pieces:
+        columns = np.searchsorted(starts, own_starts)
+        ends[columns] = np.maximum(ends[columns], own_ends)
+        values[row, columns] = own_values * scale
+    return _Curve(starts=starts, ends=ends, values=values)
+
+
+def _views(names: Sequence[str], moments: Sequence[float]) -> dict[str, Any]:
+    """{"" or moment: what to take of a run: (values, weights or None)}."""
+    views: dict[str, Any] = {"": lambda m: (m.values, m.weights)}
+    for index, moment in enumerate(moments):
+        part = slice(index * len(names), (index + 1) * len(names))
+        views[f"{moment:g}"] = lambda m, part=part: (m.at[:, part], None)
+    return views
+
+
+def _compare(
+    runs: Sequence[RunScores],
+    names: Sequence[str],
+    measured: Mapping[str, tuple[NDArray, NDArray | None]],
+    grid: _Grid,
+    baseline: str,
+    num_resamples: int,
+) -> dict[str, dict[str, Any]]:
+    """{metric: {"runs": {label: cell}, "paired": {label: cell}}}."""
+    table: dict[str, dict[str, Any]] = {name: {"runs": {}, "paired": {}} for name in names}
+    pairs: dict[str, list[Paired]] = {}
+    for run in runs:
+        values, weights = measured[run.label]
+        intervals = column_intervals(values, grid.prompts, weights, num_resamples=num_resamples)
+        counts = (~np.isnan(values)).sum(axis=0).tolist()
+        for name, interval, count in zip(names, intervals, counts, strict=True):
+            reason = _why_missing(run, name) if count == 0 else ""
+            table[name]["runs"][run.label] = {"skipped": reason} if reason else _cell(interval, count)
+        if run.label != baseline:
+            pairs[run.label] = column_pairs(values, measured[baseline][0], grid.prompts, num_resamples=num_resamples)
+    for column, name in enumerate(names):
+        own = {label: columns[column] for label, columns in pairs.items()}
+        adjusted = holm({label: pair.sign_p for label, pair in own.items()})
+        table[name]["paired"] = {label: _pair_cell(own[label], adjusted[label], baseline) for label in own}
+    return table
+
+
+def _why_missing(run: RunScores, name: str) -> str:
+    if name not in run.specs:
+        return run.skipped.get(name, "not measured in this run")
+    scores = [video.scores[name] for video in run.videos if name in video.scores]
+    if not scores:
+        return run.skipped.get(name, "no video of this run was measured")
+    reasons = Counter(score.skipped for score in scores if score.skipped is not None)
+    if reasons:
+        return reasons.most_common(1)[0][0]
+    if not any(score.windows for score in scores):
+        return "has no curve over time"
+    return f"no video has a window inside the {MOMENT_SECONDS:g} s before this moment"
+
+
+def _cell(interval: Interval, num_videos: int) -> dict[str, Any]:
+    cell = {
+        "mean": interval.mean,
+        "low": _number(interval.low),
+        "high": _number(interval.high),
+        "num_videos": num_videos,
+        "num_prompts": interval.num_prompts,
+    }
+    return cell if interval.num_prompts > 1 else {**cell, "reason": NO_INTERVAL}
+
+
+def _pair_cell(pair: Paired, holm_p: float, baseline: str) -> dict[str, Any]:
+    if not pair.num_pairs:
+        return {"skipped": f"no prompt and seed at which both this run and {baseline} have a value"}
+    cell = {name: _number(value) for name, value in asdict(pair).items()}
+    cell["holm_p"] = _number(holm_p)
+    cell["significant"] = bool(holm_p <= LEVEL and pair.excludes_zero)
+    return cell if pair.num_prompts > 1 else {**cell, "reason": NO_INTERVAL}
+
+
+def _number(value: float) -> float | None:
+    return None if isnan(value) else value
+
+
+def _curves(
+    measured: _Measured, names: Sequence[str], prompts: NDArray, num_resamples: int
+) -> dict[str, list[dict[str, Any]]]:
+    """{metric: windows with their mean and band}, all of a run in one bootstrap."""
+    values = np.concatenate([curve.values for curve in measured.curves], axis=1) if names else np.zeros((0, 0))
+    intervals = iter(column_intervals(values, prompts, num_resamples=min(num_resamples, CURVE_RESAMPLES)))
+    counts = iter((~np.isnan(values)).sum(axis=0).tolist())
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, curve in zip(names, measured.curves, strict=True):
+        rows[name] = []
+        for start, end in zip(curve.starts.tolist(), curve.ends.tolist(), strict=True):
+            interval = next(intervals)
+            rows[name].append(
+                {
+                    "start_s": start,
+                    "end_s": end,
+                    "mean": _number(interval.mean),
+                    "low": _number(interval.low),
+                    "high": _number(interval.high),
+                    "num_videos": next(counts),
+                }
+            )
+    return rows
+
+
+def _totals(table: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, dict[str, Any]]:
+    means = {name: cells["runs"][label]["mean"] for name, cells in table.items() if "mean" in cells["runs"][label]}
+    totals = {}
+    for name, compute in {**TOTALS, **OTHER_TOTALS}.items():
+        value, reason = compute(means)
+        if name in TOTALS or value is not None:
+            totals[name] = {"value": value, "reason": reason}
+    return totals
