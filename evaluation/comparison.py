@@ -86,9 +86,10 @@ def compare_runs(
 
     Returns:
         Values that JSON holds, never NaN: ``schema``, ``baseline``, ``labels``, ``moments``, ``metrics`` and
-        ``scores`` (value or reason of each of VBench's totals). ``metrics[name]`` has ``spec``, ``runs``, ``paired``, ``curves`` and ``at``; a cell is a mean or a
-        difference with its interval, or ``{"skipped": why}``. A difference is ``significant`` if the sign test over
-        prompts, adjusted over the runs compared (Holm), is at most 0.05 and the interval leaves out zero.
+        ``scores`` (VBench's totals, each a value or a reason). ``metrics[name]`` has ``spec``, ``runs``, ``paired``,
+        ``curves`` and ``at``; a cell is a mean or a difference with its interval, or ``{"skipped": why}``. A
+        difference is ``significant`` if the sign test over prompts, adjusted over the runs compared (Holm), is at
+        most 0.05 and the interval leaves out zero.
 
     Raises:
         ValueError: If there is no run, a label is repeated, the baseline is unknown, a moment is not above 0, or
