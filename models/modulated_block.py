@@ -8,6 +8,8 @@ from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 from torch.nn import functional
 
+from longtake.models.feed_forward import feed_forward
+
 
 @dataclass
 class Modulations:
@@ -72,7 +74,7 @@ class ModulatedBlock(ModelHook):
         hidden_states = hidden_states + module.attn2(normed, encoder_hidden_states, None, None)
 
         normed = _modulated_norm(hidden_states, module.norm3, ffn_shift, ffn_scale)
-        return _gated(hidden_states, module.ffn(normed), ffn_gate, segments).to(dtype)
+        return _gated(hidden_states, feed_forward(module.ffn, normed), ffn_gate, segments).to(dtype)
 
 
 def _modulated_norm(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
