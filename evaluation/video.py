@@ -1,0 +1,292 @@
+"""Videos as metrics see them: streamed in pieces, so that memory does not grow with length."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from longtake.evaluation.decoding import StreamFacts, probe, read_frames
+from longtake.evaluation.metric import Meter, Metric, Score, VideoInfo
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+PIECE_FRAMES = 16
+
+
+class _Frames(Protocol):
+    """Where frames come from."""
+
+    def pieces(self, length: int) -> Iterator[np.ndarray]: ...
+
+    def sha256(self) -> str: ...
+
+
+class VideoSource:
+    """A video that can be streamed as often as needed.
+
+    Attributes:
+        num_frames: Frames that ``pieces`` gives.
+        fps: Frames per second.
+        height: Pixels.
+        width: Pixels.
+        path: The file or the folder of frames; None for an array.
+    """
+
+    def __init__(self, frames: _Frames, facts: StreamFacts, *, path: Path | None = None) -> None:
+        self._frames = frames
+        self.num_frames = facts.num_frames
+        self.fps = facts.fps
+        self.height = facts.height
+        self.width = facts.width
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path | str, *, fps: float | None = None) -> "VideoSource":
+        """Open a video file, a GIF, or a folder of frames (PNG or JPEG, in natural order of their names).
+
+        Args:
+            path: The file or folder.
+            fps: Frames per second; needed for a folder. For a file it replaces what the file says.
+
+        Raises:
+            ValueError: If it cannot be read, has no frames, states no rate, or frames of a folder differ in size.
+        """
+        path = Path(path)
+        if fps is not None:
+            _check_fps(fps)
+        if path.is_dir():
+            frames, facts = _open_folder(path, fps)
+        elif path.is_file():
+            facts = probe(path)
+            if fps is not None or facts.fps is None:
+                facts = _with_fps(facts, fps, path)
+            frames = _FileFrames(path, facts)
+        else:
+            raise ValueError(f"no video at {path}: give a video file or a folder of frames")
+        return cls(frames, facts, path=path)
+
+    @classmethod
+    def from_array(cls, frames: np.ndarray, fps: float) -> "VideoSource":
+        """A video that is in memory: (F, H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: If shape, dtype or rate are others.
+        """
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+            raise ValueError(f"frames are {frames.dtype} {frames.shape}: give uint8 (frames, height, width, 3)")
+        _check_fps(fps)
+        num_frames, height, width = frames.shape[:3]
+        return cls(_ArrayFrames(frames), StreamFacts(num_frames=num_frames, fps=fps, height=height, width=width))
+
+    def pieces(self, length: int = PIECE_FRAMES) -> Iterator[np.ndarray]:
+        """The frames in order, from the start at every call; no more than two pieces are in memory.
+
+        Args:
+            length: Frames per piece; the last may be shorter.
+
+        Yields:
+            (F <= length, H, W, 3) uint8 RGB; not to be written to.
+
+        Raises:
+            ValueError: If length is below 1, or the file turns out to be damaged.
+        """
+        if length < 1:
+            raise ValueError(f"length={length}: a piece has at least one frame")
+        return self._frames.pieces(length)
+
+    def sha256(self) -> str:
+        """SHA-256 in hex: of a file's bytes, of a folder's file names and bytes, of an array's bytes."""
+        return self._frames.sha256()
+
+
+def measure(source: VideoSource, info: VideoInfo, metrics: Sequence[Metric]) -> dict[str, Score]:
+    """Measure a video by all metrics at once: it is decoded a single time.
+
+    Args:
+        source: The video.
+        info: What the metrics are told about it.
+        metrics: With names that are all different.
+
+    Returns:
+        {name: score}, one for every spec of every metric.
+
+    Raises:
+        ValueError: If two metrics share a name, the video is not as ``info`` says, or a metric refuses it.
+        RuntimeError: If a metric fails, or does not give the scores it promises; names metric and video.
+    """
+    names = [spec.name for metric in metrics for spec in metric.specs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"metric {repeated[0]!r} is asked for twice: give each once")
+    found = (source.num_frames, source.height, source.width)
+    if found != (info.num_frames, info.height, info.width):
+        raise ValueError(
+            f"video {info.id!r} is said to have {info.num_frames} frames of {info.width}x{info.height}, "
+            f"but has {found[0]} of {found[2]}x{found[1]}: correct its manifest line, or make the video again"
+        )
+    meters = [_guarded(metric, info, metric.start, info) for metric in metrics]
+    for piece in source.pieces():
+        for metric, meter in zip(metrics, meters, strict=True):
+            _guarded(metric, info, meter.push, piece)
+    scores: dict[str, Score] = {}
+    for metric, meter in zip(metrics, meters, strict=True):
+        scores |= _finished(metric, meter, info)
+    return scores
+
+
+def find_videos(folder: Path | str) -> list[Path]:
+    """The videos in a folder, in natural order: files by their endings, and folders that hold frames.
+
+    A folder that itself holds frames and no videos is one video. Hidden names are passed over; nothing below the
+    folder's own entries is looked at.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no folder of videos at {folder}")
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    videos = [
+        entry
+        for entry in entries
+        if _is_video(entry) or (entry.is_dir() and _images(entry) and not _has_videos(entry))
+    ]
+    if not videos and _images(folder):
+        return [folder]
+    return sorted(videos, key=natural_key)
+
+
+def natural_key(path: Path) -> tuple:
+    """Sort by name with numbers by their value: frame 2 before frame 10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdigit() else (-1, part.casefold()) for part in parts], path.name
+
+
+class _FileFrames:
+    def __init__(self, path: Path, facts: StreamFacts) -> None:
+        self._path, self._facts = path, facts
+
+    def pieces(self, length: int) -> Iterator[np.ndarray]:
+        return read_frames(self._path, self._facts, length=length)
+
+    def sha256(self) -> str:
+        with self._path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _FolderFrames:
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def pieces(self, length: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._paths), length):
+            yield np.stack([_read_image(path) for path in self._paths[start : start + length]])
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for path in self._paths:
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+class _ArrayFrames:
+    def __init__(self, frames: np.ndarray) -> None:
+        self._frames = frames
+
+    def pieces(self, length: int) -> Iterator[np.ndarray]:
+        return (self._frames[start : start + length] for start in range(0, len(self._frames), length))
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for piece in self.pieces(PIECE_FRAMES):
+            digest.update(np.ascontiguousarray(piece).data)
+        return digest.hexdigest()
+
+
+def _open_folder(path: Path, fps: float | None) -> tuple[_FolderFrames, StreamFacts]:
+    from PIL import Image, UnidentifiedImageError
+
+    paths = _images(path)
+    if not paths:
+        raise ValueError(f"{path} holds no frames: give a folder of PNG or JPEG files")
+    if fps is None:
+        raise ValueError(f"{path} is a folder of frames, which has no rate: give fps")
+    sizes: dict[tuple[int, int], Path] = {}
+    for item in paths:
+        try:
+            with Image.open(item) as image:
+                sizes.setdefault(image.size, item)
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"cannot read the frame {item}: {error}") from error
+    if len(sizes) > 1:
+        (size, first), (other, second) = list(sizes.items())[:2]
+        raise ValueError(
+            f"frames of {path} differ in size: {first.name} is {size[0]}x{size[1]}, {second.name} is "
+            f"{other[0]}x{other[1]}: make them equal"
+        )
+    (width, height) = next(iter(sizes))
+    return _FolderFrames(paths), StreamFacts(num_frames=len(paths), fps=fps, height=height, width=width)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"cannot read the frame {path}: {error}") from error
+
+
+def _with_fps(facts: StreamFacts, fps: float | None, path: Path) -> StreamFacts:
+    if fps is None:
+        raise ValueError(f"{path} does not state its frames per second: give fps")
+    return StreamFacts(num_frames=facts.num_frames, fps=fps, height=facts.height, width=facts.width)
+
+
+def _check_fps(fps: float) -> None:
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps={fps}: give frames per second above 0")
+
+
+def _images(folder: Path) -> list[Path]:
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted((entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES), key=natural_key)
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
+
+
+def _has_videos(folder: Path) -> bool:
+    return any(_is_video(entry) for entry in folder.iterdir())
+
+
+def _finished(metric: Metric, meter: Meter, info: VideoInfo) -> Mapping[str, Score]:
+    scores = _guarded(metric, info, meter.finish)
+    promised = {spec.name for spec in metric.specs}
+    if scores.keys() != promised:
+        raise RuntimeError(
+            f"{_names(metric)} on video {info.id!r}: missing {sorted(promised - scores.keys())}, "
+            f"not promised {sorted(scores.keys() - promised)}"
+        )
+    return scores
+
+
+def _guarded(metric: Metric, info: VideoInfo, function, *arguments):
+    """Call into a metric; what it raises names it and the video."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        raise kind(f"{_names(metric)} on video {info.id!r}: {error}") from error
+
+
+def _names(metric: Metric) -> str:
+    more = f" and {len(metric.specs) - 1} more" if len(metric.specs) > 1 else ""
+    return f"metric {metric.specs[0].name}{more}"
