@@ -150,12 +150,8 @@ def find_videos(folder: Path | str) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no folder of videos at {folder}")
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    videos = [
-        entry
-        for entry in entries
-        if _is_video(entry) or (entry.is_dir() and _images(entry) and not _has_videos(entry))
-    ]
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    videos = [entry for entry in entries if _is_video(entry) or _is_frame_folder(entry)]
     if not videos and _images(folder):
         return [folder]
     return sorted(videos, key=natural_key)
@@ -263,8 +259,9 @@ def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
 
 
-def _has_videos(folder: Path) -> bool:
-    return any(_is_video(entry) for entry in folder.iterdir())
+def _is_frame_folder(path: Path) -> bool:
+    """A folder with videos in it is a run with a contact sheet, not a video in frames."""
+    return path.is_dir() and bool(_images(path)) and not any(_is_video(entry) for entry in path.iterdir())
 
 
 def _finished(metric: Metric, meter: Meter, info: VideoInfo) -> Mapping[str, Score]:
