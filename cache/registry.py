@@ -9,6 +9,7 @@ from longtake.cache.base import CachePolicy
 from longtake.cache.budget import Budget
 from longtake.cache.commit_reads import CommitReads
 from longtake.cache.deep_forcing import DeepForcing
+from longtake.cache.dilated_window import DilatedWindow
 from longtake.cache.ema_sink import EmaSink
 from longtake.cache.forcing_kv import ForcingKV
 from longtake.cache.full import Full
@@ -29,6 +30,7 @@ from longtake.configs.fields import make
 POLICIES: dict[str, type[CachePolicy]] = {
     "full": Full,
     "sliding_window": SlidingWindow,
+    "dilated_window": DilatedWindow,
     "attention_sink": AttentionSink,
     "longlive": LongLive,
     "infinity_rope": InfinityRope,

@@ -95,6 +95,9 @@ CASES = {
         "cache": {"policy": "rolling_forcing", "num_context_frames": 12, "num_sink_frames": 3},
         "sampler": {"name": "rolling_window", "timesteps": [1000, 600, 300]},
     },
+    "dilated_window": {
+        "cache": {"policy": "dilated_window", "num_context_frames": 8, "num_dilated_frames": 2, "dilation": 2}
+    },
     "ema_sink": {"cache": {"policy": "ema_sink", "num_context_frames": 9, "alpha": 0.7}},
     "memrope": {"cache": {"policy": "memrope", "num_context_frames": 9, "num_sink_frames": 2, "long_rate": 0.1}},
     "rolling_sink": {"cache": {"policy": "rolling_sink", "num_context_frames": 9}},

@@ -307,4 +307,20 @@ POLICY_ROWS = {
         limit=11,
         sinks=2,
     ),
+    "dilated_window": Row(
+        settings={"policy": "dilated_window", "num_context_frames": 12, "num_dilated_frames": 3, "dilation": 4},
+        limit=12,
+        recent=5,
+        positions=(0, 11),
+    ),
+    "dilated_window.absolute": Row(
+        settings={
+            "policy": "dilated_window",
+            "num_context_frames": 12,
+            "num_dilated_frames": 4,
+            "positions": "absolute",
+        },
+        limit=12,
+        recent=4,
+    ),
 }

@@ -177,6 +177,19 @@ def test_rolling_sink(block, first, window):
     assert worst(sliding, reference.rolling_sink, block, first, window=window) > 0.1
 
 
+@blocks
+@pytest.mark.parametrize(
+    ("dilated", "dilation", "positions"), [(3, 2, "contiguous"), (4, 5, "absolute"), (3, 1, "absolute")]
+)
+def test_dilated_window(block, first, dilated, dilation, positions):
+    settings = {"policy": "dilated_window", "num_context_frames": 12, "positions": positions}
+    settings |= {"num_dilated_frames": dilated, "dilation": dilation}
+    options = {"window": 12, "dilated": dilated, "absolute": positions == "absolute"}
+    seen = play(settings, block, first, num_blocks=48 // block)
+    assert worst(seen, reference.dilated_window, block, first, dilation=dilation, **options) == 0
+    assert worst(seen, reference.dilated_window, block, first, dilation=dilation + 1, **options) > 0.1
+
+
 def test_frames_read_backwards_are_one_read():
     """So that a replay costs no more than a window: at most there, back, there again, and the last block."""
     state = make_policy("rolling_sink").start(make_geometry(3))
@@ -305,6 +318,9 @@ def test_options_keep_to_the_matrix(name, changes, check):
         ({"policy": "memrope", "num_context_frames": 8}, 4, "use 9 or more"),
         ({"policy": "memrope", "short_rate": 0.0}, 3, "short_rate=0.0"),
         ({"policy": "rolling_sink", "num_context_frames": 7}, 4, "use 8 or more"),
+        ({"policy": "dilated_window", "num_context_frames": 9}, 4, "use 10 or more"),
+        ({"policy": "dilated_window", "dilation": 0}, 3, "dilation=0"),
+        ({"policy": "dilated_window", "positions": "closed"}, 3, "positions"),
         ({"policy": "relax"}, 4, "use 8 or more"),
         ({"policy": "relax", "num_candidates": 0}, 3, "num_candidates=0"),
         ({"policy": "relax", "num_budget_frames": 6}, 3, "num_budget_frames=6"),

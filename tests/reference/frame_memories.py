@@ -75,6 +75,22 @@ def rolling_sink(frames, blocks, *, window):
     return read
 
 
+def dilated_window(frames, blocks, *, window, dilated, dilation, absolute=False):
+    """The last frames, and before them the last frames of the grid, looked up among all frames of the video."""
+    read = []
+    for start, count in blocks:
+        chosen = list(range(start))
+        if start + count > window:
+            oldest = start - (window - count - dilated)
+            grid = [f for f in range(0, oldest, dilation)]
+            chosen = grid[len(grid) - min(dilated, len(grid)) :] + list(range(oldest, start))
+        entries, own = _in_a_row([frames[f] for f in chosen])
+        if absolute:
+            entries, own = [(float(f), frames[f]) for f in chosen], float(start)
+        read.append((entries, own))
+    return read
+
+
 def _direction(keys):
     mean = torch.stack(keys).mean(dim=(0, 1, 2))
     return mean / mean.norm()

@@ -1,0 +1,69 @@
+"""Recent frames, and every n-th of the frames before them."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from longtake.cache.frames import FramePlan, FramePolicy
+from longtake.cache.sliding_window import check_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DilatedWindow(FramePolicy):
+    """A window whose far part is dilated (Longformer, arXiv:2004.05150), over frames instead of tokens.
+
+    The near past is read frame by frame; before it stand the newest ``num_dilated_frames`` frames whose index is a
+    multiple of ``dilation``. What is attended reaches back ``num_dilated_frames * dilation`` frames further than a
+    plain window of the same cost, and like it forgets everything older: a memory without a sink.
+
+    ``contiguous`` closes the gaps and stays in the trained range; with ``absolute`` the dilated frames stand where
+    they were, up to ``num_dilated_frames * dilation`` frames before the window.
+
+    Differs: Longformer dilates some heads and not others, and moves the dilated grid along with the query; here all
+    heads read the same frames, and the grid stands still, so that a frame once kept is kept until it is too old.
+    """
+
+    name: ClassVar[str] = "dilated_window"
+    source: ClassVar[str] = "Longformer, arXiv:2004.05150"
+
+    num_context_frames: int = 21  # everything attended: dilated part, window and the block itself
+    num_dilated_frames: int = 6
+    dilation: int = 8  # latent frames: twice a second
+    positions: Literal["absolute", "contiguous"] = "contiguous"
+
+    def __post_init__(self) -> None:
+        check_positions(self.positions)
+        if self.num_dilated_frames < 0 or self.dilation < 1:
+            raise ValueError(
+                f"num_dilated_frames={self.num_dilated_frames} must be 0 or more, dilation={self.dilation} 1 or more."
+            )
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse a context without room for the dilated part and a block."""
+        needed = self.num_dilated_frames + frames_per_block
+        if self.num_context_frames < needed:
+            raise ValueError(
+                f"num_context_frames={self.num_context_frames} leaves no room for num_dilated_frames="
+                f"{self.num_dilated_frames} and a block of {frames_per_block} frames: use {needed} or more."
+            )
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """What one block reads beside itself."""
+        return self.num_context_frames - frames_per_block
+
+    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
+        """Everything before the last gap is the dilated part."""
+        gaps = (index for index in range(len(frames) - 1, 0, -1) if frames[index] - frames[index - 1] > 1)
+        num_dilated = next(gaps, 0)
+        return ("mid",) * num_dilated + ("recent",) * (len(frames) - num_dilated)
+
+    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all while all fits; then the window and the newest frames of the grid before it."""
+        frames = stored
+        if start_frame + num_frames > self.num_context_frames:
+            oldest = start_frame - (self.num_context_frames - num_frames - self.num_dilated_frames)
+            grid = tuple(frame for frame in stored if frame < oldest and frame % self.dilation == 0)
+            window = tuple(frame for frame in stored if frame >= oldest)
+            frames = grid[max(len(grid) - self.num_dilated_frames, 0) :] + window
+        if self.positions == "absolute":
+            return FramePlan.absolute(frames, start_frame, num_frames)
+        return FramePlan.contiguous(frames, num_frames)
