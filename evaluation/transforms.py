@@ -6,6 +6,7 @@ give (F, 3, h, w) float32. Formulas and constants: VBench (commit 45e79ec), ``vb
 ``vbench2_beta_long/utils.py``; equal to torchvision's for tensors.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -29,15 +30,18 @@ def to_tensor(frames: np.ndarray) -> Tensor:
     Raises:
         ValueError: If shape or dtype are others.
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}: give uint8 (frames, height, width, 3)")
-    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float()
+    _check(frames)
+    return torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()).float()
 
 
 def dino_transform(frames: np.ndarray, *, side: int = 224, loader: Loader = "float") -> Tensor:
     """Shorter side to ``side`` (bilinear), no crop, ImageNet's mean and deviation: for DINO."""
-    images = _shorter_side(to_tensor(frames), side, mode="bilinear", loader=loader)
-    return _normalise(images, IMAGENET_MEAN, IMAGENET_STD)
+
+    def transform(image: Tensor) -> Tensor:
+        image = _shorter_side(image, side, mode="bilinear", loader=loader)
+        return _normalise(image, IMAGENET_MEAN, IMAGENET_STD)
+
+    return _each(frames, transform)
 
 
 def clip_transform(frames: np.ndarray, *, side: int = 224, loader: Loader = "float") -> Tensor:
@@ -45,14 +49,22 @@ def clip_transform(frames: np.ndarray, *, side: int = 224, loader: Loader = "flo
 
     For CLIP through the ``float`` loader, for ViCLIP through ``uint8``.
     """
-    images = _shorter_side(to_tensor(frames), side, mode="bicubic", loader=loader)
-    return _normalise(_centre_crop(images, side), CLIP_MEAN, CLIP_STD)
+
+    def transform(image: Tensor) -> Tensor:
+        image = _shorter_side(image, side, mode="bicubic", loader=loader)
+        return _normalise(_centre_crop(image, side), CLIP_MEAN, CLIP_STD)
+
+    return _each(frames, transform)
 
 
 def umt_transform(frames: np.ndarray, *, loader: Loader = "uint8") -> Tensor:
     """Shorter side to 256 (bilinear), centre crop of 224, ImageNet's mean and deviation: for UMT."""
-    images = _shorter_side(to_tensor(frames), 256, mode="bilinear", loader=loader)
-    return _normalise(_centre_crop(images, 224), IMAGENET_MEAN, IMAGENET_STD)
+
+    def transform(image: Tensor) -> Tensor:
+        image = _shorter_side(image, 256, mode="bilinear", loader=loader)
+        return _normalise(_centre_crop(image, 224), IMAGENET_MEAN, IMAGENET_STD)
+
+    return _each(frames, transform)
 
 
 def dinov2_transform(
@@ -62,16 +74,23 @@ def dinov2_transform(
 
     VBench-Long leaves ``antialias`` to torchvision, where it is on since 0.17 and was off for tensors before.
     """
-    images = _shorter_side(to_tensor(frames), 256, mode="bicubic", loader=loader, antialias=antialias)
-    return _normalise(_centre_crop(images, side), IMAGENET_MEAN, IMAGENET_STD)
+
+    def transform(image: Tensor) -> Tensor:
+        image = _shorter_side(image, 256, mode="bicubic", loader=loader, antialias=antialias)
+        return _normalise(_centre_crop(image, side), IMAGENET_MEAN, IMAGENET_STD)
+
+    return _each(frames, transform)
 
 
 def dreamsim_transform(
     frames: np.ndarray, *, side: int = 224, loader: Loader = "float", antialias: bool = True
 ) -> Tensor:
     """Both sides to ``side`` (bicubic), in about 0..1: for DreamSim between clips; ``antialias`` as for DINOv2."""
-    images = to_tensor(frames)
-    return _resize(images, (side, side), mode="bicubic", loader=loader, antialias=antialias) / 255.0
+
+    def transform(image: Tensor) -> Tensor:
+        return _resize(image, (side, side), mode="bicubic", loader=loader, antialias=antialias) / 255.0
+
+    return _each(frames, transform)
 
 
 def musiq_transform(frames: np.ndarray, *, mode: MusiqMode = "longer", loader: Loader = "float") -> Tensor:
@@ -80,19 +99,19 @@ def musiq_transform(frames: np.ndarray, *, mode: MusiqMode = "longer", loader: L
     Raises:
         ValueError: If the mode is unknown.
     """
-    images = to_tensor(frames)
     if mode not in ("longer", "shorter", "shorter_centercrop", "None"):
         raise ValueError(f"mode={mode!r}: use longer, shorter, shorter_centercrop or None")
-    if mode != "None":
-        height, width = images.shape[-2:]
+
+    def transform(image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
         side = max(height, width) if mode == "longer" else min(height, width)
-        if side > MUSIQ_SIDE:
-            scale = MUSIQ_SIDE / side
-            size = (int(scale * height), int(scale * width))
-            images = _resize(images, size, mode="bilinear", loader=loader)
-            if mode == "shorter_centercrop":
-                images = _centre_crop(images, MUSIQ_SIDE)
-    return images / 255.0
+        if mode == "None" or side <= MUSIQ_SIDE:
+            return image / 255.0
+        scale = MUSIQ_SIDE / side
+        image = _resize(image, (int(scale * height), int(scale * width)), mode="bilinear", loader=loader)
+        return (_centre_crop(image, MUSIQ_SIDE) if mode == "shorter_centercrop" else image) / 255.0
+
+    return _each(frames, transform)
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -122,6 +141,17 @@ def unpad(images: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
     left, right, top, bottom = padding
     height, width = images.shape[-2:]
     return images[..., top : height - bottom, left : width - right]
+
+
+def _each(frames: np.ndarray, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply to one frame after the other: each stays in the processor's cache, and memory is one frame's."""
+    _check(frames)
+    return torch.cat([transform(to_tensor(frame[None])) for frame in frames])
+
+
+def _check(frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}: give uint8 (frames, height, width, 3)")
 
 
 def _shorter_side(images: Tensor, side: int, *, mode: str, loader: Loader, antialias: bool = False) -> Tensor:
