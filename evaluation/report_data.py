@@ -1,0 +1,351 @@
+"""What a report shows, put in order: policies with colours, measures with titles, numbers with digits."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil, isfinite, log10
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from longtake.evaluation.metric import PREFIXES
+from longtake.evaluation.records import RunScores
+
+NUM_HUES = 8
+NUM_STYLES = 3
+"""Hues times line styles are the policies that can be told apart; then colours repeat."""
+
+HEADLINES = (
+    r"vbench(_form)?/(long/)?subject_consistency",
+    r"vbench(_form)?/(long/)?background_consistency",
+    r"vbench(_form)?/(long/)?motion_smoothness",
+    r"vbench(_form)?/(long/)?dynamic_degree",
+    r"vbench(_form)?/(long/)?aesthetic_quality",
+    r"vbench(_form)?/(long/)?imaging_quality",
+    r"vbench(_form)?/(long/)?overall_consistency",
+    r"judge/mean_of_six",
+    r"judge/background_psnr",
+    r"judge/motion_magnitude",
+    r"proxy/flow_magnitude_mean",
+    r"proxy/nss_drift_self",
+    r"proxy/chunk_seam_ratio",
+    r"proxy/warp_error",
+    r"vbench(_form)?/(long/)?temporal_flickering",
+)
+"""Which measures stand in the first table, where they were taken; the first eight found."""
+NUM_HEADLINES = 8
+
+MOTION = (r"proxy/flow_magnitude_mean", r"judge/motion_magnitude", r"vbench(_form)?/(long/)?dynamic_degree")
+CONSISTENCY = (
+    r"vbench(_form)?/(long/)?subject_consistency",
+    r"judge/background_psnr",
+    r"vbench(_form)?/(long/)?background_consistency",
+)
+SEAMS = (r"proxy/chunk_seam_ratio",)
+
+COSTS = {
+    "ms_per_block": "ms per block",
+    "kv_mb": "KV MB",
+    "first_frame_s": "first frame, s",
+    "frames_per_second": "frames per second",
+}
+"""Titles of known costs; others are shown under their own names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number with its interval, or the reason why there is none.
+
+    Attributes:
+        value: Mean or difference; None where it was not measured.
+        low: Lower end of the 95 % interval; None where one prompt gives none.
+        high: Upper end.
+        reason: Why there is no value.
+        extra: The rest of what was computed: counts, p values, whether it is significant.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, cell: Mapping[str, Any] | None, key: str = "mean") -> "Estimate":
+        """Read a cell of a comparison; one that is absent, empty or not finite is not measured."""
+        if cell is None:
+            return cls(value=None, reason="not part of this comparison")
+        value = finite(cell.get(key))
+        if value is None:
+            return cls(value=None, reason=str(cell.get("skipped") or "no video has a value"))
+        return cls(value=value, low=finite(cell.get("low")), high=finite(cell.get("high")), extra=cell)
+
+    @property
+    def is_significant(self) -> bool:
+        """For a difference: whether it is significant after Holm's correction."""
+        return bool(self.extra.get("significant"))
+
+
+def finite(value: Any) -> float | None:
+    """A finite number as a float; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if isfinite(value) else None
+
+
+def digits_for(estimates: Iterable[Estimate], *, least: int = 0, most: int = 5) -> int:
+    """Decimals for a column: the typical interval is told to two digits, so that none looks surer than it is."""
+    known = [item for item in estimates if item.value is not None]
+    halves = [(item.high - item.low) / 2 for item in known if item.low is not None and item.high is not None]
+    halves = [half for half in halves if half > 0.0]
+    if halves:
+        digits = 1 - _exponent(median(halves))
+    else:
+        sizes = [abs(item.value) for item in known if item.value]
+        digits = 2 - _exponent(max(sizes)) if sizes else least
+    return min(max(digits, least), most)
+
+
+def _exponent(value: float) -> int:
+    return ceil(log10(value) + 1e-9) - 1
+
+
+def number(value: float | None, digits: int, *, signed: bool = False) -> str:
+    """A number as text, with a true minus sign and narrow spaces between thousands; an empty text for None."""
+    if value is None:
+        return ""
+    text = f"{value:{'+' if signed else ''},.{digits}f}".replace(",", "\u202f")
+    if not re.search("[1-9]", text):
+        text = text.lstrip("+-")
+    return text.replace("-", "\u2212")
+
+
+def interval(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
+    """An interval as text; an empty text where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{number(estimate.low, digits, signed=signed)} to {number(estimate.high, digits, signed=signed)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One metric of a comparison as a report shows it."""
+
+    name: str
+    entry: Mapping[str, Any]
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """The metric's specification."""
+        return self.entry.get("spec") or {}
+
+    @property
+    def family(self) -> str:
+        """The name's prefix without its slash."""
+        return next((prefix[:-1] for prefix in PREFIXES if self.name.startswith(prefix)), "")
+
+    @property
+    def title(self) -> str:
+        """The name without prefix and bracket, in words."""
+        own = re.sub(r"\[.*?\]", "", self.name.removeprefix(f"{self.family}/"))
+        return own.replace("/", " · ").replace("_", " ")
+
+    @property
+    def backbone(self) -> str:
+        """What stands in the name's brackets: the stand-ins for the official backbone."""
+        return ", ".join(re.findall(r"\[(.*?)\]", self.name))
+
+    @property
+    def unit(self) -> str:
+        """Of the value."""
+        return str(self.spec.get("unit") or "")
+
+    @property
+    def direction(self) -> int:
+        """1 where higher is better, -1 where lower is, 0 where neither."""
+        return {True: 1, False: -1}.get(self.spec.get("higher_is_better"), 0)
+
+    @property
+    def direction_text(self) -> str:
+        """The direction in words."""
+        return {1: "higher is better", -1: "lower is better", 0: "neither is better"}[self.direction]
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether it may stand beside published VBench numbers."""
+        return self.family == "vbench"
+
+    @property
+    def moments(self) -> Mapping[str, Any]:
+        """{seconds: runs and paired differences} at the moments of the comparison."""
+        return self.entry.get("at") or {}
+
+    def level(self, label: str, moment: str | None = None) -> Estimate:
+        """Mean of a run: over whole videos, or at a moment."""
+        return Estimate.read(self._part("runs", moment).get(label))
+
+    def difference(self, label: str, moment: str | None = None) -> Estimate:
+        """Paired difference of a run to the baseline."""
+        return Estimate.read(self._part("paired", moment).get(label), "difference")
+
+    def curve(self, label: str) -> list[Mapping[str, Any]]:
+        """Windows of a run in order; empty where the metric has no curve."""
+        return list((self.entry.get("curves") or {}).get(label) or [])
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether any run has a value."""
+        return any(self.level(label).value is not None for label in self._part("runs", None))
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether any run has two windows with values, which make a line."""
+        curves = (self.entry.get("curves") or {}).values()
+        return any(sum(finite(point.get("mean")) is not None for point in points) > 1 for points in curves)
+
+    def _part(self, part: str, moment: str | None) -> Mapping[str, Any]:
+        source = self.entry if moment is None else self.moments.get(moment) or {}
+        return source.get(part) or {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything that one report is made from.
+
+    Attributes:
+        runs: One per policy.
+        comparison: Of :func:`longtake.evaluation.comparison.compare_runs`.
+        commands: What to type to get the same numbers.
+        protocol: The resolved protocol; its ``hash`` is shown first.
+        videos: {label: folder of its videos}, for filmstrips.
+        published: Rows of published numbers, or none.
+        headline: Names of the measures in the first table; None chooses.
+    """
+
+    runs: Sequence[RunScores]
+    comparison: Mapping[str, Any]
+    commands: Sequence[str] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    videos: Mapping[str, Path] = field(default_factory=dict)
+    published: Sequence[Mapping[str, Any]] = ()
+    headline: Sequence[str] | None = None
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Labels of the policies, the baseline first."""
+        labels = [str(label) for label in self.comparison.get("labels") or [run.label for run in self.runs]]
+        return sorted(labels, key=lambda label: label != self.baseline)
+
+    @property
+    def baseline(self) -> str:
+        """The policy that the others are compared with."""
+        return str(self.comparison.get("baseline") or "")
+
+    @property
+    def others(self) -> list[str]:
+        """Labels without the baseline."""
+        return [label for label in self.labels if label != self.baseline]
+
+    def run(self, label: str) -> RunScores | None:
+        """The run of a label."""
+        return next((run for run in self.runs if run.label == label), None)
+
+    def index(self, label: str) -> int:
+        """Position of a policy in every legend."""
+        return self.labels.index(label)
+
+    def style(self, label: str) -> str:
+        """CSS classes for a policy's colour and line: the baseline is neutral, the rest hue by hue, then dashed."""
+        if label == self.baseline and len(self.labels) > 1:
+            return "h0 s0"
+        position = [other for other in self.labels if other != self.baseline or len(self.labels) == 1].index(label)
+        return f"h{position % NUM_HUES + 1} s{position // NUM_HUES % NUM_STYLES}"
+
+    @cached_property
+    def measures(self) -> dict[str, Measure]:
+        """Every measure that has a value somewhere, by name, in the order of the prefixes."""
+        entries = self.comparison.get("metrics") or {}
+        found = [Measure(name=name, entry=entry) for name, entry in entries.items()]
+        order = {prefix[:-1]: position for position, prefix in enumerate(PREFIXES)}
+        found.sort(key=lambda measure: (order.get(measure.family, len(order)), measure.name))
+        return {measure.name: measure for measure in found if measure.is_measured}
+
+    @cached_property
+    def headlines(self) -> list[Measure]:
+        """Measures of the first table.
+
+        Raises:
+            ValueError: If a headline that was asked for was not measured.
+        """
+        if self.headline is None:
+            found = [self.first((pattern,)) for pattern in HEADLINES]
+            chosen = [measure for measure in found if measure is not None][:NUM_HEADLINES]
+            return chosen or list(self.measures.values())[:NUM_HEADLINES]
+        unknown = [name for name in self.headline if name not in self.measures]
+        if unknown:
+            known = ", ".join(self.measures) or "none"
+            raise ValueError(f"headline measure {unknown[0]!r} has no value in this comparison; measured: {known}.")
+        return [self.measures[name] for name in self.headline]
+
+    def first(self, patterns: Sequence[str]) -> Measure | None:
+        """The first measured one whose name without its bracket is one of the patterns; official ones come first."""
+        for pattern in patterns:
+            for name, measure in self.measures.items():
+                if re.fullmatch(pattern, name.partition("[")[0]):
+                    return measure
+        return None
+
+    @cached_property
+    def moments(self) -> list[str]:
+        """Seconds that the tables of moments stand for, ascending, as the comparison names them."""
+        known = {moment for measure in self.measures.values() for moment in measure.moments}
+        return sorted(known, key=float)
+
+    @cached_property
+    def costs(self) -> dict[str, str]:
+        """{cost: its title} of every cost that a run has, known ones first."""
+        present = {name for run in self.runs for name, value in run.costs.items() if finite(value) is not None}
+        names = [*(name for name in COSTS if name in present), *sorted(present - COSTS.keys())]
+        return {name: COSTS.get(name, name.replace("_", " ")) for name in names}
+
+    @cached_property
+    def skipped(self) -> dict[tuple[str, str], list[str]]:
+        """{(measure, reason): labels of the runs that lack it}; a measure without any value counts as well."""
+        reasons = {(name, run.label): reason for run in self.runs for name, reason in run.skipped.items()}
+        for name, entry in (self.comparison.get("metrics") or {}).items():
+            for label, cell in (entry.get("runs") or {}).items():
+                estimate = Estimate.read(cell)
+                if estimate.value is None:
+                    reasons.setdefault((name, label), estimate.reason)
+        found: dict[tuple[str, str], list[str]] = {}
+        for (name, label), reason in sorted(reasons.items()):
+            found.setdefault((name, reason), []).append(label)
+        return found
+
+    @property
+    def num_prompts(self) -> int:
+        """Distinct prompts over all runs."""
+        return len({video.video.prompt_index for run in self.runs for video in run.videos})
+
+    @property
+    def num_seeds(self) -> int:
+        """Most videos that one run has of one prompt."""
+        counts: dict[tuple[str, int], int] = {}
+        for run in self.runs:
+            for video in run.videos:
+                key = (run.label, video.video.prompt_index)
+                counts[key] = counts.get(key, 0) + 1
+        return max(counts.values(), default=0)
+
+    @property
+    def num_videos(self) -> int:
+        """Videos over all runs."""
+        return sum(len(run.videos) for run in self.runs)
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """Shortest and longest video; None where no manifest says so."""
+        lines = [video.video for run in self.runs for video in run.videos]
+        lengths = [line.num_frames / line.fps for line in lines if line.num_frames and line.fps]
+        return (min(lengths), max(lengths)) if lengths else None

@@ -1,0 +1,130 @@
+"""Filmstrips: a few frames of the same prompts under every policy, as one small image per video."""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from longtake.evaluation.records import ManifestLine
+from longtake.evaluation.report_data import ReportData
+from longtake.evaluation.report_markup import Markup, tag
+from longtake.evaluation.report_pieces import swatch
+from longtake.evaluation.video import VideoSource
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FRAME_HEIGHT = 80
+NUM_PROMPTS = 3
+QUALITY = 62
+GAP = 3
+"""Pixels between two frames of a strip, in the page's background: the image is transparent there."""
+
+
+def strip_indices(num_frames: int, shares: Sequence[float] = SHARES) -> list[int]:
+    """Indices of the frames at shares of a video's length, the first frame at 0 and the last at 1."""
+    return [round(share * (num_frames - 1)) for share in shares]
+
+
+def film_strip(source: VideoSource, *, height: int = FRAME_HEIGHT, shares: Sequence[float] = SHARES) -> Image.Image:
+    """Frames of a video side by side, decoded as it streams by.
+
+    Args:
+        source: The video.
+        height: Of the strip, in pixels; small videos are enlarged by a whole factor with sharp edges.
+        shares: Which frames, as shares of the length.
+    """
+    wanted = strip_indices(source.num_frames, shares)
+    found: dict[int, np.ndarray] = {}
+    start = 0
+    for piece in source.pieces():
+        found |= {index: piece[index - start] for index in wanted if start <= index < start + len(piece)}
+        start += len(piece)
+        if len(found) == len(set(wanted)):
+            break
+    frames = [_resized(found[index], height) for index in wanted]
+    width = sum(frame.width for frame in frames) + GAP * (len(frames) - 1)
+    strip = Image.new("RGBA", (width, frames[0].height), (0, 0, 0, 0))
+    left = 0
+    for frame in frames:
+        strip.paste(frame, (left, 0))
+        left += frame.width + GAP
+    return strip
+
+
+def _resized(frame: np.ndarray, height: int) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    if image.height <= height:
+        factor = max(1, height // image.height)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    width = max(1, round(image.width * height / image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a WebP data URI."""
+    buffer = BytesIO()
+    image.save(buffer, format="WEBP", quality=QUALITY, method=4)
+    return "data:image/webp;base64," + b64encode(buffer.getvalue()).decode("ascii")
+
+
+def shared_prompts(data: ReportData, *, count: int = NUM_PROMPTS) -> list[int]:
+    """The first prompts that most policies have a video of: in the order of the list, not chosen by what they show."""
+    counts: dict[int, int] = {}
+    for label in data.labels:
+        run = data.run(label)
+        for prompt in {video.video.prompt_index for video in run.videos} if run is not None else ():
+            counts[prompt] = counts.get(prompt, 0) + 1
+    most = max(counts.values(), default=0)
+    return sorted(prompt for prompt, number in counts.items() if number == most)[:count]
+
+
+def film_section(data: ReportData) -> list[Markup]:
+    """A figure per prompt with a strip per policy; empty where no folder of videos is known."""
+    figures = []
+    for prompt in shared_prompts(data) if data.videos else ():
+        rows, text = [], ""
+        for label in data.labels:
+            line = _first_video(data, label, prompt)
+            if line is None or label not in data.videos:
+                continue
+            text = text or line.prompt
+            head = tag("div", swatch(data.style(label)), tag("span", label, class_="label"), class_="who")
+            strip = tag("div", _strip(data.videos[label], line, label), class_="strip")
+            rows.append(tag("div", head, strip, class_="film", data_run=data.index(label)))
+        caption = tag("figcaption", tag("strong", f"Prompt {prompt}"), " ", tag("q", text) if text else None)
+        figures.append(tag("figure", caption, _shares(), rows, class_="films"))
+    return figures
+
+
+def _shares() -> Markup:
+    spans = [tag("span", f"{share:.0%}") for share in SHARES]
+    return tag(
+        "div", tag("div", class_="who"), tag("div", spans, class_="shares"), class_="film heads", aria_hidden="true"
+    )
+
+
+def _first_video(data: ReportData, label: str, prompt: int) -> ManifestLine | None:
+    run = data.run(label)
+    lines = [video.video for video in run.videos if video.video.prompt_index == prompt] if run is not None else []
+    return min(lines, key=lambda line: line.seed_index, default=None)
+
+
+def _strip(folder: Path, line: ManifestLine, label: str) -> Markup:
+    path = find_video(folder, line)
+    if path is None:
+        return tag("span", f"{PurePosixPath(line.file).name} is not there any more", class_="quiet")
+    try:
+        image = film_strip(VideoSource.open(path, fps=line.fps or None))
+    except ValueError as error:
+        return tag("span", f"not shown: {error}", class_="quiet")
+    words = ", ".join(f"{share:.0%}" for share in SHARES)
+    alt = f"{label}, seed {line.seed_index}: frames at {words} of the video"
+    return tag("img", src=data_uri(image), alt=alt, width=image.width, height=image.height, loading="lazy")
+
+
+def find_video(folder: Path, line: ManifestLine) -> Path | None:
+    """The video of a manifest line: below the folder, or in it under its own name; None where there is none."""
+    candidates = (folder / line.file, folder / PurePosixPath(line.file).name)
+    return next((path for path in candidates if path.exists()), None)
