@@ -25,7 +25,10 @@ PROTOCOL_FILE = "protocol.yaml"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 GROUPS = ("vbench", "long", "weight_free", "judge")
 """Groups of metrics, as ``evaluation/metrics`` makes them."""
-PLACES = ("model", "prompts", "prompts_extended", "num_prompts", "backbones", "videos", "name")
+PLACES = (
+    *("name", "videos", "manifest", "prompt_file"),
+    *("model", "prompts", "prompts_extended", "num_prompts", "backbones"),
+)
 """Keys that say where something is, or repeat what a hash says: not part of the fingerprint."""
 GENERATION = (
     *("family", "model_sha256", "dtype", "device", "sampler", "seconds", "segment_event", "batch", "threads", "crf"),
@@ -40,6 +43,9 @@ class Protocol:
     Attributes:
         name: Of the protocol, for people.
         videos: Folder of existing videos to measure; None to generate them.
+        manifest: JSON lines that say what the existing videos were made from.
+        prompt_file: JSON mapping of the existing videos' file names to prompts.
+        fps: Frames per second of folders of frames, which do not say it.
         model: A family with bundled weights, or a diffusers folder.
         family: How a folder is run; a bundled model has its own.
         model_sha256: Of the weights; filled in when it is resolved.
@@ -68,6 +74,9 @@ class Protocol:
 
     name: str = "custom"
     videos: str | None = None
+    manifest: str | None = None
+    prompt_file: str | None = None
+    fps: float | None = None
     model: str = "mini"
     family: str | None = None
     model_sha256: str | None = None

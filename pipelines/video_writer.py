@@ -33,6 +33,8 @@ class VideoFormat:
         fps: Frames per second.
         crf: H.264 constant rate factor: 0 (lossless) to 51; 18 is visually clean.
         scale: Whole-number enlargement of every pixel, so that a 64-pixel video is watchable.
+        threads: Of the encoder, which cuts pictures into as many slices; 0 leaves it to the number of cores, and then
+            the bytes depend on the machine.
     """
 
     height: int
@@ -40,6 +42,7 @@ class VideoFormat:
     fps: float = 16.0
     crf: int = 18
     scale: int = 1
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.height % 2 or self.width % 2 or self.height <= 0 or self.width <= 0:
@@ -50,6 +53,8 @@ class VideoFormat:
             raise ValueError(f"crf={self.crf}: give 0 (lossless) to 51 (smallest); 18 is visually clean")
         if self.scale < 1:
             raise ValueError(f"scale={self.scale}: give a whole number of 1 or more")
+        if self.threads < 0:
+            raise ValueError(f"threads={self.threads}: give 1 or more, or 0 for the encoder's own choice")
 
     def ffmpeg_command(self) -> list[str]:
         """Return the encoder's command line: raw RGB on its input, a fragmented MP4 on its output."""
@@ -60,6 +65,7 @@ class VideoFormat:
         # No B-frames and no look-ahead: decode order is display order, so parts join by moving their times, and a
         # frame leaves the encoder as soon as it is in.
         codec = ["-c:v", "libx264", "-preset", "veryfast", "-tune", "zerolatency", "-bf", "0", "-sc_threshold", "0"]
+        codec += ["-threads", str(self.threads)] if self.threads else []
         group = str(max(1, round(self.fps * GROUP_SECONDS)))
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(rate)]
         return [

@@ -72,8 +72,11 @@ def fail(message: str) -> int:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests(what: str = "block") -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C, or a polite kill, into a request that is asked for between blocks.
+
+    Args:
+        what: What is finished first, for the message.
 
     Yields:
         A function that tells whether to stop. A second Ctrl-C interrupts at once.
@@ -84,7 +87,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         if requested:
             raise KeyboardInterrupt
         requested.append(number)
-        err.print("\nstopping after this block; again to stop at once", style="yellow")
+        err.print(f"\nstopping after this {what}; again to stop at once", style="yellow")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

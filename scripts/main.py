@@ -9,6 +9,7 @@ from longtake import __version__
 from longtake.configs.waiting import wait_briefly
 from longtake.scripts.benchmark import benchmark
 from longtake.scripts.console import out, run_app
+from longtake.scripts.evaluate import app as evaluate
 from longtake.scripts.fork import fork
 from longtake.scripts.generate import generate
 from longtake.scripts.info import info
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 for _name, _command in COMMANDS.items():
     app.command(_name, no_args_is_help=_name not in ("policies", "benchmark"))(_command)
+app.add_typer(evaluate, name="evaluate")
 
 
 def _show_version(value: bool) -> None:
