@@ -25,7 +25,7 @@ from longtake.evaluation.metrics.dimensions import (
     metric_spec,
 )
 from longtake.evaluation.metrics.spans import Batches, Span, Spans, clips_score, whole_score
-from longtake.evaluation.transforms import clip_transform, dino_transform, musiq_transform
+from longtake.evaluation.transforms import MusiqMode, clip_transform, dino_transform, musiq_transform
 
 Specs = Mapping[Variant, MetricSpec]
 Features = Callable[[np.ndarray], Tensor]
@@ -298,16 +298,17 @@ def aesthetic(variants: tuple[Variant, ...], encoder: Any, head: Any) -> SpanMet
     return SpanMetric({variant: metric_spec(AESTHETIC, variant, networks) for variant in variants}, meter)
 
 
-def imaging(variants: tuple[Variant, ...], scorer: Any) -> SpanMetric:
+def imaging(variants: tuple[Variant, ...], scorer: Any, *, mode: MusiqMode = "longer") -> SpanMetric:
     """``imaging_quality``: MUSIQ on each frame, 0..100.
 
     Args:
         variants: To measure.
         scorer: A frame scorer, (1, 3, h, w) in 0..1 to a number.
+        mode: VBench's ``imaging_quality_preprocessing_mode``; published numbers have its default.
     """
 
     def quality(frames: np.ndarray) -> list[float]:
-        return [float(scorer.score(image[None])) for frame in frames for image in musiq_transform(frame[None])]
+        return [scorer.score(musiq_transform(frame[None], mode=mode)) for frame in frames]
 
     def meter(video: VideoInfo, specs: Specs) -> Meter:
         return FrameQualityMeter(video, specs, quality)

@@ -1,0 +1,178 @@
+"""Compare this installation with numbers that VBench's own code gave with stand-in networks.
+
+A folder of golden numbers holds ``golden.json``, ``videos/NAME.mp4`` and, as backbones, ``stubs.py``.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longtake.evaluation.backbones import Backbones
+from longtake.evaluation.long import fused, mapped_clip_to_clip
+from longtake.evaluation.metric import Metric, Score, VideoInfo
+from longtake.evaluation.metrics import make_metrics
+from longtake.evaluation.metrics.dimensions import DIMENSIONS
+from longtake.evaluation.metrics.vbench import imaging
+from longtake.evaluation.sampling import clip_ranges, middle
+from longtake.evaluation.scores import quality7, semantic, total
+from longtake.evaluation.video import VideoSource, measure
+
+TOLERANCE = 1e-6
+"""Absolute, for every number; counts, indices and booleans are exact."""
+MUSIQ_MODES = ("shorter", "shorter_centercrop", "None")
+
+
+class Check(NamedTuple):
+    """One number.
+
+    Attributes:
+        name: What it is.
+        expected: As VBench's own code gave it.
+        got: As computed here; None if it could not be.
+        error: Absolute difference; infinite where something exact is not equal, or could not be computed.
+    """
+
+    name: str
+    expected: Any
+    got: Any
+    error: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is within the tolerance."""
+        return self.error <= TOLERANCE
+
+
+def check_golden(folder: Path, backbones: Backbones) -> list[Check]:
+    """Compute every golden number that is measured here.
+
+    Args:
+        folder: With ``golden.json`` and ``videos/``.
+        backbones: The stand-ins the numbers were made with: ``load_backbones(folder / "stubs.py")``.
+
+    Returns:
+        One check per number, in the order of the file; what the official tool alone measures is left out.
+
+    Raises:
+        ValueError: If the folder holds no golden numbers.
+    """
+    path = folder / "golden.json"
+    try:
+        golden = json.loads(path.read_text(encoding="utf-8"))
+        videos = _videos(folder, golden.get("videos", {}), backbones)
+        checks = [*videos, *_samplings(golden), *_scores(golden), *_fusions(golden)]
+    except (OSError, AttributeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as golden numbers: {error!r}") from error
+    if not checks:
+        raise ValueError(f"{folder} holds no golden numbers: give a folder with golden.json and videos/.")
+    return checks
+
+
+def golden_scores(scores: Mapping[str, Score], folder: str = "") -> dict[str, Score]:
+    """{dimension: score} of the metrics ``vbench/FOLDER...`` and ``vbench_form/FOLDER...[...]``.
+
+    Args:
+        scores: By metric name.
+        folder: ``""`` for whole videos, ``"long/"`` or ``"long_dev/"`` for VBench-Long.
+    """
+    stems = {name.partition("/")[2].partition("[")[0]: score for name, score in scores.items()}
+    names = (dimension.name for dimension in DIMENSIONS)
+    return {name: stems[folder + name] for name in names if folder + name in stems}
+
+
+def _near(name: str, expected: float, got: float | None) -> Check:
+    return Check(name, expected, got, math.inf if got is None else abs(got - expected))
+
+
+def _equal(name: str, expected: Any, got: Any) -> Check:
+    return Check(name, expected, got, 0.0 if got == expected else math.inf)
+
+
+def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> Iterator[Check]:
+    """The decoded bytes and every dimension of every video whose file is there."""
+    metrics, _ = make_metrics(backbones, groups=("vbench",))
+    scorer = backbones.get("musiq")
+    for name, expected in golden.items():
+        path = folder / "videos" / f"{name}.mp4"
+        if not path.exists():
+            continue
+        source = VideoSource.open(path)
+        yield _equal(f"{name}: decoded bytes", expected["sha256_rgb"], _sha256_rgb(source))
+        info = VideoInfo(
+            id=name,
+            num_frames=source.num_frames,
+            fps=source.fps,
+            height=source.height,
+            width=source.width,
+            prompt=expected["prompt"],
+        )
+        scores = golden_scores(measure(source, info, metrics))
+        for dimension in (dimension.name for dimension in DIMENSIONS):
+            yield from _dimension(f"{name}: {dimension}", dimension, expected, scores.get(dimension))
+        for mode in MUSIQ_MODES if scorer is not None else ():
+            metric: Metric = imaging(("short",), scorer, mode=mode)
+            value = golden_scores(measure(source, info, [metric]))["imaging_quality"].value
+            yield _near(f"{name}: imaging_quality, {mode}", expected["imaging_quality_raw_0_100"][mode], value)
+
+
+def _sha256_rgb(source: VideoSource) -> str:
+    digest = hashlib.sha256()
+    for frames in source.pieces():
+        digest.update(frames.tobytes())
+    return digest.hexdigest()
+
+
+def _dimension(name: str, dimension: str, golden: Mapping[str, Any], score: Score | None) -> Iterator[Check]:
+    value = None if score is None else score.value
+    if dimension == "imaging_quality":
+        yield _near(f"{name}, longer", golden["imaging_quality_raw_0_100"]["longer"], value)
+    elif dimension == "dynamic_degree":
+        details = {} if score is None else score.details
+        for key, expected in golden[dimension].items():
+            got = details.get(key)
+            if key == "pair_scores_first5":
+                for index, item in enumerate(expected):
+                    yield _near(f"{name}, pair {index}", item, None if got is None else got[index])
+            elif isinstance(expected, float):
+                yield _near(f"{name}, {key}", expected, got)
+            else:
+                yield _equal(f"{name}, {key}", expected, got)
+    else:
+        yield _near(name, golden[dimension], value)
+
+
+def _samplings(golden: Mapping[str, Any]) -> Iterator[Check]:
+    for case, expected in golden.get("get_frame_indices_middle", {}).items():
+        num, length = (int(part.partition("=")[2]) for part in case.split(","))
+        yield _equal(f"middle frames, {case}", expected, middle(num, length))
+    for video, clips in golden.get("split_video_into_clips_2s [start_frame, n_frames]", {}).items():
+        expected = [tuple(clip) for _, clip in sorted(clips.items())]
+        num_frames = expected[-1][0] + expected[-1][1]
+        # A clip of the whole video does not tell the rate; the only one there is has 16 frames a second.
+        fps = 16 if any(name.endswith("_full.mp4") for name in clips) else expected[0][1] / 2
+        yield _equal(f"clips of {video}", expected, clip_ranges(num_frames, fps, 2))
+
+
+def _scores(golden: Mapping[str, Any]) -> Iterator[Check]:
+    if "total_score" not in golden:
+        return
+    expected = golden["total_score"]
+    values = {f"vbench/{name.replace(' ', '_')}": value for name, value in expected["raw"].items()}
+    makers: dict[str, Callable[[Mapping[str, float]], tuple[float | None, str | None]]] = {
+        "quality": quality7,
+        "semantic": semantic,
+        "total": total,
+    }
+    for name, make in makers.items():
+        yield _near(f"score: {name}", expected[name], make(values)[0])
+
+
+def _fusions(golden: Mapping[str, Any]) -> Iterator[Check]:
+    for example in golden.get("fuse_examples", []):
+        dimension, inclip, between = example["dimension"], example["inclip_score"], example["clip2clip_score"]
+        name = f"fusion of {inclip} and {between}, {dimension}"
+        yield _near(f"{name}: mapped", example["mapped_clip2clip_score"], mapped_clip_to_clip(between, dimension))
+        yield _near(f"{name}: fused", example["video_results"], fused(inclip, between, dimension))

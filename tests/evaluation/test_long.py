@@ -1,0 +1,157 @@
+"""VBench-Long: clips score as videos of their own, and what the clip-to-clip branch does in every corner."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
+import vbench_formulas as slow
+from vbench_stubs import Stub, moving_squares, scores, stubs
+
+from longtake.evaluation.golden_check import golden_scores
+from longtake.evaluation.long import (
+    clip_to_clip_scores,
+    consistency,
+    fused,
+    mapped_clip_to_clip,
+    official_clip_to_clip,
+    quantile_table,
+)
+from longtake.evaluation.metrics import make_metrics
+from longtake.evaluation.transforms import dinov2_transform, dreamsim_transform
+
+SUBJECT, BACKGROUND = "subject_consistency", "background_consistency"
+
+
+def measure(frames, groups=("long",), **about):
+    return scores(make_metrics(stubs(), groups=groups)[0], frames, **about)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "fps"),
+    [
+        (20, 4.0),  # two clips of 8 and one that borrows 4
+        (16, 4.0),  # two clips, nothing left
+        (17, 4.0),  # the borrowing clip starts on an odd frame: other frames are left out and interpolated
+        (8, 4.0),  # exactly one
+        (5, 4.0),  # shorter than one
+        (45, 20.9),  # clips have 20 frames a second, so dynamic degree looks at every second, not every third
+        (30, 5.9),
+    ],
+)
+def test_every_clip_scores_as_a_video_of_its_own(num_frames, fps):
+    frames = moving_squares(num_frames)
+    long = golden_scores(measure(frames, fps=fps), "long/")
+    ranges = slow.clips(num_frames, fps)
+    alone = [golden_scores(measure(frames[start:end], ("vbench",), fps=float(int(fps)))) for start, end in ranges]
+    assert len(long) == 8
+    for name, score in long.items():
+        rows = score.details["clips"]
+        assert [(row["start_frame"], row["start_frame"] + row["num_frames"]) for row in rows] == ranges
+        values = [clip[name].value for clip in alone]
+        np.testing.assert_allclose([row["value"] for row in rows], values, atol=1e-6)
+        assert score.value == pytest.approx(np.mean(values), abs=1e-6)
+        assert score.weight == len(ranges)
+        assert [window.value for window in score.windows] == [row["value"] for row in rows]
+    for row, clip in zip(long["dynamic_degree"].details["clips"], alone, strict=True):
+        assert row["n_pairs"] == clip["dynamic_degree"].details["n_pairs"]
+        assert row["count_needed"] == clip["dynamic_degree"].details["count_needed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "transform", "cells"), [(SUBJECT, dinov2_transform, 11), (BACKGROUND, dreamsim_transform, 12)]
+)
+def test_the_development_branch_compares_first_frames(name, transform, cells):
+    frames = moving_squares(28)
+    found = measure(frames, fps=4.0)
+    long, dev = golden_scores(found, "long/")[name], golden_scores(found, "long_dev/")[name]
+    firsts = frames[[start for start, _ in slow.clips(28, 4.0)]]
+    between = slow.consistency(Stub("s", cells=cells).encode(transform(firsts)).double().numpy())
+    assert len(firsts) == 4
+    assert dev.details["clip2clip"] == pytest.approx(between, abs=1e-6)
+    mapped = np.interp(between, np.arange(101) / 100, quantile_table(name))
+    assert dev.details["mapped_clip2clip"] == pytest.approx(mapped, abs=1e-6)
+    for row, inclip in zip(dev.details["clips"], long.details["clips"], strict=True):
+        assert row["inclip"] == inclip["value"]
+        assert row["value"] == pytest.approx(0.5 * inclip["value"] + 0.5 * mapped, abs=1e-6)
+    assert dev.value == pytest.approx(0.5 * long.value + 0.5 * mapped, abs=1e-6)
+
+
+def test_without_the_flag_the_clip_to_clip_value_is_told_and_not_used():
+    frames = moving_squares(20)
+    frames[8:] = 255 - frames[8:]
+    score = golden_scores(measure(frames), "long/")[SUBJECT]
+    assert score.details["clip2clip"] < 0.6
+    assert score.value == pytest.approx(np.mean([row["inclip"] for row in score.details["clips"]]))
+
+
+@pytest.mark.parametrize("num_frames", [5, 8])
+def test_a_single_clip_has_no_clip_to_clip_term(num_frames):
+    found = measure(moving_squares(num_frames))
+    for name in (SUBJECT, BACKGROUND):
+        dev = golden_scores(found, "long_dev/")[name]
+        assert dev.details["clip2clip"] == dev.details["mapped_clip2clip"] == 0.0
+        assert dev.value == golden_scores(found, "long/")[name].value
+
+
+def test_clips_too_short_for_a_value_are_left_out():
+    found = golden_scores(measure(moving_squares(5), fps=1.0), "long/")
+    # Clips of two frames: no frame is left out to be interpolated.
+    assert found["motion_smoothness"].skipped == "needs at least 3 frames"
+    assert found[SUBJECT].weight == 3
+
+
+def test_two_clips_have_one_term():
+    features = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    assert consistency(features) == pytest.approx(0.6)
+    assert consistency(features[:1]) is None
+
+
+def test_opposite_clips_count_as_missing_and_are_not_punished():
+    firsts = [torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])]
+    scores = clip_to_clip_scores([0.9, None], firsts, SUBJECT)
+    assert scores.clip_to_clip == scores.mapped == 0.0
+    assert scores.fused == scores.inclip == (0.9, None)
+    almost = [firsts[0], torch.tensor([[0.005, 1.0]])]
+    assert clip_to_clip_scores([0.9], almost, SUBJECT).fused[0] < 0.62
+
+
+@pytest.mark.parametrize("dimension", [SUBJECT, BACKGROUND])
+def test_the_table_rises_from_0_to_1(dimension):
+    table = quantile_table(dimension)
+    assert len(table) == 101
+    assert table[0] == 0.0 and table[100] == 1.0
+    assert list(table) == sorted(table)
+    assert [mapped_clip_to_clip(step / 100, dimension) for step in range(101)] == pytest.approx(list(table))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(value=st.floats(-0.1, 1.1), dimension=st.sampled_from([SUBJECT, BACKGROUND]))
+def test_the_table_is_read_linearly_and_flat_outside(value, dimension):
+    expected = np.interp(value, np.arange(101) / 100, quantile_table(dimension))
+    assert mapped_clip_to_clip(value, dimension) == pytest.approx(expected, abs=1e-12)
+    assert fused(0.8, value, dimension) == pytest.approx(0.4 + expected / 2 if expected else 0.8)
+
+
+def test_even_strong_drift_costs_little():
+    assert mapped_clip_to_clip(0.35, SUBJECT) > 0.89
+    assert quantile_table(SUBJECT)[50] == pytest.approx(0.933, abs=5e-4)
+    assert quantile_table(BACKGROUND)[90] == pytest.approx(0.972, abs=5e-4)
+
+
+def test_other_dimensions_have_no_table():
+    with pytest.raises(ValueError, match="'imaging_quality' has no clip-to-clip table"):
+        quantile_table("imaging_quality")
+
+
+def test_the_official_tool_does_not_find_names_with_an_underscore():
+    by_video = {"p0007-0.mp4": 0.8, "a_cat.mp4": 0.3}
+    assert official_clip_to_clip("p0007-0_003.mp4", by_video) == 0.8
+    assert official_clip_to_clip("p0007-0_full.mp4", by_video) == 0.8
+    assert official_clip_to_clip("a_cat_000.mp4", by_video) == 0.0
