@@ -16,7 +16,10 @@ import numpy as np
 _FRAME_PER_PACKET = {"av1", "ffv1", "gif", "h264", "hevc", "mjpeg", "png", "prores", "rawvideo", "vp9"}
 # These may split an interlaced frame into two packets, and say "progressive" when they do not.
 _MAYBE_FIELDS = {"h264", "hevc"}
-_DISCARDED = 4
+# Flags of ffmpeg's packets.
+_CORRUPT, _DISCARDED = 2, 4
+# What ffmpeg says when it had to make up a part of a picture.
+_CONCEALED = re.compile(r"error while decoding|error submitting packet|corrupt", re.IGNORECASE)
 _THREADS = 4
 _PIPE_BYTES = 1 << 20
 
@@ -44,7 +47,7 @@ def probe(path: Path) -> StreamFacts:
     Codecs whose packets are not frames (VP8, interlaced H.264, ...) are decoded once to count.
 
     Raises:
-        ValueError: If it is no video that ffmpeg can read, or holds no frame.
+        ValueError: If it is no video that ffmpeg can read, holds no frame, or is cut off.
     """
     packets = ["-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
     first = ["-map", "0:V:0", "-frames:v", "1", "-fps_mode", "passthrough", "-c:v", "rawvideo", "-pix_fmt", "rgb24"]
@@ -57,9 +60,11 @@ def probe(path: Path) -> StreamFacts:
     if codec not in _FRAME_PER_PACKET or (codec in _MAYBE_FIELDS and "progressive" not in line):
         decoded = ["-map", "0:V:0", "-fps_mode", "passthrough", "-f", "framecrc", "pipe:1"]
         table, log = _run(path, decoded)
-    num_frames, seconds = _count(table)
+    num_frames, seconds, is_cut_off = _count(table)
     if num_frames == 0:
         raise ValueError(f"{path} has no frames: {_reason(log)}")
+    if is_cut_off:
+        raise ValueError(f"{path} is cut off or damaged after frame {num_frames}: copy or make it again")
     return StreamFacts(
         num_frames=num_frames, fps=_rate(line, num_frames, seconds), height=int(size[2]), width=int(size[1])
     )
@@ -77,7 +82,7 @@ def read_frames(path: Path, facts: StreamFacts, *, length: int) -> Iterator[np.n
         (F <= length, H, W, 3) uint8 RGB, each in memory of its own. Colours are converted as OpenCV does it.
 
     Raises:
-        ValueError: If the file decodes to fewer or more frames than its packets promised.
+        ValueError: If the file decodes to fewer or more frames than its packets promised, or with errors.
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -95,6 +100,9 @@ def read_frames(path: Path, facts: StreamFacts, *, length: int) -> Iterator[np.n
                 yield _read_piece(process.stdout, shape, path, start, facts, errors)
             if process.stdout.read(1):
                 raise ValueError(_other_count(path, f"more than {facts.num_frames}", facts))
+            log = _text(errors)
+            if _CONCEALED.search(log):
+                raise ValueError(f"{path} is damaged ({_reason(log)}): copy or make it again")
         finally:
             process.kill()
             process.stdout.close()
@@ -110,11 +118,15 @@ def _read_piece(
         count = pipe.readinto(rest)
         if not count:
             missing = -(-len(rest) // (piece.nbytes // len(piece)))
-            errors.seek(0)
-            reason = _reason(errors.read().decode(errors="replace"))
-            raise ValueError(_other_count(path, f"{start + len(piece) - missing}", facts, reason))
+            found = start + len(piece) - missing
+            raise ValueError(_other_count(path, f"{found}", facts, _reason(_text(errors))))
         rest = rest[count:]
     return piece
+
+
+def _text(errors: IO[bytes]) -> str:
+    errors.seek(0)
+    return errors.read().decode(errors="replace")
 
 
 def _other_count(path: Path, found: str, facts: StreamFacts, reason: str = "") -> str:
@@ -145,20 +157,22 @@ def _run(path: Path, arguments: list[str]) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def _count(table: str) -> tuple[int, float]:
-    """Frames in a framecrc table and how long they last together; what an edit list cuts away does not count."""
+def _count(table: str) -> tuple[int, float, bool]:
+    """Of a framecrc table: frames, without what an edit list cuts away; seconds they last; is one of them broken."""
     base = re.search(r"^#tb 0: (\d+/\d+)$", table, re.MULTILINE)
     num_frames = ticks = 0
+    is_broken = False
     for line in table.splitlines():
-        if line.startswith("#"):
-            continue
         # stream, dts, pts, duration, size, checksum, perhaps F=flags
         cells = [cell.strip() for cell in line.split(",")]
+        if line.startswith("#") or len(cells) < 6:
+            continue
         flags = next((int(cell[2:], 16) for cell in cells[6:] if cell.startswith("F=")), 0)
-        if len(cells) >= 6 and not flags & _DISCARDED:
+        is_broken |= bool(flags & _CORRUPT)
+        if not flags & _DISCARDED:
             num_frames += 1
             ticks += int(cells[3])
-    return num_frames, float(ticks * Fraction(base[1])) if base else 0.0
+    return num_frames, float(ticks * Fraction(base[1])) if base else 0.0, is_broken
 
 
 def _rate(line: str, num_frames: int, seconds: float) -> float | None:
