@@ -18,12 +18,11 @@ from torch import Tensor
 from longtake.evaluation.drift import MEASURES, WINDOW_FRAMES, WindowMeter
 from longtake.evaluation.judge import ClipJudge
 from longtake.evaluation.moving_scenes import Scene, describe
+from longtake.evaluation.suites import SEED_STEP, video_seed
 
 StreamFrames = Callable[[list[str], list[int], Any], Iterable[Tensor]]
 """(prompts, seeds, cache) -> tensors (batch, F, 3, H, W) in [0, 1], in order."""
 
-
-SEED_STEP = 1_000_003  # between the noise seeds of one prompt
 COSTS = ("ms_per_block", "kv_mb")
 """Measured beside the drift measures where a ``CostMeter`` is given: denoising milliseconds per block and video, and
 megabytes of keys and values per video, read sets and guidance branches included."""
@@ -117,11 +116,6 @@ def append_results(path: Path, results: Sequence[VideoResult]) -> None:
         file.write("".join(f"{result.to_json()}\n" for result in results).encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def video_seed(prompt_index: int, seed_index: int) -> int:
-    """Noise seed of a video: the same for every policy, different between prompts."""
-    return SEED_STEP * seed_index + prompt_index
 
 
 def video_name(seed: int) -> str:

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longtake.evaluation.drift_study import video_seed
 from longtake.evaluation.metric import Segment
 from longtake.evaluation.protocol import Protocol
 from longtake.evaluation.records import ManifestLine
-from longtake.evaluation.suites import Change, Prompt
+from longtake.evaluation.suites import Change, Prompt, video_seed
 
 MANIFEST = "manifest.jsonl"
 SCORES = "scores"

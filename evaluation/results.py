@@ -80,11 +80,13 @@ def run_record(label: str, header: Mapping[str, Any], specs: Sequence[Any], skip
 
     Args:
         label: Of the run.
-        header: Of the run; JSON-able, free of times and paths.
+        header: Of the run; JSON-able, free of times and paths. The version of the program is added.
         specs: One mapping of a spec's fields per number.
         skipped: {metric: why it is not computed}.
     """
     # Through JSON, so that tuples and lists compare as equal.
+    tool = {"name": "longtake", "version": __version__, "git": git_commit()}
+    header = {**header, "tool": tool}
     values = {"schema": SCHEMA, "label": label, "header": header, "specs": specs, "skipped": skipped}
     return json.loads(json.dumps(values))
 
@@ -107,10 +109,11 @@ def results_json(run: RunScores) -> dict[str, Any]:
     for name, compute in TOTALS.items():
         value, reason = compute(means)
         scores[name] = {"value": value, "reason": reason}
+    header = dict(run.header)
     return {
         "schema": SCHEMA,
-        "tool": {"name": "longtake", "version": __version__, "git": git_commit()},
-        "run": {"label": run.label, "num_videos": len(run.videos), **run.header},
+        "tool": header.pop("tool"),
+        "run": {"label": run.label, "num_videos": len(run.videos), **header},
         "metrics": metrics,
         "scores": scores,
     }

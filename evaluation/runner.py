@@ -148,7 +148,10 @@ class Evaluation:
             if known is None:
                 write_json(run.folder / RUN_FILE, record)
             elif known != record:
-                keys = [key for key in record if known.get(key) != record[key]]
+                # Another version of the program may go on; the results name the one that began.
+                keys = [key for key in record if _without_tool(known[key]) != _without_tool(record[key])]
+                if not keys:
+                    continue
                 raise ValueError(
                     f"{run.folder} was begun with other metrics, weights or settings ({', '.join(keys)} differ): use "
                     "another --out"
@@ -351,6 +354,10 @@ def write_comparison(
         protocol=settings,
         videos=videos,
     )
+
+
+def _without_tool(value: Any) -> Any:
+    return {key: item for key, item in value.items() if key != "tool"} if isinstance(value, Mapping) else value
 
 
 def _take(lock: IO[bytes], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lists of prompts: the bundled world's scenes, text files, MovieGen and VBench lists, and prompts over time."""
+"""What videos are made from: lists of prompts of any origin, prompts over time, and the seeds of their noise."""
 
 import hashlib
 import json
@@ -13,6 +13,8 @@ from longtake.evaluation.moving_scenes import describe, held_back_scenes
 SUITE = "suite:"
 PROMPT_SEED = 64
 """Of the held-back scenes; not the ones the mini model's score uses."""
+SEED_STEP = 1_000_003
+"""Between the noise seeds of one prompt."""
 NUM_SCENES = 16
 """Scenes of ``suite:moving_scenes`` where no number is given; there is no end of them."""
 
@@ -112,6 +114,11 @@ def load_prompts(
     if not prompts:
         raise ValueError(f"{source} has too few prompts for one video of {length} segments")
     return prompts[:count]
+
+
+def video_seed(prompt_index: int, seed_index: int) -> int:
+    """Noise seed of a video: the same for every policy, different between prompts."""
+    return SEED_STEP * seed_index + prompt_index
 
 
 def prompts_sha256(prompts: Iterable[Prompt]) -> str:

@@ -159,12 +159,15 @@ class _Display:
         )
         self._partial: dict[tuple[str, int], float] = {}
         self._begin = time.perf_counter()
+        self._is_begun = False
         self._shown = 0
         self._bar = bar
         self._task = None if bar is None else bar.add_task("", total=self._total, completed=self._begun, left="")
 
     def ready(self, description: Mapping[str, Any]) -> None:
-        """Nothing to show."""
+        """Loading is over: what is left is reckoned from here."""
+        if not self._is_begun:
+            self._is_begun, self._begin = True, time.perf_counter()
 
     def steps(self, unit: "Unit", steps: float) -> None:
         """Part of a unit is done."""
