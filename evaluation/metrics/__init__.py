@@ -2,13 +2,28 @@
 
 from collections.abc import Sequence
 
-from longtake.evaluation.backbones import Backbones
+from longtake.evaluation.backbones import Backbones, classical_backbones
 from longtake.evaluation.metric import Metric
+from longtake.evaluation.metrics.classical import Classical
+from longtake.evaluation.metrics.colour import COLOUR
+from longtake.evaluation.metrics.flicker import FLICKER
+from longtake.evaluation.metrics.flow import FlowMetric
+from longtake.evaluation.metrics.judge import JudgeMetric
+from longtake.evaluation.metrics.nss import NaturalStatistics
 from longtake.evaluation.metrics.quality import vbench_metrics
+from longtake.evaluation.metrics.repetition import REPETITION
+from longtake.evaluation.metrics.seams import SEAMS
+from longtake.evaluation.metrics.shots import SHOTS
+from longtake.evaluation.metrics.spectrum import SPECTRUM
+from longtake.evaluation.metrics.stillness import STILLNESS
+from longtake.evaluation.metrics.stills import StillsMetric
+from longtake.evaluation.metrics.track import TrackMetric
 
 GROUPS = ("vbench", "long", "weight_free", "judge")
 """``vbench``: whole videos; ``long``: clips of two seconds (VBench-Long); ``weight_free``: ours; ``judge``: the mini
 model's judge."""
+COURSE = (STILLNESS, REPETITION, SHOTS, FLICKER, COLOUR, SEAMS, SPECTRUM)
+"""What is read off the course of a video once all of it has come."""
 
 
 def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tuple[list[Metric], dict[str, str]]:
@@ -28,4 +43,10 @@ def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tup
         if group not in GROUPS:
             raise ValueError(f"unknown group of metrics {group!r}; known: {', '.join(GROUPS)}.")
     metrics, skipped = vbench_metrics(backbones, short="vbench" in groups, long="long" in groups)
+    if "weight_free" in groups:
+        metrics.extend([TrackMetric(COURSE), StillsMetric([Classical(), NaturalStatistics()])])
+        # Flow needs no network; the metric's name says which one it was.
+        metrics.append(FlowMetric(backbones.or_else(classical_backbones()).get("raft")))
+    if "judge" in groups:
+        metrics.append(JudgeMetric())
     return metrics, skipped

@@ -142,12 +142,13 @@ class Pooling:
     Args:
         height: Of the pictures.
         width: Of the pictures.
-        grid: Cells along each side, fewer where there are fewer pixels.
+        grid: Cells along each side, or down and across; fewer where there are fewer pixels.
     """
 
-    def __init__(self, height: int, width: int, grid: int) -> None:
-        self._rows = area_weights(height, min(grid, height))
-        self._columns = area_weights(width, min(grid, width)).T.copy()
+    def __init__(self, height: int, width: int, grid: int | tuple[int, int]) -> None:
+        rows, columns = grid if isinstance(grid, tuple) else (grid, grid)
+        self._rows = area_weights(height, min(rows, height))
+        self._columns = area_weights(width, min(columns, width)).T.copy()
 
     @property
     def shape(self) -> tuple[int, int]:
