@@ -1,0 +1,115 @@
+"""Which frames are looked at: VBench's own indices, and rules that hold for every length."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longtake.evaluation.sampling import clip_ranges, equal_parts, first_last, middle, percent, stride_for_8fps
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "vbench" / "golden.json"
+COUNTS = st.integers(1, 4000)
+exact = settings(deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    if not GOLDEN.exists():
+        pytest.skip("the golden numbers are not at hand")
+    return json.loads(GOLDEN.read_text())
+
+
+def test_middle_frames_are_vbenchs(golden):
+    for key, expected in golden["get_frame_indices_middle"].items():
+        num_samples, num_frames = (int(part.split("=")[1]) for part in key.split(","))
+        assert middle(num_samples, num_frames) == expected, key
+
+
+def test_clips_are_vbench_longs(golden):
+    facts = {name: (entry["shape"][0], entry["fps"]) for name, entry in golden["videos"].items()}
+    # Two of the split videos have no other golden numbers.
+    facts |= {"drift": (160, 16), "fast_squares_24": (48, 24)}
+    for name, clips in golden["split_video_into_clips_2s [start_frame, n_frames]"].items():
+        assert clip_ranges(*facts[name]) == [tuple(clip) for clip in clips.values()], name
+
+
+def test_clips_by_hand():
+    assert clip_ranges(70, 16) == [(0, 32), (32, 32), (38, 32)]
+    assert clip_ranges(477, 16)[-2:] == [(416, 32), (445, 32)] and len(clip_ranges(477, 16)) == 15
+    assert clip_ranges(64, 16) == [(0, 32), (32, 32)]
+    assert clip_ranges(20, 16) == [(0, 20)]
+    assert clip_ranges(50, 23.976) == [(0, 46), (4, 46)]  # 23 frames a second, not 24
+    assert clip_ranges(160, 16, seconds=10) == [(0, 160)]
+
+
+@exact
+@given(COUNTS, st.sampled_from([1, 8, 12.5, 16, 23.976, 24, 29.97, 30, 60]), st.sampled_from([1, 2, 10]))
+def test_clips_cover_every_frame_at_one_length(num_frames, fps, seconds):
+    clips = clip_ranges(num_frames, fps, seconds)
+    covered = {frame for start, length in clips for frame in range(start, start + length)}
+    assert covered == set(range(num_frames))
+    assert {length for _, length in clips} == {min(num_frames, int(fps) * seconds)}
+    assert [start for start, _ in clips] == sorted({start for start, _ in clips})
+    # The borrowed clip is the last one only.
+    assert all(start == index * int(fps) * seconds for index, (start, _) in enumerate(clips[:-1]))
+
+
+@exact
+@given(st.integers(1, 32), COUNTS)
+def test_middle_is_the_middle_of_equal_stretches(num_samples, num_frames):
+    count = min(num_samples, num_frames)
+    edges = [int(Fraction(num_frames * part, count)) for part in range(count + 1)]
+    expected = [(edges[i] + edges[i + 1] - 1) // 2 for i in range(count)]
+    assert middle(num_samples, num_frames) == expected + [expected[-1]] * (num_samples - count)
+
+
+def test_a_half_stride_goes_to_the_even_neighbour():
+    fps = [1, 8, 11, 12, 16, 20, 24, 25, 28, 30, 60]
+    strides = [stride_for_8fps(rate) for rate in fps]
+    assert strides == [1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 8]
+    # Rounding halves up is the mistake to make here.
+    assert strides != [max(1, int(rate / 8 + 0.5)) for rate in fps]
+
+
+def test_ends_of_a_video():
+    assert first_last(480, 16, 5) == ((0, 80), (400, 80))
+    assert first_last(160, 16, 5) == ((0, 80), (80, 80))
+    assert percent(480, 15) == ((0, 72), (408, 72))
+    assert percent(3, 10) == ((0, 1), (2, 1))
+    assert equal_parts(10, 3) == [(0, 3), (3, 3), (6, 4)]
+
+
+@exact
+@given(COUNTS, st.integers(1, 40))
+def test_equal_parts_are_a_partition(num_frames, num_parts):
+    if num_parts > num_frames:
+        with pytest.raises(ValueError, match="use 1 to num_frames parts"):
+            equal_parts(num_frames, num_parts)
+        return
+    parts = equal_parts(num_frames, num_parts)
+    assert [frame for start, length in parts for frame in range(start, start + length)] == list(range(num_frames))
+    assert max(length for _, length in parts) - min(length for _, length in parts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: clip_ranges(0, 16), "at least one frame"),
+        (lambda: clip_ranges(10, 0.5), "at least 1 frame per second"),
+        (lambda: clip_ranges(10, 16, 0.5), "whole seconds"),
+        (lambda: clip_ranges(10, 16, 2.5), "whole seconds"),
+        (lambda: middle(0, 5), "at least 1"),
+        (lambda: middle(5, 0), "at least 1"),
+        (lambda: stride_for_8fps(0), "above 0"),
+        (lambda: first_last(159, 16, 5), "use at least 10 s of video"),
+        (lambda: percent(100, 51), "at most 50"),
+        (lambda: percent(100, 0), "more than 0"),
+        (lambda: percent(1, 15), "at least 2 frames"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,215 @@
+"""VBench's transforms against slow ones written from their definitions, and against VBench's own numbers."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longtake.evaluation.transforms import (
+    clip_transform,
+    dino_transform,
+    dinov2_transform,
+    dreamsim_transform,
+    musiq_transform,
+    pad_to_multiple,
+    to_tensor,
+    umt_transform,
+    unpad,
+)
+from longtake.evaluation.video import VideoSource
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "vbench"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SHAPES = [(40, 70), (70, 40), (33, 33), (61, 90)]
+
+
+def linear(x):
+    return max(0.0, 1.0 - abs(x))
+
+
+def cubic(x, a):
+    """Keys' kernel, and 0 beyond two pixels."""
+    x = abs(x)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def weights(size, target, *, kernel, antialias):
+    """(target, size): what each output pixel takes from each input pixel, centres aligned, edges repeated."""
+    scale = size / target
+    stretch = max(scale, 1.0) if antialias else 1.0
+    support = (1 if kernel == "bilinear" else 2) * stretch
+    table = np.zeros((target, size))
+    for index in range(target):
+        centre = (index + 0.5) * scale - 0.5
+        for source in range(math.floor(centre - support) - 1, math.ceil(centre + support) + 2):
+            distance = (source - centre) / stretch
+            # torch uses Pillow's a = -0.5 with antialiasing, and -0.75 without.
+            share = linear(distance) if kernel == "bilinear" else cubic(distance, -0.5 if antialias else -0.75)
+            if antialias and not 0 <= source < size:
+                continue
+            table[index, min(max(source, 0), size - 1)] += share
+    return table / table.sum(1, keepdims=True)
+
+
+def resized(frame, size, kernel, antialias=False, loader="float"):
+    """(H, W, 3) -> (h, w, 3) in float64."""
+    out = frame.astype(np.float64)
+    for axis in (0, 1):
+        table = weights(frame.shape[axis], size[axis], kernel=kernel, antialias=antialias)
+        out = np.moveaxis(np.tensordot(table, out, (1, axis)), 0, axis)
+    return np.rint(np.clip(out, 0, 255)) if loader == "uint8" else out
+
+
+def cropped(frame, side):
+    top, left = (round((length - side) / 2) for length in frame.shape[:2])
+    return frame[top : top + side, left : left + side]
+
+
+def normalised(frame, statistics):
+    mean, std = (np.array(values) for values in statistics)
+    return ((frame / 255 - mean) / std).transpose(2, 0, 1)
+
+
+def shorter_to(frame, side):
+    height, width = frame.shape[:2]
+    return (side, side * width // height) if height <= width else (side * height // width, side)
+
+
+def frames_of(shape, num_frames=2, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (num_frames, *shape, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("loader", ["float", "uint8"])
+def test_dino_clip_and_umt(shape, loader):
+    frames = frames_of(shape)
+    found = [
+        dino_transform(frames, side=24, loader=loader),
+        clip_transform(frames, side=24, loader=loader),
+        umt_transform(frames, loader=loader),
+    ]
+    for index, frame in enumerate(frames):
+        dino = resized(frame, shorter_to(frame, 24), "bilinear", loader=loader)
+        clip = cropped(resized(frame, shorter_to(frame, 24), "bicubic", loader=loader), 24)
+        umt = cropped(resized(frame, shorter_to(frame, 256), "bilinear", loader=loader), 224)
+        expected = [normalised(dino, IMAGENET), normalised(clip, CLIP), normalised(umt, IMAGENET)]
+        # A value that lies half-way between two whole numbers may round either way.
+        allowed = 5e-5 if loader == "float" else 1 / 255 / 0.22
+        for have, want in zip(found, expected, strict=True):
+            assert have.dtype == torch.float32 and have[index].shape == want.shape
+            error = np.abs(have[index].numpy() - want)
+            assert error.max() <= allowed and np.mean(error > 5e-5) < 0.02
+
+
+def test_wrong_filters_would_be_seen():
+    """Neighbouring choices (truncating, smoothing, another cubic) are orders of magnitude beyond the tolerance."""
+    frame = frames_of((61, 90), 1)[0]
+    size = shorter_to(frame, 24)
+    right = resized(frame, size, "bilinear")
+    assert np.abs(resized(frame, size, "bilinear", antialias=True) - right).mean() > 5
+    assert np.abs(resized(frame, size, "bicubic") - right).mean() > 1
+    assert np.mean(np.floor(right) != np.rint(right)) > 0.3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("antialias", [True, False])
+def test_dinov2_and_dreamsim(shape, antialias):
+    frames = frames_of(shape, 1)
+    dinov2 = dinov2_transform(frames, antialias=antialias)[0].numpy()
+    dreamsim = dreamsim_transform(frames, side=24, antialias=antialias)[0].numpy()
+    large = resized(frames[0], shorter_to(frames[0], 256), "bicubic", antialias)
+    np.testing.assert_allclose(dinov2, normalised(cropped(large, 224), IMAGENET), atol=5e-5)
+    small = resized(frames[0], (24, 24), "bicubic", antialias).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(dreamsim, small, atol=1e-5)
+
+
+def test_the_loaders_differ_where_bicubic_overshoots():
+    """VBench's float loader leaves values outside 0..255, its uint8 loader does not."""
+    frames = np.zeros((1, 40, 60, 3), np.uint8)
+    frames[:, :, 30:] = 255
+    by_float, by_uint8 = (dreamsim_transform(frames, side=90, loader=loader) for loader in ("float", "uint8"))
+    assert by_float.min() < 0 and by_float.max() > 1
+    assert by_uint8.min() == 0 and by_uint8.max() == 1
+    assert torch.equal(by_uint8 * 255, (by_uint8 * 255).round())
+
+
+def test_sizes_at_the_toolkits_resolution():
+    frames = np.zeros((1, 480, 832, 3), np.uint8)
+    assert dino_transform(frames).shape == (1, 3, 224, 388)
+    assert clip_transform(frames).shape == dinov2_transform(frames).shape == dreamsim_transform(frames).shape
+    assert clip_transform(frames).shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    # 512/998 in floating point times 998 is just under 512, and VBench cuts: 511.
+    [("longer", (295, 511)), ("shorter", (512, 887)), ("shorter_centercrop", (512, 512)), ("None", (576, 998))],
+)
+def test_musiq_modes(mode, size):
+    frames = frames_of((576, 998), 1)
+    found = musiq_transform(frames, mode=mode)
+    assert tuple(found.shape[-2:]) == size and found.min() >= 0 and found.max() <= 1
+    if mode == "None":
+        np.testing.assert_array_equal(found[0].numpy(), to_tensor(frames)[0].numpy() / np.float32(255))
+    small = frames_of((300, 512), 1)
+    assert musiq_transform(small, mode=mode).shape[-2:] == (300, 512)
+
+
+def test_musiq_against_vbench():
+    """The stand-in scorer sees size and contrast, so it tells every wrong size and filter."""
+    if not GOLDEN.exists():
+        pytest.skip("the golden videos are not at hand")
+    spec = importlib.util.spec_from_file_location("golden_stubs", GOLDEN / "stubs.py")
+    stubs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stubs)
+    scorer = stubs.StubMusiq()
+    golden = json.loads((GOLDEN / "golden.json").read_text())["videos"]
+    for name in ("big", "odd_len", "moving_squares"):
+        for mode, expected in golden[name]["imaging_quality_raw_0_100"].items():
+            pieces = VideoSource.open(GOLDEN / "videos" / f"{name}.mp4").pieces(1)
+            scores = [float(scorer(musiq_transform(frame, mode=mode))) for frame in pieces]
+            assert abs(sum(scores) / len(scores) - expected) < 1e-6 * 100, (name, mode)
+
+
+def test_frames_are_independent_of_their_piece():
+    frames = frames_of((50, 81), 5)
+    for transform in (dino_transform, clip_transform, dinov2_transform, dreamsim_transform, musiq_transform):
+        whole = transform(frames)
+        assert torch.equal(whole, torch.cat([transform(frames[:2]), transform(frames[2:])]))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 8, 16]))
+def test_padding_repeats_edges_and_is_undone(height, width, multiple):
+    images = torch.rand(1, 2, height, width)
+    padded, padding = pad_to_multiple(images, multiple)
+    left, right, top, bottom = padding
+    assert padded.shape[-2] % multiple == padded.shape[-1] % multiple == 0
+    assert 0 <= right - left <= 1 and 0 <= bottom - top <= 1 and left + right < multiple and top + bottom < multiple
+    assert torch.equal(unpad(padded, padding), images)
+    assert torch.equal(padded[..., 0, 0], images[..., 0, 0]) and torch.equal(padded[..., -1, -1], images[..., -1, -1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: dino_transform(np.zeros((1, 8, 8, 3), np.float32)), "give uint8"),
+        (lambda: clip_transform(np.zeros((8, 8, 3), np.uint8)), "give uint8"),
+        (lambda: clip_transform(np.zeros((0, 8, 8, 3), np.uint8)), "give uint8"),
+        (lambda: dreamsim_transform(np.zeros((1, 8, 8, 3), np.uint8), loader="uint16"), "use float or uint8"),
+        (lambda: musiq_transform(np.zeros((1, 8, 8, 3), np.uint8), mode="short"), "use longer, shorter"),
+        (lambda: pad_to_multiple(torch.zeros(1, 1, 8, 8), 0), "1 or more"),
+    ],
+)
+def test_wrong_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
