@@ -4,7 +4,9 @@ By default the official tool scores the clips only. With ``--dev_flag`` the two 
 value and half a clip-to-clip value: the consistency of the clips' first frames, mapped by a table of quantiles to
 where in-clip values lie. The mapping is kind: a clip-to-clip consistency of 0.35 becomes 0.90.
 
-Here clips are cut in memory; the official tool encodes them again with loss, which moves scores a little.
+Here clips are cut in memory; the official tool encodes them again with loss, which moves scores a little. The score
+of a run is the mean over all its clips, so long videos weigh more; only where no video has a second clip does the
+official subject consistency average over frames instead.
 
 Source: VBench++ (arXiv:2411.13503), ``vbench2_beta_long`` at commit 45e79ec.
 """

@@ -118,7 +118,7 @@ def metric_spec(dimension: Dimension, variant: Variant, networks: Sequence[tuple
     grouping = dimension.grouping if variant == "short" else "clip"
     return MetricSpec(
         name=metric_name(dimension, variant, networks),
-        higher_is_better=None if dimension is DYNAMIC else True,
+        higher_is_better=True,
         unit=f"0..{dimension.highest:g}",
         range=(-1.0 if dimension is OVERALL else 0.0, dimension.highest),
         formula=VBENCH if variant == "short" else f"{VBENCH} long, clips cut without encoding them again",

@@ -65,13 +65,13 @@ class Spans:
 
     Args:
         video: Announces its number of frames and its rate.
-        clips: Whether to cut it into clips too.
+        clips: Whether to cut it into clips too; below a frame per second there are none.
     """
 
     def __init__(self, video: VideoInfo, *, clips: bool) -> None:
         self.video = video
         self.whole = Tally(Span(0, video.num_frames, video.fps))
-        ranges = clip_ranges(video.num_frames, video.fps, CLIP_SECONDS) if clips else []
+        ranges = clip_ranges(video.num_frames, video.fps, CLIP_SECONDS) if clips and video.fps >= 1 else []
         self.clips = [Tally(Span(start, length, float(int(video.fps)))) for start, length in ranges]
         self._first_open = 0
 

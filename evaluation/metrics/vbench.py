@@ -72,7 +72,7 @@ class SpanMeter:
 
     def push(self, frames: np.ndarray) -> None:
         """Take the next frames: (F, H, W, 3) uint8."""
-        with torch.inference_mode():
+        with torch.no_grad():
             self._batches.push(frames)
 
     def take(self, start: int, frames: np.ndarray) -> None:
@@ -81,9 +81,12 @@ class SpanMeter:
 
     def finish(self) -> Mapping[str, Score]:
         """The score of every variant."""
-        with torch.inference_mode():
+        with torch.no_grad():
             self._batches.close()
         makers = {"short": self.short, "long": self.long, "long_dev": self.long_dev}
+        if not self.spans.clips:
+            no_clips = f"clips of VBench-Long need 1 frame per second, the video has {self.video.fps:g}"
+            makers["long"] = makers["long_dev"] = lambda: Score.none(no_clips)
         return {spec.name: makers[variant]() for variant, spec in self.specs.items()}
 
     def value(self, mean: float | None) -> float | None:
@@ -262,10 +265,10 @@ def consistency(
     transform = {SUBJECT: dino_transform, BACKGROUND: clip_transform}[dimension]
 
     def features(frames: np.ndarray) -> Tensor:
-        return encoder.encode(transform(frames)).float().cpu()
+        return encoder.encode(transform(frames))
 
     def first_features(frames: np.ndarray) -> Tensor:
-        return first_encoder.encode(first_transform(frames)).float().cpu()
+        return first_encoder.encode(first_transform(frames))
 
     def meter(video: VideoInfo, specs: Specs) -> Meter:
         second = first_features if "long_dev" in specs else None
@@ -288,8 +291,8 @@ def aesthetic(variants: tuple[Variant, ...], encoder: Any, head: Any) -> SpanMet
     """
 
     def quality(frames: np.ndarray) -> list[float]:
-        features = normalize(encoder.encode(clip_transform(frames)).float(), dim=-1)
-        return (head.rate(features).float().reshape(-1) / 10).tolist()
+        features = normalize(encoder.encode(clip_transform(frames)), dim=-1)
+        return (head.rate(features).reshape(-1) / 10).tolist()
 
     def meter(video: VideoInfo, specs: Specs) -> Meter:
         return FrameQualityMeter(video, specs, quality)

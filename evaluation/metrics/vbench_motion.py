@@ -69,7 +69,7 @@ class SmoothnessMeter(SpanMeter):
         a, padding = self._input(index - 2, before)
         b, _ = self._input(index, after)
         self._inputs = {key: image for key, image in self._inputs.items() if key >= index - 1}
-        image = unpad(self._interpolator.middle(a, b), padding)[0].cpu()
+        image = unpad(self._interpolator.middle(a, b), padding)[0]
         # Cut to whole numbers, not rounded: as the official code turns tensors into images.
         predicted = (image * 255.0).clamp(0.0, 255.0).to(torch.uint8)
         truth = torch.from_numpy(frame).permute(2, 0, 1)
@@ -140,7 +140,7 @@ class DynamicMeter(SpanMeter):
     def _flow(self, a: np.ndarray, b: np.ndarray) -> float:
         """Mean over the fastest pixels, those of the padding among them."""
         images = [pad_to_multiple(to_tensor(frame[None]), RAFT_MULTIPLE)[0] for frame in (a, b)]
-        x, y = self._estimator.flow(*images).float().cpu().numpy()
+        x, y = self._estimator.flow(*images).numpy()
         speeds = np.sqrt(np.square(x) + np.square(y)).ravel()
         count = int(speeds.size * MOVING_SHARE)
         fastest = np.partition(speeds, speeds.size - count)[speeds.size - count :] if count else speeds[:0]

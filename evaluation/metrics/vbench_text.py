@@ -67,8 +67,8 @@ class AgreementMeter(SpanMeter):
 
     def _score(self, clip: Tensor) -> float:
         if self._text is None:
-            self._text = normalize(self._scorer.encode_text(self.video.prompt).float().cpu(), dim=-1)
-        features = normalize(self._scorer.encode_video(clip).float().cpu(), dim=-1)
+            self._text = normalize(self._scorer.encode_text(self.video.prompt), dim=-1)
+        features = normalize(self._scorer.encode_video(clip), dim=-1)
         return float((features @ self._text.T)[0, 0])
 
 

@@ -107,6 +107,11 @@ def test_clips_too_short_for_a_value_are_left_out():
     assert found[SUBJECT].weight == 3
 
 
+def test_below_a_frame_a_second_there_are_no_clips():
+    for name, score in measure(moving_squares(5), ("vbench", "long"), fps=0.5).items():
+        assert (score.skipped == "clips of VBench-Long need 1 frame per second, the video has 0.5") == ("long" in name)
+
+
 def test_two_clips_have_one_term():
     features = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     assert consistency(features) == pytest.approx(0.6)
