@@ -47,6 +47,8 @@
   if (showAll) showAll.addEventListener("click", () => { hidden.clear(); apply(); });
   for (const button of buttons) button.disabled = false;
 
+  addEventListener("beforeprint", () => { for (const block of all("details")) block.open = true; });
+
   // Tables: the first press sorts numbers downwards and words upwards, the second turns round. No value stays last.
   const valueOf = (row, column) => {
     const cell = row.cells[column];

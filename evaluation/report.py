@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtake.evaluation.flags import flags as video_flags
+from longtake.evaluation.published import Row
 from longtake.evaluation.records import RunScores, write_atomically
 from longtake.evaluation.report_data import ReportData, digits_for, interval, number
 from longtake.evaluation.report_files import FlagRow, write_files
@@ -28,7 +29,7 @@ def write_report(
     commands: Sequence[str] = (),
     protocol: Mapping[str, Any] | None = None,
     videos: Mapping[str, Path] | None = None,
-    published: Sequence[Any] | None = None,
+    published: Sequence[Row] | None = None,
     headline: Sequence[str] | None = None,
 ) -> Path:
     """Write ``out/report.html``, which needs no other file, and ``out/report/`` with figures, CSV and JSON.
@@ -40,7 +41,7 @@ def write_report(
         commands: What to type to get the same numbers.
         protocol: The resolved protocol; its ``name`` and ``fingerprint`` stand in the page's head.
         videos: {label: folder of its videos} for filmstrips; without it there are none.
-        published: Rows of published numbers, shown greyed as context.
+        published: Rows of published numbers, shown greyed as context; best those of videos about as long.
         headline: Names of the measures in the first table; None takes the usual ones.
 
     Returns:

@@ -42,7 +42,7 @@ def value_axis(
     *,
     bounds: tuple[float | None, float | None] = (None, None),
     include: Sequence[float] = (),
-    num_ticks: int = 5,
+    num_ticks: int = 6,
 ) -> Axis:
     """An axis that holds all values with a little room, and no room beyond what the values can be.
 
@@ -121,6 +121,55 @@ def spread(positions: Sequence[float], *, gap: float, low: float, high: float) -
     for index, position in zip(order, placed, strict=True):
         result[index] = position
     return result
+
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+def place_names(
+    points: Sequence[tuple[float, float]], widths: Sequence[float], *, height: float, room: Box
+) -> list[tuple[float, float, bool]]:
+    """Put a name beside every point so that names cover neither each other nor points, where that can be had.
+
+    Args:
+        points: (x, y) of the points.
+        widths: Of the names.
+        height: Of a name.
+        room: In which names should stay.
+
+    Returns:
+        (x, y, whether the name ends there instead of starting there) for each; y is its middle.
+    """
+    taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
+    result = []
+    for (x, y), width in zip(points, widths, strict=True):
+        spots = [
+            (x + side * 10, y + step * height * 0.75, side < 0)
+            for step in (0, -1, 1, -2, 2, -3, 3)
+            for side in (1, -1)
+        ]
+        boxes = [_box(spot, width, height) for spot in spots]
+        costs = [sum(_overlap(box, other) for other in taken) + 2 * _outside(box, room) for box in boxes]
+        best = min(range(len(spots)), key=lambda index: (round(costs[index]), index))
+        taken.append(boxes[best])
+        result.append(spots[best])
+    return result
+
+
+def _box(spot: tuple[float, float, bool], width: float, height: float) -> Box:
+    x, y, is_end = spot
+    left = x - width if is_end else x
+    return (left, y - height / 2, left + width, y + height / 2)
+
+
+def _overlap(a: Box, b: Box) -> float:
+    across, up = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return across * up if across > 0 and up > 0 else 0.0
+
+
+def _outside(box: Box, room: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, room)
 
 
 def _top(block: Sequence[float], gap: float) -> float:

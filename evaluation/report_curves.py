@@ -45,6 +45,7 @@ def curve_figure(data: ReportData, measure: Measure, *, identity: str, hidden: b
     end = max(point["end_s"] for points in curves.values() for _, point in points)
     x, y = seconds_axis(end), _curve_axis(measure, curves)
     times = sorted({time for points in curves.values() for time, _ in points})
+    digits = _digits(curves)
     groups = [
         tag(
             "g",
@@ -52,7 +53,7 @@ def curve_figure(data: ReportData, measure: Measure, *, identity: str, hidden: b
             tag("path", class_="line", d=_line(points, x, y)),
             class_=data.style(label),
             data_run=data.index(label),
-            data_m=_readout(points, times),
+            data_m=_readout(points, times, digits),
         )
         for label, points in reversed(curves.items())
     ]
@@ -124,10 +125,14 @@ def _band(points: Points, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def _readout(points: Points, times: Sequence[float]) -> str:
+def _digits(curves: Mapping[str, Points]) -> int:
+    return digits_for(Estimate.read(point) for points in curves.values() for _, point in points)
+
+
+def _readout(points: Points, times: Sequence[float], digits: int) -> str:
     """The means at the figure's times, for the readout under the pointer."""
     known = {time: finite(point.get("mean")) for time, point in points}
-    return " ".join("-" if known.get(time) is None else f"{known[time]:.4g}" for time in times)
+    return " ".join("-" if known.get(time) is None else f"{known[time]:.{digits}f}" for time in times)
 
 
 def _line_ends(data: ReportData, curves: Mapping[str, Points], x: Axis, y: Axis) -> tuple[list[Markup], Markup]:
@@ -157,7 +162,7 @@ def _line_ends(data: ReportData, curves: Mapping[str, Points], x: Axis, y: Axis)
 def _curve_text(data: ReportData, measure: Measure, curves: Mapping[str, Points]) -> str:
     """What the figure shows, in words."""
     parts = []
-    digits = digits_for(Estimate.read(point) for points in curves.values() for _, point in points)
+    digits = _digits(curves)
     for label, points in curves.items():
         known = [value for _, point in points if (value := finite(point.get("mean"))) is not None]
         parts.append(f"{label} from {number(known[0], digits)} to {number(known[-1], digits)}")

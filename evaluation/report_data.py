@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from longtake.evaluation.metric import PREFIXES
+from longtake.evaluation.published import Row
 from longtake.evaluation.records import RunScores
 
 NUM_HUES = 8
@@ -35,6 +36,8 @@ HEADLINES = (
 )
 """Which measures stand in the first table, where they were taken; the first eight found."""
 NUM_HEADLINES = 8
+
+ACRONYMS = (r"\bpsnr\b", r"\bnss\b", r"\bvde\b", r"\bfvd\b", r"\bclip\b(?= score)")
 
 MOTION = (r"proxy/flow_magnitude_mean", r"judge/motion_magnitude", r"vbench(_form)?/(long/)?dynamic_degree")
 CONSISTENCY = (
@@ -94,8 +97,14 @@ def finite(value: Any) -> float | None:
     return float(value) if isfinite(value) else None
 
 
-def digits_for(estimates: Iterable[Estimate], *, least: int = 0, most: int = 5) -> int:
-    """Decimals for a column: the typical interval is told to two digits, so that none looks surer than it is."""
+def digits_for(estimates: Iterable[Estimate], *, figures: int = 3, most: int = 5) -> int:
+    """Decimals for a column: the typical interval is told to two digits, so that none looks surer than it is.
+
+    Args:
+        estimates: Of the column.
+        figures: Significant figures of the largest number where there are no intervals.
+        most: Decimals at most.
+    """
     known = [item for item in estimates if item.value is not None]
     halves = [(item.high - item.low) / 2 for item in known if item.low is not None and item.high is not None]
     halves = [half for half in halves if half > 0.0]
@@ -103,8 +112,8 @@ def digits_for(estimates: Iterable[Estimate], *, least: int = 0, most: int = 5) 
         digits = 1 - _exponent(median(halves))
     else:
         sizes = [abs(item.value) for item in known if item.value]
-        digits = 2 - _exponent(max(sizes)) if sizes else least
-    return min(max(digits, least), most)
+        digits = figures - 1 - _exponent(max(sizes)) if sizes else 0
+    return min(max(digits, 0), most)
 
 
 def _exponent(value: float) -> int:
@@ -125,7 +134,8 @@ def interval(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
     """An interval as text; an empty text where there is none."""
     if estimate.low is None or estimate.high is None:
         return ""
-    return f"{number(estimate.low, digits, signed=signed)} to {number(estimate.high, digits, signed=signed)}"
+    between = " to " if signed or estimate.low < 0 else "\u2013"
+    return between.join(number(end, digits, signed=signed) for end in (estimate.low, estimate.high))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +157,16 @@ class Measure:
 
     @property
     def title(self) -> str:
-        """The name without prefix and bracket, in words."""
-        own = re.sub(r"\[.*?\]", "", self.name.removeprefix(f"{self.family}/"))
-        return own.replace("/", " · ").replace("_", " ")
+        """The last part of the name in words; of a drift also the measure that drifts."""
+        parts = re.sub(r"\[.*?\]", "", self.name).split("/")
+        words = ", ".join(parts[-2:] if self.family == "drift" else parts[-1:]).replace("_", " ")
+        words = re.sub("|".join(ACRONYMS), lambda found: found[0].upper(), words)
+        return words[:1].upper() + words[1:]
+
+    @property
+    def place(self) -> str:
+        """The name up to its last part: the prefix, and for clips of a video ``long``."""
+        return re.sub(r"\[.*?\]", "", self.name).rpartition("/")[0] + "/"
 
     @property
     def backbone(self) -> str:
@@ -158,8 +175,9 @@ class Measure:
 
     @property
     def unit(self) -> str:
-        """Of the value."""
-        return str(self.spec.get("unit") or "")
+        """Of the value; empty for shares, whose axis says enough."""
+        unit = str(self.spec.get("unit") or "")
+        return "" if unit == "0..1" else unit
 
     @property
     def direction(self) -> int:
@@ -228,7 +246,7 @@ class ReportData:
     commands: Sequence[str] = ()
     protocol: Mapping[str, Any] = field(default_factory=dict)
     videos: Mapping[str, Path] = field(default_factory=dict)
-    published: Sequence[Mapping[str, Any]] = ()
+    published: Sequence[Row] = ()
     headline: Sequence[str] | None = None
 
     @cached_property

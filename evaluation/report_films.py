@@ -84,25 +84,20 @@ def film_section(data: ReportData) -> list[Markup]:
     """A figure per prompt with a strip per policy; empty where no folder of videos is known."""
     figures = []
     for prompt in shared_prompts(data) if data.videos else ():
-        rows, text = [], ""
+        rows, text, width = [], "", 0
         for label in data.labels:
             line = _first_video(data, label, prompt)
             if line is None or label not in data.videos:
                 continue
             text = text or line.prompt
             head = tag("div", swatch(data.style(label)), tag("span", label, class_="label"), class_="who")
-            strip = tag("div", _strip(data.videos[label], line, label), class_="strip")
-            rows.append(tag("div", head, strip, class_="film", data_run=data.index(label)))
+            strip, own_width = _strip(data.videos[label], line, label)
+            width = max(width, own_width)
+            rows.append(tag("div", head, tag("div", strip, class_="strip"), class_="film", data_run=data.index(label)))
         caption = tag("figcaption", tag("strong", f"Prompt {prompt}"), " ", tag("q", text) if text else None)
-        figures.append(tag("figure", caption, _shares(), rows, class_="films"))
+        grid = tag("div", rows, class_="strips", style=f"--strip:{width}px")
+        figures.append(tag("figure", caption, grid, class_="films"))
     return figures
-
-
-def _shares() -> Markup:
-    spans = [tag("span", f"{share:.0%}") for share in SHARES]
-    return tag(
-        "div", tag("div", class_="who"), tag("div", spans, class_="shares"), class_="film heads", aria_hidden="true"
-    )
 
 
 def _first_video(data: ReportData, label: str, prompt: int) -> ManifestLine | None:
@@ -111,17 +106,19 @@ def _first_video(data: ReportData, label: str, prompt: int) -> ManifestLine | No
     return min(lines, key=lambda line: line.seed_index, default=None)
 
 
-def _strip(folder: Path, line: ManifestLine, label: str) -> Markup:
+def _strip(folder: Path, line: ManifestLine, label: str) -> tuple[Markup, int]:
+    """The strip, or why there is none; and its width in pixels."""
     path = find_video(folder, line)
     if path is None:
-        return tag("span", f"{PurePosixPath(line.file).name} is not there any more", class_="quiet")
+        return tag("span", f"{PurePosixPath(line.file).name} is not there any more", class_="quiet"), 0
     try:
         image = film_strip(VideoSource.open(path, fps=line.fps or None))
     except ValueError as error:
-        return tag("span", f"not shown: {error}", class_="quiet")
+        return tag("span", f"not shown: {error}", class_="quiet"), 0
     words = ", ".join(f"{share:.0%}" for share in SHARES)
     alt = f"{label}, seed {line.seed_index}: frames at {words} of the video"
-    return tag("img", src=data_uri(image), alt=alt, width=image.width, height=image.height, loading="lazy")
+    size = {"width": image.width, "height": image.height}
+    return tag("img", src=data_uri(image), alt=alt, decoding="async", **size), image.width
 
 
 def find_video(folder: Path, line: ManifestLine) -> Path | None:

@@ -1,9 +1,12 @@
 """HTML that is escaped by construction: text becomes markup only through :func:`tag`, which escapes it."""
 
 import html
+import re
 from typing import Any
 
-VOID = frozenset({"br", "circle", "col", "hr", "img", "input", "line", "link", "meta", "path", "rect", "use"})
+BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""They turn round the text that follows, on a page that is not theirs."""
+VOID = frozenset({"br", "circle", "col", "hr", "img", "input", "line", "link", "meta", "path", "rect", "use", "wbr"})
 """Elements without content. SVG's shapes are among them: they are written ``<path .../>``."""
 
 
@@ -20,7 +23,8 @@ Content = Any
 def escape(text: object) -> Markup:
     """Text as HTML shows it, quotes included, without characters that no page may hold."""
     whole = str(text).encode("utf-8", "replace").decode("utf-8")
-    plain = "".join(character for character in whole if character >= " " or character in "\n\t")
+    shown = (character for character in whole if character >= " " or character in "\n\t")
+    plain = "".join(character for character in shown if character not in BIDI_CONTROLS)
     return Markup(html.escape(plain, quote=True))
 
 
@@ -37,6 +41,11 @@ def join(*content: Content) -> Markup:
         else:
             parts.append(join(*item))
     return Markup("".join(parts))
+
+
+def breakable(text: str) -> Markup:
+    """A long name that may be broken where its parts meet."""
+    return Markup(re.sub(r"(?<=[_/+=,])(?=[A-Za-z0-9])|(?=\[)", "<wbr/>", escape(text)))
 
 
 def tag(name: str, /, *content: Content, **attributes: object) -> Markup:

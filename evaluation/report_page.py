@@ -35,6 +35,8 @@ FAMILIES = {
     "set": "a property of the whole set of videos",
     "judge": "the bundled judge of the mini model's world",
 }
+MANY_POLICIES = 8
+"""From here on the page shows less at first: tables of moments are folded."""
 MAX_CURVE_POINTS = 150_000
 """Windows drawn over all figures; the curves of further measures are in curves.csv only. About 25 bytes each."""
 
@@ -215,7 +217,7 @@ def _differences(data: ReportData) -> Section | None:
         rows = {label: measure.difference(label) for label in data.others}
         drawing = interval_rows(data, rows, reference=0.0, signed=True, direction=measure.direction)
         panels.append(tag("figure", tag("figcaption", measure_title(measure)), drawing, class_="panel"))
-    return "differences", f"Differences to {data.baseline}", [note, tag("div", panels, class_="panels")]
+    return "differences", "Differences to the baseline", [note, tag("div", panels, class_="panels")]
 
 
 def _moments(data: ReportData) -> Section | None:
@@ -223,8 +225,12 @@ def _moments(data: ReportData) -> Section | None:
     for moment in data.moments:
         if any(item.level(label, moment).value is not None for item in data.headlines for label in data.labels):
             caption = f"At {moment} s: means over the five seconds that end there"
-            tables.append(join(tag("h3", f"At {moment} s"), level_table(data, caption=caption, moment=moment)))
-    return ("moments", "At moments", tables) if tables else None
+            summary = tag("summary", tag("strong", f"At {moment} s"))
+            tables.append((summary, level_table(data, caption=caption, moment=moment)))
+    last = len(tables) - 1
+    is_short = len(data.labels) <= MANY_POLICIES
+    blocks = [tag("details", table, open=is_short or place == last) for place, table in enumerate(tables)]
+    return ("moments", "At moments", blocks) if blocks else None
 
 
 def _curves(data: ReportData) -> Section | None:
@@ -342,7 +348,7 @@ def _method(data: ReportData, file_names: Sequence[str], notes: Sequence[str]) -
         f"{data.num_prompts} prompts, {data.num_seeds} seeds each, {data.num_videos} videos in all.",
         *(f"{family}/: {text}." for family, text in FAMILIES.items()),
     ]
-    commands = [tag("pre", tag("code", command), tabindex=0) for command in data.commands]
+    commands = tag("pre", tag("code", "\n".join(data.commands)), tabindex=0) if data.commands else None
     shown = {key: value for key, value in data.protocol.items() if value is not None}
     links = [tag("li", tag("a", name.rpartition("/")[2], href=name)) for name in file_names]
     return [

@@ -42,7 +42,8 @@ def swatch(style: str) -> Markup:
 
 def measure_title(measure: Measure) -> Markup:
     """A measure's title with its unit, direction and stand-ins."""
-    notes = [measure.unit, measure.direction_text, measure.backbone and f"with {measure.backbone}"]
+    stand_in = f"[{measure.backbone}]" if measure.backbone else ""
+    notes = [measure.place + stand_in, measure.unit, measure.direction_text]
     small = " \u00b7 ".join(note for note in notes if note)
     return join(tag("strong", measure.title), " ", tag("span", small, class_="note", title=measure.name))
 

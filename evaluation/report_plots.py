@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from longtake.evaluation.report_axes import Axis, spread, value_axis
+from longtake.evaluation.report_axes import Axis, place_names, value_axis
 from longtake.evaluation.report_data import Estimate, Measure, ReportData, digits_for, finite, interval, number
 from longtake.evaluation.report_markup import Markup, tag
 from longtake.evaluation.report_pieces import (
@@ -17,6 +17,9 @@ from longtake.evaluation.report_pieces import (
     swatch,
 )
 
+SCATTER_WIDTH = 1000.0
+LETTER_WIDTH = 7.0
+"""Of the page that names are placed for, in CSS pixels; others get them a little closer or further apart."""
 MAX_DOTS = 1500
 """Videos in a scatter; of more, every second, third, ... is drawn."""
 
@@ -97,19 +100,22 @@ def _scatter_mean(data: ReportData, label: str, pair: tuple[Estimate, Estimate],
 
 
 def _scatter_names(data: ReportData, known: Mapping[str, tuple[Estimate, Estimate]], x: Axis, y: Axis) -> list[Markup]:
-    """Names beside the markers, moved apart up and down; left of those that stand at the right edge."""
-    spots = {
-        label: (x.percent(pair[0].value or 0.0), PLOT_HEIGHT * (1 - y.percent(pair[1].value or 0.0) / 100))
-        for label, pair in known.items()
-    }
+    """Names beside the markers, placed for a page of the usual width."""
+    points = [
+        (
+            SCATTER_WIDTH * x.percent(pair[0].value or 0.0) / 100,
+            PLOT_HEIGHT * (1 - y.percent(pair[1].value or 0.0) / 100),
+        )
+        for pair in known.values()
+    ]
+    widths = [LETTER_WIDTH * len(label) for label in known]
+    spots = place_names(points, widths, height=LABEL_GAP, room=(0.0, 0.0, SCATTER_WIDTH, PLOT_HEIGHT))
     names = []
-    for is_left in (False, True):
-        side = [label for label in spots if (spots[label][0] > 78.0) is is_left]
-        placed = spread([spots[label][1] for label in side], gap=LABEL_GAP, low=8.0, high=PLOT_HEIGHT - 8.0)
-        for label, top in zip(side, placed, strict=True):
-            across = f"right:{100 - spots[label][0]:.2f}%" if is_left else f"left:{spots[label][0]}%"
-            style = f"{across};top:{top:.0f}px"
-            names.append(tag("span", label, class_="name", style=style, data_run=data.index(label)))
+    for label, point, (left, top, is_end) in zip(known, points, spots, strict=True):
+        across = 100 * point[0] / SCATTER_WIDTH
+        style = f"left:calc({across:.2f}% + {left - point[0]:.0f}px);top:{top:.0f}px"
+        side = "name left" if is_end else "name"
+        names.append(tag("span", label, class_=side, style=style, data_run=data.index(label)))
     return names
 
 
@@ -157,7 +163,7 @@ def interval_rows(
     body = []
     for label, estimate in rows.items():
         style = data.style(label)
-        head = tag("th", swatch(style), tag("span", label, class_="label"), scope="row")
+        head = tag("th", swatch(style), tag("span", label, class_="label", title=label), scope="row")
         if estimate.value is None:
             cell = tag("td", tag("span", "not measured", title=estimate.reason), colspan=2, class_="none")
             body.append(tag("tr", head, cell, data_run=data.index(label)))

@@ -47,7 +47,8 @@ def draw_curves(data: ReportData, path: Path) -> bool:
 
 def draw_differences(data: ReportData, path: Path) -> bool:
     """Paired differences to the baseline, a panel per headline measure; False without a baseline to compare with."""
-    return bool(data.others and data.baseline) and _panels(data, data.headlines, path, _draw_difference)
+    note = f"difference to {data.baseline}, 95 % intervals; filled: significant after Holm's correction"
+    return bool(data.others and data.baseline) and _panels(data, data.headlines, path, _draw_difference, note=note)
 
 
 def draw_seams(data: ReportData, path: Path) -> bool:
@@ -85,6 +86,7 @@ def _panels(
     *,
     legend: bool = False,
     scale: float = 1.0,
+    note: str = "",
 ) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -93,8 +95,10 @@ def _panels(
         return False
     columns = min(3, len(measures))
     rows = ceil(len(measures) / columns)
-    height = max(PANEL[1], 0.22 * len(data.labels) + 1.0) * scale
-    size = (PANEL[0] * columns * scale + (1.8 if legend else 0.0), height * rows)
+    # Rows of policies need room by their number; a legend stands beside all panels.
+    height = PANEL[1] * scale if legend else max(0.2 * len(data.labels) + 0.8, 1.4)
+    least = 0.19 * len(data.labels) + 0.3 if legend else 0.0
+    size = (PANEL[0] * columns * scale + (1.8 if legend else 0.0), max(height * rows, least))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -110,6 +114,8 @@ def _panels(
     if legend:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    if note:
+        figure.supxlabel(note, fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     return True
 

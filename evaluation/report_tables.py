@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from longtake.evaluation.report_data import Estimate, Measure, ReportData, digits_for, finite, interval, number
-from longtake.evaluation.report_markup import Content, Markup, join, tag
+from longtake.evaluation.report_markup import Content, Markup, breakable, join, tag
 from longtake.evaluation.report_pieces import swatch
 from longtake.evaluation.report_plots import verdict_mark, verdict_of
 
@@ -48,11 +48,10 @@ def level_cell(level: Estimate, digits: int, *, difference: Estimate | None, dir
 
 def measure_head(measure: Measure) -> Markup:
     """A column's head: title over prefix, stand-in and direction."""
-    arrow = {1: " \u2191", -1: " \u2193", 0: ""}[measure.direction]
-    unit = f", {measure.unit}" if measure.unit and measure.unit != "0..1" else ""
+    arrow = {1: "\u00a0\u2191", -1: "\u00a0\u2193", 0: ""}[measure.direction]
     title = tag("b", measure.title, arrow)
-    small = tag("small", f"{measure.family}/{unit}")
-    stand_in = tag("small", f"[{measure.backbone}]") if measure.backbone else None
+    small = tag("small", breakable(measure.place), f" {measure.unit}" if measure.unit else None)
+    stand_in = tag("small", breakable(f"[{measure.backbone}]")) if measure.backbone else None
     return sortable(title, small, stand_in, title=f"{measure.name}: {measure.direction_text}")
 
 
@@ -99,7 +98,7 @@ def _detectable_row(data: ReportData, measures: Sequence[Measure], moment: str |
             cells.append(tag("td", "\u2013", title="not known from one prompt"))
             continue
         largest = max(item.value or 0.0 for item in sizes)
-        cells.append(tag("td", number(largest, digits_for(sizes))))
+        cells.append(tag("td", number(largest, digits_for(sizes, figures=2))))
     head = tag("th", "smallest difference that could be found", scope="row", title="80 % power, two-sided 5 %")
     return tag("tfoot", tag("tr", head, cells, [tag("td") for _ in range(num_costs)]))
 
@@ -144,9 +143,10 @@ def score_table(data: ReportData) -> Markup | None:
     reasons = {str(entry.get("reason")) for label in data.labels for entry in _scores(scores, label, names).values()}
     values = [finite(e.get("value")) for label in data.labels for e in _scores(scores, label, names).values()]
     if all(value is None for value in values):
-        text = "; ".join(sorted(reason for reason in reasons if reason != "None")) or "no run has them"
-        titles = ", ".join(SCORES[name] for name in names)
-        return tag("p", tag("strong", f"No {titles}"), f": {text}.", class_="quiet")
+        items = [tag("li", breakable(reason)) for reason in sorted(reasons, key=len) if reason != "None"]
+        text = "No composite VBench score: members are missing, or were not measured with VBench's own networks"
+        summary = tag("summary", text, class_="quiet")
+        return tag("details", summary, tag("ul", items, class_="quiet"), class_="scores")
     heads = [sortable("policy", is_text=True), *(sortable(tag("b", SCORES[name])) for name in names)]
     rows = []
     for label in data.labels:
@@ -195,7 +195,7 @@ def _measure_row_head(measure: Measure) -> Markup:
     formula = measure.spec.get("formula")
     notes = [formula and f"formula {formula}", measure.unit, measure.direction_text, measure.spec.get("description")]
     title = " \u00b7 ".join(str(note) for note in notes if note)
-    return tag("th", measure.name, scope="row", title=title, data_v=measure.name)
+    return tag("th", breakable(measure.name), scope="row", title=title, data_v=measure.name)
 
 
 def flag_table(data: ReportData, rows: Sequence[tuple[str, str, str, str, float, float, str]]) -> Markup:
@@ -230,11 +230,11 @@ def skipped_table(data: ReportData) -> Markup:
     rows = []
     for (reason, labels), names in grouped.items():
         who = "every policy" if len(labels) == len(data.labels) else ", ".join(labels)
-        items = [tag("li", name) for name in names]
+        items = [tag("li", breakable(name)) for name in names]
         cells = (tag("td", tag("ul", items), class_="text names"), tag("td", reason, class_="text wide"))
         rows.append(tag("tr", cells, tag("td", who, class_="text")))
     heads = [tag("th", name, scope="col", class_="text") for name in ("measure", "why", "for")]
-    caption = "Not measured; never counted as zero"
+    caption = "None of these was counted as zero"
     table = tag("table", tag("caption", caption), tag("thead", tag("tr", heads)), tag("tbody", rows), class_="skipped")
     return scroller(table, label=caption)
 
