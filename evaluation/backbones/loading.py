@@ -119,8 +119,8 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 def role_of(name: str) -> str | None:
     """The role that a class or function of this name offers a backbone for, None if none."""
     plain = name.lower().replace("_", "")
-    for prefix in _PREFIXES:
-        plain = plain.removeprefix(prefix)
+    prefix = next((prefix for prefix in _PREFIXES if plain.startswith(prefix)), "")
+    plain = plain.removeprefix(prefix)
     for role, facts in ROLES.items():
         if plain in (role.replace("_", ""), *facts.aliases):
             return role
@@ -207,6 +207,10 @@ def _from_yaml(path: Path, *, device: str) -> Backbones:
     files = {path.name: file_sha256(path)}
     # Every file is there and has its hash before the first network is made.
     hashes = {role: _weights_hash(entry, path.parent, role=role) for role, entry in entries.items()}
+    for role, entry in entries.items():
+        code = _code_file(entry, path.parent, role=role)
+        if code is not None:
+            files[code.name] = file_sha256(code)
     found = {}
     for role, entry in entries.items():
         found[role] = adapt(
@@ -258,6 +262,17 @@ def _weights_hash(entry: BackboneEntry, folder: Path, *, role: str) -> str | Non
     return found
 
 
+def _code_file(entry: BackboneEntry, folder: Path, *, role: str) -> Path | None:
+    """The Python file that the factory is in, if it is given as one."""
+    module = (entry.factory or "").split(":")[0]
+    if not module.endswith(".py"):
+        return None
+    file = folder / Path(module).expanduser()
+    if not file.is_file():
+        raise ValueError(f"backbone {role!r}: no file {file}")
+    return file
+
+
 def _model(entry: BackboneEntry, folder: Path, *, role: str, device: str) -> Any:
     if entry.torchscript is not None:
         file = folder / Path(entry.torchscript).expanduser()
@@ -268,18 +283,16 @@ def _model(entry: BackboneEntry, folder: Path, *, role: str, device: str) -> Any
                 return torch.jit.load(file, map_location=device)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"backbone {role!r}: {file.name} is no TorchScript file: {error}") from error
-    module, function = entry.factory.split(":")
-    factory = _function(module, function, folder, role=role)
+    factory = _function(entry, folder, role=role)
     arguments = () if entry.weights is None else (str(folder / Path(entry.weights).expanduser()),)
     return _made(factory, arguments, who=f"backbone {role!r}: {entry.factory}")
 
 
-def _function(module: str, function: str, folder: Path, *, role: str) -> Callable:
-    if module.endswith(".py"):
-        file = folder / Path(module).expanduser()
-        if not file.is_file():
-            raise ValueError(f"backbone {role!r}: no file {file}")
-        found = _run(file)
+def _function(entry: BackboneEntry, folder: Path, *, role: str) -> Callable:
+    module, function = entry.factory.split(":")
+    code = _code_file(entry, folder, role=role)
+    if code is not None:
+        found = _run(code)
     else:
         try:
             found = importlib.import_module(module)
