@@ -6,25 +6,26 @@ from longtake.evaluation.metric import MetricSpec, Score, WindowMeans
 from longtake.evaluation.metrics.shots import shots
 from longtake.evaluation.metrics.track import Track, TrackMeasure
 
-REACH_SECONDS = 0.5
-"""A frame is compared with the mean of this long on both sides: flicker slower than once a second is a drift."""
+REACH_SECONDS = 0.25
+"""A frame is compared with the mean of this long on both sides: what swings twice a second or faster counts in full,
+once a second by a third, and a scene that brightens and darkens more slowly does not."""
 
 FLICKER_EXCESS = MetricSpec(
     name="proxy/flicker_excess",
     higher_is_better=False,
     unit="grey levels",
     range=(0.0, 255.0),
-    description="Mean distance of the picture's brightness from its mean over a second, as far as most of the picture "
-    "shares it: motion makes some places lighter and others darker.",
+    description="Mean distance of the picture's brightness from its mean over half a second, as far as most of the "
+    "picture shares it: motion makes some places lighter and others darker.",
 )
 
 
 def brightness_swings(track: Track) -> np.ndarray:
-    """(T,) float64: by how many grey levels each frame is lighter than the second around it.
+    """(T,) float64: by how many grey levels each frame is lighter than the half second around it.
 
     It is the mean or the median over the cells of a small picture, whichever is less, and 0 where they disagree
     about the direction: an object moves the mean, stripes that pass by move the median. NaN where there is no whole
-    second of one shot around the frame: at the ends of the video and beside cuts.
+    half second of one shot around the frame: at the ends of the video and beside cuts.
     """
     reach = track.frames_in(REACH_SECONDS)
     swings = np.full(track.num_frames, np.nan)
