@@ -9,8 +9,13 @@ import pytest
 from longtake.evaluation.metric import MetricSpec, Score
 from longtake.evaluation.records import RunScores, VideoScores, read_manifest
 from longtake.evaluation.scores import QUALITY, SEMANTIC, quality7, total
-from longtake.evaluation.vbench_io import import_results, merge_imported
-from longtake.evaluation.vbench_io.parsing import official_values
+from longtake.evaluation.vbench_io import (
+    import_results,
+    merge_imported,
+    official_values,
+    read_imported,
+    write_imported,
+)
 
 GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden" / "vbench" / "golden.json"
 
@@ -253,6 +258,20 @@ def test_a_dimension_given_twice_is_refused(write):
     files = [write({"scene": _short([0.5])}, name) for name in ("a.json", "b.json")]
     with pytest.raises(ValueError, match="b.json, 'scene': vbench/scene comes from a.json too"):
         import_results(files)
+
+
+def test_results_kept_in_a_run_come_back_and_new_ones_join_them(write, tmp_path):
+    assert read_imported(tmp_path) == {}
+    first = import_results([write({"scene": _short([0.5, 0.25]), "color": _short([0.1])}, "a.json")])
+    write_imported(tmp_path, first)
+    assert read_imported(tmp_path) == first
+    second = import_results([write({"subject_consistency": _clips(FOUR, is_fused=True)}, "b.json")])
+    again = import_results([write({"scene": _short([0.75])}, "c.json")])
+    write_imported(tmp_path, {**second, **again})
+    assert read_imported(tmp_path) == {**first, **second, **again}
+    (tmp_path / "imported.json").write_text('{"a": 3}')
+    with pytest.raises(ValueError, match="delete it and import again"):
+        read_imported(tmp_path)
 
 
 ROW = {"video_path": "a.mp4", "video_results": 0.5}
