@@ -36,7 +36,7 @@ NUM_BLOCKS = 24  # fill any preset
 def compare(
     inner: Annotated[str, typer.Option(help="Policy whose tokens are kept in different ways.")] = "attention_sink",
     results: Annotated[Path, typer.Option(help="JSON lines; a run goes on where it ended.")] = Path(
-        "drift/storage.jsonl"
+        "docs/storage/results.jsonl"
     ),
     prompts: Annotated[int, typer.Option(help="Held-back prompts.")] = 64,
     seeds: Annotated[int, typer.Option(help="Videos per prompt and storage.")] = 1,
