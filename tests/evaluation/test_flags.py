@@ -224,7 +224,7 @@ def test_rests_are_no_frozen_tail():
 @pytest.mark.parametrize("course", [lambda x: 1 - np.cos(x), lambda x: np.sin(2 * x), lambda x: np.sin(3 * x)])
 def test_drift_that_comes_and_goes_is_none(course):
     frames = moving_shapes()
-    frames += 25 * course(2 * np.pi * np.arange(len(frames)) / len(frames))[:, None, None, None]
+    frames += 18 * course(2 * np.pi * np.arange(len(frames)) / len(frames))[:, None, None, None]
     assert kinds(to_video(frames)) == set()
 
 

@@ -1,0 +1,153 @@
+"""Flow metrics on known shifts, with an estimator that knows the answer and with those that ship."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from longtake.evaluation.backbones import classical_backbones
+from longtake.evaluation.backbones.lucas_kanade import TorchLucasKanade
+from longtake.evaluation.metric import VideoInfo
+from longtake.evaluation.metrics.flow import FLOW_SPECS, FlowMetric, estimate_flow, warp_error
+
+
+@dataclass
+class Known:
+    """Says the same flow for every pair; the way back is its opposite."""
+
+    x: float
+    y: float = 0.0
+    name: str = "known"
+    weights_sha256: str | None = None
+    official: bool = False
+    sizes: tuple = ()
+
+    def flow(self, a, b):
+        self.sizes = (*self.sizes, tuple(a.shape))
+        sign = 1.0 if len(self.sizes) % 2 else -1.0
+        height, width = a.shape[-2:]
+        return sign * torch.tensor([self.x, self.y]).view(2, 1, 1).expand(2, height, width)
+
+
+def texture(height=64, width=400, seed=0):
+    rng = np.random.default_rng(seed)
+    rough = rng.uniform(0, 255, (height + 8, width + 8, 3))
+    for _ in range(3):
+        rough = (rough + np.roll(rough, 1, 0) + np.roll(rough, 1, 1) + np.roll(rough, (1, 1), (0, 1))) / 4
+    rough = (rough - rough.mean()) * 3 + 128
+    return rough[8:, 8:].clip(0, 255).astype(np.uint8)
+
+
+def panned(num_frames, step, width=80, **options):
+    wide = texture(**options)
+    return np.stack([wide[:, step * index : step * index + width] for index in range(num_frames)])
+
+
+def measured(video, estimator, fps=16.0):
+    info = VideoInfo(id="v", num_frames=len(video), fps=fps, height=video.shape[1], width=video.shape[2])
+    metric = FlowMetric(estimator)
+    meter = metric.start(info)
+    for start in range(0, len(video), 5):
+        meter.push(video[start : start + 5])
+    found = meter.finish()
+    assert list(found) == [spec.name for spec in metric.specs]
+    return {name.removeprefix("proxy/").partition("[")[0]: score for name, score in found.items()}
+
+
+def tensor(frame):
+    return torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+
+
+def test_names_carry_the_estimator():
+    metric = FlowMetric(Known(0.0))
+    assert [spec.name for spec in metric.specs] == [f"{spec.name}[flow=known]" for spec in FLOW_SPECS]
+    assert all(spec.backbone == "known" for spec in metric.specs)
+
+
+@pytest.mark.parametrize(
+    ("fps", "pixels"), [(8.0, 4.0), (16.0, 4.0), (24.0, 4.0), (12.0, 4.0 * 12 / 16), (20.0, 4.0 * 20 / 16)]
+)
+def test_lengths_are_per_eighth_of_a_second(fps, pixels):
+    found = measured(panned(24, 2), Known(4.0), fps)
+    assert found["flow_magnitude_mean"].value == pytest.approx(pixels)
+    assert found["flow_magnitude_top5"].value == pytest.approx(pixels)
+    assert found["flow_magnitude_mean"].details["percent_of_short_side"] == pytest.approx(100 * pixels / 64)
+
+
+def test_lengths_are_in_pixels_of_the_original():
+    estimator = Known(4.0)
+    video = np.zeros((6, 330, 500, 3), dtype=np.uint8)
+    found = measured(video, estimator)
+    assert found["flow_magnitude_mean"].value == pytest.approx(8.0)
+    assert set(estimator.sizes) == {(1, 3, 168, 256)}, "half the size, padded to multiples of 8"
+
+
+def test_top_five_percent():
+    class Corner(Known):
+        def flow(self, a, b):
+            field = torch.zeros(2, *a.shape[-2:])
+            field[0, :16, :20] = 7.0  # 5 % of 80 x 80
+            return field
+
+    video = np.zeros((6, 80, 80, 3), dtype=np.uint8)
+    found = measured(video, Corner(0.0))
+    assert found["flow_magnitude_top5"].value == pytest.approx(7.0)
+    assert found["flow_magnitude_mean"].value == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize("estimator", [TorchLucasKanade(), classical_backbones().get("raft")], ids=lambda e: e.name)
+def test_panned_texture(estimator):
+    found = measured(panned(40, 2), estimator)
+    assert found["flow_magnitude_mean"].value == pytest.approx(4.0, rel=0.15)
+    plain = np.abs(np.diff(panned(40, 2)[::2].astype(float), axis=0)).mean()
+    assert found["warp_error"].value < 0.2 * plain
+    assert found["motion_kept"].value == pytest.approx(1.0, abs=0.1)
+
+
+def test_warp_error_of_the_true_flow_is_that_of_rounding():
+    video = panned(2, 5)
+    there = torch.tensor([-5.0, 0.0]).view(2, 1, 1).expand(2, 64, 80)
+    first, second = tensor(video[0]), tensor(video[1])
+    assert warp_error(first, second, there, -there) < 1e-3
+    wrong = warp_error(first, second, -there, there)
+    assert wrong > 10.0, "the sign matters"
+
+
+def test_warp_error_leaves_out_what_the_flow_does_not_find_again():
+    video = panned(2, 5)
+    first, second = tensor(video[0]), tensor(video[1]).clone()
+    second[..., 20:40, 20:40] = 255.0  # something new covers it
+    there = torch.tensor([-5.0, 0.0]).view(2, 1, 1).repeat(1, 64, 80)
+    back = -there.clone()
+    all_seen = warp_error(first, second, there, back)
+    back[:, 20:40, 20:40] = 0.0
+    assert warp_error(first, second, there, back) < 1e-3 < all_seen
+
+
+def test_warp_error_falls_back_to_the_plain_difference():
+    first, second = torch.full((1, 3, 20, 20), 10.0), torch.full((1, 3, 20, 20), 40.0)
+    nowhere = torch.full((2, 20, 20), 500.0)
+    assert warp_error(first, second, nowhere, nowhere) == pytest.approx(30.0)
+    still = torch.zeros(2, 20, 20)
+    assert warp_error(first, second, still, still) == pytest.approx(30.0), "flicker is not explained by motion"
+
+
+def test_motion_kept_of_a_video_that_slows_down():
+    places = np.concatenate([2 * np.arange(80), 160 + np.arange(80)])
+    wide = texture()
+    video = np.stack([wide[:, place : place + 80] for place in places])
+    found = measured(video, TorchLucasKanade())
+    assert found["motion_kept"].value == pytest.approx(0.5, abs=0.08)
+    still = np.repeat(video[:1], 40, axis=0)
+    assert "nothing moves" in measured(still, TorchLucasKanade())["motion_kept"].skipped
+
+
+def test_padding_is_cut_off_again():
+    first, second = (torch.rand(1, 3, 33, 41) * 255 for _ in range(2))
+    assert estimate_flow(Known(1.0), first, second).shape == (2, 33, 41)
+
+
+def test_tiny_frames_have_a_reason():
+    found = measured(np.zeros((20, 12, 40, 3), dtype=np.uint8), Known(1.0))
+    assert all("16 pixels" in score.skipped for score in found.values())
