@@ -185,7 +185,8 @@ def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any
             raise ValueError(
                 f"cannot read the protocol {name}: {error}; bundled: {', '.join(known)}.{hint}"
             ) from error
-    changed = {key for key in given if key in values and values[key] != given[key]}
+    before = Protocol().as_mapping() | values
+    changed = {key for key in given if before.get(key) != given[key]}
     # A hash in a file belongs to what the file names; another list, model or backbone has another.
     owners = {"model": "model_sha256", "backbones": "backbones_sha256"}
     owners |= dict.fromkeys(("prompts", "prompts_extended", "num_prompts", "dimensions"), "prompts_sha256")

@@ -19,6 +19,7 @@ from longtake.evaluation.paired import mean_interval
 from longtake.evaluation.plan import MANIFEST, SCORES, read_json
 from longtake.evaluation.records import SCHEMA, RunScores, VideoScores, read_manifest
 from longtake.evaluation.scores import quality6_long, quality7, semantic, total
+from longtake.evaluation.vbench_io import merge_imported, read_imported
 
 RUN_FILE = "run.json"
 COSTS_FILE = "costs.json"
@@ -27,7 +28,7 @@ TOTALS = {"quality7": quality7, "quality6_long": quality6_long, "semantic": sema
 
 
 def load_run(folder: Path) -> RunScores:
-    """Read a run's folder: what has been measured so far, and the drift of every measure that has a curve.
+    """Read a run's folder: what has been measured or imported so far, and the drift of every measure with a curve.
 
     Args:
         folder: With ``run.json`` and ``scores/``; ``manifest.jsonl`` gives the order of the videos.
@@ -54,7 +55,8 @@ def load_run(folder: Path) -> RunScores:
         skipped=record["skipped"],
         costs=read_json(folder / COSTS_FILE) or {},
     )
-    return with_drift(run)
+    imported = read_imported(folder)
+    return with_drift(merge_imported(run, imported) if imported else run)
 
 
 def with_drift(run: RunScores) -> RunScores:

@@ -338,6 +338,7 @@ def write_comparison(
         The report.
     """
     from longtake.evaluation.comparison import REACH_SECONDS, compare_runs
+    from longtake.evaluation.published import find_rows, load_published
     from longtake.evaluation.report import write_report
 
     lines = [video.video for run in runs for video in run.videos]
@@ -353,6 +354,7 @@ def write_comparison(
         commands=commands,
         protocol=settings,
         videos=videos,
+        published=find_rows(load_published(), seconds=longest),
     )
 
 

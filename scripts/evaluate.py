@@ -11,8 +11,8 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from longtake.configs.fields import did_you_mean
-from longtake.scripts.console import EXIT_INTERRUPTED, err, out, script, stop_requests
-from longtake.scripts.evaluate_tools import TOOLS
+from longtake.scripts.console import EXIT_INTERRUPTED, err, script, stop_requests
+from longtake.scripts.evaluate_tools import TOOLS, show_summary
 
 if TYPE_CHECKING:
     from longtake.evaluation.plan import Unit
@@ -128,7 +128,7 @@ def run(
 
 
 def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> bool:
-    from longtake.evaluation.runner import REPORT_FILE, num_cores, run_here
+    from longtake.evaluation.runner import num_cores, run_here
     from longtake.evaluation.torchrun_launcher import is_rank, run_rank, run_torchrun
 
     with stop_requests("unit of work") as should_stop:
@@ -144,7 +144,7 @@ def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> b
                     evaluation, display, launcher=launcher, num_workers=workers, should_stop=should_stop
                 )
     if is_finished:
-        out.print(str(evaluation.out / REPORT_FILE), markup=False)
+        show_summary(evaluation.out)
     return is_finished
 
 
@@ -160,6 +160,8 @@ class _Display:
         self._partial: dict[tuple[str, int], float] = {}
         self._begin = time.perf_counter()
         self._is_begun = False
+        num_videos = sum(len(unit.lines) for unit in evaluation.units)
+        self._title = f"{num_videos} videos in {len(evaluation.runs)} runs: {', '.join(evaluation.labels)}"
         self._shown = 0
         self._bar = bar
         self._task = None if bar is None else bar.add_task("", total=self._total, completed=self._begun, left="")
@@ -168,6 +170,7 @@ class _Display:
         """Loading is over: what is left is reckoned from here."""
         if not self._is_begun:
             self._is_begun, self._begin = True, time.perf_counter()
+            err.print(self._title, markup=False)
 
     def steps(self, unit: "Unit", steps: float) -> None:
         """Part of a unit is done."""
@@ -196,8 +199,6 @@ class _Display:
 def _display(evaluation: "Evaluation") -> Iterator[_Display]:
     columns = (TextColumn("{task.percentage:3.0f} %"), BarColumn(), TextColumn("{task.fields[left]}"))
     bar = Progress(*columns, console=err) if err.is_terminal else None
-    num_videos = sum(len(unit.lines) for unit in evaluation.units)
-    err.print(f"{num_videos} videos in {len(evaluation.runs)} runs: {', '.join(evaluation.labels)}", markup=False)
     with bar or nullcontext():
         yield _Display(evaluation, bar)
 

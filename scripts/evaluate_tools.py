@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from longtake.scripts.console import EXIT_BAD_INPUT, err, out
+from longtake.scripts.console import err, out
 
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to.", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
@@ -42,7 +42,7 @@ def compare(
     labels = [run.label for run in runs]
     if baseline is not None and baseline not in labels:
         raise ValueError(f"baseline {baseline!r} is none of the runs: {', '.join(labels)}")
-    page = write_comparison(
+    write_comparison(
         out_folder,
         runs,
         baseline=baseline or labels[0],
@@ -50,7 +50,7 @@ def compare(
         videos=dict(zip(labels, places, strict=True)),
         commands=[f"longtake evaluate compare {' '.join(map(str, folders))} --out {out_folder}"],
     )
-    out.print(str(page), markup=False)
+    show_summary(out_folder)
 
 
 def report(
@@ -62,11 +62,24 @@ def report(
 
     `longtake evaluate report study`
     """
-    from longtake.evaluation.runner import REPORT_FILE, write_results
+    from longtake.evaluation.runner import write_results
 
-    runs = write_results(folder)
-    for run in runs:
+    for run in write_results(folder):
         err.print(f"{run.label}: {len(run.videos)} videos", markup=False)
+    show_summary(folder)
+
+
+def show_summary(folder: Path) -> None:
+    """Print the comparison's first table, and where the report is.
+
+    Args:
+        folder: With ``comparison.json`` and ``report.html``.
+    """
+    from longtake.evaluation.plan import read_json
+    from longtake.evaluation.report import summary_table
+    from longtake.evaluation.runner import COMPARISON_FILE, REPORT_FILE
+
+    err.print(summary_table(read_json(folder / COMPARISON_FILE)))
     out.print(str(folder / REPORT_FILE), markup=False)
 
 
@@ -107,43 +120,81 @@ def export_vbench(
     *,
     out_folder: OutOption,
     mode: Annotated[str, typer.Option(help="custom, long or standard: what the official tool is run as.")] = "custom",
+    dimensions: Annotated[
+        str | None, typer.Option(help="Dimensions to score, with commas.", show_default="all of the mode")
+    ] = None,
+    dev_flag: Annotated[bool, typer.Option("--dev-flag", help="VBench-Long with clip-to-clip consistency.")] = False,
+    full_info: Annotated[Path | None, typer.Option(help="VBench_full_info.json; for mode standard.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Videos per prompt; for mode standard.")] = 5,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Lay out what is there.")] = False,
 ) -> None:
     """Lay a run's videos out for the official VBench, with the files and the script that it needs.
 
-    **Example**
+    **Examples**
 
     `longtake evaluate export-vbench study/pack --mode long --out vbench-pack`
-    """
-    from longtake.evaluation import vbench_io
 
-    modes = {
-        "custom": vbench_io.export_custom,
-        "long": vbench_io.export_long,
-        "standard": vbench_io.export_standard,
-    }
-    if mode not in modes:
-        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(modes)}.")
-    modes[mode](run, out_folder)
+    `longtake evaluate export-vbench study/pack --mode standard --full-info VBench_full_info.json --out vbench-pack`
+    """
+    from longtake.evaluation.vbench_io import export_custom, export_long, export_standard
+
+    chosen = {} if dimensions is None else {"dimensions": [word.strip() for word in dimensions.split(",")]}
+    if mode == "custom":
+        export = export_custom(run, out_folder, **chosen)
+    elif mode == "long":
+        export = export_long(run, out_folder, dev_flag=dev_flag, **chosen)
+    elif mode == "standard":
+        own = {"full_info": full_info, "num_samples": num_samples, "allow_missing": allow_missing}
+        export = export_standard(run, out_folder, **own, **chosen)
+    else:
+        raise ValueError(f"unknown mode {mode!r}; known: custom, long, standard.")
+    for note in export.notes:
+        err.print(note, style="yellow", markup=False)
     out.print(str(out_folder), markup=False)
 
 
 def import_vbench(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="*_eval_results.json of the official tool.")],
+    run: RunArgument,
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="*_eval_results.json of the tool.", show_default=False)
+    ],
+    *,
+    dev_flag: Annotated[
+        bool | None,
+        typer.Option("--dev-flag/--no-dev-flag", help="How VBench-Long ran.", show_default="read from the results"),
+    ] = None,
 ) -> None:
-    """Read results of the official VBench and print them, with Quality, Semantic and Total where they are complete.
+    """Put results of the official VBench into a run; they replace what was measured here under the same names.
 
     **Example**
 
-    `longtake evaluate import-vbench vbench-pack/results/*_eval_results.json`
+    `longtake evaluate import-vbench study/pack vbench-pack/results/*/*_eval_results.json`
     """
-    from longtake.evaluation import vbench_io
+    from longtake.evaluation.protocol import PROTOCOL_FILE
+    from longtake.evaluation.results import load_run
+    from longtake.evaluation.runner import write_results
+    from longtake.evaluation.vbench_io import import_results, merge_imported, write_imported
 
-    for name, value in vbench_io.import_results(files).items():
-        out.print(f"{name}: {value}", markup=False)
+    results = import_results(files, dev_flag=dev_flag)
+    # Refused before anything is written.
+    merge_imported(load_run(run), results)
+    write_imported(run, results)
+    for name, result in results.items():
+        out.print(f"{name}: {result.official_score:.6f}", markup=False)
+    folder = run if (run / PROTOCOL_FILE).is_file() else run.absolute().parent
+    if (folder / PROTOCOL_FILE).is_file():
+        write_results(folder)
 
 
 def check_golden(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Clips, stand-in backbones and VBench's own numbers.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="golden.json, videos/ and stubs.py with the stand-ins.", show_default=False
+        ),
+    ],
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Also list the numbers that are equal.")] = False,
 ) -> None:
     """Compare this program's numbers with those that VBench's own functions gave on the same clips.
 
@@ -151,15 +202,50 @@ def check_golden(
 
     `longtake evaluate check-golden ../shared/golden/vbench`
     """
-    from longtake.evaluation.golden import check_golden as check
+    from longtake.evaluation.backbones import load_backbones
+    from longtake.evaluation.golden_check import TOLERANCE
+    from longtake.evaluation.golden_check import check_golden as compare_numbers
 
-    faults = 0
-    for name, difference, tolerance in check(folder):
-        is_fault = not difference <= tolerance
-        faults += is_fault
-        out.print(f"{'differs' if is_fault else 'equal':>8s}  {difference:.1e}  {name}", markup=False)
-    if faults:
-        raise typer.Exit(EXIT_BAD_INPUT)
+    checks = compare_numbers(folder, load_backbones(folder / "stubs.py"))
+    for check in checks:
+        if every or not check.ok:
+            word = "equal" if check.ok else "differs"
+            out.print(f"{word}: {check.name}: {check.got}, VBench {check.expected}", markup=False)
+    worst = max(check.error for check in checks)
+    num_equal = sum(check.ok for check in checks)
+    out.print(f"{num_equal} of {len(checks)} numbers equal within {TOLERANCE:g}; largest difference {worst:.1e}")
+    if num_equal < len(checks):
+        raise typer.Exit(1)
+
+
+def sets(
+    run: RunArgument,
+    *,
+    reference: Annotated[Path, typer.Option(help="Folder of real videos, or of another run.", show_default=False)],
+    backbones: Annotated[
+        Path | None, typer.Option(help="FILE.py or .yaml that names the networks.", show_default="classical stand-ins")
+    ] = None,
+    role: Annotated[str, typer.Option(help="Whose features: dino, clip, dinov2 or dreamsim.")] = "dino",
+    num_frames: Annotated[int, typer.Option(help="Frames of each video, spread evenly; an even number.")] = 32,
+    allow_small: Annotated[
+        bool, typer.Option("--allow-small", help="A Frechet distance of fewer videos than dimensions.")
+    ] = False,
+) -> None:
+    """Measure a run's videos as a set against a reference: Frechet distance, precision, recall, STREAM.
+
+    Writes RUN/sets.json.
+
+    **Example**
+
+    `longtake evaluate sets study/pack --reference study/full --backbones vbench.py --role dinov2`
+    """
+    from longtake.evaluation.backbones import classical_backbones, load_backbones
+    from longtake.evaluation.set_runner import measure_sets
+
+    found = classical_backbones() if backbones is None else load_backbones(backbones)
+    measured = measure_sets(run, reference, backbones=found, role=role, num_frames=num_frames, allow_small=allow_small)
+    for name, score in measured.scores.items():
+        out.print(f"{name}: {score.skipped if score.value is None else format(score.value, '.6g')}", markup=False)
 
 
 TOOLS = {
@@ -169,4 +255,5 @@ TOOLS = {
     "export-vbench": export_vbench,
     "import-vbench": import_vbench,
     "check-golden": check_golden,
+    "sets": sets,
 }

@@ -1,0 +1,367 @@
+"""``longtake evaluate`` as a user meets it: the same numbers however the work is done, and errors in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.scripts.console import run_app
+from longtake.scripts.main import app
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ("-m", "longtake.scripts.main", "evaluate")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+PROMPTS = "a red circle moving left\na blue square\na navy circle over\n"
+CACHES = ("sliding_window", "attention_sink")
+
+
+def start(*words, cwd, program=PROGRAM):
+    """Start the program in a process group of its own."""
+    command = [sys.executable, *program, *map(str, words)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def run(*words, cwd, program=PROGRAM):
+    """Run the program to a good end; returns what it wrote on standard error."""
+    process = start(*words, cwd=cwd, program=program)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
+def call(capfd, *words):
+    """The same program in this process: (exit code, standard error)."""
+    code = run_app(app, ["evaluate", *map(str, words)])
+    return code, capfd.readouterr().err
+
+
+def results(folder):
+    """The bytes of a run's results, without the commit that the program was at."""
+    text = (folder / "results.json").read_text()
+    commit = json.loads(text)["tool"]["git"]
+    return text.replace(json.dumps(commit), "null")
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def write_clip(path, *, shift, num_frames=24, fps=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = np.random.default_rng(0).integers(0, 256, (4, 4, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    with VideoWriter(path, video_format=VideoFormat(height=32, width=32, fps=fps, crf=12, threads=1)) as writer:
+        writer.write(np.stack([np.roll(picture, shift * index, axis=1) for index in range(num_frames)]))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Two policies with two videos each."""
+    folder = tmp_path_factory.mktemp("clips")
+    for position, label in enumerate(("still", "moving")):
+        for number, text in enumerate(("a cat", "a dog")):
+            write_clip(folder / label / f"{text}-0.mp4", shift=position * (number + 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(clips, tmp_path_factory):
+    """Their results, by one worker."""
+    folder = tmp_path_factory.mktemp("measured")
+    run("run", "--videos", clips, "--metrics", "weight_free", "--workers", 1, "--out", "out", cwd=folder)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def study(tiny_folder, tmp_path_factory):
+    """A folder with prompts, and words that generate and measure six videos of the random model in four units."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    protocol = {
+        "model": str(tiny_folder),
+        "family": "mini",
+        "prompts": "prompts.txt",
+        "caches": list(CACHES),
+        "seconds": 1.5,
+        "batch": 2,
+        "metrics": ["weight_free"],
+        "sampler": {"name": "few_step", "timesteps": [1000, 500]},
+        "moments": [1],
+    }
+    (folder / "study.yaml").write_text(json.dumps(protocol))
+    return folder, ("run", "--protocol", "study.yaml")
+
+
+@pytest.fixture(scope="module")
+def generated(study):
+    """The study's results, by one worker without interruption."""
+    folder, words = study
+    run(*words, "--workers", 1, "--out", "one", cwd=folder)
+    return folder / "one"
+
+
+def test_generated_videos_are_measured_and_described(generated):
+    results_of = {name: json.loads((generated / name / "results.json").read_text()) for name in CACHES}
+    for name, values in results_of.items():
+        assert values["schema"] == 1 and values["run"]["label"] == name and values["run"]["num_videos"] == 3
+        assert values["run"]["settings"]["caches"][name]["policy"] == name
+        metric = values["metrics"]["proxy/chunk_seam_ratio"]
+        assert [video["id"] for video in metric["per_video"]] == ["p0000-0", "p0001-0", "p0002-0"]
+        assert values["scores"]["quality7"]["value"] is None and "missing" in values["scores"]["quality7"]["reason"]
+        lines = [json.loads(line) for line in (generated / name / "manifest.jsonl").read_text().splitlines()]
+        assert [line["prompt"] for line in lines] == PROMPTS.splitlines()
+        assert all(line["num_frames"] == 25 and line["chunk_starts"] == [0, 9, 21] for line in lines)
+        assert all((generated / name / line["file"]).is_file() and line["encoder"]["crf"] == 12 for line in lines)
+        costs = json.loads((generated / name / "costs.json").read_text())
+        assert costs["ms_per_block"] > 0 and costs["kv_mb"] > 0 and costs["first_frame_s"] > 0
+    comparison = json.loads((generated / "comparison.json").read_text())
+    assert comparison["baseline"] == "sliding_window" and comparison["labels"] == list(CACHES)
+    assert "<html" in (generated / "report.html").read_text()
+
+
+def test_results_name_no_place_and_no_time(generated, study):
+    text = (generated / CACHES[0] / "results.json").read_text()
+    assert str(study[0]) not in text and "prompts.txt" not in text and "tmp" not in text
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(generated, study):
+    folder, words = study
+    out = folder / "killed"
+    process = start(*words, "--workers", 1, "--out", "killed", cwd=folder)
+    wait_for(lambda: list(out.glob("*/units/*.json")), process)
+    # In the middle of a unit: its videos are whole, not all of them are measured.
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / CACHES[0] / "results.json").exists()
+    (out / CACHES[0] / "videos" / ".p0002-0.1.tmp.mp4").write_bytes(b"half a video")
+    run(*words, "--workers", 2, "--out", "killed", cwd=folder)
+    for name in CACHES:
+        assert results(out / name) == results(generated / name)
+        for video in (generated / name / "videos").iterdir():
+            assert (out / name / "videos" / video.name).read_bytes() == video.read_bytes()
+        assert not list((out / name).glob("*/.*"))
+
+
+def test_finished_work_is_not_done_again(generated, study):
+    folder, words = study
+    copy = folder / "again"
+    shutil.copytree(generated, copy)
+    files = {path: path.stat().st_mtime_ns for path in copy.glob("*/*/*")}
+    gone = copy / CACHES[1] / "scores" / "p0002-0.json"
+    gone.unlink()
+    (copy / CACHES[1] / "results.json").unlink()
+    stderr = run(*words, "--workers", 1, "--out", "again", cwd=folder)
+    assert "100 %" in stderr
+    assert {path for path, before in files.items() if path.stat().st_mtime_ns != before} == {gone}
+    assert results(copy / CACHES[1]) == results(generated / CACHES[1])
+
+
+def test_another_protocol_does_not_mix(generated, study, capfd, monkeypatch):
+    folder, words = study
+    monkeypatch.chdir(folder)
+    code, stderr = call(capfd, *words, "--seconds", 2, "--out", "one")
+    assert code == 2 and "seconds: 1.5 -> 2" in stderr and len(stderr.splitlines()) == 1
+
+
+SLOW = """
+import time
+import torch
+
+class SlowFlow:
+    name, weights, official = "slow", None, False
+
+    def flow(self, a, b):
+        time.sleep(0.1)
+        return torch.zeros(2, *a.shape[-2:])
+
+def raft():
+    return SlowFlow()
+"""
+
+
+def test_ctrl_c_finishes_the_unit_it_is_in(clips, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = ("run", "--videos", clips, "--metrics", "vbench", "--backbones", "slow.py", "--workers", 1, "--out", "out")
+    process = start(*words, cwd=tmp_path)
+
+    def finished():
+        return sorted(path.name for path in (tmp_path / "out").glob("*/scores/[!.]*.json"))
+
+    wait_for(finished, process)
+    # To the whole group, as a terminal does it; the next video takes two seconds.
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "stopping after this unit" in stderr and "run the same command again" in stderr and stdout == ""
+    assert 2 <= len(finished()) < 4 and not list((tmp_path / "out").glob("*/results.json"))
+    assert not list((tmp_path / "out").glob("*/scores/.*"))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_torchrun_ranks_give_the_same_bytes(measured, clips, tmp_path, num_ranks):
+    words = ("run", "--videos", clips, "--metrics", "weight_free", "--out", "out")
+    program = (*TORCHRUN, f"--nproc-per-node={num_ranks}", "--module", *PROGRAM[1:])
+    run(*words, cwd=tmp_path, program=program)
+    for label in ("still", "moving"):
+        assert results(tmp_path / "out" / label) == results(measured / label)
+
+
+def test_ray_actors_give_the_same_bytes(measured, clips, tmp_path):
+    if find_spec("ray") is None:
+        pytest.skip("the package ray is not installed: pip install 'longtake[cluster]'")
+    words = ("run", "--videos", clips, "--metrics", "weight_free", "--launcher", "ray", "--workers", 2, "--out", "out")
+    run(*words, cwd=tmp_path)
+    for label in ("still", "moving"):
+        assert results(tmp_path / "out" / label) == results(measured / label)
+
+
+def test_ray_that_is_missing_is_named(clips, tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.chdir(tmp_path)
+    code, stderr = call(capfd, "run", "--videos", clips, "--launcher", "ray", "--out", "out")
+    assert code == 2 and "pip install 'longtake[cluster]'" in stderr
+
+
+def test_folders_of_policies_are_compared(measured):
+    comparison = json.loads((measured / "comparison.json").read_text())
+    assert comparison["labels"] == ["moving", "still"]
+    flicker = {
+        label: json.loads((measured / label / "results.json").read_text())["metrics"] for label in ("still", "moving")
+    }
+    seen = [name for name in flicker["still"] if name.startswith("proxy/flow_magnitude_mean")]
+    assert seen and flicker["still"][seen[0]]["value"] < flicker["moving"][seen[0]]["value"]
+
+
+def test_a_changed_video_is_measured_again_and_a_new_one_joins(measured, clips, tmp_path):
+    copy, out = tmp_path / "clips", tmp_path / "out"
+    shutil.copytree(clips, copy)
+    shutil.copytree(measured, out)
+    old = {path.name: path.stat().st_mtime_ns for path in (out / "still" / "scores").iterdir()}
+    # Scores name their videos by the way from one folder to the other.
+    relative = os.path.relpath(clips, measured)
+    for path in [*out.glob("*/scores/*.json"), *out.glob("*/manifest.jsonl")]:
+        path.write_text(path.read_text().replace(f"../{relative}", "../../clips"))
+    (copy / "moving" / "a dog-0.mp4").unlink()
+    write_clip(copy / "moving" / "a dog-0.mp4", shift=5)
+    write_clip(copy / "still" / "a cow-0.mp4", shift=0)
+    before = {path: path.read_text() for path in out.glob("*/scores/*.json")}
+    run("run", "--videos", "clips", "--metrics", "weight_free", "--out", "out", cwd=tmp_path)
+    changed = {path.relative_to(out).as_posix() for path, text in before.items() if path.read_text() != text}
+    assert changed == {"moving/scores/a dog-0.json"}
+    assert {path.name for path in (out / "still" / "scores").iterdir()} == {*old, "a cow-0.json"}
+    assert json.loads((out / "still" / "results.json").read_text())["run"]["num_videos"] == 3
+
+
+def test_runs_are_compared_and_reported_from_their_folders(measured, tmp_path, capfd):
+    both = (measured / "still", measured / "moving")
+    code, stderr = call(capfd, "compare", *both, "--baseline", "still", "--moments", "1,2", "--out", tmp_path / "both")
+    assert code == 0, stderr
+    comparison = json.loads((tmp_path / "both" / "comparison.json").read_text())
+    assert comparison["baseline"] == "still" and comparison["moments"] == [1, 2]
+    copy = tmp_path / "copy"
+    shutil.copytree(measured, copy)
+    before = (copy / "still" / "results.json").read_bytes()
+    (copy / "report.html").unlink()
+    assert call(capfd, "report", copy)[0] == 0
+    assert (copy / "report.html").is_file() and (copy / "still" / "results.json").read_bytes() == before
+    code, stderr = call(capfd, "compare", *both, "--baseline", "stil", "--out", tmp_path / "x")
+    assert code == 2 and "baseline 'stil' is none of the runs" in stderr
+    for words in (("report", tmp_path), ("compare", tmp_path, "--out", tmp_path / "x")):
+        code, stderr = call(capfd, *words)
+        assert code == 2 and "holds no run of an evaluation" in stderr
+
+
+BAD = {
+    "no folder": (["--videos", "none"], "no folder of videos at none"),
+    "no video": (["--videos", "broken"], "broken/a.mp4"),
+    "zero frames": (["--videos", "empty"], "empty/a.mp4"),
+    "rates": (["--videos", "rates"], "mixes frame rates"),
+    "prompt file": (["--videos", "good", "--prompt-file", "wrong.json"], "the file of prompts has none for a.mp4"),
+    "manifest": (["--videos", "good", "--manifest", "none.jsonl"], "cannot read the manifest none.jsonl"),
+    "backbones": (["--videos", "good", "--backbones", "none.py"], "cannot read the backbones none.py"),
+    "hash": (["--protocol", "hash.yaml", "--videos", "good", "--backbones", "mine.py"], "sha256 is"),
+    "baseline": (["--videos", "good", "--baseline", "x"], "baseline 'x' is none of the runs: good"),
+    "twins": (["--prompts", "two.txt", "--extended", "one.txt"], "has 1 extended prompts for the 2 of two.txt"),
+    "prompts": (["--prompts", "none.txt"], "cannot read the prompts none.txt"),
+    "too few prompts": (["--prompts", "two.txt", "--num-prompts", "3"], "has prompts for 2 videos only"),
+    "policy": (["--cache", "full,pak"], "unknown cache policy 'pak'"),
+    "launcher": (["--launcher", "slurm"], "unknown launcher 'slurm'; known: local, torchrun, ray"),
+    "metrics": (["--metrics", "vbnch"], "Did you mean 'vbench'"),
+    "moments": (["--moments", "5,ten"], "'ten' is no number of seconds"),
+    "protocol": (["--protocol", "none.yaml"], "cannot read the protocol none.yaml"),
+    "length": (["--seconds", "-1"], "give a length above 0"),
+    "workers": (["--workers", "0"], "--workers"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    write_clip(folder / "good" / "a.mp4", shift=1)
+    write_clip(folder / "rates" / "a.mp4", shift=1)
+    write_clip(folder / "rates" / "b.mp4", shift=1, fps=16)
+    for name in ("broken", "empty"):
+        (folder / name).mkdir()
+    (folder / "broken" / "a.mp4").write_bytes(b"nothing" * 99)
+    (folder / "empty" / "a.mp4").write_bytes(b"")
+    (folder / "wrong.json").write_text('{"b.mp4": "a cat"}')
+    (folder / "two.txt").write_text("one\ntwo\n")
+    (folder / "one.txt").write_text("one\n")
+    (folder / "mine.py").write_text("x = 1\n")
+    (folder / "hash.yaml").write_text(f"backbones: mine.py\nbackbones_sha256: '{'0' * 64}'\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(bad_inputs, capfd, monkeypatch, name):
+    words, message = BAD[name]
+    monkeypatch.chdir(bad_inputs)
+    code, stderr = call(capfd, "run", *words, "--out", "out")
+    assert code == 2 and message in stderr, stderr
+    assert len(stderr.strip().splitlines()) == 1 and stderr.startswith("longtake: ")
+    assert not (bad_inputs / "out").exists()
+
+
+def test_what_a_worker_refuses_is_one_line_too(bad_inputs, tmp_path):
+    words = ("run", "--videos", bad_inputs / "good", "--backbones", bad_inputs / "mine.py", "--out", "out")
+    process = start(*words, "--workers", 1, cwd=tmp_path)
+    _, stderr = process.communicate(timeout=120)
+    lines = [line for line in stderr.splitlines() if line.startswith("longtake: ")]
+    assert process.returncode == 2 and len(lines) == 1 and "mine.py" in lines[0], stderr
+    assert "Traceback" not in stderr and not list((tmp_path / "out").glob("scores/*"))
+
+
+def test_one_process_at_a_time_works_in_a_folder(clips, tmp_path, capfd):
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, stderr = call(capfd, "run", "--videos", clips, "--out", tmp_path / "out")
+    assert code == 2 and "another process works in" in stderr
+
+
+def test_help_teaches_and_list_says_what_is_missing(capfd):
+    assert run_app(app, ["evaluate", "run", "--help"]) == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert "--videos clips --backbones vbench.py" in text and "torchrun" in text
+    assert run_app(app, ["evaluate", "list"]) == 0
+    text = capfd.readouterr().out
+    assert "vbench/temporal_flickering" in text and "suite:moving_scenes" in text
+    assert "musiq: no backbone for 'musiq'" in text and "not computed" in text
