@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from longtake.evaluation.flags import flags as video_flags
 from longtake.evaluation.published import Row
-from longtake.evaluation.records import RunScores, write_atomically
+from longtake.evaluation.records import RunScores, write_atomically, write_json
 from longtake.evaluation.report_data import ReportData, digits_for, interval, number
 from longtake.evaluation.report_files import FlagRow, write_files
 from longtake.evaluation.report_page import render_page
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PAGE = "report.html"
+COMPARISON = "comparison.json"
 FOLDER = "report"
 """Of the figures and tables beside the page."""
 
@@ -32,7 +33,7 @@ def write_report(
     published: Sequence[Row] | None = None,
     headline: Sequence[str] | None = None,
 ) -> Path:
-    """Write ``out/report.html``, which needs no other file, and ``out/report/`` with figures, CSV and JSON.
+    """Write ``out/report.html``, which needs no other file, ``out/comparison.json`` and ``out/report/``: PNG and CSV.
 
     Args:
         out: Folder of the evaluation; made if it is not there.
@@ -63,7 +64,8 @@ def write_report(
     flags = flag_rows(runs)
     written = write_files(data, out / FOLDER, flags=flags)
     figures, note = write_figures(data, out / FOLDER)
-    names = [f"{FOLDER}/{path.name}" for path in (*figures, *written)]
+    write_json(out / COMPARISON, comparison)
+    names = [*(f"{FOLDER}/{path.name}" for path in (*figures, *written)), COMPARISON]
     page = render_page(data, flags=flags, file_names=names, notes=[note] if note else [])
     write_atomically(out / PAGE, page)
     return out / PAGE

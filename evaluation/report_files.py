@@ -1,4 +1,4 @@
-"""The numbers behind a report as files: CSV tables for spreadsheets and the comparison as JSON."""
+"""The numbers behind a report as CSV files for spreadsheets."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longtake.evaluation.records import write_atomically, write_json
+from longtake.evaluation.records import write_atomically
 from longtake.evaluation.report_data import Estimate, Measure, ReportData, finite
 
 FlagRow = tuple[str, str, str, str, float, float, str]
@@ -18,7 +18,7 @@ DETECTABLE = "minimum_detectable"
 
 
 def write_files(data: ReportData, folder: Path, *, flags: Sequence[FlagRow]) -> list[Path]:
-    """Write every table of the report: summary, moments, curves, videos, flags, what is missing, and comparison.json.
+    """Write every table of the report: summary, moments, curves, videos, costs, flags and what is missing.
 
     Args:
         data: Of the report.
@@ -41,9 +41,7 @@ def write_files(data: ReportData, folder: Path, *, flags: Sequence[FlagRow]) -> 
         "flags.csv": flags,
         "skipped.csv": ((name, why, " ".join(labels)) for (name, why), labels in data.skipped.items()),
     }
-    paths = [_write_csv(folder / name, HEADS[name], rows) for name, rows in tables.items()]
-    write_json(folder / "comparison.json", data.comparison)
-    return [*paths, folder / "comparison.json"]
+    return [_write_csv(folder / name, HEADS[name], rows) for name, rows in tables.items()]
 
 
 _LEVEL_HEAD = ("metric", "policy", "moment_s", *LEVELS, "not_measured_because")

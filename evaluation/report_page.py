@@ -37,8 +37,8 @@ FAMILIES = {
 }
 MANY_POLICIES = 8
 """From here on the page shows less at first: tables of moments are folded."""
-MAX_CURVE_POINTS = 150_000
-"""Windows drawn over all figures; the curves of further measures are in curves.csv only. About 25 bytes each."""
+MAX_CURVE_POINTS = 80_000
+"""Windows drawn over all figures; the curves of further measures are in curves.csv only. About 35 bytes each."""
 
 
 def render_page(

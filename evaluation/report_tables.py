@@ -43,7 +43,7 @@ def level_cell(level: Estimate, digits: int, *, difference: Estimate | None, dir
     verdict = verdict_of(difference, direction) if difference is not None else ""
     value = tag("span", number(level.value, digits), class_="value")
     small = tag("small", interval(level, digits)) if level.low is not None else None
-    return tag("td", value, verdict_mark(verdict), small, class_=verdict or None, data_v=f"{level.value:.6g}")
+    return tag("td", value, verdict_mark(verdict), " ", small, class_=verdict or None, data_v=f"{level.value:.6g}")
 
 
 def measure_head(measure: Measure) -> Markup:

@@ -113,6 +113,8 @@ def _score(name, label, number, pair, rng, num_windows):
         Window(start_frame=i * WINDOW, num_frames=WINDOW, value=None if np.isnan(v) else float(v))
         for i, v in enumerate(curve)
     )
+    if np.isnan(curve).all():
+        return Score.none("too short")
     return Score(value=float(np.nanmean(curve)), windows=() if name == "proxy/chunk_seam_ratio" else windows)
 
 
