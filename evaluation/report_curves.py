@@ -57,9 +57,7 @@ def curve_figure(data: ReportData, measure: Measure, *, identity: str, hidden: b
         )
         for label, points in reversed(curves.items())
     ]
-    lines = tag(
-        "svg", grid(y, x), groups, class_="stretch", viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none"
-    )
+    lines = tag("svg", grid(y), groups, class_="stretch", viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none")
     marks, ends = _line_ends(data, curves, x, y)
     moments = " ".join(f"{time:g}" for time in times)
     area = tag("div", lines, tag("svg", marks, class_="marks"), class_="area", data_t=moments, data_end=f"{end:g}")

@@ -49,20 +49,24 @@ def measure_title(measure: Measure) -> Markup:
 
 
 def units(axis: Axis, value: float) -> int:
+    """Where a value stands on an axis, in units of the stretched SVG."""
     return round(axis.percent(value) * UNITS / 100)
 
 
-def grid(y: Axis, x: Axis | None = None) -> Markup:
+def grid(y: Axis) -> Markup:
+    """Quiet lines at an axis' ticks."""
     lines = [f"M0 {UNITS - units(y, tick)}H{UNITS}" for tick in y.ticks]
     return tag("path", class_="grid", d="".join(lines))
 
 
 def left_ticks(y: Axis) -> Markup:
+    """The ticks' values beside a plot."""
     texts = zip(y.ticks, y.tick_texts, strict=True)
     spans = [tag("span", text, style=f"top:{100 - y.percent(tick):.2f}%") for tick, text in texts]
     return tag("div", spans, class_="ys")
 
 
 def bottom_ticks(x: Axis, texts: Sequence[str]) -> Markup:
+    """The ticks' values below a plot."""
     spans = [tag("span", text, style=f"left:{x.percent(tick)}%") for tick, text in zip(x.ticks, texts, strict=True)]
     return tag("div", spans, class_="xs")
