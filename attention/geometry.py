@@ -1,0 +1,156 @@
+"""What a sparse policy may know of one attention call: which frames ask, and which frames lie where among the keys."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+Role = Literal["sink", "mid", "memory", "recent", "current", "text"]
+"""What a run of keys is: first frames, history, compressed history, the newest history, the asking block, or words."""
+
+Kind = Literal["denoise", "commit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A run of keys that belong together, usually one frame.
+
+    Attributes:
+        frame: Index of the latent frame in the video; -1 where there is none (text).
+        position: Temporal position at which the run was rotated; it need not be ``frame``.
+        start: First key of the run.
+        length: Keys in the run; whole frames have ``AttentionGeometry.frame_tokens``.
+        role: What the run is to the cache.
+    """
+
+    frame: int
+    position: float
+    start: int
+    length: int
+    role: str
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ValueError(f"role={self.role!r} of a segment is unknown; known: {', '.join(get_args(Role))}.")
+        if self.start < 0 or self.length < 1:
+            raise ValueError(f"a segment of length={self.length} at start={self.start} holds no keys: give it some.")
+
+    @property
+    def stop(self) -> int:
+        """First key after the run."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionGeometry:
+    """Frames of the queries and of the keys of one attention call.
+
+    Queries are whole frames in order, ``frame_tokens`` each, row by row. Keys are the segments in order. In the
+    bidirectional form the two are the same frames; in the cached form the queries are the block in work, and the keys
+    are what the cache gave, the block's own last.
+
+    Attributes:
+        frame_tokens: Tokens of a latent frame.
+        grid: (rows, columns) of a frame; their product is ``frame_tokens``.
+        frames_per_block: Latent frames denoised together; None in the bidirectional form.
+        segments: Runs of keys, in the order of the keys, without gaps.
+        query_frames: Index in the video of every frame that asks.
+        query_positions: Temporal position of every frame that asks.
+        block_index: Which block of the rollout, from 0.
+        step_index: Which denoising step, from 0.
+        num_steps: How many there are.
+        layer: Which layer of the network, from 0.
+        num_layers: How many there are.
+        kind: ``denoise``, or ``commit`` for the pass that fills the cache.
+    """
+
+    frame_tokens: int
+    grid: tuple[int, int]
+    frames_per_block: int | None
+    segments: tuple[Segment, ...]
+    query_frames: tuple[int, ...]
+    query_positions: tuple[float, ...]
+    block_index: int = 0
+    step_index: int = 0
+    num_steps: int = 1
+    layer: int = 0
+    num_layers: int = 1
+    kind: Kind = "denoise"
+
+    def __post_init__(self) -> None:
+        rows, columns = self.grid
+        if rows < 1 or columns < 1 or rows * columns != self.frame_tokens:
+            raise ValueError(f"grid={self.grid} has not the frame_tokens={self.frame_tokens} of a frame: correct one.")
+        if not self.query_frames or len(self.query_frames) != len(self.query_positions):
+            raise ValueError(
+                f"{len(self.query_frames)} query_frames and {len(self.query_positions)} query_positions: "
+                "give one position for every frame, and at least one frame."
+            )
+        end = 0
+        for segment in self.segments:
+            if segment.start != end:
+                raise ValueError(f"a segment starts at {segment.start} but the keys before it end at {end}: close it.")
+            end = segment.stop
+        if not end:
+            raise ValueError("segments is empty, so there are no keys: give at least one.")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind={self.kind!r} is unknown; known: {', '.join(get_args(Kind))}.")
+
+    @classmethod
+    def bidirectional(
+        cls,
+        num_frames: int,
+        grid: tuple[int, int],
+        *,
+        step_index: int = 0,
+        num_steps: int = 1,
+        layer: int = 0,
+        num_layers: int = 1,
+    ) -> "AttentionGeometry":
+        """Every frame of a video asks every frame.
+
+        Args:
+            num_frames: Latent frames of the video.
+            grid: (rows, columns) of a frame.
+            step_index: Which denoising step.
+            num_steps: How many there are.
+            layer: Which layer.
+            num_layers: How many there are.
+        """
+        tokens = grid[0] * grid[1]
+        return cls(
+            frame_tokens=tokens,
+            grid=grid,
+            frames_per_block=None,
+            segments=tuple(
+                Segment(frame=index, position=float(index), start=index * tokens, length=tokens, role="current")
+                for index in range(num_frames)
+            ),
+            query_frames=tuple(range(num_frames)),
+            query_positions=tuple(map(float, range(num_frames))),
+            step_index=step_index,
+            num_steps=num_steps,
+            layer=layer,
+            num_layers=num_layers,
+        )
+
+    @property
+    def num_queries(self) -> int:
+        """Query tokens."""
+        return len(self.query_frames) * self.frame_tokens
+
+    @property
+    def num_keys(self) -> int:
+        """Key tokens."""
+        return self.segments[-1].stop
+
+    @cached_property
+    def layout(self) -> tuple:
+        """All that does not depend on step, layer and pass: what a plan made without looking at q and k depends on."""
+        return (
+            self.frame_tokens,
+            self.grid,
+            self.frames_per_block,
+            self.segments,
+            self.query_frames,
+            self.query_positions,
+        )

@@ -1,0 +1,323 @@
+"""Which keys every query reads, as blocks of tokens: what policies produce and executors run.
+
+A plan knows neither the policy that made it nor the kernel that will run it.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.attention.geometry import AttentionGeometry, Kind, Role, Segment
+from longtake.attention.plan_forms import Bsr, RowGroup, dense_mask, flex_block_mask, row_groups
+
+__all__ = [
+    "AttentionGeometry",
+    "BlockPlan",
+    "Bsr",
+    "Kind",
+    "Role",
+    "RowGroup",
+    "Segment",
+    "split_runs",
+    "uniform_edges",
+]
+
+
+def uniform_edges(length: int, block_size: int) -> Tensor:
+    """Edges of blocks of one size; the last block may be shorter.
+
+    Args:
+        length: Tokens.
+        block_size: Tokens of a block.
+
+    Returns:
+        (blocks + 1,), int32, from 0 to ``length``.
+    """
+    return split_runs([length], block_size)
+
+
+def split_runs(lengths: Iterable[int], block_size: int) -> Tensor:
+    """Edges of blocks that never straddle two runs, such as frames: 1,560 tokens by 128 are 12 blocks and one of 24.
+
+    Args:
+        lengths: Tokens of every run.
+        block_size: Tokens of a block, but of the last of a run, which may be shorter.
+
+    Returns:
+        (blocks + 1,), int32, ascending from 0 to the sum of ``lengths``.
+
+    Raises:
+        ValueError: If a length or the block size is not positive.
+    """
+    lengths = list(lengths)
+    if block_size < 1 or not lengths or min(lengths) < 1:
+        raise ValueError(f"block_size={block_size} and lengths={lengths} must all be 1 or more, at least one length.")
+    edges, start = [0], 0
+    for length in lengths:
+        edges.extend(range(start + block_size, start + length, block_size))
+        start += length
+        edges.append(start)
+    return torch.tensor(edges, dtype=torch.int32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockPlan:
+    """Blocks of keys that every block of queries reads, the same for all samples of a batch.
+
+    Heads may share one map (``counts.shape[0] == 1``) or have one each. Edges may be shared, or differ by head, as
+    clusters do; blocks may then be empty. Where the two disagree on the number of heads, the one is repeated.
+
+    Attributes:
+        q_edges: (query blocks + 1,) or (heads, query blocks + 1), int32, ascending from 0 to the number of queries.
+        k_edges: (key blocks + 1,) or (heads, key blocks + 1), int32, likewise.
+        counts: (1 or heads, query blocks), int32: key blocks that each block of queries reads.
+        index: (1 or heads, query blocks, most), int32: which, ascending, filled up with -1.
+        q_perm: (1 or heads, queries), int64: the query at each place before blocks are cut; None: in order.
+        k_perm: (1 or heads, keys), int64: likewise for keys and values.
+    """
+
+    q_edges: Tensor
+    k_edges: Tensor
+    counts: Tensor
+    index: Tensor
+    q_perm: Tensor | None = None
+    k_perm: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        blocks = {}
+        for name in ("q_edges", "k_edges"):
+            edges = getattr(self, name)
+            if edges.dtype != torch.int32 or edges.ndim not in (1, 2) or edges.shape[-1] < 2:
+                raise ValueError(f"{name} is {_shape(edges)}: give int32 (blocks + 1,) or (heads, blocks + 1).")
+            blocks[name] = edges.shape[-1] - 1
+        expected = (self.counts.shape[0], blocks["q_edges"])
+        if self.counts.dtype != torch.int32 or self.counts.ndim != 2 or tuple(self.counts.shape) != expected:
+            raise ValueError(f"counts is {_shape(self.counts)}: give int32 (1 or heads, {blocks['q_edges']}).")
+        if self.index.dtype != torch.int32 or self.index.ndim != 3 or tuple(self.index.shape[:2]) != expected:
+            raise ValueError(f"index is {_shape(self.index)}: give int32 {(*expected, 'most')}.")
+        for name in ("q_perm", "k_perm"):
+            order = getattr(self, name)
+            if order is not None and (order.dtype != torch.int64 or order.ndim != 2):
+                raise ValueError(f"{name} is {_shape(order)}: give int64 (1 or heads, tokens).")
+        if len({heads for heads in self._all_heads() if heads > 1}) > 1:
+            raise ValueError(
+                f"the parts of a plan speak of {self._all_heads()} heads: let each be 1 or the same number."
+            )
+
+    @classmethod
+    def from_dense_block_mask(
+        cls,
+        mask: Tensor,
+        q_edges: Tensor,
+        k_edges: Tensor,
+        *,
+        q_perm: Tensor | None = None,
+        k_perm: Tensor | None = None,
+    ) -> "BlockPlan":
+        """Make a plan of a boolean map of blocks.
+
+        Args:
+            mask: (query blocks, key blocks), or (1 or heads, query blocks, key blocks), bool: True is read.
+            q_edges: As the attribute.
+            k_edges: As the attribute.
+            q_perm: As the attribute.
+            k_perm: As the attribute.
+
+        Raises:
+            ValueError: If the mask is not boolean or does not fit the edges.
+        """
+        mask = mask[None] if mask.ndim == 2 else mask
+        expected = (q_edges.shape[-1] - 1, k_edges.shape[-1] - 1)
+        if mask.dtype != torch.bool or mask.ndim != 3 or tuple(mask.shape[1:]) != expected:
+            raise ValueError(f"mask is {_shape(mask)}: give bool (1 or heads, {expected[0]}, {expected[1]}).")
+        counts = mask.sum(-1, dtype=torch.int32)
+        most = max(int(counts.max()), 1)
+        # A stable sort that puts the blocks read first keeps them ascending.
+        order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most].to(torch.int32)
+        is_filling = torch.arange(most, device=mask.device) >= counts[..., None]
+        index = order.masked_fill(is_filling, -1)
+        return cls(q_edges=q_edges, k_edges=k_edges, counts=counts, index=index, q_perm=q_perm, k_perm=k_perm)
+
+    @classmethod
+    def full(cls, q_edges: Tensor, k_edges: Tensor) -> "BlockPlan":
+        """Every block reads every block: dense attention, as a plan."""
+        mask = torch.ones(q_edges.shape[-1] - 1, k_edges.shape[-1] - 1, dtype=torch.bool)
+        return cls.from_dense_block_mask(mask, q_edges, k_edges)
+
+    def _all_heads(self) -> tuple[int, ...]:
+        edges = [edges.shape[0] for edges in (self.q_edges, self.k_edges) if edges.ndim == 2]
+        orders = [order.shape[0] for order in (self.q_perm, self.k_perm) if order is not None]
+        return (self.counts.shape[0], *edges, *orders)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads the plan tells apart: 1 if all share one map, edges and order."""
+        return max(self._all_heads())
+
+    @cached_property
+    def num_queries(self) -> int:
+        """Query tokens."""
+        return int(self.q_edges.reshape(-1)[-1])
+
+    @cached_property
+    def num_keys(self) -> int:
+        """Key tokens."""
+        return int(self.k_edges.reshape(-1)[-1])
+
+    @cached_property
+    def block_mask(self) -> Tensor:
+        """(1 or heads, query blocks, key blocks), bool: the map itself."""
+        heads, blocks, _ = self.index.shape
+        num_columns = self.k_edges.shape[-1] - 1
+        # The filling points to one more column, which is cut off.
+        columns = torch.where(self.index < 0, num_columns, self.index).long()
+        mask = torch.zeros(heads, blocks, num_columns + 1, dtype=torch.bool, device=self.index.device)
+        return mask.scatter_(-1, columns, True)[..., :-1]
+
+    @cached_property
+    def keys_per_row(self) -> Tensor:
+        """(1 or heads, query blocks), int64: key tokens that each block of queries reads."""
+        sizes = _sizes(self.k_edges).double()
+        return (self.block_mask.double() @ sizes[..., None])[..., 0].long()
+
+    @cached_property
+    def _density(self) -> float:
+        rows = _sizes(self.q_edges) * self.keys_per_row
+        return float(rows.sum()) / (rows.shape[0] * self.num_queries * self.num_keys)
+
+    def density(self) -> float:
+        """Share of the (query, key) pairs that is computed, 0 to 1; the mean over heads."""
+        return self._density
+
+    @cached_property
+    def signature(self) -> str:
+        """Hash of everything in the plan, for caches: equal plans have equal signatures."""
+        digest = hashlib.sha256()
+        for name in ("q_edges", "k_edges", "counts", "index", "q_perm", "k_perm"):
+            part = getattr(self, name)
+            digest.update(f"{name}{None if part is None else tuple(part.shape)}".encode())
+            if part is not None:
+                digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def validate(self) -> "BlockPlan":
+        """Check the contents, once per plan.
+
+        Returns:
+            The plan itself.
+
+        Raises:
+            ValueError: If edges do not ascend, an index is out of order or of range, a count does not fit, an order is
+                no permutation, or a query reads no key: kernels give different results there, 0 or not-a-number.
+        """
+        return self._validated
+
+    @cached_property
+    def _validated(self) -> "BlockPlan":
+        for name in ("q_edges", "k_edges"):
+            edges = getattr(self, name).reshape(-1, getattr(self, name).shape[-1])
+            if bool((edges[:, 0] != 0).any() | (edges.diff(dim=-1) < 0).any() | (edges[:, -1] != edges[0, -1]).any()):
+                raise ValueError(f"{name} must ascend from 0 to the number of tokens, the same for all heads.")
+        most, num_columns = self.index.shape[-1], self.k_edges.shape[-1] - 1
+        is_filling = torch.arange(most, device=self.index.device) >= self.counts[..., None]
+        if bool((self.counts > most).any() | (self.counts < 0).any() | ((self.index < 0) != is_filling).any()):
+            raise ValueError("index must hold counts blocks in every row, and be filled up with -1 behind them.")
+        is_descending = (self.index.diff(dim=-1) <= 0) & ~is_filling[..., 1:]
+        if bool((self.index >= num_columns).any() | is_descending.any()):
+            raise ValueError(f"the blocks in a row of index must ascend and be below {num_columns}, the key blocks.")
+        self._check_orders()
+        is_empty = (self.keys_per_row == 0) & (_sizes(self.q_edges) > 0)
+        if bool(is_empty.any()):
+            head, row = is_empty.nonzero()[0].tolist()
+            raise ValueError(
+                f"query block {row} of head {head} reads no key (of {int(is_empty.sum())} such): "
+                "let every query read at least one block, its own for instance."
+            )
+        return self
+
+    def _check_orders(self) -> None:
+        for name, length in (("q_perm", self.num_queries), ("k_perm", self.num_keys)):
+            order = getattr(self, name)
+            if order is None:
+                continue
+            places = torch.arange(length, device=order.device)
+            if order.shape[-1] != length or bool((order.sort(dim=-1).values != places).any()):
+                raise ValueError(f"{name} must hold every number from 0 to {length - 1} once per head.")
+
+    def without_order(self) -> "BlockPlan":
+        """The same blocks over tokens that stand in the plan's order already."""
+        return self if self.q_perm is None and self.k_perm is None else replace(self, q_perm=None, k_perm=None)
+
+    def to(self, device: Any) -> "BlockPlan":
+        """The same plan with its tensors on a device."""
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+
+    def to_dense_mask(self) -> Tensor:
+        """The plan token by token, in the order of the tokens given to attention.
+
+        Returns:
+            (1 or heads, queries, keys), bool: True is read.
+        """
+        return dense_mask(self)
+
+    def group_rows(self) -> tuple[RowGroup, ...]:
+        """Queries that read the same keys, so that each group is one dense attention; made once per plan."""
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> tuple[RowGroup, ...]:
+        return row_groups(self)
+
+    @cached_property
+    def uniform_block_sizes(self) -> tuple[int | None, int | None]:
+        """Size of all query blocks and of all key blocks, but the last ones, which may be shorter; None: they vary."""
+        return _uniform_size(self.q_edges), _uniform_size(self.k_edges)
+
+    def to_bsr(self) -> Bsr:
+        """The plan as block compressed sparse rows, as FlashInfer takes it.
+
+        Raises:
+            ValueError: If heads differ or blocks are of several sizes.
+        """
+        rows, columns = self.uniform_block_sizes
+        if self.num_heads > 1 or rows is None or columns is None:
+            raise ValueError(
+                f"a plan with {self.num_heads} maps and block sizes {rows} x {columns} (None: varying) is "
+                "no BSR matrix: let heads share one map of equal blocks, or take a backend for variable blocks."
+            )
+        ends = torch.cat([self.counts.new_zeros(1), self.counts[0].cumsum(0, dtype=torch.int32)])
+        return Bsr(indptr=ends, indices=self.index[0][self.index[0] >= 0], block_rows=rows, block_columns=columns)
+
+    def to_flex(self, *, block_size: int = 128, device: Any = "cpu") -> Any:
+        """The plan as ``torch.nn.attention.flex_attention.BlockMask``, always with a mask function.
+
+        Without a mask function the eager kernel ignores the lists of blocks and computes dense attention. Blocks of
+        other sizes are laid over a grid of ``block_size``; the function decides inside those that are partly read.
+
+        Args:
+            block_size: Edge of the kernel's blocks, tokens.
+            device: Where the mask lives.
+        """
+        return flex_block_mask(self.without_order().to(device), block_size)
+
+
+def _sizes(edges: Tensor) -> Tensor:
+    """(1 or heads, blocks), int64."""
+    return edges.reshape(-1, edges.shape[-1]).long().diff(dim=-1)
+
+
+def _uniform_size(edges: Tensor) -> int | None:
+    sizes = _sizes(edges)
+    first = int(sizes[0, 0])
+    is_uniform = bool((sizes[:, :-1] == first).all()) and bool((sizes[:, -1] <= first).all())
+    return first if is_uniform and first > 0 else None
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
