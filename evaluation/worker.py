@@ -64,7 +64,7 @@ class Worker:
         Raises:
             ValueError: If the model, a prompt or a policy does not fit.
         """
-        to_make = [unit for unit in units if unit.is_generated]
+        to_make = [unit for unit in units if unit.is_generated and not unit.videos_exist(unit.finished_lines())]
         if to_make:
             self._make_generator().check(to_make)
 
