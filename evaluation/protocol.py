@@ -26,7 +26,7 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 GROUPS = ("vbench", "long", "weight_free", "judge")
 """Groups of metrics, as ``evaluation/metrics`` makes them."""
 PLACES = (
-    *("name", "videos", "manifest", "prompt_file"),
+    *("name", "videos", "manifest", "prompt_file", "mixed_rates"),
     *("model", "prompts", "prompts_extended", "num_prompts", "backbones"),
 )
 """Keys that say where something is, or repeat what a hash says: not part of the fingerprint."""
@@ -46,6 +46,7 @@ class Protocol:
         manifest: JSON lines that say what the existing videos were made from.
         prompt_file: JSON mapping of the existing videos' file names to prompts.
         fps: Frames per second of folders of frames, which do not say it.
+        mixed_rates: Whether a run may hold existing videos of different frame rates.
         model: A family with bundled weights, or a diffusers folder.
         family: How a folder is run; a bundled model has its own.
         model_sha256: Of the weights; filled in when it is resolved.
@@ -77,6 +78,7 @@ class Protocol:
     manifest: str | None = None
     prompt_file: str | None = None
     fps: float | None = None
+    mixed_rates: bool = False
     model: str = "mini"
     family: str | None = None
     model_sha256: str | None = None

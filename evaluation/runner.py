@@ -182,6 +182,7 @@ class Evaluation:
             manifest=None if protocol.manifest is None else Path(protocol.manifest),
             prompt_file=None if protocol.prompt_file is None else Path(protocol.prompt_file),
             fps=protocol.fps,
+            mixed_rates=protocol.mixed_rates,
         )
 
     def _generated(self, protocol: Protocol) -> tuple[Protocol, list[RunPlan]]:

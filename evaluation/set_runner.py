@@ -75,7 +75,7 @@ def measure_sets(
 
 def _features(folder: Path, make_collector: Callable[[Path], FeatureCollector]) -> dict[str, np.ndarray]:
     """Features of all videos of a folder, {id: (frames, dimensions)}."""
-    plans = plan_videos(folder, folder)
+    plans = plan_videos(folder, folder, mixed_rates=True)
     if len(plans) != 1:
         raise ValueError(f"{folder} holds {len(plans)} runs: give the folder of one")
     with tempfile.TemporaryDirectory() as place:

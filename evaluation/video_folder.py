@@ -30,7 +30,13 @@ class _Found:
 
 
 def plan_videos(
-    folder: Path, out: Path, *, manifest: Path | None = None, prompt_file: Path | None = None, fps: float | None = None
+    folder: Path,
+    out: Path,
+    *,
+    manifest: Path | None = None,
+    prompt_file: Path | None = None,
+    fps: float | None = None,
+    mixed_rates: bool = False,
 ) -> list[RunPlan]:
     """Plan the measuring of existing videos.
 
@@ -43,6 +49,7 @@ def plan_videos(
         manifest: JSON lines, instead of ``manifest.jsonl`` in the folder; file names relative to it.
         prompt_file: JSON mapping of file names, relative to the folder, to prompts.
         fps: Frames per second of folders of frames, which do not say it.
+        mixed_rates: Whether a run may hold videos of different frame rates.
 
     Raises:
         ValueError: If a video cannot be read or has no frames, a run mixes frame rates, or videos and prompts do not
@@ -59,9 +66,13 @@ def plan_videos(
         _check_all_used(prompts, found, prompt_file, folder)
     found = _with_prompt_indices(found)
     single = len(groups) == 1 and next(iter(groups.values())) == folder
-    return [
+    runs = [
         _run(label, videos, groups[label], out if single else out / label, fps=fps) for label, videos in found.items()
     ]
+    if not mixed_rates:
+        for run in runs:
+            _check_rates(run)
+    return runs
 
 
 def prompt_of_name(stem: str) -> tuple[str, int]:
@@ -185,18 +196,21 @@ def _with_prompt_indices(found: Mapping[str, Sequence[_Found]]) -> dict[str, lis
 
 def _run(label: str, videos: Sequence[_Found], source: Path, folder: Path, *, fps: float | None) -> RunPlan:
     lines = [_measurable(item, folder, fps) for item in videos]
-    rates = sorted({line.fps for line in lines})
-    if len(rates) > 1:
-        odd = next(line.id for line in lines if line.fps != lines[0].fps)
-        raise ValueError(
-            f"{source} mixes frame rates: {lines[0].id} has {lines[0].fps:g} frames per second, {odd} "
-            f"{rates[1] if rates[0] == lines[0].fps else rates[0]:g}: windows would not line up; split the folder"
-        )
     units = tuple(
         Unit(label=label, number=number, share=number, folder=folder, lines=(line,))
         for number, line in enumerate(lines)
     )
     return RunPlan(label=label, folder=folder, units=units)
+
+
+def _check_rates(run: RunPlan) -> None:
+    lines = [line for unit in run.units for line in unit.lines]
+    odd = next((line for line in lines if line.fps != lines[0].fps), None)
+    if odd is not None:
+        raise ValueError(
+            f"run {run.label!r} mixes frame rates: {lines[0].id} has {lines[0].fps:g} frames per second, {odd.id} "
+            f"{odd.fps:g}: split the folder, or measure them as they are with --mixed-rates"
+        )
 
 
 def _measurable(item: _Found, folder: Path, fps: float | None) -> ManifestLine:

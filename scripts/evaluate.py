@@ -54,6 +54,9 @@ def run(
     manifest: Annotated[str | None, typer.Option(help="JSON lines with the videos' prompts.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="JSON mapping of the videos' file names to prompts.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frame rate of folders of frames.")] = None,
+    mixed_rates: Annotated[
+        bool | None, typer.Option("--mixed-rates", help="Videos of a run may differ in frame rate.")
+    ] = None,
     backbones: Annotated[
         str | None, typer.Option(help="FILE.py or .yaml that names the networks.", show_default="classical stand-ins")
     ] = None,
@@ -113,6 +116,7 @@ def run(
         "manifest": manifest,
         "prompt_file": prompt_file,
         "fps": fps,
+        "mixed_rates": mixed_rates,
         "backbones": backbones,
         "metrics": None if metrics is None else _words(metrics),
         "baseline": baseline,
