@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from longtake.evaluation.flags import flags as video_flags
 from longtake.evaluation.published import Row
 from longtake.evaluation.records import RunScores, write_atomically, write_json
-from longtake.evaluation.report_data import ReportData, digits_for, interval, number
+from longtake.evaluation.report_data import Measure, ReportData, digits_for, interval, number
 from longtake.evaluation.report_files import FlagRow, write_files
 from longtake.evaluation.report_page import render_page
 from longtake.evaluation.report_plots import verdict_of
@@ -15,11 +15,15 @@ from longtake.evaluation.report_png import write_figures
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 PAGE = "report.html"
 COMPARISON = "comparison.json"
 FOLDER = "report"
 """Of the figures and tables beside the page."""
+MOST_COLUMNS = 3
+MOST_MEASURES = 5
+"""Policies, or measures, that stand side by side in a terminal of 80 columns."""
 
 
 def write_report(
@@ -90,32 +94,47 @@ def summary_table(comparison: Mapping[str, Any], *, headline: Sequence[str] | No
         headline: Names of the measures; None takes the usual ones.
 
     Returns:
-        A rich table, a row per policy: mean, interval, and a sign where the difference to the baseline is significant.
+        A rich table with a sign where the difference to the baseline is significant. Few policies stand in columns,
+        with their intervals; many in rows, without, and with the first measures only.
 
     Raises:
         ValueError: If a headline measure has no value.
     """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     data = ReportData(runs=(), comparison=comparison, headline=headline)
-    caption = f"95 % intervals; \u25b2 \u25bc significant against {data.baseline}" if data.others else "95 % intervals"
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column("policy", no_wrap=True)
-    for measure in data.headlines:
-        table.add_column(Text(f"{measure.title}\n{measure.family}/"), justify="right")
-    digits = [digits_for(measure.level(label) for label in data.labels) for measure in data.headlines]
-    signs = {"up": " \u25b2", "down": " \u25bc", "sig": " \u25c6", "": ""}
-    for label in data.labels:
-        cells = [Text(label, style="bold" if label == data.baseline else "")]
-        for measure, places in zip(data.headlines, digits, strict=True):
-            level = measure.level(label)
-            if level.value is None:
-                cells.append(Text("not measured", style="dim"))
-                continue
-            verdict = verdict_of(measure.difference(label), measure.direction) if label != data.baseline else ""
-            style = {"up": "green", "down": "red"}.get(verdict, "")
-            cell = Text(number(level.value, places) + signs[verdict], style=style)
-            cells.append(cell.append(f"\n{interval(level, places)}", style="dim"))
-        table.add_row(*cells)
+    are_columns = len(data.labels) <= MOST_COLUMNS
+    measures = data.headlines if are_columns or headline is not None else data.headlines[:MOST_MEASURES]
+    heads = [Text(label, style="bold" if label == data.baseline else "") for label in data.labels]
+    names = [Text.assemble(item.title, (f" {item.family}/", "dim")) for item in measures]
+    rows = [_terminal_row(data, item, with_interval=are_columns) for item in measures]
+    signs = f"; \u25b2 \u25bc \u25c6 significant against {data.baseline}" if data.others else ""
+    caption = f"means{' and 95 % intervals' if are_columns else ''}{signs}"
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("measure" if are_columns else "policy", no_wrap=not are_columns)
+    for head in heads if are_columns else names:
+        table.add_column(head, justify="right", overflow="fold")
+    lines = zip(names, rows, strict=True) if are_columns else zip(heads, zip(*rows, strict=True), strict=True)
+    for head, cells in lines:
+        table.add_row(head, *cells)
     return table
+
+
+def _terminal_row(data: ReportData, measure: Measure, *, with_interval: bool) -> list["Text"]:
+    """A measure's cells, policy by policy."""
+    from rich.text import Text
+
+    digits = digits_for(measure.level(label) for label in data.labels)
+    signs = {"up": ("\u25b2", "green"), "down": ("\u25bc", "red"), "sig": ("\u25c6", ""), "": (" ", "")}
+    cells = []
+    for label in data.labels:
+        level = measure.level(label)
+        verdict = verdict_of(measure.difference(label), measure.direction) if label != data.baseline else ""
+        sign, style = signs[verdict]
+        cell = Text("-", style="dim") if level.value is None else Text(number(level.value, digits) + sign, style=style)
+        if with_interval and level.low is not None:
+            cell.append(f"\n{interval(level, digits)} ", style="dim")
+        cells.append(cell)
+    return cells

@@ -15,7 +15,7 @@ from longtake.evaluation.report_pieces import (
     left_ticks,
     marker,
     measure_title,
-    units,
+    scale,
 )
 
 Points = list[tuple[float, Mapping[str, Any]]]
@@ -23,10 +23,18 @@ Points = list[tuple[float, Mapping[str, Any]]]
 
 
 def curve_points(measure: Measure, labels: Iterable[str]) -> dict[str, Points]:
-    """{label: (middle of the window in seconds, window)} of those that have a curve."""
+    """{label: (middle of the window in seconds, window)} of those that have a curve.
+
+    A window that repeats most of the one before it is left out, as VBench-Long's last clip does.
+    """
     found = {}
     for label in labels:
-        points = [((point["start_s"] + point["end_s"]) / 2, point) for point in measure.curve(label)]
+        points: Points = []
+        end = 0.0
+        for point in measure.curve(label):
+            if end - point["start_s"] <= (point["end_s"] - point["start_s"]) / 2:
+                points.append(((point["start_s"] + point["end_s"]) / 2, point))
+                end = point["end_s"]
         if any(finite(point.get("mean")) is not None for _, point in points):
             found[label] = points
     return found
@@ -92,6 +100,7 @@ def _curve_axis(measure: Measure, curves: Mapping[str, Points]) -> Axis:
 
 def _line(points: Points, x: Axis, y: Axis) -> str:
     """A path through the means; a window without a value leaves a gap, one between two gaps a dot."""
+    across, up = scale(x), scale(y)
     words: list[str] = []
     before: tuple[int, int] | None = None
     for time, point in points:
@@ -99,7 +108,7 @@ def _line(points: Points, x: Axis, y: Axis) -> str:
         if mean is None:
             before = None
             continue
-        here = (units(x, time), UNITS - units(y, mean))
+        here = (across(time), UNITS - up(mean))
         words.append(f"M{here[0]} {here[1]}h0" if before is None else f"l{here[0] - before[0]} {here[1] - before[1]}")
         before = here
     return "".join(words)
@@ -107,12 +116,13 @@ def _line(points: Points, x: Axis, y: Axis) -> str:
 
 def _band(points: Points, x: Axis, y: Axis) -> str:
     """A closed path around the intervals of each run of windows that have one."""
+    across, up = scale(x), scale(y)
     parts: list[str] = []
     stretch: list[tuple[int, int, int]] = []
     for time, point in [*points, (0.0, {})]:
         low, high = finite(point.get("low")), finite(point.get("high"))
         if low is not None and high is not None:
-            stretch.append((units(x, time), UNITS - units(y, high), UNITS - units(y, low)))
+            stretch.append((across(time), UNITS - up(high), UNITS - up(low)))
             continue
         if len(stretch) > 1:
             outline = [(t, top) for t, top, _ in stretch] + [(t, bottom) for t, _, bottom in reversed(stretch)]
@@ -124,7 +134,8 @@ def _band(points: Points, x: Axis, y: Axis) -> str:
 
 
 def _digits(curves: Mapping[str, Points]) -> int:
-    return digits_for(Estimate.read(point) for points in curves.values() for _, point in points)
+    sample = (point for points in curves.values() for _, point in points[:: 1 + len(points) // 8])
+    return digits_for(Estimate.read(point) for point in sample)
 
 
 def _readout(points: Points, times: Sequence[float], digits: int) -> str:

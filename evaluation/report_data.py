@@ -51,9 +51,12 @@ COSTS = {
     "ms_per_block": "ms per block",
     "kv_mb": "KV MB",
     "first_frame_s": "first frame, s",
-    "frames_per_second": "frames per second",
+    "kv_mb_peak": "KV MB, peak",
+    "generation_cpu_s": "processor s",
 }
 """Titles of known costs; others are shown under their own names."""
+MAIN_COSTS = ("ms_per_block", "kv_mb", "first_frame_s")
+"""In the first table; all of them have one of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,11 +310,11 @@ class ReportData:
         return [self.measures[name] for name in self.headline]
 
     def first(self, patterns: Sequence[str]) -> Measure | None:
-        """The first measured one whose name without its bracket is one of the patterns; official ones come first."""
+        """The measured one that fits the first pattern; official ones before others, clips before whole videos."""
         for pattern in patterns:
-            for name, measure in self.measures.items():
-                if re.fullmatch(pattern, name.partition("[")[0]):
-                    return measure
+            found = [item for name, item in self.measures.items() if re.fullmatch(pattern, name.partition("[")[0])]
+            if found:
+                return min(found, key=lambda measure: (not measure.is_comparable, "/long/" not in measure.name))
         return None
 
     @cached_property

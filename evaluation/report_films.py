@@ -15,7 +15,8 @@ from longtake.evaluation.report_pieces import swatch
 from longtake.evaluation.video import VideoSource
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-FRAME_HEIGHT = 80
+FRAME = (144, 128)
+"""Width and height that a frame fits into, in pixels."""
 NUM_PROMPTS = 3
 QUALITY = 62
 GAP = 3
@@ -27,12 +28,12 @@ def strip_indices(num_frames: int, shares: Sequence[float] = SHARES) -> list[int
     return [round(share * (num_frames - 1)) for share in shares]
 
 
-def film_strip(source: VideoSource, *, height: int = FRAME_HEIGHT, shares: Sequence[float] = SHARES) -> Image.Image:
+def film_strip(source: VideoSource, *, box: tuple[int, int] = FRAME, shares: Sequence[float] = SHARES) -> Image.Image:
     """Frames of a video side by side, decoded as it streams by.
 
     Args:
         source: The video.
-        height: Of the strip, in pixels; small videos are enlarged by a whole factor with sharp edges.
+        box: Width and height that a frame fits into; small videos are enlarged by a whole factor with sharp edges.
         shares: Which frames, as shares of the length.
     """
     wanted = strip_indices(source.num_frames, shares)
@@ -43,7 +44,7 @@ def film_strip(source: VideoSource, *, height: int = FRAME_HEIGHT, shares: Seque
         start += len(piece)
         if len(found) == len(set(wanted)):
             break
-    frames = [_resized(found[index], height) for index in wanted]
+    frames = [_resized(found[index], box) for index in wanted]
     width = sum(frame.width for frame in frames) + GAP * (len(frames) - 1)
     strip = Image.new("RGBA", (width, frames[0].height), (0, 0, 0, 0))
     left = 0
@@ -53,13 +54,14 @@ def film_strip(source: VideoSource, *, height: int = FRAME_HEIGHT, shares: Seque
     return strip
 
 
-def _resized(frame: np.ndarray, height: int) -> Image.Image:
+def _resized(frame: np.ndarray, box: tuple[int, int]) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(frame))
-    if image.height <= height:
-        factor = max(1, height // image.height)
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    width = max(1, round(image.width * height / image.height))
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    factor = min(box[0] / image.width, box[1] / image.height)
+    if factor >= 1:
+        size = (image.width * int(factor), image.height * int(factor))
+        return image.resize(size, Image.Resampling.NEAREST)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def data_uri(image: Image.Image) -> str:

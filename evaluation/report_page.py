@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files
 
+from longtake.evaluation.comparison import LEVEL
 from longtake.evaluation.metric import WINDOW_SECONDS
 from longtake.evaluation.report_colours import colour_rules
 from longtake.evaluation.report_curves import curve_figure
@@ -23,7 +24,7 @@ from longtake.evaluation.report_tables import (
     mapping_list,
     measure_table,
     score_table,
-    skipped_table,
+    skipped_tables,
 )
 
 FAMILIES = {
@@ -35,6 +36,7 @@ FAMILIES = {
     "set": "a property of the whole set of videos",
     "judge": "the bundled judge of the mini model's world",
 }
+FEW_PROMPTS = 10
 MANY_POLICIES = 8
 """From here on the page shows less at first: tables of moments are folded."""
 MAX_CURVE_POINTS = 80_000
@@ -106,7 +108,7 @@ def _sections(
         ("costs", "Costs", cost_table(data)) if data.costs else None,
         ("flags", "Flagged videos", _flags(data, flags)),
         ("all", "Every measure", _all_measures(data)),
-        ("missing", "Not measured", skipped_table(data)) if data.skipped else None,
+        ("missing", "Not measured", skipped_tables(data)) if data.skipped else None,
         published_section(data),
         ("method", "How this was made", _method(data, file_names, notes)),
     ]
@@ -184,10 +186,19 @@ def _findings(data: ReportData, flags: Sequence[FlagRow]) -> Markup:
     if official:
         items.append(f"Only {', '.join(official)} may stand beside published VBench numbers, under the same protocol.")
     else:
-        items.append("None of these numbers may stand beside published VBench numbers: no official network was used.")
-    if data.num_prompts < 10:
+        items.append("Nothing in this table may stand beside published VBench numbers: no official network was used.")
+    needed = least_prompts(len(data.others))
+    if data.others and data.baseline and data.num_prompts < needed:
+        few = f"under {needed} prompts no difference can be significant, and these are {data.num_prompts}"
+        items.append(f"Too few prompts: {few}.")
+    elif data.num_prompts < FEW_PROMPTS:
         items.append(f"{data.num_prompts} prompts are few: read the intervals, not the means.")
     return tag("ul", [tag("li", item) for item in items], class_="findings")
+
+
+def least_prompts(num_compared: int) -> int:
+    """Prompts from which on a sign test can reach 5 % after Holm's correction over so many policies."""
+    return next(count for count in range(1, 99) if max(1, num_compared) * 2.0 ** (1 - count) <= LEVEL)
 
 
 def _verdict(data: ReportData, label: str) -> Markup:
@@ -345,11 +356,11 @@ def _method(data: ReportData, file_names: Sequence[str], notes: Sequence[str]) -
         "Differences: paired by prompt and seed. Significant: sign test over prompts at 5 % after Holm's correction "
         "over the policies of one measure, and an interval without zero. Measures are not corrected for each other.",
         "Smallest difference that could be found: at 80 % power and two-sided 5 %. No mark is no proof of equality.",
-        f"{data.num_prompts} prompts, {data.num_seeds} seeds each, {data.num_videos} videos in all.",
+        f"Videos: {data.num_videos}; prompts: {data.num_prompts}; seeds of a prompt: {data.num_seeds}.",
         *(f"{family}/: {text}." for family, text in FAMILIES.items()),
     ]
     commands = tag("pre", tag("code", "\n".join(data.commands)), tabindex=0) if data.commands else None
-    shown = {key: value for key, value in data.protocol.items() if value is not None}
+    shown = {key: value for key, value in data.protocol.items() if value not in (None, "", (), [], {})}
     links = [tag("li", tag("a", name.rpartition("/")[2], href=name)) for name in file_names]
     return [
         tag("h3", "The same numbers again") if commands else None,

@@ -4,7 +4,7 @@ Lines live in an SVG that is stretched to its box with strokes of constant width
 so that text and markers keep their size on a phone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from longtake.evaluation.report_axes import Axis
 from longtake.evaluation.report_data import Measure
@@ -48,14 +48,15 @@ def measure_title(measure: Measure) -> Markup:
     return join(tag("strong", measure.title), " ", tag("span", small, class_="note", title=measure.name))
 
 
-def units(axis: Axis, value: float) -> int:
-    """Where a value stands on an axis, in units of the stretched SVG."""
-    return round(axis.percent(value) * UNITS / 100)
+def scale(axis: Axis) -> Callable[[float], int]:
+    """What puts values on an axis, in units of the stretched SVG; values outside stand at its ends."""
+    low, factor = axis.low, UNITS / (axis.high - axis.low)
+    return lambda value: round(min(max((value - low) * factor, 0.0), UNITS))
 
 
 def grid(y: Axis) -> Markup:
     """Quiet lines at an axis' ticks."""
-    lines = [f"M0 {UNITS - units(y, tick)}H{UNITS}" for tick in y.ticks]
+    lines = [f"M0 {UNITS - scale(y)(tick)}H{UNITS}" for tick in y.ticks]
     return tag("path", class_="grid", d="".join(lines))
 
 

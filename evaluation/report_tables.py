@@ -3,7 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from longtake.evaluation.report_data import Estimate, Measure, ReportData, digits_for, finite, interval, number
+from longtake.evaluation.report_data import (
+    MAIN_COSTS,
+    Estimate,
+    Measure,
+    ReportData,
+    digits_for,
+    finite,
+    interval,
+    number,
+)
 from longtake.evaluation.report_markup import Content, Markup, breakable, join, tag
 from longtake.evaluation.report_pieces import swatch
 from longtake.evaluation.report_plots import verdict_mark, verdict_of
@@ -62,11 +71,11 @@ def level_table(data: ReportData, *, caption: str, moment: str | None = None, wi
         data: Of the report.
         caption: Of the table.
         moment: Seconds, as the comparison names them; None for whole videos.
-        with_costs: Whether costs stand in the last columns.
+        with_costs: Whether the main costs stand in the last columns.
     """
     measures = data.headlines if moment is None else [item for item in data.headlines if moment in item.moments]
     digits = {item.name: digits_for(item.level(label, moment) for label in data.labels) for item in measures}
-    costs = data.costs if with_costs else {}
+    costs = {name: title for name, title in data.costs.items() if with_costs and name in MAIN_COSTS}
     heads = [sortable("policy", is_text=True), *(measure_head(item) for item in measures)]
     heads += [sortable(tag("b", title), tag("small", "cost")) for title in costs.values()]
     rows = []
@@ -98,6 +107,9 @@ def _detectable_row(data: ReportData, measures: Sequence[Measure], moment: str |
             cells.append(tag("td", "\u2013", title="not known from one prompt"))
             continue
         largest = max(item.value or 0.0 for item in sizes)
+        if largest == 0.0:
+            cells.append(tag("td", "\u2013", title="not known: every prompt has the same difference"))
+            continue
         cells.append(tag("td", number(largest, digits_for(sizes, figures=2))))
     head = tag("th", "smallest difference that could be found", scope="row", title="80 % power, two-sided 5 %")
     return tag("tfoot", tag("tr", head, cells, [tag("td") for _ in range(num_costs)]))
@@ -222,10 +234,21 @@ def flag_table(data: ReportData, rows: Sequence[tuple[str, str, str, str, float,
     return scroller(table, label=caption)
 
 
-def skipped_table(data: ReportData) -> Markup:
-    """What was not measured, and why; measures that lack the same thing share a row."""
+def skipped_tables(data: ReportData) -> list[Markup]:
+    """What was not measured, and why; drift numbers apart, which follow from the measures they are of."""
+    drift = {key: labels for key, labels in data.skipped.items() if key[0].startswith("drift/")}
+    others = {key: labels for key, labels in data.skipped.items() if key not in drift}
+    tables = [_skipped_table(data, others)] if others else []
+    if drift:
+        summary = tag("summary", tag("code", "drift/"), f" {len({name for name, _ in drift})}")
+        tables.append(tag("details", summary, _skipped_table(data, drift)))
+    return tables
+
+
+def _skipped_table(data: ReportData, skipped: Mapping[tuple[str, str], Sequence[str]]) -> Markup:
+    """Measures that lack the same thing share a row."""
     grouped: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (name, reason), labels in data.skipped.items():
+    for (name, reason), labels in skipped.items():
         grouped.setdefault((reason, tuple(labels)), []).append(name)
     rows = []
     for (reason, labels), names in grouped.items():

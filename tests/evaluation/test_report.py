@@ -1,6 +1,7 @@
 """Reports: every number is the comparison's, nothing is invented where something is missing, and text stays text."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -16,12 +17,14 @@ from rich.console import Console
 
 from longtake.evaluation import report as report_module
 from longtake.evaluation import report_png
+from longtake.evaluation.paired import sign_test
 from longtake.evaluation.published import find_rows, load_published
 from longtake.evaluation.report import flag_rows, summary_table, write_report
-from longtake.evaluation.report_curves import curve_figure
-from longtake.evaluation.report_data import ReportData
+from longtake.evaluation.report_curves import curve_figure, curve_points
+from longtake.evaluation.report_data import Measure, ReportData
 from longtake.evaluation.report_films import find_video, shared_prompts, strip_indices
 from longtake.evaluation.report_markup import VOID
+from longtake.evaluation.report_page import least_prompts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from report_runs import FROZEN, NASTY, POLICIES, SKIPPED, WITHOUT_OVERALL, build_runs, compare, write_videos
@@ -258,6 +261,40 @@ def test_windows_without_a_value_leave_a_gap(data):
     assert all(attrs["data-m"].split()[-2:] == ["-", "-"] for attrs in page.all("g"))
 
 
+def test_a_window_that_repeats_the_one_before_is_not_drawn():
+    """VBench-Long's last clip borrows frames of the one before it; its value stays in the tables."""
+    points = [{"start_s": start, "end_s": start + 2.0, "mean": 0.5, "low": 0.4, "high": 0.6} for start in (0, 2, 2.06)]
+    measure = Measure(name="vbench/long/x", entry={"curves": {"full": points}})
+    assert [time for time, _ in curve_points(measure, ["full"])["full"]] == [1.0, 3.0]
+
+
+def test_clips_are_preferred_to_whole_videos_and_official_numbers_to_both():
+    names = ["vbench_form/dynamic_degree[flow=a]", "vbench_form/long/dynamic_degree[flow=a]", "vbench/dynamic_degree"]
+    for count, expected in ((1, names[0]), (2, names[1]), (3, names[2])):
+        entries = {name: {"runs": {"full": {"mean": 0.5}}} for name in names[:count]}
+        data = ReportData(runs=(), comparison={"labels": ["full"], "metrics": entries})
+        assert [measure.name for measure in data.headlines] == [expected]
+
+
+@pytest.mark.parametrize(("num_compared", "needed"), [(1, 6), (3, 7), (15, 10)])
+def test_so_few_prompts_cannot_show_a_difference(num_compared, needed):
+    """Even if every prompt agrees: the smallest p of the sign test, times Holm's factor, is above 5 %."""
+    assert least_prompts(num_compared) == needed
+    assert num_compared * sign_test(needed, 0) <= 0.05 < num_compared * sign_test(needed - 1, 0)
+
+
+def test_drift_that_was_not_measured_stands_apart(tmp_path, plain):
+    runs = build_runs(2, num_prompts=3, num_windows=4)
+    reasons = {"drift/proxy/contrast/delta5": "needs 10 s", "drift/proxy/contrast/abs": "needs 10 s"}
+    runs = [replace(run, skipped={**SKIPPED, **reasons}) for run in runs]
+    page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
+    first, second = (table for table in page.tables if table[0][0][1] == "measure" and table[0][1][1] == "why")
+    assert all(not row[0][1].startswith("drift/") for row in first[1:])
+    cells = ["drift/proxy/contrast/absdrift/proxy/contrast/delta5", "needs 10 s", "every policy"]
+    assert [[cell[1] for cell in row] for row in second[1:]] == [cells]
+    assert "Too few prompts: under 6 prompts no difference can be significant, and these are 3." in "".join(page.text)
+
+
 def test_csv_files_hold_what_the_comparison_does(out, comparison, runs):
     summary = {(row["metric"], row["policy"]): row for row in rows_of(out / "report" / "summary.csv")}
     moments = {(row["metric"], row["policy"], row["moment_s"]): row for row in rows_of(out / "report" / "moments.csv")}
@@ -308,7 +345,7 @@ def test_commands_protocol_and_reasons_for_no_score_are_told(page):
     text = "".join(page.text)
     assert all(command in text for command in COMMANDS)
     assert "feedfacecafe0001" in text and "caches.pack.policy" in text
-    assert "No composite VBench score" in text and "12 prompts, 2 seeds each, 96 videos" in text
+    assert "No composite VBench score" in text and "Videos: 96; prompts: 12; seeds of a prompt: 2." in text
 
 
 def test_a_strip_shows_start_quarters_and_end(out, page):
@@ -316,7 +353,7 @@ def test_a_strip_shows_start_quarters_and_end(out, page):
     images = [attrs for attrs in page.all("img")]
     assert len(images) == 4, "one prompt has videos, the others are not shown as if they had"
     assert all("frames at 0%, 25%, 50%, 75%, 100%" in image["alt"] for image in images)
-    assert {image["width"] for image in images} == {str(5 * 64 + 4 * 3)}
+    assert {image["width"] for image in images} == {str(5 * 128 + 4 * 3)}, "64 pixels, twice as large"
 
 
 def test_videos_that_are_gone_are_told(tmp_path, plain):
@@ -397,12 +434,17 @@ def test_a_headline_that_was_not_measured_is_refused(tmp_path, runs, comparison)
     assert not list(tmp_path.rglob("*.html"))
 
 
-def test_the_terminals_table(comparison, data):
-    console = Console(width=220, record=True, force_terminal=False)
-    console.print(summary_table(comparison))
-    text = console.export_text()
-    assert all(label in text for label in POLICIES[:4]) and "not measured" in text and "\u25b2" in text
-    measure = data.headlines[0]
-    assert f"{measure.level('full').value:.4f}" in text and "vbench_form/" in text
-    chosen = summary_table(comparison, headline=["proxy/contrast"])
-    assert len(chosen.columns) == 2
+def printed(table, width=80):
+    console = Console(width=width, record=True, force_terminal=False, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_terminals_table_fits_eighty_columns(runs, data):
+    text = printed(summary_table(compare(runs[:3])))
+    assert all(label in text for label in POLICIES[:3]) and "\u25b2" in text and "\u2026" not in text
+    level = data.headlines[0].level("full")
+    assert f"{level.value:.4f}" in text and f"{level.low:.4f}\u2013{level.high:.4f}" in text
+    assert len(summary_table(data.comparison, headline=["proxy/contrast"]).columns) == 2
+    text = printed(summary_table(data.comparison))
+    assert all(label in text for label in POLICIES[:4]) and "\u2026" not in text and " - " in text
