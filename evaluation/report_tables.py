@@ -22,9 +22,18 @@ MAX_FLAGS = 200
 """Rows of the page's table of flags; the CSV file has all."""
 
 
-def scroller(table: Markup, *, label: str) -> Markup:
-    """A box in which a wide table scrolls by itself, by touch or with the arrow keys."""
-    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=label)
+def scrolled_table(caption: str, heads: Content, *bodies: Content, class_: str | None = None) -> Markup:
+    """A table in a box of its own, in which it scrolls by touch or with the arrow keys where it is wide.
+
+    Args:
+        caption: What the table holds.
+        heads: Of its columns.
+        bodies: ``tbody`` and ``tfoot`` elements.
+        class_: Of the table.
+    """
+    above = tag("caption", tag("span", caption))
+    table = tag("table", above, tag("thead", tag("tr", heads)), bodies, class_=class_)
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 
 def sortable(*content: Content, is_text: bool = False, **attributes: object) -> Markup:
@@ -92,8 +101,7 @@ def level_table(data: ReportData, *, caption: str, moment: str | None = None, wi
         cells += [cost_cell(data, label, name) for name in costs]
         rows.append(tag("tr", policy_head(data, label), cells, data_run=data.index(label)))
     foot = _detectable_row(data, measures, moment, len(costs)) if data.others and data.baseline else None
-    table = tag("table", tag("caption", caption), tag("thead", tag("tr", heads)), tag("tbody", rows), foot)
-    return scroller(table, label=caption)
+    return scrolled_table(caption, heads, tag("tbody", rows), foot)
 
 
 def _detectable_row(data: ReportData, measures: Sequence[Measure], moment: str | None, num_costs: int) -> Markup:
@@ -142,8 +150,7 @@ def cost_table(data: ReportData) -> Markup:
         for label in data.labels
     ]
     caption = "What each policy costs, on the machine that made the videos"
-    table = tag("table", tag("caption", caption), tag("thead", tag("tr", heads)), tag("tbody", rows), class_="costs")
-    return scroller(table, label=caption)
+    return scrolled_table(caption, heads, tag("tbody", rows), class_="costs")
 
 
 def score_table(data: ReportData) -> Markup | None:
@@ -169,8 +176,7 @@ def score_table(data: ReportData) -> Markup | None:
             cells.append(known or none_cell(str(entry.get("reason") or name)))
         rows.append(tag("tr", policy_head(data, label), cells, data_run=data.index(label)))
     caption = "VBench's composite scores, only where every member was measured with the official backbone"
-    table = tag("table", tag("caption", caption), tag("thead", tag("tr", heads)), tag("tbody", rows))
-    return scroller(table, label=caption)
+    return scrolled_table(caption, heads, tag("tbody", rows))
 
 
 def _scores(scores: Mapping[str, Any], label: str, names: Iterable[str]) -> dict[str, Mapping[str, Any]]:
@@ -199,8 +205,7 @@ def measure_table(data: ReportData, measures: Sequence[Measure], *, caption: str
             attributes = {"data_run": run, "data_v": f"{level.value:.6g}", "title": inside, "class_": verdict or None}
             cells.append(tag("td", text, **attributes))
         rows.append(tag("tr", _measure_row_head(measure), cells))
-    table = tag("table", tag("caption", caption), tag("thead", tag("tr", heads)), tag("tbody", rows), class_="all")
-    return scroller(table, label=caption)
+    return scrolled_table(caption, heads, tag("tbody", rows), class_="all")
 
 
 def _measure_row_head(measure: Measure) -> Markup:
@@ -230,8 +235,7 @@ def flag_table(data: ReportData, rows: Sequence[tuple[str, str, str, str, float,
     ]
     more = f"; the first {MAX_FLAGS} of {len(rows)}, all in flags.csv" if len(rows) > MAX_FLAGS else ""
     caption = f"Videos that stand still, repeat themselves, cut or flicker{more}"
-    table = tag("table", tag("caption", caption), tag("thead", tag("tr", heads)), tag("tbody", body))
-    return scroller(table, label=caption)
+    return scrolled_table(caption, heads, tag("tbody", body))
 
 
 def skipped_tables(data: ReportData) -> list[Markup]:
@@ -258,8 +262,7 @@ def _skipped_table(data: ReportData, skipped: Mapping[tuple[str, str], Sequence[
         rows.append(tag("tr", cells, tag("td", who, class_="text")))
     heads = [tag("th", name, scope="col", class_="text") for name in ("measure", "why", "for")]
     caption = "None of these was counted as zero"
-    table = tag("table", tag("caption", caption), tag("thead", tag("tr", heads)), tag("tbody", rows), class_="skipped")
-    return scroller(table, label=caption)
+    return scrolled_table(caption, heads, tag("tbody", rows), class_="skipped")
 
 
 def mapping_list(values: Mapping[str, Any], *, prefix: str = "") -> Markup:

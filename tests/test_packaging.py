@@ -48,7 +48,8 @@ def _repository_data(pattern: str) -> set[str]:
 def test_wheel_holds_all_data_and_no_tests(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {name.removeprefix("longtake/") for name in names if name.startswith("longtake/")}
-    for pattern in ("configs/**/*.yaml", "models/**/*.safetensors", "models/**/*.json", "evaluation/**/*.safetensors"):
+    data = ("configs/**/*.yaml", "models/**/*.safetensors", "models/**/*.json", "evaluation/**/*.safetensors")
+    for pattern in (*data, *(f"evaluation/**/*.{ending}" for ending in ("json", "yaml", "css", "js"))):
         missing = _repository_data(pattern) - inside
         assert not missing, missing
     assert "py.typed" in inside

@@ -57,7 +57,7 @@ def test_nothing_is_fetched_and_nothing_overflows(browser, page, width, dark):
     assert browser.run("document.title").startswith("Evaluation: full, "), "the prompt's script did not run"
     # Whatever is wider than the page scrolls inside a box of its own.
     wide = """Array.from(document.querySelectorAll('main *')).filter(e => e.checkVisibility() &&
-        !e.closest('.scroll, .strip, pre, ul, select') && e.getBoundingClientRect().right > innerWidth + 1)
+        !e.closest('.scroll, pre, ul, select') && e.getBoundingClientRect().right > innerWidth + 1)
         .map(e => e.outerHTML.slice(0, 80))"""
     assert browser.run(wide) == []
 
