@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "configs": set(),
     "rope": set(),
     "samplers": {"configs"},
-    "attention": set(),
+    "attention": {"configs"},
     "cache": {"rope", "configs"},
     "models": {"attention", "samplers", "cache", "rope", "configs"},
     "pipelines": {"models", "attention", "samplers", "cache", "rope", "configs"},

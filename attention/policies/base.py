@@ -1,0 +1,219 @@
+"""The contract of a sparse attention policy: from what a call is made of to the blocks that are computed.
+
+A policy knows no kernel and an executor knows no policy; a ``BlockPlan`` is all that passes between them. A policy may
+decline with None, and the call is dense.
+"""
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Hashable, MutableMapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from longtake.attention.geometry import AttentionGeometry, Segment
+from longtake.attention.plan import BlockPlan
+
+Memory = MutableMapping[Any, Any]
+"""What a policy keeps between the calls of a rollout. The caller owns it and begins every video with an empty one."""
+
+MAX_PLANS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsePolicy(ABC):
+    """Validated settings that turn attention calls into plans.
+
+    Class attributes:
+        name: Key in YAML and on the command line.
+        source: Paper or repository.
+        needs_values: Whether ``plan`` has to be given the values.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    needs_values: ClassVar[bool] = False
+
+    @property
+    def is_static(self) -> bool:
+        """Whether plans follow from the geometry alone. Otherwise they depend on the tokens, so on the sample."""
+        return True
+
+    @abstractmethod
+    def plan(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> BlockPlan | None:
+        """Say which blocks of keys every block of queries reads.
+
+        Args:
+            q: (1, queries, heads, head_dim), rotated; a static policy takes any batch, or None.
+            k: (1, keys, key heads, head_dim), rotated; likewise. The heads of q are a multiple of its heads.
+            geometry: Which frames the queries and keys are.
+            v: Values, where ``needs_values``; as k.
+            memory: Kept between calls; None: every call is the first.
+
+        Returns:
+            A plan on the CPU, or None: compute this call densely.
+
+        Raises:
+            ValueError: If the geometry is one the policy has no meaning for, or the tokens do not fit it.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """The policy as its YAML mapping: name and fields."""
+        return {"policy": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPolicy(SparsePolicy):
+    """A policy with a dense beginning: what comes first, and what is kept, is read by all that follows.
+
+    A model that was not trained with a mask loses quality with it, a causal model more than others: errors spread from
+    block to block through the cache. The defaults spare what they would spread from.
+    """
+
+    dense_blocks: int = 1  # blocks of a rollout that are computed densely; no meaning in the bidirectional form
+    dense_layers: int = 1  # first layers
+    dense_steps: int = 1  # first denoising steps of every block
+    commit_pass: Literal["dense", "sparse"] = "dense"  # the pass that fills the cache
+
+    def __post_init__(self) -> None:
+        for name in ("dense_blocks", "dense_layers", "dense_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+
+    def is_dense(self, geometry: AttentionGeometry) -> bool:
+        """Whether a call belongs to the dense beginning."""
+        if geometry.frames_per_block is not None and geometry.block_index < self.dense_blocks:
+            return True
+        if geometry.kind == "commit":
+            return self.commit_pass == "dense" or geometry.layer < self.dense_layers
+        return geometry.layer < self.dense_layers or geometry.step_index < self.dense_steps
+
+    def plan(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> BlockPlan | None:
+        """None in the dense beginning; see the base class."""
+        if self.is_dense(geometry):
+            return None
+        if not self.is_static:
+            _check_tokens(self, q, k, v, geometry)
+        return self.make_plan(q, k, geometry, v=v, memory=memory)
+
+    @abstractmethod
+    def make_plan(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> BlockPlan | None:
+        """``plan`` after the dense beginning; what it is given fits the geometry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticPolicy(BlockPolicy):
+    """A policy that looks at the geometry only, so that equal layouts share one plan."""
+
+    def make_plan(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> BlockPlan | None:
+        """The plan of this layout, made once."""
+        return _PLANS.get((self, geometry.layout), lambda: self._shared(geometry))
+
+    def _shared(self, geometry: AttentionGeometry) -> BlockPlan | None:
+        return _PLANS.get((self, "rules", self.rules(geometry)), lambda: self.layout_plan(geometry))
+
+    def rules(self, geometry: AttentionGeometry) -> Hashable:
+        """What of the layout the plan depends on: layouts with equal rules, a window that rolls on, share a plan."""
+        return geometry.layout
+
+    @abstractmethod
+    def layout_plan(self, geometry: AttentionGeometry) -> BlockPlan | None:
+        """Make the plan; its result is kept, and must depend on ``rules`` and the settings alone."""
+
+
+class _Plans:
+    """The plans used last. They are pure functions of their keys, so no rollout can notice another."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Hashable, BlockPlan | None] = OrderedDict()
+
+    def get(self, key: Hashable, make: Any) -> BlockPlan | None:
+        """The plan kept under a key, or a new one."""
+        if key in self._plans:
+            self._plans.move_to_end(key)
+            return self._plans[key]
+        plan = make()
+        self._plans[key] = plan if plan is None else plan.validate()
+        if len(self._plans) > MAX_PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+
+_PLANS = _Plans()
+
+
+def is_whole(segment: Segment, geometry: AttentionGeometry) -> bool:
+    """Whether a segment has a frame's tokens, one at every place; of others a policy knows no places."""
+    return segment.length == geometry.frame_tokens and segment.role not in ("memory", "text")
+
+
+def own_segments(geometry: AttentionGeometry) -> list[int]:
+    """Where in ``segments`` the frames that ask are themselves, one after the other.
+
+    Raises:
+        ValueError: If they are not there.
+    """
+    own = [index for index, segment in enumerate(geometry.segments) if segment.role == "current"]
+    frames = tuple(geometry.segments[index].frame for index in own)
+    if frames != geometry.query_frames or any(not is_whole(geometry.segments[index], geometry) for index in own):
+        raise ValueError(
+            f"segments of role 'current' are frames {list(frames)} but the queries are frames "
+            f"{list(geometry.query_frames)}: sparse attention needs the asking frames among the keys, whole."
+        )
+    return own
+
+
+def shared_heads(k: Tensor, num_heads: int) -> Tensor:
+    """(tokens, heads, ...) of fewer key heads, repeated so that there is one for every query head."""
+    return k if k.shape[1] == num_heads else k.repeat_interleave(num_heads // k.shape[1], dim=1)
+
+
+def _check_tokens(
+    policy: SparsePolicy, q: Tensor | None, k: Tensor | None, v: Tensor | None, geometry: AttentionGeometry
+) -> None:
+    what = f"attention policy {policy.name!r}"
+    if q is None or k is None or (policy.needs_values and v is None):
+        needed = "q, k and v" if policy.needs_values else "q and k"
+        raise ValueError(f"{what} chooses blocks by the tokens: give it {needed}.")
+    if q.shape[0] != 1 or k.shape[0] != 1:
+        raise ValueError(
+            f"{what} makes a plan for one sample, and got {q.shape[0]}: sparse_attention goes through them."
+        )
+    if (q.shape[1], k.shape[1]) != (geometry.num_queries, geometry.num_keys):
+        raise ValueError(
+            f"{q.shape[1]} queries and {k.shape[1]} keys do not fit the geometry, "
+            f"which has {geometry.num_queries} and {geometry.num_keys}."
+        )

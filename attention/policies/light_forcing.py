@@ -1,0 +1,162 @@
+"""Light Forcing: sparser with every block of a rollout, and of the past only what each query block asks for."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from longtake.attention.geometry import AttentionGeometry
+from longtake.attention.growth import growth_schedule
+from longtake.attention.plan import BlockPlan, split_runs
+from longtake.attention.policies.base import BlockPolicy, Memory, is_whole, own_segments, shared_heads
+from longtake.attention.pooling import best, block_means, merged_means
+
+Forced = Literal["own", "sink", "near", "current"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightForcing(BlockPolicy):
+    """Chunk-aware growth and hierarchical selection (frames, then blocks), for block-autoregressive models only.
+
+    Each block of queries first chooses frames from between the sinks and the near past, then blocks from all frames
+    that are left to it; a score is the product of mean query and mean key. Blocks end with their frame. Sinks, the
+    near past and the block in work may be chosen, and always are only if forced.
+    """
+
+    name: ClassVar[str] = "light_forcing"
+    source: ClassVar[str] = "Light Forcing, arXiv:2602.04789"
+
+    sparsity: float = 0.85  # share of key blocks left out, over the whole video
+    base_sparsity: float | None = None  # of the last blocks of an endless video; none: sparsity + 0.1, at most 0.99
+    num_frames: int = 63  # latent frames the schedule is made for; later blocks are as sparse as the last
+    num_context_frames: int | None = 12  # most frames the cache gives; none: all
+    num_kept_frames: int = 3  # frames of the past that a query block may choose from, sinks and near ones included
+    num_sink_frames: int = 1  # first frames of what the cache gives
+    num_near_frames: int = 1  # last frames before the block in work
+    block_size: int = 64  # keys of a block
+    query_block_size: int | None = None  # queries that choose together; none: as block_size
+    force: tuple[Forced, ...] = ()  # blocks chosen before all others: own, sink, near, current
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity <= self._base < 1:
+            raise ValueError(
+                f"sparsity={self.sparsity} and base_sparsity={self.base_sparsity}: "
+                "both must be from 0 to below 1, and base_sparsity not the smaller one."
+            )
+        counts = {"num_sink_frames": 0, "num_near_frames": 0, "num_frames": 1, "block_size": 1}
+        for name, limit in counts.items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"{name}={getattr(self, name)} must be {limit} or more.")
+        for name in ("query_block_size", "num_context_frames"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more, or none.")
+        needed = self.num_sink_frames + self.num_near_frames
+        if self.num_kept_frames < needed:
+            raise ValueError(
+                f"num_kept_frames={self.num_kept_frames} has no room for num_sink_frames={self.num_sink_frames} and "
+                f"num_near_frames={self.num_near_frames}: use {needed} or more."
+            )
+
+    @property
+    def is_static(self) -> bool:
+        """False: blocks are chosen by the tokens."""
+        return False
+
+    @property
+    def _base(self) -> float:
+        return max(self.sparsity, min(self.sparsity + 0.1, 0.99)) if self.base_sparsity is None else self.base_sparsity
+
+    def block_sparsity(self, block_index: int, frames_per_block: int) -> float:
+        """Share of the key blocks that a block of the rollout leaves out.
+
+        Args:
+            block_index: Which block, from 0.
+            frames_per_block: Latent frames of a block.
+        """
+        schedule = growth_schedule(
+            self.num_frames,
+            frames_per_block,
+            sparsity=self.sparsity,
+            base_sparsity=self._base,
+            num_context_frames=self.num_context_frames,
+        )
+        return schedule[min(block_index, len(schedule) - 1)]
+
+    def make_plan(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> BlockPlan | None:
+        """Choose blocks; None where the schedule leaves nothing out or there is no past."""
+        if geometry.frames_per_block is None:
+            raise ValueError(
+                "attention policy 'light_forcing' is for block-autoregressive models and has no bidirectional form: "
+                "use radial, svg, svg2, paro or sliding_tile there."
+            )
+        sparsity = self.block_sparsity(geometry.block_index, geometry.frames_per_block)
+        if sparsity == 0 or geometry.num_keys == geometry.num_queries:
+            return None
+        scene = _Scene(self, geometry)
+        queries = block_means(q[0], scene.q_edges)
+        keys = block_means(shared_heads(k[0], q.shape[2]), scene.k_edges)
+        is_eligible = scene.eligible(queries, keys)
+        # A hair more than the product, so that 0.1 x 10 is one block.
+        count = max(1, math.floor((1 - sparsity) * len(keys) + 1e-9))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys)
+        tiers = torch.where(is_eligible, 1 - scene.forced().to(scores.device, torch.long), 2)
+        chosen = best(scores, is_eligible.sum(-1).clamp(max=count), tiers=tiers)
+        return BlockPlan.from_dense_block_mask(chosen.cpu(), scene.q_edges, scene.k_edges).validate()
+
+
+class _Scene:
+    """Which frames and blocks there are to choose from."""
+
+    def __init__(self, policy: LightForcing, geometry: AttentionGeometry) -> None:
+        self.policy, self.geometry = policy, geometry
+        self.own = own_segments(geometry)
+        past = [index for index in range(len(geometry.segments)) if index not in self.own]
+        frames = [index for index in past if is_whole(geometry.segments[index], geometry)]
+        self.sinks = frames[: policy.num_sink_frames]
+        self.near = frames[max(len(frames) - policy.num_near_frames, len(self.sinks)) :]
+        self.middle = [index for index in frames if index not in self.sinks and index not in self.near]
+        self.num_frames = len(frames)
+        lengths = [segment.length for segment in geometry.segments]
+        self.k_edges = split_runs(lengths, policy.block_size)
+        size = policy.query_block_size or policy.block_size
+        self.q_edges = split_runs([geometry.frame_tokens] * len(geometry.query_frames), size)
+        ends = torch.tensor([segment.stop for segment in geometry.segments])
+        self.segment_of = torch.searchsorted(ends, self.k_edges[:-1].long(), right=True)
+
+    def eligible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """(heads, query blocks, key blocks), bool: what is left after frames have been chosen."""
+        device, num_segments = keys.device, len(self.geometry.segments)
+        scores = torch.einsum(
+            "qhd,fhd->hqf",
+            queries,
+            merged_means(keys, self.k_edges.diff().to(device), self.segment_of.to(device), num_segments),
+        )
+        # Sinks, near past, the block in work, and whatever is no whole frame, may always be chosen from.
+        is_open = torch.ones_like(scores, dtype=torch.bool)
+        if self.num_frames > self.policy.num_kept_frames:
+            room = self.policy.num_kept_frames - len(self.sinks) - len(self.near)
+            is_open[..., self.middle] = best(scores[..., self.middle], room)
+        return is_open[..., self.segment_of.to(device)]
+
+    def forced(self) -> Tensor:
+        """(query blocks, key blocks), bool: what is chosen first."""
+        groups = {"sink": self.sinks, "near": self.near, "current": self.own}
+        segments = [index for name in self.policy.force if name != "own" for index in groups[name]]
+        is_forced = torch.isin(self.segment_of, torch.tensor(segments, dtype=torch.long))
+        is_forced = is_forced.expand(len(self.q_edges) - 1, -1).clone()
+        if "own" in self.policy.force:
+            start = self.geometry.segments[self.own[0]].start
+            first, last = (edges.long()[:, None] + start for edges in (self.q_edges[:-1], self.q_edges[1:]))
+            is_forced |= (self.k_edges[1:] > first) & (self.k_edges[:-1] < last)
+        return is_forced

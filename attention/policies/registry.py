@@ -1,0 +1,40 @@
+"""Which sparse attention policies there are, by the name that YAML and the command line use."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from longtake.attention.policies.base import SparsePolicy
+from longtake.attention.policies.dense import Dense
+from longtake.attention.policies.light_forcing import LightForcing
+from longtake.attention.policies.paro import Paro
+from longtake.attention.policies.radial import Radial
+from longtake.attention.policies.sliding_tile import SlidingTile
+from longtake.attention.policies.svg import Svg
+from longtake.attention.policies.svg2 import Svg2
+from longtake.attention.policies.window import Window
+from longtake.configs.fields import make
+
+POLICIES: dict[str, type[SparsePolicy]] = {
+    "dense": Dense,
+    "window": Window,
+    "radial": Radial,
+    "light_forcing": LightForcing,
+    "svg": Svg,
+    "svg2": Svg2,
+    "paro": Paro,
+    "sliding_tile": SlidingTile,
+}
+
+
+def make_attention_policy(settings: SparsePolicy | Mapping[str, Any] | str) -> SparsePolicy:
+    """Make an attention policy from its YAML mapping.
+
+    Args:
+        settings: ``{"policy": NAME, field: value, ...}``, a name alone (all defaults), or a policy, which is returned.
+
+    Raises:
+        ValueError: If the name or a field is unknown, with the nearest known one, or a value does not fit.
+    """
+    if isinstance(settings, SparsePolicy):
+        return settings
+    return make(POLICIES, settings, key="policy", what="attention policy")

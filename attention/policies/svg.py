@@ -1,0 +1,137 @@
+"""Sparse VideoGen: a head looks around in its frame, or along time at its place; each gets the band that suits it."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longtake.attention.geometry import AttentionGeometry
+from longtake.attention.layouts import Layout, half_width, layouts
+from longtake.attention.plan import BlockPlan, uniform_edges
+from longtake.attention.policies.base import BlockPolicy, Memory, is_whole, own_segments, shared_heads
+
+BAND_STEP = 128
+"""The source rounds the half width of its band up to a multiple of this many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Svg(BlockPolicy):
+    """Per head the cheaper of two layouts by a sample of queries, then a band and the first keys of that order.
+
+    In the cached form a query's own place among all keys is the middle of its band.
+    """
+
+    name: ClassVar[str] = "svg"
+    source: ClassVar[str] = "Sparse VideoGen, arXiv:2502.01776"
+    needs_values: ClassVar[bool] = True
+
+    density: float = 0.3  # share of the pairs in the band; what the source's scripts call sparsity
+    num_sampled_rows: int = 64  # queries that decide on the layout of every head
+    num_sampled_from: int = 10000  # they are drawn from the first so many
+    block_size: int = 128  # tokens on each side of a block
+    temporal_sink: bool = (
+        True  # the first frame's worth of places is read in the temporal order too: not the first frame
+    )
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density} must be above 0 and at most 1.")
+        for name in ("num_sampled_rows", "num_sampled_from", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+
+    @property
+    def is_static(self) -> bool:
+        """False: heads are told apart by their tokens."""
+        return False
+
+    def make_plan(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> BlockPlan | None:
+        """Tell the heads apart, and give each its order and its band."""
+        own_segments(geometry)
+        if not all(is_whole(segment, geometry) for segment in geometry.segments):
+            raise ValueError(
+                "attention policy 'svg' needs whole frames among the keys: "
+                "compressed memory and text have no place in its orders."
+            )
+        both = layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)
+        is_temporal = self.temporal_heads(q[0], k[0], v[0], geometry, both).cpu()
+        bands = torch.stack(
+            [
+                self._band(layout, geometry, is_sunk)
+                for layout, is_sunk in zip(both, (True, self.temporal_sink), strict=True)
+            ]
+        )
+        orders = [torch.stack([getattr(layout, name) for layout in both]) for name in ("q_perm", "k_perm")]
+        kind = is_temporal.long()
+        return BlockPlan.from_dense_block_mask(
+            bands[kind],
+            uniform_edges(geometry.num_queries, self.block_size),
+            uniform_edges(geometry.num_keys, self.block_size),
+            q_perm=orders[0][kind],
+            k_perm=orders[1][kind],
+        ).validate()
+
+    def temporal_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, both: tuple[Layout, Layout]
+    ) -> Tensor:
+        """Tell which heads the temporal mask changes less than the spatial one, by a sample of queries.
+
+        The masks that decide are the source's: blocks of 128 nearer than two frames, and the first frame's worth of
+        keys in the layout's order.
+
+        Args:
+            q: (queries, heads, head_dim).
+            k: (keys, key heads, head_dim).
+            v: (keys, key heads, head_dim).
+            geometry: Of the call.
+            both: The spatial and the temporal layout.
+
+        Returns:
+            (heads,), bool.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randint(min(len(q), self.num_sampled_from), (self.num_sampled_rows,), generator=generator)
+        k, v = (shared_heads(x, q.shape[1]).float() for x in (k, v))
+        scores = torch.einsum("rhd,khd->hrk", q[rows.to(q.device)].float(), k) / q.shape[-1] ** 0.5
+        exact = torch.einsum("hrk,khd->hrd", scores.softmax(-1), v)
+        errors = []
+        for layout in both:
+            mask = self._sample_mask(layout, rows, geometry).to(q.device)
+            masked = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+            errors.append((torch.einsum("hrk,khd->hrd", masked, v) - exact).square().mean((1, 2)))
+        return errors[1] < errors[0]
+
+    def _sample_mask(self, layout: Layout, rows: Tensor, geometry: AttentionGeometry) -> Tensor:
+        """(rows, keys) in the order of the tokens, bool."""
+        places = torch.empty_like(layout.k_perm)
+        places[layout.k_perm] = torch.arange(len(places))
+        own = torch.empty_like(layout.own)
+        own[layout.q_perm] = layout.own
+        reach = max(1, 2 * geometry.frame_tokens // BAND_STEP)
+        apart = (own[rows][:, None] // BAND_STEP - places // BAND_STEP).abs()
+        return (apart < reach) | (places < geometry.frame_tokens)
+
+    def _band(self, layout: Layout, geometry: AttentionGeometry, has_sink: bool) -> Tensor:
+        """(query blocks, key blocks), bool: blocks no farther from each other than the band is wide."""
+        num_keys, size = geometry.num_keys, self.block_size
+        width = math.ceil(half_width(layout.own, num_keys, self.density) / BAND_STEP) * BAND_STEP
+        blocks = layout.own.split(size)
+        first, last = (torch.stack([end(block) for block in blocks])[:, None] for end in (torch.min, torch.max))
+        starts = torch.arange(0, num_keys, size)
+        stops = (starts + size).clamp(max=num_keys)
+        # Of two blocks of a square this is their distance in blocks times the size.
+        gap = torch.maximum(starts - last, first - (stops - 1)) - 1 + size
+        is_read = gap <= width
+        return is_read | (starts < geometry.frame_tokens) if has_sink else is_read
