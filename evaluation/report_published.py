@@ -6,7 +6,7 @@ from itertools import groupby
 from longtake.evaluation.published import TAGS, Number, Row
 from longtake.evaluation.report_data import ReportData, finite
 from longtake.evaluation.report_markup import Content, Markup, tag
-from longtake.evaluation.report_tables import policy_head, scroller
+from longtake.evaluation.report_tables import policy_head, scrolled_table
 from longtake.evaluation.scores import QUALITY
 
 COLUMNS = {
@@ -41,14 +41,8 @@ def published_section(data: ReportData) -> tuple[str, str, Content] | None:
         bodies.append(_table_body(list(group), columns))
     tags = tag("p", "Superscripts: ", "; ".join(f"{key}, {words}" for key, words in TAGS.items()), ".", class_="quiet")
     caption = "VBench numbers in percent"
-    table = tag(
-        "table", tag("caption", tag("span", caption)), tag("thead", tag("tr", heads)), bodies, class_="published"
-    )
-    return (
-        "published",
-        "Published numbers",
-        [tag("p", text, mark, class_="note"), scroller(table, label=caption), tags],
-    )
+    table = scrolled_table(caption, heads, bodies, class_="published")
+    return "published", "Published numbers", [tag("p", text, mark, class_="note"), table, tags]
 
 
 def own_numbers(data: ReportData, label: str) -> dict[str, float]:
