@@ -258,13 +258,16 @@ class BlockPlan:
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
-    def to_dense_mask(self) -> Tensor:
+    def to_dense_mask(self, queries: Tensor | None = None) -> Tensor:
         """The plan token by token, in the order of the tokens given to attention.
+
+        Args:
+            queries: (some,), int64: only these queries; None: all.
 
         Returns:
             (1 or heads, queries, keys), bool: True is read.
         """
-        return dense_mask(self)
+        return dense_mask(self, queries)
 
     def group_rows(self) -> tuple[RowGroup, ...]:
         """Queries that read the same keys, so that each group is one dense attention; made once per plan."""
@@ -273,6 +276,14 @@ class BlockPlan:
     @cached_property
     def _groups(self) -> tuple[RowGroup, ...]:
         return row_groups(self)
+
+    @cached_property
+    def tile(self) -> float:
+        """Queries computed together, on average: those of a group, or of a block where heads differ."""
+        if self.num_heads > 1 or self.counts.device.type != "cpu":
+            return self.num_queries / self.counts.shape[1]
+        groups = self.group_rows()
+        return sum(group.num_queries for group in groups) / len(groups)
 
     @cached_property
     def uniform_block_sizes(self) -> tuple[int | None, int | None]:

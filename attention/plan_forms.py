@@ -108,9 +108,10 @@ def block_of_tokens(edges: Tensor, num_tokens: int) -> Tensor:
     return torch.searchsorted(edges[:, 1:].contiguous(), tokens.contiguous(), right=True)
 
 
-def dense_mask(plan: "BlockPlan") -> Tensor:
+def dense_mask(plan: "BlockPlan", queries: Tensor | None = None) -> Tensor:
     """See ``BlockPlan.to_dense_mask``."""
     rows = _with_order(block_of_tokens(plan.q_edges, plan.num_queries), plan.q_perm)
+    rows = rows if queries is None else rows[:, queries]
     columns = _with_order(block_of_tokens(plan.k_edges, plan.num_keys), plan.k_perm)
     heads = torch.arange(plan.num_heads, device=rows.device)
     masks = plan.block_mask
