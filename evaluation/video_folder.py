@@ -92,7 +92,11 @@ def _groups(folder: Path, manifest: Path | None) -> dict[str, Path]:
     if manifest is not None or (folder / MANIFEST).is_file() or _has_files(folder):
         return {_label(folder): folder}
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    runs = {_label(path): path for path in inner if (path / MANIFEST).is_file() or _has_files(path)}
+    inner = [path for path in inner if (path / MANIFEST).is_file() or _has_files(path)]
+    runs = {_label(path): path for path in inner}
+    if len(runs) < len(inner):
+        alike = [path.name for path in inner if runs[_label(path)] != path]
+        raise ValueError(f"{folder}: {alike[0]!r} and another folder would have the same label: rename one")
     if runs:
         return runs
     if find_videos(folder):

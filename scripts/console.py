@@ -79,13 +79,16 @@ def stop_requests(what: str = "block") -> Iterator[Callable[[], bool]]:
         what: What is finished first, for the message.
 
     Yields:
-        A function that tells whether to stop. A second Ctrl-C interrupts at once.
+        A function that tells whether to stop. A second Ctrl-C interrupts at once; a kill after a Ctrl-C does not, for
+        that is what torchrun makes of one.
     """
     requested: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if requested:
+        if number in requested:
             raise KeyboardInterrupt
+        if requested:
+            return
         requested.append(number)
         err.print(f"\nstopping after this {what}; again to stop at once", style="yellow")
 

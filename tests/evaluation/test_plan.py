@@ -130,6 +130,13 @@ def test_folders_of_policies_are_runs_with_the_same_prompt_numbers(tmp_path):
     assert numbers == [{"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2}]
 
 
+def test_folders_whose_labels_would_be_one_are_refused(tmp_path):
+    for name in ("my run/a-0", "my-run/a-0"):
+        write_video(tmp_path / f"{name}.mp4")
+    with pytest.raises(ValueError, match="would have the same label"):
+        plan_videos(tmp_path, tmp_path / "out")
+
+
 def test_a_manifest_comes_first_then_a_file_of_prompts(tmp_path):
     clips = tmp_path / "clips"
     for name in ("one", "two"):

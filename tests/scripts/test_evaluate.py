@@ -140,6 +140,15 @@ def test_results_name_no_place_and_no_time(generated, study):
     assert str(study[0]) not in text and "prompts.txt" not in text and "tmp" not in text
 
 
+def test_measured_again_later_the_files_give_the_same_numbers(generated, tmp_path):
+    run("run", "--videos", generated, "--metrics", "weight_free", "--out", "out", cwd=tmp_path)
+    for name in CACHES:
+        old, new = (
+            json.loads((folder / name / "results.json").read_text()) for folder in (generated, tmp_path / "out")
+        )
+        assert json.dumps(old["metrics"]) == json.dumps(new["metrics"])
+
+
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(generated, study):
     folder, words = study
     out = folder / "killed"
