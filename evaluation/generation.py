@@ -218,9 +218,7 @@ def _load(protocol: Protocol, device: torch.device) -> LongVideoPipeline:
         library.utils.logging.set_verbosity_error()
     family = load_family(protocol.family) if protocol.family else load_family(protocol.model)
     try:
-        pipe = LongVideoPipeline.from_pretrained(
-            model_folder(protocol.model), family=family, dtype=torch.float32
-        )
+        pipe = LongVideoPipeline.from_pretrained(model_folder(protocol.model), family=family, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the model: {error}") from error
     pipe.set_progress_bar_config(disable=True)
