@@ -46,7 +46,8 @@ class Protocol:
         manifest: JSON lines that say what the existing videos were made from.
         prompt_file: JSON mapping of the existing videos' file names to prompts.
         fps: Frames per second of folders of frames, which do not say it.
-        mixed_rates: Whether a run may hold existing videos of different frame rates.
+        mixed_rates: Whether a run may hold existing videos of different frame rates; None: if they are clips for
+            given networks, without a manifest and without another run to compare with.
         model: A family with bundled weights, or a diffusers folder.
         family: How a folder is run; a bundled model has its own.
         model_sha256: Of the weights; filled in when it is resolved.
@@ -78,7 +79,7 @@ class Protocol:
     manifest: str | None = None
     prompt_file: str | None = None
     fps: float | None = None
-    mixed_rates: bool = False
+    mixed_rates: bool | None = None
     model: str = "mini"
     family: str | None = None
     model_sha256: str | None = None

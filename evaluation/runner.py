@@ -183,6 +183,7 @@ class Evaluation:
             prompt_file=None if protocol.prompt_file is None else Path(protocol.prompt_file),
             fps=protocol.fps,
             mixed_rates=protocol.mixed_rates,
+            has_backbones=protocol.backbones is not None,
         )
 
     def _generated(self, protocol: Protocol) -> tuple[Protocol, list[RunPlan]]:

@@ -36,7 +36,8 @@ def plan_videos(
     manifest: Path | None = None,
     prompt_file: Path | None = None,
     fps: float | None = None,
-    mixed_rates: bool = False,
+    mixed_rates: bool | None = None,
+    has_backbones: bool = False,
 ) -> list[RunPlan]:
     """Plan the measuring of existing videos.
 
@@ -49,7 +50,10 @@ def plan_videos(
         manifest: JSON lines, instead of ``manifest.jsonl`` in the folder; file names relative to it.
         prompt_file: JSON mapping of file names, relative to the folder, to prompts.
         fps: Frames per second of folders of frames, which do not say it.
-        mixed_rates: Whether a run may hold videos of different frame rates.
+        mixed_rates: Whether a run may hold videos of different frame rates. None: VBench measures every clip at its
+            own rate, so a folder of clips for given networks may; runs that are compared, or that a manifest
+            describes, may not, since their curves over time would not line up.
+        has_backbones: Whether the networks are given.
 
     Raises:
         ValueError: If a video cannot be read or has no frames, a run mixes frame rates, or videos and prompts do not
@@ -69,6 +73,9 @@ def plan_videos(
     runs = [
         _run(label, videos, groups[label], out if single else out / label, fps=fps) for label, videos in found.items()
     ]
+    if mixed_rates is None:
+        has_manifest = manifest is not None or any((path / MANIFEST).is_file() for path in groups.values())
+        mixed_rates = has_backbones and len(runs) == 1 and not has_manifest
     if not mixed_rates:
         for run in runs:
             _check_rates(run)

@@ -55,7 +55,12 @@ def run(
     prompt_file: Annotated[str | None, typer.Option(help="JSON mapping of the videos' file names to prompts.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frame rate of folders of frames.")] = None,
     mixed_rates: Annotated[
-        bool | None, typer.Option("--mixed-rates", help="Videos of a run may differ in frame rate.")
+        bool | None,
+        typer.Option(
+            "--mixed-rates/--one-rate",
+            help="Whether videos of a run may differ in frame rate.",
+            show_default="clips for given networks may",
+        ),
     ] = None,
     backbones: Annotated[
         str | None, typer.Option(help="FILE.py or .yaml that names the networks.", show_default="classical stand-ins")

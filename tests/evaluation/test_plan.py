@@ -214,8 +214,17 @@ def test_a_run_has_one_frame_rate_and_readable_videos(tmp_path):
     write_video(tmp_path / "clips" / "two.mp4", fps=16)
     with pytest.raises(ValueError, match="mixes frame rates: one has 8 frames per second, two 16"):
         plan_videos(tmp_path / "clips", tmp_path / "out")
-    (run,) = plan_videos(tmp_path / "clips", tmp_path / "out", mixed_rates=True)
-    assert [unit.lines[0].fps for unit in run.units] == [8, 16]
+    for allowed in ({"mixed_rates": True}, {"has_backbones": True}):  # VBench takes every clip at its own rate
+        (run,) = plan_videos(tmp_path / "clips", tmp_path / "out", **allowed)
+        assert [unit.lines[0].fps for unit in run.units] == [8, 16]
+    write_video(tmp_path / "two" / "a" / "one.mp4", fps=8)
+    write_video(tmp_path / "two" / "a" / "two.mp4", fps=16)
+    write_video(tmp_path / "two" / "b" / "one.mp4", fps=8)
+    for refused in ({"mixed_rates": False, "has_backbones": True}, {}):
+        with pytest.raises(ValueError, match="mixes frame rates"):
+            plan_videos(tmp_path / "clips", tmp_path / "out", **refused)
+    with pytest.raises(ValueError, match="mixes frame rates"):
+        plan_videos(tmp_path / "two", tmp_path / "out", has_backbones=True)
     (tmp_path / "clips" / "two.mp4").write_bytes(b"no video at all")
     with pytest.raises(ValueError, match="two.mp4"):
         plan_videos(tmp_path / "clips", tmp_path / "out")
