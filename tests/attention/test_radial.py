@@ -1,0 +1,250 @@
+"""Radial attention against the authors' masks, a token-by-token version, closed forms and published densities."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from longtake.attention import AttentionGeometry, Segment, radial_block_mask
+from longtake.attention.policies.radial import Radial
+from longtake.attention.radial_mask import band_width, is_kept
+from longtake.scripts.attention_show import make_geometry
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
+import radial as reference  # noqa: E402
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "radial_masks.safetensors"
+# (tokens of a frame, decay factor): density by frames, blocks of 128.
+DENSITIES = {
+    (256, 1.0): {18: 0.651, 21: 0.601, 42: 0.395, 84: 0.245, 168: 0.147},
+    (1536, 1.0): {18: 0.506, 21: 0.468, 42: 0.317, 84: 0.202},
+    (1536, 0.2): {18: 0.396, 21: 0.369, 42: 0.261, 84: 0.172},
+    (1560, 1.0): {18: 0.481, 21: 0.444, 42: 0.291},
+    (1560, 0.2): {18: 0.364},
+    (3840, 1.0): {18: 0.431, 21: 0.394, 42: 0.260},
+    (3840, 0.2): {18: 0.287, 21: 0.261, 42: 0.179},
+}
+# Rows of the last block of three frames over a cache: density by frames of keys.
+STRIPS = {
+    (1536, 1.0): {6: 0.88, 9: 0.72, 12: 0.61, 15: 0.54, 18: 0.49, 21: 0.44, 42: 0.27, 84: 0.16},
+    (1536, 0.2): {6: 0.79, 9: 0.60, 12: 0.51, 15: 0.46, 18: 0.42, 21: 0.38, 42: 0.24, 84: 0.14},
+    (256, 1.0): {6: 1.0, 9: 0.85, 12: 0.75, 15: 0.64, 18: 0.57, 21: 0.52, 42: 0.31, 84: 0.18},
+}
+
+
+def active(policy):
+    return replace(policy, dense_blocks=0, dense_layers=0, dense_steps=0)
+
+
+def strip(policy, *args, **options):
+    return active(policy).plan(None, None, make_geometry(*args, **options))
+
+
+@pytest.mark.parametrize("case", ["a", "d"])
+def test_golden_masks_bit_for_bit(case):
+    if not GOLDEN.exists():
+        pytest.skip(f"{GOLDEN.name} is not at hand")
+    with safe_open(GOLDEN, "pt") as file:
+        values = json.loads(file.metadata()["cases"])[case]
+        expected = file.get_tensor(case)
+    density = values.pop("density")
+    mask = radial_block_mask(values.pop("num_frames"), values.pop("tokens_per_frame"), **values)
+    assert torch.equal(mask, expected)
+    assert mask.float().mean().item() == pytest.approx(density, abs=1e-6)
+    wrong = radial_block_mask(mask.shape[0] * values["block_size"] // 384, 384, block_size=values["block_size"])
+    assert wrong.shape != mask.shape or not torch.equal(wrong, expected)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    num_frames=st.integers(1, 9),
+    tokens=st.integers(16, 110),
+    block_size=st.sampled_from([8, 16, 32]),
+    decay_factor=st.sampled_from([0.2, 0.5, 0.95, 1.0, 2.0]),
+    model=st.sampled_from(["wan", "hunyuan"]),
+    adjacent=st.sampled_from(["full", "half"]),
+    thin_below=st.sampled_from([8, 32, 128]),
+)
+def test_equal_to_the_slow_version(num_frames, tokens, block_size, decay_factor, model, adjacent, thin_below):
+    options = {"block_size": block_size, "decay_factor": decay_factor, "model": model, "thin_below": thin_below}
+    mask = radial_block_mask(num_frames, tokens, adjacent_width=adjacent, **options)
+    slow = reference.block_mask(num_frames, tokens, adjacent=adjacent, **options)
+    whole = num_frames * tokens // block_size
+    assert mask.shape == (math.ceil(num_frames * tokens / block_size),) * 2
+    assert torch.equal(mask[:whole, :whole], slow)
+
+
+@pytest.mark.parametrize(("num_frames", "tokens", "block_size"), [(5, 200, 64), (6, 1560, 128), (4, 1560, 64)])
+def test_tokens_behind_the_last_whole_block_are_covered(num_frames, tokens, block_size):
+    """The source leaves them out, or fails; the last frame's own tokens are read, and the first frame by all."""
+    mask = radial_block_mask(num_frames, tokens, block_size=block_size)
+    assert num_frames * tokens % block_size and mask[-1, -1]
+    assert mask[:, 0].all() and mask.diagonal().all() and mask[-1, :2].all()
+    near = tokens // block_size // 2
+    assert mask[-1, -near:].all() and mask[-near:, -1].all()
+
+
+@pytest.mark.parametrize("tokens", [256, 1536, 1560, 3840])
+def test_widths_and_thinning_are_the_closed_form(tokens):
+    power = 2 ** (math.floor(math.log2(tokens)) + 1)
+    first = None
+    for distance in range(2, 70):
+        length = power / 2 ** (math.floor(math.log2(distance)) + 1)
+        assert band_width(distance, tokens, decay_factor=0.7) == max(128, 0.7 * length)
+        assert is_kept(distance, tokens) is (length >= 128 or distance % math.floor(128 / length) == 0)
+        first = distance if first is None and length < 128 else first
+    assert band_width(0, tokens) == band_width(1, tokens) == tokens
+    assert band_width(1, tokens, adjacent_width="half") == tokens // 2
+    assert first == {256: 4, 1536: 16, 1560: 16, 3840: 32}[tokens]
+
+
+@pytest.mark.parametrize("decay_factor", [0.2, 0.33, 0.5, 0.8, 1.0])
+def test_blocks_of_a_band_are_the_closed_form(decay_factor):
+    """With blocks that divide a frame: own block, and those with floor(width) > B (apart - 1/6)."""
+    tokens, size = 1536, 128
+    mask = radial_block_mask(9, tokens, decay_factor=decay_factor)
+    per_frame = tokens // size
+    apart = (torch.arange(per_frame)[:, None] - torch.arange(per_frame)).abs()
+    for distance in range(2, 8):
+        width = math.floor(band_width(distance, tokens, decay_factor=decay_factor))
+        expected = (apart == 0) | (width > size * (apart - 1 / 6))
+        found = mask[8 * per_frame :, (8 - distance) * per_frame : (9 - distance) * per_frame]
+        assert torch.equal(found, expected), distance
+
+
+@pytest.mark.parametrize(("tokens", "decay_factor"), DENSITIES)
+def test_densities_are_the_published_ones(tokens, decay_factor):
+    for num_frames, density in DENSITIES[tokens, decay_factor].items():
+        mask = radial_block_mask(num_frames, tokens, decay_factor=decay_factor)
+        assert mask.float().mean().item() == pytest.approx(density, abs=1e-3), num_frames
+
+
+@pytest.mark.parametrize(("tokens", "decay_factor"), STRIPS)
+def test_densities_of_the_cached_form(tokens, decay_factor):
+    policy = Radial(decay_factor=decay_factor)
+    grid = (tokens // 16, 16)
+    for num_frames, density in STRIPS[tokens, decay_factor].items():
+        assert strip(policy, num_frames, grid, block_frames=3).density() == pytest.approx(density, abs=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block_size", "decay_factor"), [(256, 128, 1.0), (1536, 128, 0.2), (384, 64, 0.5), (240, 16, 0.3)]
+)
+@pytest.mark.parametrize("num_frames", [6, 12, 21])
+def test_cached_rows_are_the_last_rows_of_the_square(tokens, block_size, decay_factor, num_frames):
+    policy = Radial(block_size=block_size, decay_factor=decay_factor, dense_current=False, distance="global")
+    found = strip(policy, num_frames, (tokens // 16, 16), block_frames=3, num_sinks=1).block_mask[0]
+    square = radial_block_mask(num_frames, tokens, block_size=block_size, decay_factor=decay_factor)
+    assert torch.equal(found, square[-found.shape[0] :])
+    with_current = strip(replace(policy, dense_current=True), num_frames, (tokens // 16, 16), block_frames=3)
+    own = 3 * tokens // block_size
+    assert with_current.block_mask[0][:, -own:].all()
+    assert torch.equal(with_current.block_mask[0][:, :-own], found[:, :-own])
+
+
+def test_blocks_end_with_their_frame_in_the_cached_form():
+    plan = strip(Radial(), 6, (30, 52), block_frames=3)
+    assert plan.k_edges.diff().tolist() == ([128] * 12 + [24]) * 6
+    assert plan.q_edges.diff().tolist() == ([128] * 12 + [24]) * 3
+    # The short block counts as a whole one: its own place in other frames is read, and so are its queries.
+    mask = strip(Radial(), 12, (30, 52), block_frames=3).block_mask[0]
+    assert mask[12, 13 * 5 + 12] and mask.any(1).all()
+
+
+def test_distance_is_that_of_positions_or_of_the_video():
+    """A window that was moved up behind its sink: 0, 97..103 in the video, 0..7 to the model."""
+    tokens = 256
+    frames = [0, *range(97, 104)]
+    segments = tuple(
+        Segment(
+            frame=frame,
+            position=float(place),
+            start=place * tokens,
+            length=tokens,
+            role="sink" if not place else "current" if place > 4 else "recent",
+        )
+        for place, frame in enumerate(frames)
+    )
+    moved = AttentionGeometry(
+        frame_tokens=tokens,
+        grid=(16, 16),
+        frames_per_block=3,
+        segments=segments,
+        query_frames=(101, 102, 103),
+        query_positions=(5.0, 6.0, 7.0),
+        block_index=33,
+        step_index=1,
+        layer=1,
+    )
+    plain = make_geometry(8, (16, 16), block_frames=3)
+    policy = active(Radial(distance="position"))
+    assert policy.plan(None, None, moved).signature == policy.plan(None, None, plain).signature
+    # A sink that is far away in the video is read whole all the same; without the role it would be thinned out.
+    far = replace(moved, segments=(replace(segments[0], role="recent", frame=1, position=-88.0), *segments[1:]))
+    assert not policy.plan(None, None, far).block_mask[0][:, :2].any()
+    shifted = replace(moved, query_positions=(5.2, 6.2, 7.2))
+    assert policy.plan(None, None, shifted).signature == policy.plan(None, None, moved).signature
+
+
+def test_what_has_no_places_in_a_frame_is_read_whole():
+    geometry = make_geometry(40, (16, 16), block_frames=3)
+    segments = list(geometry.segments)
+    segments[5] = replace(segments[5], role="memory")
+    marked = replace(geometry, segments=tuple(segments))
+    policy = active(Radial())
+    assert not policy.plan(None, None, geometry).block_mask[0][:, 10:12].all()
+    assert policy.plan(None, None, marked).block_mask[0][:, 10:12].all()
+
+
+@pytest.mark.parametrize("tokens", [256, 512, 1560])
+def test_a_larger_factor_reads_no_less(tokens):
+    masks = [radial_block_mask(7, tokens, decay_factor=factor) for factor in (0.1, 0.2, 0.5, 1.0, 1.5)]
+    for small, large in zip(masks, masks[1:], strict=False):
+        assert not (small & ~large).any()
+    changes = not torch.equal(masks[0], masks[3])
+    assert changes is (tokens > 256), "up to 256 tokens every band is as narrow as a block"
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    num_frames=st.integers(3, 14),
+    columns=st.integers(1, 21),
+    block_size=st.sampled_from([16, 32, 128]),
+    thin_below=st.sampled_from([16, 128]),
+    is_cached=st.booleans(),
+    model=st.sampled_from(["wan", "hunyuan"]),
+)
+def test_every_query_reads_its_own_block(num_frames, columns, block_size, thin_below, is_cached, model):
+    policy = Radial(block_size=block_size, thin_below=thin_below, model=model, dense_current=False)
+    plan = strip(policy, num_frames, (10, columns), block_frames=3 if is_cached else None, num_sinks=0)
+    mask = plan.validate().to_dense_mask()[0]
+    first = mask.shape[1] - mask.shape[0]
+    assert mask[torch.arange(len(mask)), torch.arange(first, mask.shape[1])].all()
+    assert 0 < plan.density() <= 1
+
+
+def test_the_published_mask_is_the_plan_of_a_whole_video():
+    geometry = AttentionGeometry.bidirectional(6, (30, 52))
+    plan = active(Radial(decay_factor=0.2)).plan(None, None, geometry)
+    assert torch.equal(plan.block_mask[0], radial_block_mask(6, 1560, decay_factor=0.2))
+    assert plan.uniform_block_sizes == (128, 128)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"num_frames": 0}, {"tokens_per_frame": 0}, {"block_size": 0}, {"decay_factor": 0.0}, {"model": "ltx"}],
+    ids=str,
+)
+def test_bad_numbers_are_named(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        radial_block_mask(**{"num_frames": 2, "tokens_per_frame": 64} | values)
+    if "num_frames" not in values and "tokens_per_frame" not in values and "model" not in values:
+        with pytest.raises(ValueError, match=next(iter(values))):
+            Radial(**values)
