@@ -15,6 +15,9 @@ from longtake.evaluation.video import VideoSource, find_videos
 
 SAMPLE = re.compile(r"-(\d+)$")
 
+PROMPT_FILES = ("prompt_file.json", "prompts.json")
+"""Where a folder's prompts may stand, if nothing else says them; the first is what VBench calls it."""
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -48,7 +51,8 @@ def plan_videos(
         folder: Of the videos.
         out: Folder of the evaluation.
         manifest: JSON lines, instead of ``manifest.jsonl`` in the folder; file names relative to it.
-        prompt_file: JSON mapping of file names, relative to the folder, to prompts.
+        prompt_file: JSON mapping of file names, relative to the folder, to prompts; without it and without a manifest,
+            ``prompt_file.json`` or ``prompts.json`` in the folder, if there is one.
         fps: Frames per second of folders of frames, which do not say it.
         mixed_rates: Whether a run may hold videos of different frame rates. None: VBench measures every clip at its
             own rate, so a folder of clips for given networks may; runs that are compared, or that a manifest
@@ -64,6 +68,8 @@ def plan_videos(
     if manifest is not None and prompt_file is not None:
         raise ValueError(f"both a manifest ({manifest}) and a file of prompts ({prompt_file}): give one of the two")
     groups = _groups(folder, manifest)
+    if manifest is None and prompt_file is None and not any((path / MANIFEST).is_file() for path in groups.values()):
+        prompt_file = next((path for name in PROMPT_FILES if (path := folder / name).is_file()), None)
     prompts = None if prompt_file is None else _read_prompt_file(prompt_file)
     found = {label: _lines(path, folder, prompts, manifest) for label, path in groups.items()}
     if prompts is not None:

@@ -209,6 +209,14 @@ def test_videos_and_prompts_that_do_not_match_are_refused(tmp_path):
         plan_videos(tmp_path / "empty", tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["prompt_file.json", "prompts.json"])
+def test_prompts_beside_the_videos_are_found(tmp_path, name):
+    write_video(tmp_path / "clips" / "one.mp4")
+    (tmp_path / "clips" / name).write_text('{"one.mp4": "a cat on a mat"}')
+    (run,) = plan_videos(tmp_path / "clips", tmp_path / "out")
+    assert run.units[0].lines[0].prompt == "a cat on a mat"
+
+
 def test_a_run_has_one_frame_rate_and_readable_videos(tmp_path):
     write_video(tmp_path / "clips" / "one.mp4", fps=8)
     write_video(tmp_path / "clips" / "two.mp4", fps=16)
