@@ -1,0 +1,219 @@
+"""Sparse VideoGen, both: planted heads and clusters are found, bands have their density, orders can be undone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longtake.attention import AttentionGeometry, sparse_attention
+from longtake.attention.clusters import kmeans
+from longtake.attention.layouts import half_width, layouts
+from longtake.attention.policies.svg import Svg
+from longtake.attention.policies.svg2 import Svg2, top_p_clusters
+from longtake.scripts.attention_show import make_geometry
+
+DENSE_FROM_THE_START = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
+GRID = (10, 20)
+
+
+def softmax64(q, k, v, mask=None):
+    """(batch, queries, heads, head_dim), float64; mask (batch or 1, heads or 1, queries, keys)."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def tokens(geometry, heads=4, key_heads=4, *, batch=1, dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, geometry.num_queries, heads, dim, generator=generator)
+    return q, *(torch.randn(batch, geometry.num_keys, key_heads, dim, generator=generator) for _ in "kv")
+
+
+def geometries():
+    return [AttentionGeometry.bidirectional(6, GRID), make_geometry(9, GRID, block_frames=3)]
+
+
+def planted(geometry, kinds, *, strength=9.0):
+    """Heads that look at their own frame, or at their own place in all frames."""
+    num_tokens, frames = geometry.frame_tokens, len(geometry.segments)
+    generator = torch.Generator().manual_seed(1)
+    by_frame = torch.nn.functional.normalize(torch.randn(frames, 16, generator=generator), dim=-1)
+    by_place = torch.nn.functional.normalize(torch.randn(num_tokens, 16, generator=generator), dim=-1)
+    index = torch.arange(geometry.num_keys)
+    parts = [by_frame[index // num_tokens] if kind == "spatial" else by_place[index % num_tokens] for kind in kinds]
+    k = strength * torch.stack(parts, dim=1)[None]
+    v = torch.randn(k.shape, generator=generator)
+    return k[:, -geometry.num_queries :], k, v
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(query_frames=st.integers(1, 4), past=st.integers(0, 4), num_tokens=st.integers(1, 12))
+def test_layouts_are_permutations_and_know_each_querys_own_key(query_frames, past, num_tokens):
+    frames = query_frames + past
+    for layout in layouts(query_frames, frames, num_tokens):
+        for order in (layout.q_perm, layout.k_perm):
+            assert torch.equal(order.sort().values, torch.arange(len(order)))
+            assert torch.equal(order[order.argsort()], torch.arange(len(order)))
+        assert torch.equal(layout.k_perm[layout.own], layout.q_perm + past * num_tokens)
+    temporal = layouts(query_frames, frames, num_tokens)[1]
+    places = temporal.k_perm % num_tokens
+    assert torch.equal(places, places.sort().values), "the same place of all frames stands together"
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.9, 1.0])
+def test_the_width_of_a_square_is_the_published_one(density):
+    size = 4096
+    width = half_width(torch.arange(size), size, density)
+    assert width == pytest.approx(size * (1 - math.sqrt(1 - density)), abs=1.5 if density < 1 else 2)
+
+
+@pytest.mark.parametrize("geometry", geometries(), ids=["bidirectional", "cached"])
+@pytest.mark.parametrize("kind", ["spatial", "temporal"])
+@pytest.mark.parametrize("density", [0.3, 0.5])
+def test_the_density_of_the_band_is_the_setting_within_a_block(geometry, kind, density):
+    """128 tokens to which the width is rounded up, 128 of a block on either side."""
+    policy = Svg(density=density, temporal_sink=False, block_size=16, **DENSE_FROM_THE_START)
+    layout = layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)[kind == "temporal"]
+    band = policy._band(layout, geometry, False)
+    plain = band.float().mean().item()
+    slack = 2 * (128 + 16) / geometry.num_keys
+    if kind == "temporal" and geometry.frames_per_block:
+        slack += 16 * 3 / geometry.num_keys  # a block of queries is spread over three times as many keys
+    assert density - 0.02 <= plain <= density + slack
+    with_sink = policy._band(layout, geometry, True)
+    assert with_sink[:, : math.ceil(200 / 16)].all() and not (band & ~with_sink).any()
+    assert band.any(1).all()
+
+
+@pytest.mark.parametrize("geometry", geometries(), ids=["bidirectional", "cached"])
+def test_planted_heads_are_told_apart(geometry):
+    kinds = ["spatial", "temporal", "temporal", "spatial"]
+    q, k, v = planted(geometry, kinds)
+    both = layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)
+    found = Svg().temporal_heads(q[0], k[0], v[0], geometry, both)
+    assert found.tolist() == [kind == "temporal" for kind in kinds]
+    plan = Svg(density=0.3, **DENSE_FROM_THE_START).plan(q, k, geometry, v=v)
+    assert torch.equal(plan.q_perm[0], both[0].q_perm) and torch.equal(plan.q_perm[1], both[1].q_perm)
+    right = (softmax64(q, k, v, plan.to_dense_mask()[None]) - softmax64(q, k, v)).square().mean((0, 1, 3))
+    other = plan.to_dense_mask()[[1, 0, 3, 2]][None]
+    wrong = (softmax64(q, k, v, other) - softmax64(q, k, v)).square().mean((0, 1, 3))
+    assert (right < wrong).all()
+
+
+def test_svg_needs_values_and_whole_frames():
+    geometry = make_geometry(6, GRID, block_frames=3)
+    q, k, v = tokens(geometry)
+    policy = Svg(**DENSE_FROM_THE_START)
+    with pytest.raises(ValueError, match="give it q, k and v"):
+        policy.plan(q, k, geometry)
+    marked = replace(
+        geometry, segments=tuple(replace(s, role="memory") if not s.frame else s for s in geometry.segments)
+    )
+    with pytest.raises(ValueError, match="needs whole frames"):
+        policy.plan(q, k, marked, v=v)
+
+
+def test_planted_clusters_are_recovered():
+    """More clusters than there are groups: each has tokens of one group only, in every head."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 8 * torch.randn(12, 3, 16, generator=generator)
+    group = torch.randint(12, (900,), generator=generator)
+    x = centres[group] + 0.1 * torch.randn(900, 3, 16, generator=generator)
+    found = kmeans(x, 60, num_iterations=50, seed=3)
+    for labels in found.labels:
+        for label in labels.unique():
+            assert group[labels == label].unique().numel() == 1
+    assert torch.equal(found.sizes.sum(1), torch.full((3,), 900))
+    spread = (x.transpose(0, 1) - found.centroids.gather(1, found.labels[..., None].expand(-1, -1, 16))).norm(dim=-1)
+    assert spread.max() < 2
+
+
+def test_kmeans_settles_and_leaves_empty_clusters_where_they_are():
+    x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])[:, None]
+    start = torch.tensor([[[2.0], [9.0], [500.0]]])
+    found = kmeans(x, 3, num_iterations=50, centroids=start)
+    assert found.centroids[0, :, 0].tolist() == [0.5, 10.5, 500.0] and found.sizes[0].tolist() == [2, 2, 0]
+    assert found.labels[0].tolist() == [0, 0, 1, 1]
+    one = kmeans(x, 3, num_iterations=1, centroids=start)
+    assert torch.equal(one.labels, found.labels)
+    with pytest.raises(ValueError, match="num_clusters=5 of 4 tokens"):
+        kmeans(x, 5, num_iterations=1)
+    with pytest.raises(ValueError, match=r"centroids are \(1, 3, 1\)"):
+        kmeans(x, 2, num_iterations=1, centroids=start)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(seed=st.integers(0, 999), top_p=st.floats(0.05, 0.999), min_share=st.sampled_from([0.0, 0.1, 0.5]))
+def test_top_p_is_the_shortest_prefix_that_exceeds_it(seed, top_p, min_share):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 20, 8, generator=generator)
+    sizes = torch.randint(0, 9, (2, 20), generator=generator)
+    sizes[:, 3] += 1
+    mask = top_p_clusters(q, k, sizes, top_p=top_p, min_share=min_share)
+    for head in range(2):
+        for row in range(5):
+            weight = [int(sizes[head, j]) * math.exp(q[head, row] @ k[head, j] / 8**0.5) for j in range(20)]
+            total, order = sum(weight), sorted(range(20), key=lambda j: -weight[j])
+            count = next(n for n in range(1, 21) if n == 20 or sum(weight[j] for j in order[:n]) / total > top_p)
+            count = max(count, int(min_share * 20), 1)
+            assert set(mask[head, row].nonzero()[:, 0].tolist()) >= {j for j in order[:count] if weight[j]}
+            assert int(mask[head, row].sum()) == count
+    assert top_p_clusters(q, k, sizes, top_p=1.0, min_share=0.0).all()
+
+
+@pytest.mark.parametrize("geometry", geometries(), ids=["bidirectional", "cached"])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_svg2_follows_its_plan_and_equals_dense_attention_at_p_1(geometry, key_heads):
+    q, k, v = tokens(geometry, key_heads=key_heads, batch=2)
+    exact = sparse_attention(q, k, v, geometry, policy=Svg2(top_p=1.0, **DENSE_FROM_THE_START))
+    assert (exact - softmax64(q, k, v)).abs().max() < 2e-6
+    policy = Svg2(top_p=0.5, **DENSE_FROM_THE_START)
+    found = sparse_attention(q, k, v, geometry, policy=policy)
+    plans = [policy.plan(q[i : i + 1], k[i : i + 1], geometry) for i in range(2)]
+    masks = torch.stack([plan.to_dense_mask() for plan in plans])
+    assert (found - softmax64(q, k, v, masks)).abs().max() < 2e-6
+    assert all(0.3 < plan.density() < 0.95 for plan in plans)
+
+
+def test_svg2_does_not_mind_the_order_of_keys():
+    """From the same centroids: clusters hold the same keys wherever these stand."""
+    geometry = make_geometry(9, GRID, block_frames=3)
+    q, k, v = tokens(geometry)
+    policy = Svg2(top_p=0.5, **DENSE_FROM_THE_START)
+    memory = {}
+    policy.plan(q, k, geometry, memory=memory)
+    order = torch.randperm(geometry.num_keys, generator=torch.Generator().manual_seed(5))
+    plain = sparse_attention(q, k, v, geometry, policy=policy, memory=dict(memory))
+    turned = sparse_attention(q, k[:, order], v[:, order], geometry, policy=policy, memory=dict(memory))
+    assert (plain - turned).abs().max() < 1e-5
+    assert (plain - softmax64(q, k, v)).abs().max() > 1e-2, "something is left out"
+
+
+def test_svg2_goes_on_from_the_last_centroids_of_the_layer():
+    geometry = make_geometry(9, GRID, block_frames=3)
+    q, k, _ = tokens(geometry)
+    memory = {}
+    first = Svg2(**DENSE_FROM_THE_START, num_iterations=1)
+    one = first.plan(q, k, geometry, memory=memory)
+    kept = dict(memory)
+    again = first.plan(q, k, geometry, memory=memory)
+    assert len(kept) == 2 and torch.equal(one.q_edges, again.q_edges) and torch.equal(one.k_perm, again.k_perm)
+    other_layer = replace(geometry, layer=geometry.layer + 1)
+    first.plan(q, k, other_layer, memory=memory)
+    assert len(memory) == 4
+    assert first.plan(q, k, geometry).signature == first.plan(q, k, geometry).signature, "nothing is kept elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [(Svg, {"density": 0.0}), (Svg, {"block_size": 0}), (Svg2, {"top_p": 1.5}), (Svg2, {"num_key_clusters": 0})],
+)
+def test_bad_settings_are_named(cls, values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        cls(**values)
