@@ -4,15 +4,17 @@ Each flag has one measure behind it, and a threshold between what healthy videos
 world, moving shapes over texture, with and without grain) and what the fault scores at its mildest worth reporting.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from longtake.evaluation.metric import Score
 
 STATIC_SHARE = 0.98
-"""Of the video's quarter seconds, which leaves room for a hiccup. True scenes in which objects hide reach 0.1."""
-FROZEN_SECONDS = 1.0
+"""Of the video's quarter seconds, which leaves room for a hiccup; or every frame looks like the last. True scenes in
+which objects hide reach 0.1."""
+FROZEN_SECONDS = 1.75
+"""Objects of true scenes hide behind their pillar for up to 1.6."""
 FROZEN_OVER_REST = 1.5
 """A tail is longer than any rest before it by this factor: objects may be out of view for a while now and then."""
 LOOP_SHARE = 0.25
@@ -69,7 +71,7 @@ _Scores = Mapping[str, Score]
 
 
 def _static(value: float, details: _Details, scores: _Scores) -> list[Flag]:
-    if value < STATIC_SHARE or _value(scores, "proxy/frozen_tail_s") > 0.0:
+    if not details.get("is_one_picture") and (value < STATIC_SHARE or _value(scores, "proxy/frozen_tail_s") > 0.0):
         return []
     flicker = scores.get("proxy/flicker_excess")
     if flicker is not None and flicker.value is not None and flicker.details["worst_window"] >= FLICKER_LEVELS:
@@ -104,11 +106,18 @@ def _cut(value: float, details: _Details, scores: _Scores) -> list[Flag]:
     # Where a loop begins again it jumps, which is the loop's doing.
     loop = scores.get("proxy/loop_share")
     if loop is not None and loop.value and loop.details["period_s"]:
-        again = loop.details["start_s"] + loop.details["period_s"] - LOOP_MARGIN_S
-        times = [time for time in details["times_s"] if not again <= time <= loop.details["end_s"]]
+        times = [time for time in details["times_s"] if not _begins_again(time, loop.details, details["times_s"])]
     else:
         times = details["times_s"]
     return [Flag(kind="cut", start_s=time, end_s=time, message=f"cuts at {time:.2f} s") for time in times]
+
+
+def _begins_again(time: float, loop: _Details, cuts: Sequence[float]) -> bool:
+    """Whether a cut comes after a loop's first play, or once more a period later."""
+    period = loop["period_s"]
+    is_repeated = any(abs(other - time - period) <= LOOP_MARGIN_S for other in cuts)
+    first = loop["start_s"] if is_repeated else loop["start_s"] + period - LOOP_MARGIN_S
+    return first <= time <= loop["end_s"]
 
 
 def _flicker(value: float, details: _Details, scores: _Scores) -> list[Flag]:

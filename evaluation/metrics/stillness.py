@@ -9,15 +9,22 @@ from longtake.evaluation.metrics.track import Track, TrackMeasure
 
 STEP_SECONDS = 0.25
 """Frames are averaged over this long before they are compared, which halves the grain at 16 frames a second."""
-LOOK_BACK = 4
-"""Steps. Slow motion shows within a second; motion that returns to its place within one step of the four does not."""
+LOOK_BACK = 8
+"""Steps: slow motion shows within two seconds."""
 QUANTILE = 0.99
 """Of the cells. Motion shows in the cells it touches: in one of a hundred at least, a tenth of the width squared."""
-FLOOR = 1.5
-"""Grey levels that a cell of a still picture may change by: a codec's keyframes do."""
-NUM_SIGMAS = 4.0
+FLOOR = 3.0
+"""Grey levels that a few cells of a still picture may change by where the rest does not."""
+NUM_SIGMAS = 4.5
+"""Grain and the codec's errors are everywhere and leave no cell behind: 99 in 100 stay within 2.9 to 3.6 deviations.
+A moving object reaches 12 and more."""
 MAX_GRAIN = 4.0
-"""Grey levels. A cell that changes more than this from frame to frame is not grainy, it moves."""
+"""Grey levels (deviation): cells that change more than this are not grainy, they move."""
+EXPLAINED = 0.12
+"""Share of the change that a shift, zoom or turn of the whole picture explains, from which on it moves. It explains a
+hundredth of grain, up to 0.07 of a coarse codec's errors, and half of a pan by a pixel a second under grain."""
+NO_CHANGE = 0.1
+"""Grey levels (deviation): a picture that changes less does not move, whatever its slopes say."""
 MIN_MOVING_SECONDS = 0.5
 """A tail is frozen only if something moved before it, for so long."""
 
@@ -26,7 +33,7 @@ STATIC_SHARE = MetricSpec(
     higher_is_better=False,
     unit="share",
     range=(0.0, 1.0),
-    description="Share of the video's quarter seconds in which nothing has moved for a second.",
+    description="Share of the video's quarter seconds in which nothing has moved for two seconds.",
 )
 FROZEN_TAIL = MetricSpec(
     name="proxy/frozen_tail_s",
@@ -50,15 +57,15 @@ class Stillness:
 
     Attributes:
         step: Frames per step.
-        is_still: (steps,) bool, whether nothing moved in the second before; False for the first step.
-        grain: Grey levels by which a cell changes from frame to frame without motion.
+        is_still: (steps,) bool, whether nothing moved in the two seconds before; False for the first step.
         tail_frames: Frames at the end that show one picture; all of them for a static video.
+        rest_frames: Frames of the longest stretch before the tail that shows one picture.
     """
 
     step: int
     is_still: np.ndarray
-    grain: float
     tail_frames: int
+    rest_frames: int
 
 
 def find_stillness(track: Track) -> Stillness | None:
@@ -67,33 +74,69 @@ def find_stillness(track: Track) -> Stillness | None:
     num_steps = track.num_frames // step
     if num_steps < 2:
         return None
-    cells = track.luma.reshape(track.num_frames, -1)
-    steps = cells[: num_steps * step].reshape(num_steps, step, -1)
-    pictures = steps.mean(axis=1)
-    # Most cells of most pictures hold still, so their median tells the grain from the motion; what they share is
-    # flicker.
-    own = steps - steps.mean(axis=2, keepdims=True)
-    grains = np.median(own.std(axis=1, ddof=1), axis=1) if step > 1 else np.zeros(num_steps)
-    grain = float(np.median(grains))
+    first = track.num_frames - num_steps * step
+    pictures = track.luma[first:].reshape(num_steps, step, *track.luma.shape[1:]).mean(axis=1)
     is_still = np.zeros(num_steps, dtype=bool)
     for index in range(1, num_steps):
         before = pictures[max(0, index - LOOK_BACK) : index]
-        change = np.quantile(np.abs(pictures[index] - before), QUANTILE, axis=1).max()
-        is_still[index] = change <= _limit(grains[index], np.sqrt(2.0 / step))
-    last = pictures[-1] if num_steps * step == track.num_frames else cells[-step:].mean(axis=0)
-    limit = _limit(float(grains[-1]), np.sqrt(1.0 + 1.0 / step))
-    tail = 0
-    while tail < track.num_frames:
-        change = np.quantile(np.abs(cells[track.num_frames - 1 - tail] - last), QUANTILE)
-        if change > limit:
-            break
+        is_still[index] = not any(moves(earlier, pictures[index]) for earlier in before)
+    tail = 1
+    while tail < num_steps and not moves(pictures[-1 - tail], pictures[-1]):
         tail += 1
-    return Stillness(step=step, is_still=is_still, grain=grain, tail_frames=tail)
+    tail_frames = tail * step
+    while tail_frames < track.num_frames and not moves(track.luma[-1 - tail_frames], pictures[-1]):
+        tail_frames += 1
+    rest = _longest_rest(pictures[: max(0, num_steps - tail)])
+    return Stillness(step=step, is_still=is_still, tail_frames=tail_frames, rest_frames=rest * step)
 
 
-def _limit(grain: float, share: float) -> float:
-    """What a cell may change by; ``share`` of the grain is left in the difference."""
-    return FLOOR + NUM_SIGMAS * min(grain, MAX_GRAIN) * float(share)
+def _longest_rest(pictures: np.ndarray) -> int:
+    """Steps of the longest stretch in which nothing moves from its first step; 0 if every step moves."""
+    longest = start = 0
+    for index in range(1, len(pictures)):
+        if moves(pictures[start], pictures[index]):
+            start = index
+        longest = max(longest, index - start)
+    return longest + 1 if longest else 0
+
+
+def moves(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether something moved between two pictures (rows, columns) of cells: a part of them, or all of it.
+
+    A change that all cells share is light, not motion. Grain and the codec's errors change all cells alike; a moving
+    object changes some far more than the rest. A moving camera also changes them alike, but as the slopes of the
+    picture foretell.
+    """
+    change = second - first
+    change = change - np.median(change)
+    size = np.abs(change)
+    deviation = min(float(np.median(size)) / 0.6745, MAX_GRAIN)
+    index = min(int(QUANTILE * size.size), size.size - 1)
+    largest = np.partition(size, index, axis=None)[index]
+    if largest > FLOOR + NUM_SIGMAS * deviation:
+        return True
+    return bool(deviation > NO_CHANGE) and explained_by_camera(first, second) > EXPLAINED
+
+
+def explained_by_camera(first: np.ndarray, second: np.ndarray) -> float:
+    """Share of the change between two pictures (rows, columns) that a shift, zoom and turn of the whole explain.
+
+    To first order a picture that moves by (u, v) changes by the product with its slopes. The four motions are fitted
+    to the change by least squares.
+    """
+    if min(first.shape) < 3:
+        return 0.0
+    middle = 0.5 * (first + second)
+    down, across = np.gradient(middle)
+    rows, columns = (np.linspace(-1.0, 1.0, length) for length in first.shape)
+    y, x = rows[:, None], columns[None, :]
+    fields = np.stack([down, across, y * down + x * across, x * down - y * across]).reshape(4, -1).astype(np.float64)
+    change = (second - first).ravel().astype(np.float64)
+    change -= change.mean()
+    power = float(change @ change)
+    gram = fields @ fields.T + 1e-6 * np.eye(4)
+    along = fields @ change
+    return float(along @ np.linalg.solve(gram, along)) / power if power > 0 else 0.0
 
 
 def measure_stillness(track: Track) -> dict[str, Score]:
@@ -123,7 +166,10 @@ def _static_share(track: Track, stillness: Stillness) -> Score:
     return Score(
         value=float(judged.mean()),
         windows=means.windows(track.num_frames),
-        details={"grain": stillness.grain, "seconds": track.num_frames / track.fps},
+        details={
+            "seconds": track.num_frames / track.fps,
+            "is_one_picture": stillness.tail_frames == track.num_frames,
+        },
     )
 
 
@@ -132,13 +178,12 @@ def _frozen_tail(track: Track, stillness: Stillness) -> Score:
     moved = start >= MIN_MOVING_SECONDS * track.fps
     # Frames of the last step are alike in slow motion too.
     frozen = moved and stillness.tail_frames >= 2 * stillness.step
-    rest = _longest_run(stillness.is_still[: start // stillness.step])
     return Score(
         value=stillness.tail_frames / track.fps if frozen else 0.0,
         details={
             "start_s": start / track.fps if frozen else None,
             "end_s": track.num_frames / track.fps,
-            "longest_rest_before_s": (rest + LOOK_BACK) * stillness.step / track.fps if rest else 0.0,
+            "longest_rest_before_s": stillness.rest_frames / track.fps,
         },
     )
 
@@ -153,14 +198,6 @@ def _duplicates(track: Track) -> Score:
         windows=means.windows(track.num_frames),
         details={"num_duplicates": int(track.is_duplicate.sum())},
     )
-
-
-def _longest_run(flags: np.ndarray) -> int:
-    longest = current = 0
-    for flag in flags:
-        current = current + 1 if flag else 0
-        longest = max(longest, current)
-    return longest
 
 
 STILLNESS = TrackMeasure((STATIC_SHARE, FROZEN_TAIL, DUPLICATE_FRAMES), measure_stillness)

@@ -104,9 +104,10 @@ def shrink(frame: np.ndarray, factor: int) -> np.ndarray:
     Returns:
         (3, H // factor, W // factor) float32 in 0..255; what is left at the edges is cut off.
     """
-    planes = np.ascontiguousarray(frame.transpose(2, 0, 1))
+    planes = frame.transpose(2, 0, 1)
     if factor == 1:
-        return planes.astype(np.float32)
+        return np.ascontiguousarray(planes, dtype=np.float32)
+    planes = np.ascontiguousarray(planes)
     height, width = frame.shape[0] // factor, frame.shape[1] // factor
     total = np.zeros((3, height, width), dtype=np.uint16 if factor <= 16 else np.uint32)
     for row in range(factor):

@@ -14,6 +14,8 @@ import numpy as np
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo
 
 LUMA_GRID = 32
+MIN_CELL = 4
+"""Pixels a side of a cell of brightness, at least: smaller ones hold mostly grain and the codec's errors."""
 COLOUR_GRID = 8
 LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """ITU-R BT.601."""
@@ -25,7 +27,8 @@ class Track:
 
     Attributes:
         video: What was announced.
-        luma: (T, rows, columns) float32 in 0..255, area means over a grid of at most 32x32 cells.
+        luma: (T, rows, columns) float32 in 0..255, area means over a grid of at most 32x32 cells of at
+            least 4x4 pixels.
         colour: (T, rows, columns, 3) float32 in 0..255, RGB means over a grid of at most 8x8 cells.
         difference: (T,) float64, mean absolute difference of the full frames to the frame before; 0 for the first.
         is_duplicate: (T,) bool, whether some earlier frame is the same in every pixel.
@@ -91,7 +94,8 @@ class TrackMeter:
 
     def __init__(self, video: VideoInfo, measures: Sequence[TrackMeasure] = ()) -> None:
         self._video, self._measures = video, measures
-        self._pool = Pooling(video.height, video.width, LUMA_GRID)
+        grid = tuple(max(1, min(LUMA_GRID, side // MIN_CELL)) for side in (video.height, video.width))
+        self._pool = Pooling(video.height, video.width, grid)
         rows, columns = self._pool.shape
         self._pool_colour = Pooling(rows, columns, COLOUR_GRID)
         self._luma: list[np.ndarray] = []

@@ -12,7 +12,7 @@ from longtake.evaluation.metrics.colour import monotone_share
 from longtake.evaluation.metrics.repetition import REPETITION, _repeats, find_loop
 from longtake.evaluation.metrics.seams import SEAMS
 from longtake.evaluation.metrics.spectrum import spectral_slope
-from longtake.evaluation.metrics.stillness import STILLNESS, find_stillness
+from longtake.evaluation.metrics.stillness import STILLNESS, explained_by_camera, find_stillness, moves
 from longtake.evaluation.metrics.track import Pooling, TrackMeter, TrackMetric, area_weights, mean_difference
 
 
@@ -68,7 +68,7 @@ def test_track_holds_the_picture_its_changes_and_its_repetitions():
     video = noise(6)
     video[4] = video[1]
     track = track_of(video)
-    assert track.luma.shape == (6, 32, 32) and track.colour.shape == (6, 8, 8, 3)
+    assert track.luma.shape == (6, 10, 14) and track.colour.shape == (6, 8, 8, 3)
     assert np.allclose(track.colour.mean(axis=(1, 2)), video.mean(axis=(1, 2)), atol=0.1)
     assert np.allclose(track.luma.mean(axis=(1, 2)), video.mean(axis=(1, 2)) @ [0.299, 0.587, 0.114], atol=0.1)
     assert np.allclose(track.difference[1:], np.abs(np.diff(video.astype(int), axis=0)).mean(axis=(1, 2, 3)))
@@ -144,6 +144,26 @@ def test_slow_motion_is_no_stillness():
     rows = np.arange(256)[None, :] + 2.0 * np.arange(64)[:, None] / 16
     frames = np.broadcast_to((120 + 60 * np.sin(rows / 9.0))[:, :, None, None], (64, 256, 64, 3)).astype(np.uint8)
     assert find_stillness(track_of(frames)).is_still[4:].mean() == 0.0
+
+
+@pytest.mark.parametrize(("sigma", "camera"), [(0.0, 0.4), (2.0, 0.2)])
+def test_camera_explains_its_own_change_and_not_grain(sigma, camera):
+    rows, columns = np.mgrid[:32, :32] / 32.0
+    rng = np.random.default_rng(0)
+
+    def picture(shift, zoom=0.0):
+        y, x = rows * (1 + zoom) + shift, columns * (1 + zoom) - shift
+        waves = np.cos(9 * x + 4 * y) + np.sin(7 * y - 5 * x) + np.cos(19 * x)
+        return 120 + 25 * waves + rng.normal(0, sigma, rows.shape)
+
+    assert explained_by_camera(picture(0.0), picture(0.01)) > camera
+    assert explained_by_camera(picture(0.0), picture(0.0, zoom=0.01)) > camera
+    assert moves(picture(0.0), picture(0.01))
+    still = rng.normal(0, 1, (2, 32, 32)) * max(sigma, 1.0) + picture(0.0)
+    assert explained_by_camera(*still) < 0.05 and not moves(*still)
+    assert not moves(still[0], still[1] + 20), "more light is no motion"
+    still[1][5:9, 5:9] += 40
+    assert moves(*still)
 
 
 def test_duplicates_count_earlier_frames_anywhere():

@@ -9,6 +9,8 @@ from longtake.evaluation.flags import KINDS, flags
 from longtake.evaluation.metric import Score, VideoInfo
 from longtake.evaluation.metrics import COURSE, flicker, shots
 from longtake.evaluation.metrics.track import TrackMetric
+from longtake.evaluation.video import VideoSource
+from longtake.pipelines.video_writer import VideoFormat, VideoWriter
 
 FPS = 16
 SIZE = (72, 96)
@@ -126,6 +128,18 @@ def test_small_and_longer_videos(fault):
     """The mini model's size, another scene, and longer."""
     video = to_video(MAKE[fault](seed=3, size=(64, 64), seconds=20), 4.0)
     assert kinds(video) == {fault}
+
+
+@pytest.mark.parametrize("crf", [23, 32])
+@pytest.mark.parametrize("fault", [*FAULTS, None])
+def test_after_a_lossy_codec(fault, crf, tmp_path):
+    """Keyframes that differ from their neighbours, and a still picture that is refined for a second."""
+    frames = MAKE[fault](seed=1, size=(64, 64)) if fault else moving_shapes(seed=1, size=(64, 64))
+    path = tmp_path / "video.mp4"
+    with VideoWriter(path, video_format=VideoFormat(height=64, width=64, crf=crf, threads=1)) as writer:
+        writer.write(to_video(frames, 3.0))
+    video = np.concatenate(list(VideoSource.open(path).pieces()))
+    assert kinds(video) == ({fault} if fault else set())
 
 
 @pytest.mark.parametrize("fps", [8, 24])
