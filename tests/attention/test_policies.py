@@ -1,0 +1,257 @@
+"""What every sparse policy has in common: settings, the dense beginning, plans that hold, plans that are shared."""
+
+from dataclasses import fields, replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from longtake.attention import AttentionGeometry, Segment, make_attention_policy, sparse_attention
+from longtake.attention.density import DensityMeter
+from longtake.attention.policies import POLICIES, BlockPolicy, SparsePolicy, base
+from longtake.attention.policies.window import Window
+from longtake.scripts.attention_show import make_geometry
+
+ROOT = Path(__file__).resolve().parents[2]
+SPARSE = [name for name in POLICIES if name != "dense"]
+GRID = (10, 20)
+CACHED = replace(
+    make_geometry(12, GRID, block_frames=3),
+    block_index=3,
+    step_index=2,
+    num_steps=4,
+    layer=2,
+    num_layers=6,
+)
+BIDIRECTIONAL = AttentionGeometry.bidirectional(6, GRID, step_index=2, num_steps=4, layer=2, num_layers=6)
+# (policy, form) pairs that have no meaning.
+REFUSED = {("light_forcing", "bidirectional")}
+# A density below 1 with frames of 200 tokens.
+SMALL = {
+    "sliding_tile": {"tile": [3, 5, 5], "window": [1, 3, 3]},
+    "svg2": {"top_p": 0.5},
+    "window": {"num_window_frames": 2},
+}
+FORMS = {"cached": CACHED, "bidirectional": BIDIRECTIONAL}
+CASES = [(name, form) for name in SPARSE for form in FORMS if (name, form) not in REFUSED]
+
+
+def make(name, **changes):
+    return make_attention_policy({"policy": name} | SMALL.get(name, {}) | changes)
+
+
+def tokens(geometry, *, batch=1, heads=4, key_heads=2, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, geometry.num_queries, heads, 16, generator=generator)
+    k, v = (torch.randn(batch, geometry.num_keys, key_heads, 16, generator=generator) for _ in "kv")
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_is_a_file_with_its_name_and_a_preset(name):
+    cls = POLICIES[name]
+    assert cls.name == name and cls.source and cls.__module__ == f"longtake.attention.policies.{name}"
+    preset = yaml.safe_load((files("longtake.configs") / "attention" / f"{name}.yaml").read_text(encoding="utf-8"))
+    policy = make_attention_policy(preset)
+    assert policy == cls(), "presets are the defaults"
+    assert set(preset) == {"policy", *(field.name for field in fields(cls))}, "every field is in the preset"
+    assert make_attention_policy(policy.settings()) == policy == make_attention_policy(name)
+    assert make_attention_policy(policy) is policy
+
+
+def test_no_preset_without_a_policy():
+    folder = files("longtake.configs") / "attention"
+    assert {entry.name for entry in folder.iterdir()} == {f"{name}.yaml" for name in POLICIES}
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ("radail", "unknown attention policy 'radail'.*Did you mean 'radial'"),
+        ({"policy": "radial", "decay": 1}, "unknown key 'decay' for attention policy 'radial'.*decay_factor"),
+        ({"policy": "svg", "density": "low"}, "density of attention policy 'svg' is 'low' but must be a number"),
+        ({"policy": "radial", "dense_steps": -1}, "dense_steps=-1 must be 0 or more"),
+        ({"policy": "window", "commit_pass": "skip"}, "commit_pass of .* is 'skip'; known: 'dense', 'sparse'"),
+        ({}, "need a key 'policy'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, match):
+    with pytest.raises(ValueError, match=match):
+        make_attention_policy(settings)
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_plans_hold_and_leave_something_out(name, form):
+    geometry = FORMS[form]
+    q, k, v = tokens(geometry)
+    plan = make(name).plan(q, k, geometry, v=v)
+    plan.validate()
+    assert (plan.num_queries, plan.num_keys) == (geometry.num_queries, geometry.num_keys)
+    assert plan.num_heads in (1, 4) and plan.counts.device.type == "cpu"
+    assert 0.02 < plan.density() < 1
+    again = make(name).plan(q, k, geometry, v=v)
+    assert again.signature == plan.signature, "the same call, the same plan"
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_is_the_softmax_over_the_plan(name, form, batch):
+    geometry, policy = FORMS[form], make(name)
+    q, k, v = tokens(geometry, batch=batch)
+    found = sparse_attention(q, k, v, geometry, policy=policy)
+    for sample in range(batch):
+        one = [x[sample : sample + 1] for x in (q, k, v)]
+        mask = policy.plan(one[0], one[1], geometry, v=one[2]).to_dense_mask()[None]
+        wide = [x.double().repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in one]
+        scores = (wide[0] @ wide[1].transpose(2, 3) / 4).masked_fill(~mask, -torch.inf)
+        assert (found[sample] - (scores.softmax(-1) @ wide[2]).transpose(1, 2)[0]).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_the_beginning_is_dense(name, form):
+    geometry = FORMS[form]
+    q, k, v = tokens(geometry)
+
+    def is_dense(policy, **changes):
+        return policy.plan(q, k, replace(geometry, **changes), v=v) is None
+
+    policy = make(name)
+    assert not is_dense(policy)
+    assert is_dense(policy, layer=0) and is_dense(policy, step_index=0)
+    assert is_dense(policy, kind="commit", step_index=0)
+    assert is_dense(policy, block_index=0) is (form == "cached")
+    eager = make(name, dense_layers=0, dense_steps=0, dense_blocks=0, commit_pass="sparse")
+    assert not is_dense(eager, layer=0) and not is_dense(eager, step_index=0)
+    assert not is_dense(eager, kind="commit", step_index=0)
+    late = make(name, dense_blocks=5, dense_layers=4, dense_steps=3)
+    assert is_dense(late) and is_dense(late, layer=3, step_index=3)
+    assert is_dense(late, layer=4, step_index=3, block_index=4) is (form == "cached")
+
+
+def test_dense_declines_everything():
+    q, k, v = tokens(CACHED)
+    assert make_attention_policy("dense").plan(None, None, CACHED) is None
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True
+    ).transpose(1, 2)
+    assert torch.allclose(sparse_attention(q, k, v, CACHED, policy=make_attention_policy("dense")), exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in SPARSE if not POLICIES[name]().is_static])
+def test_policies_that_look_at_tokens_say_what_they_need(name):
+    q, k, v = tokens(CACHED, batch=2)
+    with pytest.raises(ValueError, match=f"{name!r} chooses blocks by the tokens: give it q"):
+        make(name).plan(None, None, CACHED)
+    with pytest.raises(ValueError, match="makes a plan for one sample, and got 2"):
+        make(name).plan(q, k, CACHED, v=v)
+    with pytest.raises(ValueError, match="do not fit the geometry, which has 600 and 2400"):
+        make(name).plan(q[:1, :10], k[:1], CACHED, v=v[:1])
+
+
+@pytest.mark.parametrize("name", [name for name in SPARSE if not POLICIES[name]().is_static])
+def test_half_precision_tokens_are_compared_in_full(name):
+    geometry = CACHED
+    q, k, v = tokens(geometry, dtype=torch.bfloat16)
+    wide = [x.float() for x in (q, k, v)]
+    assert make(name).plan(q, k, geometry, v=v).signature == make(name).plan(*wide[:2], geometry, v=wide[2]).signature
+
+
+def test_asking_frames_have_to_be_among_the_keys():
+    past = replace(CACHED, segments=tuple(replace(s, role="recent") for s in CACHED.segments))
+    q, k, v = tokens(CACHED)
+    for name in SPARSE:
+        if name in ("window", "svg2"):
+            continue
+        with pytest.raises(ValueError, match="needs the asking frames among the keys"):
+            make(name).plan(q, k, past, v=v)
+
+
+def rolling(block_index, *, positions):
+    """A sink and a window of eight frames, as absolute positions or moved up behind the sink."""
+    last = 3 * block_index + 2
+    frames = [0, *range(last - 7, last + 1)]
+    places = frames if positions == "absolute" else list(range(9))
+    return AttentionGeometry(
+        frame_tokens=200,
+        grid=GRID,
+        frames_per_block=3,
+        segments=tuple(
+            Segment(
+                frame=frame,
+                position=float(place),
+                start=index * 200,
+                length=200,
+                role="sink" if not index else "current" if index > 5 else "recent",
+            )
+            for index, (frame, place) in enumerate(zip(frames, places, strict=True))
+        ),
+        query_frames=tuple(frames[-3:]),
+        query_positions=tuple(map(float, places[-3:])),
+        block_index=block_index,
+        step_index=2,
+        layer=3,
+    )
+
+
+@pytest.mark.parametrize("positions", ["absolute", "moved"])
+@pytest.mark.parametrize("name", ["window", "radial"])
+def test_a_window_that_rolls_on_has_one_plan(name, positions, monkeypatch):
+    made = []
+    cls = POLICIES[name]
+    original = cls.layout_plan
+    monkeypatch.setattr(base, "_PLANS", base._Plans())
+    monkeypatch.setattr(cls, "layout_plan", lambda self, geometry: made.append(1) or original(self, geometry))
+    policy = make(name)
+    plans = {id(policy.plan(None, None, rolling(index, positions=positions))) for index in range(4, 40)}
+    assert len(plans) == 1 and len(made) == 1
+    layers = {id(policy.plan(None, None, replace(rolling(9, positions=positions), layer=i))) for i in range(1, 30)}
+    assert layers == plans
+    other = make(name, distance="global")
+    assert id(other.plan(None, None, rolling(9, positions=positions))) not in plans
+    assert len(base._PLANS._plans) <= base.MAX_PLANS
+
+
+def test_few_plans_are_kept(monkeypatch):
+    plans = base._Plans()
+    monkeypatch.setattr(base, "_PLANS", plans)
+    policy = Window(dense_blocks=0, dense_layers=0, dense_steps=0)
+    for num_frames in range(3, 3 + base.MAX_PLANS):
+        policy.plan(None, None, make_geometry(num_frames, (2, 2), block_frames=3))
+    assert len(plans._plans) == base.MAX_PLANS
+
+
+def test_window_reads_near_frames_sinks_and_itself():
+    policy = Window(num_window_frames=2, num_sink_frames=1, dense_blocks=0, dense_layers=0, dense_steps=0)
+    mask = policy.plan(None, None, make_geometry(9, GRID, block_frames=3, num_sinks=0)).block_mask[0]
+    assert [row.nonzero()[:, 0].tolist() for row in mask] == [[0, 4, 5, 6, 7, 8], [0, 5, 6, 7, 8], [0, 6, 7, 8]]
+    mask = policy.plan(None, None, AttentionGeometry.bidirectional(6, GRID)).block_mask[0]
+    assert mask[0].tolist() == [True, True, True, False, False, False]
+    bare = replace(policy, num_sink_frames=0, num_window_frames=0)
+    assert torch.equal(
+        bare.plan(None, None, AttentionGeometry.bidirectional(6, GRID)).block_mask[0], torch.eye(6, dtype=torch.bool)
+    )
+    with pytest.raises(ValueError, match="num_window_frames=-1"):
+        Window(num_window_frames=-1)
+
+
+def test_the_meter_counts_dense_calls_as_whole():
+    meter = DensityMeter(make("radial"))
+    q, k, v = tokens(CACHED)
+    assert meter.density == 1.0 and meter.is_static
+    found = sparse_attention(q, k, v, CACHED, policy=meter)
+    assert torch.equal(found, sparse_attention(q, k, v, CACHED, policy=make("radial")))
+    sparse = make("radial").plan(None, None, CACHED).density()
+    assert meter.density == pytest.approx(sparse)
+    sparse_attention(q, k, v, replace(CACHED, layer=0), policy=meter)
+    assert meter.density == pytest.approx((1 + sparse) / 2)
+    assert (meter.num_calls, meter.num_dense_calls) == (2, 1)
+
+
+def test_policies_import_no_kernels():
+    for path in (ROOT / "attention" / "policies").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "executors" not in text and "dispatch" not in text, path.name
+    assert all(issubclass(cls, SparsePolicy) for cls in POLICIES.values())
+    assert all(issubclass(POLICIES[name], BlockPolicy) for name in SPARSE)
