@@ -71,8 +71,9 @@ def show(
     if block_frames is not None:
         title += f", the last {block_frames} frames ask"
     path = png or Path(f"{name}.png")
+    picture = draw(plan, geometry, title=title, head=head)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(plan, geometry, title=title, head=head).save(path, optimize=True)
+    picture.save(path, optimize=True)
     out.print(title)
     out.print(f"picture: {path}", markup=False)
 
