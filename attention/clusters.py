@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longtake.attention.pooling import sum_by_group
+
 
 class Clusters(NamedTuple):
     """Tokens by cluster.
@@ -68,7 +70,7 @@ def _kmeans(tokens: Tensor, centroids: Tensor, num_iterations: int, tolerance: f
         distances = torch.addmm(centroids.square().sum(1), tokens, centroids.T, alpha=-2)
         labels = distances.argmin(1)
         sizes = torch.bincount(labels, minlength=len(centroids))
-        sums = torch.zeros_like(centroids).index_add_(0, labels, tokens)
+        sums = sum_by_group(tokens, labels, len(centroids))
         # An empty cluster stays where it is.
         moved = torch.where(sizes[:, None] > 0, sums / sizes[:, None].clamp(min=1), centroids)
         has_settled = bool((moved - centroids).abs().max() <= tolerance)

@@ -14,10 +14,42 @@ def block_means(x: Tensor, edges: Tensor) -> Tensor:
     Returns:
         (blocks, heads, head_dim), float32, on x's device.
     """
-    sizes = edges.diff().to(x.device, torch.long)
-    block = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), sizes)
-    sums = torch.zeros(len(sizes), *x.shape[1:], dtype=torch.float32, device=x.device)
-    return sums.index_add_(0, block, x.float()) / sizes[:, None, None]
+    edges = edges.to(x.device, torch.long)
+    sizes = edges.diff()
+    if x.device.type == "cpu":
+        block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        return sum_by_group(x.float(), block, len(sizes)) / sizes[:, None, None]
+    return _padded_means(x, edges, sizes)
+
+
+def _padded_means(x: Tensor, edges: Tensor, sizes: Tensor) -> Tensor:
+    """``block_means`` with all blocks filled up to the longest: one sum each, in one order."""
+    place = torch.arange(int(sizes.max()), device=x.device)
+    tokens = (edges[:-1, None] + place).clamp(max=len(x) - 1)
+    is_own = (place < sizes[:, None])[..., None, None]
+    return x[tokens].float().where(is_own, 0).sum(1) / sizes[:, None, None]
+
+
+def sum_by_group(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Add up rows by group, in an order that is the same in every run.
+
+    Args:
+        values: (rows, ...), float.
+        group: (rows,), int64: the group of each row.
+        num_groups: How many groups there are; one may be empty.
+
+    Returns:
+        (num_groups, ...), dtype of the values.
+    """
+    if values.device.type == "cpu":
+        return values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, group, values)
+    return _product_sums(values, group, num_groups)
+
+
+def _product_sums(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """``sum_by_group`` as a product of matrices: GPUs add by index in whatever order threads come, products do not."""
+    is_member = (group == torch.arange(num_groups, device=values.device)[:, None]).to(values)
+    return (is_member @ values.flatten(1)).view(num_groups, *values.shape[1:])
 
 
 def merged_means(means: Tensor, sizes: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -33,8 +65,7 @@ def merged_means(means: Tensor, sizes: Tensor, group: Tensor, num_groups: int) -
         (num_groups, heads, head_dim).
     """
     sizes = sizes.to(means)[:, None, None]
-    sums = means.new_zeros(num_groups, *means.shape[1:]).index_add_(0, group, means * sizes)
-    return sums / means.new_zeros(num_groups, 1, 1).index_add_(0, group, sizes)
+    return sum_by_group(means * sizes, group, num_groups) / sum_by_group(sizes, group, num_groups)
 
 
 def best(scores: Tensor, count: Tensor | int, *, tiers: Tensor | None = None) -> Tensor:
