@@ -27,8 +27,10 @@ UNVERIFIED_VARIABLE = "LONGTAKE_ATTENTION_UNVERIFIED"
 """Environment variable; 1: ``auto`` also takes exact backends that the project has not run on this kind of device."""
 
 SPARSE_ARCHITECTURES = (9, 10, 11)
-MASKED_COST = 1.6
-"""Time of attention under a mask over that of dense attention, CPU."""
+# Of a CPU, measured on two cores: what tells gathering and masking apart, so their ratios count and not their size.
+DENSE_RATE = 1.5e11  # multiplications and additions per second
+MASKED_COST = 3.2  # time under a mask over time without, mask made
+SECONDS_PER_CALL = 5e-5  # of a group of rows, however small
 
 
 @dataclass(frozen=True)
@@ -321,11 +323,15 @@ def _preferences(request: AttentionRequest) -> tuple[str, ...]:
         flashinfer = ("flashinfer", "flashinfer_variable")
         is_new = request.capability is not None and request.capability[0] in SPARSE_ARCHITECTURES
         return (*(("flash4",) if is_new else ()), *flashinfer, "flex", "gather_sdpa", "sdpa_masked")
-    by_cost = plan.density / tile_efficiency(plan.tile) <= MASKED_COST
-    return ("gather_sdpa", "sdpa_masked") if by_cost else ("sdpa_masked", "gather_sdpa")
+    pairs = request.batch * request.num_heads * request.num_queries * request.num_keys
+    dense = 4 * pairs * request.head_dim / DENSE_RATE
+    num_calls = request.num_queries / plan.tile
+    gathered = dense * plan.density / _tile_efficiency(plan.tile) + num_calls * SECONDS_PER_CALL
+    pays = gathered <= dense * MASKED_COST + SECONDS_PER_CALL
+    return ("gather_sdpa", "sdpa_masked") if pays else ("sdpa_masked", "gather_sdpa")
 
 
-def tile_efficiency(tile: float) -> float:
+def _tile_efficiency(tile: float) -> float:
     """Share of the dense rate that gathered attention reaches on a CPU, by the queries computed together; measured."""
     return 0.36 if tile < 128 else 0.83 if tile < 768 else 0.93
 

@@ -50,10 +50,18 @@ def _pays_to_group(plan: BlockPlan) -> bool:
 def _run_groups(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, out: Tensor, lse: Tensor | None
 ) -> None:
-    for group in plan.group_rows():
+    groups = plan.group_rows()
+    # The same memory for every group: asking the system for new pages takes longer than copying.
+    size = max((group.num_keys for group in groups if len(group.k_ranges) > 1), default=0) * k[:, 0].numel()
+    needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    buffers = (None, None) if needs_grad else (k.new_empty(size), v.new_empty(size))
+    for group in groups:
         part, part_lse = attend(
             take_heads(take(q, group.q_ranges), group),
-            *(take_heads(take(x, group.k_ranges), group, q.shape[2] // x.shape[2]) for x in (k, v)),
+            *(
+                take_heads(take(x, group.k_ranges, buffer), group, q.shape[2] // x.shape[2])
+                for x, buffer in zip((k, v), buffers, strict=True)
+            ),
             scale=scale,
             return_lse=lse is not None,
         )

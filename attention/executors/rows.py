@@ -1,15 +1,28 @@
 """Tokens of a group of rows taken out of (batch, tokens, heads, head_dim) tensors, and results put back."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from longtake.attention.plan_forms import Ranges, RowGroup
 
 
-def take(x: Tensor, ranges: Ranges) -> Tensor:
-    """Runs of the tokens of (batch, tokens, heads, head_dim), end to end; a view where it is one run."""
+def take(x: Tensor, ranges: Ranges, buffer: Tensor | None = None) -> Tensor:
+    """Runs of the tokens of (batch, tokens, heads, head_dim), end to end; a view where it is one run.
+
+    Args:
+        x: The tokens.
+        ranges: (start, stop) of every run.
+        buffer: Flat memory that is written to instead of new memory, large enough and of the same dtype.
+    """
     parts = [x[:, start:stop] for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if len(parts) == 1:
+        return parts[0]
+    if buffer is None:
+        return torch.cat(parts, dim=1)
+    shape = (x.shape[0], sum(part.shape[1] for part in parts), *x.shape[2:])
+    return torch.cat(parts, dim=1, out=buffer[: math.prod(shape)].view(shape))
 
 
 def take_heads(x: Tensor, group: RowGroup, queries_per_key: int = 1) -> Tensor:

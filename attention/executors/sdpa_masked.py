@@ -1,4 +1,7 @@
-"""PyTorch's attention under the plan's mask, token by token: the reference of all others, and no faster than dense."""
+"""PyTorch's attention under the plan's mask, token by token: the reference of all others, and slower than dense."""
+
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -9,6 +12,11 @@ from longtake.attention.plan import BlockPlan
 
 MAX_MASK = 1 << 26
 """Entries of the mask made at a time, 64 MiB."""
+
+MAX_KEPT = 1 << 20
+"""Entries of a mask that is kept as long as its plan lives: small calls would take as long to make it."""
+
+_kept: WeakKeyDictionary[BlockPlan, Tensor] = WeakKeyDictionary()
 
 
 class SdpaMasked(Executor):
@@ -21,12 +29,27 @@ class SdpaMasked(Executor):
     def _execute(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        plan = plan.to(q.device) if plan.counts.device != q.device else plan
-        rows = max(1, MAX_MASK // (plan.num_heads * plan.num_keys))
-        parts = []
-        for start in range(0, plan.num_queries, rows):
-            queries = torch.arange(start, min(start + rows, plan.num_queries), device=q.device)
-            mask = plan.to_dense_mask(queries)[None]
-            parts.append(attend(q[:, start : start + rows], k, v, scale=scale, mask=mask, return_lse=return_lse))
+        parts, start = [], 0
+        for mask in _masks(plan, q.device):
+            rows = slice(start, start + mask.shape[2])
+            parts.append(attend(q[:, rows], k, v, scale=scale, mask=mask, return_lse=return_lse))
+            start = rows.stop
+        if len(parts) == 1:
+            return parts[0]
         out = torch.cat([part for part, _ in parts], dim=1)
         return out, torch.cat([lse for _, lse in parts], dim=2) if return_lse else None
+
+
+def _masks(plan: BlockPlan, device: torch.device) -> Iterator[Tensor]:
+    """(1, 1 or heads, some queries, keys), bool, for all queries in order."""
+    if plan in _kept and _kept[plan].device == device:
+        yield _kept[plan]
+        return
+    per_query = plan.num_heads * plan.num_keys
+    moved = plan.to(device)
+    if per_query * plan.num_queries <= MAX_KEPT:
+        _kept[plan] = moved.to_dense_mask()[None]
+        yield _kept[plan]
+        return
+    for queries in torch.arange(plan.num_queries, device=device).split(max(1, MAX_MASK // per_query)):
+        yield moved.to_dense_mask(queries)[None]
