@@ -16,8 +16,8 @@ from longtake import __version__
 from longtake.evaluation.drift_scores import drift_scores, drift_specs
 from longtake.evaluation.metric import MetricSpec, Score
 from longtake.evaluation.paired import mean_interval
-from longtake.evaluation.plan import MANIFEST, SCORES, read_json
 from longtake.evaluation.records import SCHEMA, RunScores, VideoScores, read_manifest
+from longtake.evaluation.running.plan import MANIFEST, SCORES, read_json
 from longtake.evaluation.scores import quality6_long, quality7, semantic, total
 from longtake.evaluation.vbench_io import merge_imported, read_imported
 

@@ -12,9 +12,9 @@ from longtake.cache import POLICIES, make_policy
 from longtake.cache.simulation import simulate
 from longtake.configs.families import ModelFamily
 from longtake.configs.loader import load_preset, preset_names
-from longtake.evaluation.drift_report import by_policy, draw_curves, write_csv
-from longtake.evaluation.drift_study import VideoResult, read_results
-from longtake.evaluation.policy_table import policy_tables, window_of
+from longtake.evaluation.mini_world.drift_report import by_policy, draw_curves, write_csv
+from longtake.evaluation.mini_world.drift_study import VideoResult, read_results
+from longtake.evaluation.mini_world.policy_table import policy_tables, window_of
 from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.scripts.mini_study import (
     Precision,

@@ -16,10 +16,10 @@ from rich.table import Table
 from longtake.cache import Geometry, make_policy
 from longtake.cache.simulation import simulate
 from longtake.configs.loader import load_preset
-from longtake.evaluation.drift import ACCURACIES
-from longtake.evaluation.drift_report import by_policy
-from longtake.evaluation.drift_study import VideoResult, read_results, window_values
 from longtake.evaluation.intervals import Interval, paired_by_prompt
+from longtake.evaluation.mini_world.drift import ACCURACIES
+from longtake.evaluation.mini_world.drift_report import by_policy
+from longtake.evaluation.mini_world.drift_study import VideoResult, read_results, window_values
 from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.scripts.mini_study import Precision, console, make_missing
 

@@ -6,13 +6,13 @@ from typing import Annotated
 import torch
 import typer
 
-from longtake.evaluation.drift import sampled_scene
-from longtake.evaluation.drift_report import by_policy, draw_curves, markdown_table, write_csv, write_json
-from longtake.evaluation.drift_study import measure_stream, read_results
-from longtake.evaluation.drift_truth import repeat_frames
-from longtake.evaluation.judge import WEIGHTS, load_judge
-from longtake.evaluation.moving_scenes import FPS, held_back_scenes
-from longtake.evaluation.suites import PROMPT_SEED
+from longtake.evaluation.mini_world.drift import sampled_scene
+from longtake.evaluation.mini_world.drift_report import by_policy, draw_curves, markdown_table, write_csv, write_json
+from longtake.evaluation.mini_world.drift_study import measure_stream, read_results
+from longtake.evaluation.mini_world.drift_truth import repeat_frames
+from longtake.evaluation.mini_world.judge import WEIGHTS, load_judge
+from longtake.evaluation.mini_world.moving_scenes import FPS, held_back_scenes
+from longtake.evaluation.running.suites import PROMPT_SEED
 from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.scripts.mini_study import (
     Precision,

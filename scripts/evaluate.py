@@ -15,8 +15,8 @@ from longtake.scripts.console import EXIT_INTERRUPTED, err, script, stop_request
 from longtake.scripts.evaluate_tools import TOOLS, show_summary
 
 if TYPE_CHECKING:
-    from longtake.evaluation.plan import Unit
-    from longtake.evaluation.runner import Evaluation
+    from longtake.evaluation.running.plan import Unit
+    from longtake.evaluation.running.runner import Evaluation
 
 OutOption = Annotated[
     Path, typer.Option("--out", help="Folder of the evaluation; a started one goes on.", show_default=False)
@@ -102,8 +102,8 @@ def run(
 
     `torchrun --nproc-per-node 8 -m longtake.scripts.main evaluate run --protocol study.yaml --out study`
     """
-    from longtake.evaluation.protocol import load_protocol, split_caches
-    from longtake.evaluation.runner import LAUNCHERS, Evaluation, Order
+    from longtake.evaluation.running.protocol import load_protocol, split_caches
+    from longtake.evaluation.running.runner import LAUNCHERS, Evaluation, Order
 
     if launcher not in LAUNCHERS:
         known = ", ".join(LAUNCHERS)
@@ -137,8 +137,8 @@ def run(
 
 
 def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> bool:
-    from longtake.evaluation.runner import num_cores, run_here
-    from longtake.evaluation.torchrun_launcher import is_rank, run_rank, run_torchrun
+    from longtake.evaluation.running.runner import num_cores, run_here
+    from longtake.evaluation.running.torchrun_launcher import is_rank, run_rank, run_torchrun
 
     with stop_requests("unit of work") as should_stop:
         if is_rank():

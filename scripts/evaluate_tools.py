@@ -31,7 +31,7 @@ def compare(
     `longtake evaluate compare first second --baseline sliding_window --moments 5,60,120 --out all`
     """
     from longtake.evaluation.results import load_run
-    from longtake.evaluation.runner import run_folders, write_comparison
+    from longtake.evaluation.running.runner import run_folders, write_comparison
 
     try:
         seconds = [float(word) for word in moments.split(",")]
@@ -62,7 +62,7 @@ def report(
 
     `longtake evaluate report study`
     """
-    from longtake.evaluation.runner import write_results
+    from longtake.evaluation.running.runner import write_results
 
     for run in write_results(folder):
         err.print(f"{run.label}: {len(run.videos)} videos", markup=False)
@@ -75,9 +75,9 @@ def show_summary(folder: Path) -> None:
     Args:
         folder: With ``comparison.json`` and ``report.html``.
     """
-    from longtake.evaluation.plan import read_json
     from longtake.evaluation.report import summary_table
-    from longtake.evaluation.runner import COMPARISON_FILE, REPORT_FILE
+    from longtake.evaluation.running.plan import read_json
+    from longtake.evaluation.running.runner import COMPARISON_FILE, REPORT_FILE
 
     err.print(summary_table(read_json(folder / COMPARISON_FILE)))
     out.print(str(folder / REPORT_FILE), markup=False)
@@ -96,8 +96,8 @@ def list_all(
     """
     from longtake.evaluation.backbones import ROLES, classical_backbones, load_backbones
     from longtake.evaluation.metrics import GROUPS, make_metrics
-    from longtake.evaluation.protocol import protocol_names
-    from longtake.evaluation.suites import SUITE, SUITES
+    from longtake.evaluation.running.protocol import protocol_names
+    from longtake.evaluation.running.suites import SUITE, SUITES
 
     found = classical_backbones() if backbones is None else load_backbones(backbones)
     for group in GROUPS:
@@ -170,9 +170,9 @@ def import_vbench(
 
     `longtake evaluate import-vbench study/pack vbench-pack/results/*/*_eval_results.json`
     """
-    from longtake.evaluation.protocol import PROTOCOL_FILE
     from longtake.evaluation.results import load_run
-    from longtake.evaluation.runner import write_results
+    from longtake.evaluation.running.protocol import PROTOCOL_FILE
+    from longtake.evaluation.running.runner import write_results
     from longtake.evaluation.vbench_io import import_results, merge_imported, write_imported
 
     results = import_results(files, dev_flag=dev_flag)
@@ -240,7 +240,7 @@ def sets(
     `longtake evaluate sets study/pack --reference study/full --backbones vbench.py --role dinov2`
     """
     from longtake.evaluation.backbones import classical_backbones, load_backbones
-    from longtake.evaluation.set_runner import measure_sets
+    from longtake.evaluation.running.set_runner import measure_sets
 
     found = classical_backbones() if backbones is None else load_backbones(backbones)
     measured = measure_sets(run, reference, backbones=found, role=role, num_frames=num_frames, allow_small=allow_small)

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from longtake.evaluation.judge import WEIGHTS, ClipJudge, load_judge, save_judge
-from longtake.evaluation.judge_training import round_trip_examples, train_judge, vae_round_trip
-from longtake.evaluation.moving_scenes import FPS, held_back_scenes
-from longtake.evaluation.scorecard import Line, score_model, score_true_scenes, write_scorecard
+from longtake.evaluation.mini_world.judge import WEIGHTS, ClipJudge, load_judge, save_judge
+from longtake.evaluation.mini_world.judge_training import round_trip_examples, train_judge, vae_round_trip
+from longtake.evaluation.mini_world.moving_scenes import FPS, held_back_scenes
+from longtake.evaluation.mini_world.scorecard import Line, score_model, score_true_scenes, write_scorecard
 from longtake.pipelines.long_video import LongVideoPipeline
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -15,11 +15,17 @@ from rich.console import Console
 from torch import Tensor
 
 from longtake.cache import make_policy
-from longtake.evaluation.drift_study import CostMeter, read_results, run_study, study_fingerprint, video_name
-from longtake.evaluation.drift_truth import truth_levels
-from longtake.evaluation.judge import load_judge
-from longtake.evaluation.moving_scenes import FPS, held_back_scenes
-from longtake.evaluation.suites import PROMPT_SEED
+from longtake.evaluation.mini_world.drift_study import (
+    CostMeter,
+    read_results,
+    run_study,
+    study_fingerprint,
+    video_name,
+)
+from longtake.evaluation.mini_world.drift_truth import truth_levels
+from longtake.evaluation.mini_world.judge import load_judge
+from longtake.evaluation.mini_world.moving_scenes import FPS, held_back_scenes
+from longtake.evaluation.running.suites import PROMPT_SEED
 from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.pipelines.video_writer import VideoFormat, VideoWriter
 

@@ -40,7 +40,7 @@ def profile_heads(
     from longtake.configs.families import family_names
     from longtake.configs.run import ModelConfig
     from longtake.evaluation.head_profile import HeadProfile
-    from longtake.evaluation.scenes import describe, held_back_scenes
+    from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
     from longtake.scripts.console import load_pipeline
     from longtake.scripts.generate import read_prompts
 

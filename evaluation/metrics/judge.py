@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from longtake.evaluation.drift import ACCURACIES, MAX_PSNR, WINDOW_FRAMES, WindowMeter
-from longtake.evaluation.judge import WEIGHTS, ClipJudge, load_judge
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, Window
-from longtake.evaluation.moving_scenes import (
+from longtake.evaluation.mini_world.drift import ACCURACIES, MAX_PSNR, WINDOW_FRAMES, WindowMeter
+from longtake.evaluation.mini_world.judge import WEIGHTS, ClipJudge, load_judge
+from longtake.evaluation.mini_world.moving_scenes import (
     CAMERAS,
     EVENT_PERIOD,
     FPS,
@@ -25,7 +25,7 @@ from longtake.evaluation.moving_scenes import (
     held_back_scenes,
     parse_caption,
 )
-from longtake.evaluation.suites import PROMPT_SEED
+from longtake.evaluation.running.suites import PROMPT_SEED
 
 MEAN_OF_SIX = "mean_of_six"
 NUM_KNOWN = 256

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from longtake.cache.compressors import cell_factors
-from longtake.evaluation.moving_scenes import describe, render, training_scene
+from longtake.evaluation.mini_world.moving_scenes import describe, render, training_scene
 from longtake.models import VaePixels
 from longtake.scripts.mini_training.runtime import StageLog, autocast
 from longtake.scripts.mini_training.vae import encode_stream, to_model

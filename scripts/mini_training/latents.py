@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from longtake.evaluation.moving_scenes import describe, render, training_scene
+from longtake.evaluation.mini_world.moving_scenes import describe, render, training_scene
 from longtake.scripts.mini_training.runtime import StageLog, autocast, num_workers, rank
 from longtake.scripts.mini_training.vae import Z_DIM, encode_stream, load_vae, quicken, to_model
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from longtake.evaluation.moving_scenes import describe, held_back_scenes
+from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes
 from longtake.models.teacher_forcing import TeacherForcingPlan, predict_flow, teacher_forcing
 from longtake.scripts.mini_training.runtime import autocast
 from longtake.scripts.mini_training.text import build_tokenizer, embed_prompts

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longtake.evaluation.moving_scenes import held_back_scenes, render, training_scene
+from longtake.evaluation.mini_world.moving_scenes import held_back_scenes, render, training_scene
 from longtake.scripts.mini_training.optim import OptimiserPair, WeightAverage
 from longtake.scripts.mini_training.runtime import (
     StageLog,

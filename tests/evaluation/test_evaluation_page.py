@@ -13,7 +13,7 @@ from longtake.evaluation.drift_scores import SCALARS
 from longtake.evaluation.metric import PREFIXES
 from longtake.evaluation.metrics import GROUPS
 from longtake.evaluation.paired import holm, sign_test
-from longtake.evaluation.protocol import load_protocol
+from longtake.evaluation.running.protocol import load_protocol
 from longtake.evaluation.vbench_io.recipe import ENVIRONMENT
 from longtake.scripts.main import app
 

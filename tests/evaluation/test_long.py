@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "metrics"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
 import vbench_formulas as slow
 from vbench_stubs import Stub, moving_squares, scores, stubs

@@ -4,8 +4,8 @@ import pytest
 
 from longtake.cache import make_policy
 from longtake.configs.loader import load_preset
-from longtake.evaluation.drift import ACCURACIES, MEASURES
-from longtake.evaluation.drift_study import VideoResult
+from longtake.evaluation.mini_world.drift import ACCURACIES, MEASURES
+from longtake.evaluation.mini_world.drift_study import VideoResult
 from longtake.scripts.compare_storage import judge_accuracy, report, storages
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from longtake.evaluation.moving_scenes import describe, held_back_scenes, training_scene
+from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes, training_scene
 from longtake.scripts.mini_training import runtime
 from longtake.scripts.mini_training.latents import LATENT_SHAPE
 from longtake.scripts.mini_training.optim import Muon, WeightAverage, orthogonalise

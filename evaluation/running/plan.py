@@ -1,0 +1,221 @@
+"""What is to be done: units of work that the protocol alone decides, and which of them are finished.
+
+A unit is one batch of videos of one policy, or one existing video. Which process does it, when, and after how many
+interruptions changes nothing about its numbers.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longtake.evaluation.metric import Segment
+from longtake.evaluation.records import ManifestLine
+from longtake.evaluation.running.protocol import Protocol
+from longtake.evaluation.running.suites import Change, Prompt, video_seed
+
+MANIFEST = "manifest.jsonl"
+SCORES = "scores"
+UNITS = "units"
+VIDEOS = "videos"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Videos that are made together, or one that exists.
+
+    Attributes:
+        label: Of the run.
+        number: Within the run, from 0.
+        share: Which process it falls to is this modulo their number.
+        folder: Of the run.
+        lines: One per video; what only the finished video tells is filled in when it is there.
+        prompts: What to generate from; empty for a video that exists.
+    """
+
+    label: str
+    number: int
+    share: int
+    folder: Path
+    lines: tuple[ManifestLine, ...]
+    prompts: tuple[Prompt, ...] = ()
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the unit's videos are made by it."""
+        return bool(self.prompts)
+
+    @property
+    def num_steps(self) -> int:
+        """For progress: one per video made and one per video measured."""
+        return len(self.lines) * (2 if self.is_generated else 1)
+
+    @property
+    def record_path(self) -> Path:
+        """Where it is written down that the videos of a generated unit are whole."""
+        return self.folder / UNITS / f"{self.number:05d}.json"
+
+    def score_path(self, line: ManifestLine) -> Path:
+        """Where a video's scores go."""
+        return self.folder / SCORES / f"{line.id}.json"
+
+    def finished_lines(self) -> tuple[ManifestLine, ...]:
+        """The videos' lines, as their record has them; empty while they are not whole."""
+        if not self.is_generated:
+            return self.lines
+        record = read_json(self.record_path)
+        if record is None:
+            return ()
+        return tuple(ManifestLine.from_json(values) for values in record["lines"])
+
+    def costs(self) -> Mapping[str, float]:
+        """What the making of the videos cost; empty if they were not made here."""
+        return (read_json(self.record_path) or {"costs": {}})["costs"] if self.is_generated else {}
+
+    def videos_exist(self, lines: Sequence[ManifestLine]) -> bool:
+        """Whether every video's file is there."""
+        return bool(lines) and all((self.folder / line.file).exists() for line in lines)
+
+    def is_measured(self, line: ManifestLine) -> bool:
+        """Whether the scores of this very video are there."""
+        values = read_json(self.score_path(line))
+        # Through JSON, so that tuples and lists are the same.
+        return values is not None and values["video"] == json.loads(json.dumps(line.to_json()))
+
+    def is_done(self, *, keep_videos: bool) -> bool:
+        """Whether nothing is left to do."""
+        lines = self.finished_lines()
+        if not lines or not all(self.is_measured(line) for line in lines):
+            return False
+        return not (self.is_generated and keep_videos) or self.videos_exist(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self) | {"folder": str(self.folder), "lines": [line.to_json() for line in self.lines]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Unit":
+        """Inverse of :meth:`to_json`."""
+        prompts = tuple(
+            Prompt(
+                text=prompt["text"],
+                extended=prompt["extended"],
+                changes=tuple(Change(**change) for change in prompt["changes"]),
+                dimensions=tuple(prompt["dimensions"]),
+            )
+            for prompt in values["prompts"]
+        )
+        lines = tuple(ManifestLine.from_json(line) for line in values["lines"])
+        return cls(**{**values, "folder": Path(values["folder"]), "lines": lines, "prompts": prompts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """One run: a policy's videos, or a folder of them.
+
+    Attributes:
+        label: Of the run.
+        folder: Where its manifest, scores and results go.
+        policy: Settings of the cache policy, if it is known.
+        units: In order.
+    """
+
+    label: str
+    folder: Path
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    units: tuple[Unit, ...] = ()
+
+
+def plan_generation(protocol: Protocol, prompts: Sequence[Prompt], out: Path) -> list[RunPlan]:
+    """Cut every policy's videos into batches, all prompts of one seed first.
+
+    Only videos whose prompts change at the same times can be made together. No video is left out because it does
+    not fill a batch.
+
+    Args:
+        protocol: Resolved.
+        prompts: The list it names.
+        out: Folder of the evaluation.
+    """
+    videos = [(prompt, seed) for seed in range(protocol.samples) for prompt in range(len(prompts))]
+    batches = list(_batches(videos, prompts, protocol.batch))
+    runs = []
+    for position, (label, policy) in enumerate((protocol.caches or {}).items()):
+        folder = out / label
+        units = tuple(
+            Unit(
+                label=label,
+                number=number,
+                # Neighbours in a row of policies and in a row of batches fall to different processes.
+                share=number + position,
+                folder=folder,
+                lines=tuple(_planned(protocol, label, prompts[prompt], prompt, seed) for prompt, seed in batch),
+                prompts=tuple(prompts[prompt] for prompt, _ in batch),
+            )
+            for number, batch in enumerate(batches)
+        )
+        runs.append(RunPlan(label=label, folder=folder, policy=policy, units=units))
+    return runs
+
+
+def interleaved(runs: Sequence[RunPlan]) -> list[Unit]:
+    """All units, policy after policy within every batch: stopped early, the policies have seen the same prompts."""
+    units = (unit for run in runs for unit in run.units)
+    order = {run.label: position for position, run in enumerate(runs)}
+    return sorted(units, key=lambda unit: (unit.number, order[unit.label]))
+
+
+def video_id(prompt_index: int, seed_index: int) -> str:
+    """Name of a generated video: no underscore, no prompt."""
+    return f"p{prompt_index:04d}-{seed_index}"
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that is written whole or not at all; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): delete it, and its video is measured again") from error
+
+
+def _batches(
+    videos: Sequence[tuple[int, int]], prompts: Sequence[Prompt], size: int
+) -> Iterator[list[tuple[int, int]]]:
+    groups: dict[tuple[float, ...], list[tuple[int, int]]] = {}
+    for video in videos:
+        times = tuple(change.start_s for change in prompts[video[0]].changes)
+        groups.setdefault(times, []).append(video)
+    for group in groups.values():
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _planned(protocol: Protocol, label: str, prompt: Prompt, prompt_index: int, seed_index: int) -> ManifestLine:
+    name = video_id(prompt_index, seed_index)
+    return ManifestLine(
+        id=name,
+        file=f"{VIDEOS}/{name}.mp4",
+        prompt=prompt.text,
+        prompt_index=prompt_index,
+        seed_index=seed_index,
+        seed=video_seed(prompt_index, seed_index),
+        policy=label,
+        prompt_extended=prompt.extended,
+        segments=_segments(prompt, protocol.seconds),
+        config_hash=protocol.config_hash(label),
+        checkpoint=f"{protocol.family} {(protocol.model_sha256 or '')[:16]}",
+    )
+
+
+def _segments(prompt: Prompt, seconds: float) -> tuple[Segment, ...]:
+    """As they are wished for; a change takes effect at the next block's start."""
+    if not prompt.changes:
+        return ()
+    starts = [0.0, *(change.start_s for change in prompt.changes)]
+    texts = [prompt.text, *(change.text for change in prompt.changes)]
+    ends = [*starts[1:], seconds]
+    return tuple(
+        Segment(start_s=start, end_s=end, prompt=text) for start, end, text in zip(starts, ends, texts, strict=True)
+    )

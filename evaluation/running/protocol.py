@@ -1,0 +1,384 @@
+"""What an evaluation does, in one validated file: prompts, seeds, lengths, model, policies and metrics.
+
+A resolved protocol says everything that the numbers depend on, by content: hashes of prompts, weights and backbones
+instead of paths. Its fingerprint tells whether two results may be put beside each other.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from longtake.configs.families import family_names, load_family
+from longtake.configs.fields import build, did_you_mean
+from longtake.configs.loader import FOLDER_FAMILY, load_run
+from longtake.evaluation.records import write_atomically
+
+PROTOCOL_FILE = "protocol.yaml"
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+GROUPS = ("vbench", "long", "weight_free", "judge")
+"""Groups of metrics, as ``evaluation/metrics`` makes them."""
+PLACES = (
+    *("name", "videos", "manifest", "prompt_file", "mixed_rates"),
+    *("model", "prompts", "prompts_extended", "num_prompts", "backbones"),
+)
+"""Keys that say where something is, or repeat what a hash says: not part of the fingerprint."""
+GENERATION = (
+    *("family", "model_sha256", "dtype", "device", "sampler", "seconds", "segment_event", "batch", "threads", "crf"),
+)
+"""Keys that a video depends on beside prompt, seed and policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Everything that decides the numbers of an evaluation.
+
+    Attributes:
+        name: Of the protocol, for people.
+        videos: Folder of existing videos to measure; None to generate them.
+        manifest: JSON lines that say what the existing videos were made from.
+        prompt_file: JSON mapping of the existing videos' file names to prompts.
+        fps: Frames per second of folders of frames, which do not say it.
+        mixed_rates: Whether a run may hold existing videos of different frame rates; None: if they are clips for
+            given networks, without a manifest and without another run to compare with.
+        model: A family with bundled weights, or a diffusers folder.
+        family: How a folder is run; a bundled model has its own.
+        model_sha256: Of the weights; filled in when it is resolved.
+        dtype: ``bfloat16``: matmuls of the transformer, and the whole VAE.
+        device: ``cpu`` or ``cuda``; with several GPUs every worker takes the next.
+        sampler: Mapping for ``make_sampler`` instead of the family's.
+        caches: {label: cache policy, as ``longtake generate`` takes it}; the label names the run's folder.
+        prompts: ``suite:NAME`` or a file; see :func:`longtake.evaluation.running.suites.load_prompts`.
+        prompts_extended: File with the longer twin of every prompt.
+        prompts_sha256: Of the list that is used; a list that does not fit is refused.
+        num_prompts: Only the first so many.
+        dimensions: Only the prompts of these VBench dimensions.
+        samples: Videos per prompt, each with a noise seed of its own.
+        seconds: Length of every video.
+        segment_seconds: Prompts of the list follow each other within a video, each for so long.
+        segment_event: What happens to the cache when the prompt changes: keep, recache, flush or cut.
+        batch: Videos made together. Fixed, so that no number depends on how many processes work.
+        threads: Of each process, for the same reason.
+        crf: H.264 quality of the files that are measured: 0 (lossless) to 51.
+        metrics: Groups of metrics: vbench, long, weight_free, judge.
+        backbones: Python or YAML file that names the networks; None for the classical stand-ins.
+        backbones_sha256: Of that file; filled in when it is resolved.
+        baseline: Label that the others are compared with; the first one unless given.
+        moments: Seconds at which runs are compared; each stands for the five seconds of video that end there.
+    """
+
+    name: str = "custom"
+    videos: str | None = None
+    manifest: str | None = None
+    prompt_file: str | None = None
+    fps: float | None = None
+    mixed_rates: bool | None = None
+    model: str = "mini"
+    family: str | None = None
+    model_sha256: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    sampler: Mapping[str, Any] | None = None
+    caches: Mapping[str, Any] | None = None
+    prompts: str = "suite:moving_scenes"
+    prompts_extended: str | None = None
+    prompts_sha256: str | None = None
+    num_prompts: int | None = None
+    dimensions: tuple[str, ...] = ()
+    samples: int = 1
+    seconds: float = 60.0
+    segment_seconds: float | None = None
+    segment_event: Literal["keep", "recache", "flush", "cut"] = "keep"
+    batch: int = 4
+    threads: int = 1
+    crf: int = 12
+    metrics: tuple[str, ...] = GROUPS
+    backbones: str | None = None
+    backbones_sha256: str | None = None
+    baseline: str | None = None
+    moments: tuple[float, ...] = (5.0, 30.0, 60.0)
+
+    def __post_init__(self) -> None:
+        for key, least in (("samples", 1), ("batch", 1), ("threads", 1), ("num_prompts", 1)):
+            value = asdict(self)[key]
+            if value is not None and value < least:
+                raise ValueError(f"{key}={value}: give {least} or more")
+        for key, value in (("seconds", self.seconds), ("segment_seconds", self.segment_seconds)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{key}={value}: give a length above 0")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf={self.crf}: give 0 (lossless) to 51 (smallest)")
+        if not self.metrics:
+            raise ValueError(f"metrics is empty: give at least one of {', '.join(GROUPS)}")
+        for group in self.metrics:
+            if group not in GROUPS:
+                known = ", ".join(GROUPS)
+                raise ValueError(f"unknown group of metrics {group!r}; known: {known}.{did_you_mean(group, GROUPS)}")
+        if any(not (math.isfinite(moment) and moment > 0) for moment in self.moments):
+            raise ValueError(f"moments={list(self.moments)}: give times in seconds above 0")
+        if self.caches is not None:
+            self._check_caches(self.caches)
+
+    def _check_caches(self, caches: Mapping[str, Any]) -> None:
+        if not caches:
+            raise ValueError("caches is empty: name at least one cache policy; `longtake policies` lists them")
+        for label in caches:
+            if not isinstance(label, str) or not LABEL.fullmatch(label):
+                raise ValueError(f"label {label!r} names a folder: use letters, digits, '.', '_', '+' and '-'")
+        if self.baseline is not None and self.baseline not in caches:
+            hint = did_you_mean(self.baseline, caches)
+            raise ValueError(f"baseline {self.baseline!r} is none of the runs: {', '.join(caches)}.{hint}")
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers that load into an equal protocol."""
+        values = {item.name: asdict(self)[item.name] for item in fields(self)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What the numbers depend on: everything but names and places."""
+        left_out = set(PLACES)
+        if self.videos is not None:
+            left_out |= {*GENERATION, "caches", "prompts_sha256", "dimensions", "samples", "segment_seconds"}
+            left_out -= {"threads", "device"}
+        return {key: value for key, value in self.as_mapping().items() if key not in left_out}
+
+    def fingerprint(self) -> str:
+        """Hash of :meth:`identity`, 16 hexadecimal digits."""
+        return _hash(self.identity())
+
+    def config_hash(self, label: str) -> str:
+        """Hash of what a video of one policy depends on beside prompt and seed."""
+        values = self.as_mapping()
+        return _hash({key: values[key] for key in GENERATION} | {"cache": (self.caches or {})[label]})
+
+
+def protocol_names() -> list[str]:
+    """Names of the protocols under ``configs/eval``."""
+    folder = files("longtake.configs") / "eval"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any] | None = None) -> Protocol:
+    """Put a protocol together: a file or a bundled one, then options over it.
+
+    Args:
+        source: A YAML file or one of :func:`protocol_names`; ``standard`` when None.
+        options: Keys of the protocol; None values are left out.
+
+    Raises:
+        ValueError: With the key, the value, and what would be right.
+    """
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    name = str(source if source is not None else "standard")
+    known = protocol_names()
+    if name in known:
+        values = _parse((files("longtake.configs") / "eval" / f"{name}.yaml").read_text(encoding="utf-8"), name)
+    else:
+        try:
+            values = _parse(Path(name).read_text(encoding="utf-8"), name)
+        except (OSError, UnicodeDecodeError) as error:
+            hint = did_you_mean(name, known)
+            raise ValueError(
+                f"cannot read the protocol {name}: {error}; bundled: {', '.join(known)}.{hint}"
+            ) from error
+    before = Protocol().as_mapping() | values
+    changed = {key for key in given if before.get(key) != given[key]}
+    # A hash in a file belongs to what the file names; another list, model or backbone has another.
+    owners = {"model": "model_sha256", "backbones": "backbones_sha256"}
+    owners |= dict.fromkeys(("prompts", "prompts_extended", "num_prompts", "dimensions"), "prompts_sha256")
+    owners |= dict.fromkeys(("segment_seconds", "seconds"), "prompts_sha256")
+    for key in changed & owners.keys():
+        values.pop(owners[key], None)
+    values |= given
+    if isinstance(values.get("caches"), Sequence) and not isinstance(values["caches"], str):
+        values["caches"] = dict(parse_cache(entry) for entry in values["caches"])
+    if values.get("videos") is not None:
+        values["caches"] = None
+    # A baseline from the file goes with the file's policies.
+    if "baseline" not in given and values.get("baseline") not in (values.get("caches") or {}):
+        values.pop("baseline", None)
+    return build(Protocol, values, what=f"protocol {name!r}")
+
+
+def parse_cache(entry: Any) -> tuple[str, Any]:
+    """Read ``NAME``, ``LABEL={policy: NAME, field: value}`` or ``{LABEL: cache}`` into (label, cache).
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        return next(iter(entry.items()))
+    if not isinstance(entry, str):
+        raise ValueError(f"cache {entry!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'")
+    label, equals, text = entry.partition("=")
+    if not equals:
+        return entry.strip(), entry.strip()
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"cache {entry!r}: {text!r} is no YAML: put it into quotes") from error
+    if not isinstance(values, str) and not (isinstance(values, Mapping) and "policy" in values):
+        raise ValueError(f"cache {entry!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'")
+    return label.strip(), values
+
+
+def split_caches(texts: Sequence[str]) -> list[str]:
+    """Split ``full,pack,deep={policy: deep_forcing, num_sink_frames: 6}`` at the commas between policies."""
+    parts: list[str] = []
+    for text in texts:
+        depth, start = 0, 0
+        for index, letter in enumerate(text):
+            depth += (letter in "{[") - (letter in "}]")
+            if letter == "," and depth == 0:
+                parts.append(text[start:index])
+                start = index + 1
+        parts.append(text[start:])
+    return [part.strip() for part in parts if part.strip()]
+
+
+def resolve_generation(protocol: Protocol) -> Protocol:
+    """Fill in what the model, its policies and the backbones are, by content.
+
+    Raises:
+        ValueError: If a policy, model or file is not there, or is another than the protocol's hash says.
+    """
+    from longtake.cache import make_policy
+    from longtake.pipelines.provenance import weights_hash
+
+    if protocol.caches is None:
+        raise ValueError("no cache policy is given: name some with --cache; `longtake policies` lists them")
+    if protocol.family is not None and protocol.model in family_names() and protocol.family != protocol.model:
+        raise ValueError(f"family={protocol.family!r}: the bundled model {protocol.model!r} has its own: leave it out")
+    family = protocol.family or (protocol.model if protocol.model in family_names() else FOLDER_FAMILY)
+    settings = load_family(family)
+    folder = model_folder(protocol.model)
+    sha256 = weights_hash(folder)["sha256"]
+    _check_hash("model", protocol.model, expected=protocol.model_sha256, found=sha256)
+    caches = {label: _cache_settings(cache) for label, cache in protocol.caches.items()}
+    block = max(settings.frames_per_block, settings.first_block_frames or 1)
+    for label, cache in caches.items():
+        try:
+            make_policy(cache).check(block)
+        except ValueError as error:
+            raise ValueError(f"cache {label!r}: {error}") from error
+    return replace(protocol, family=family, model_sha256=sha256, caches=caches)
+
+
+def model_folder(model: str) -> Path:
+    """Where a model's weights are.
+
+    Raises:
+        ValueError: If there is no such folder, or the family has no bundled weights.
+    """
+    from longtake.pipelines.model_folder import check_model_folder
+
+    if model in family_names():
+        family = load_family(model)
+        if family.folder is None:
+            raise ValueError(
+                f"model family {model!r} has no bundled weights: get them ({family.homepage}), then give the folder"
+            )
+        return Path(str(files("longtake.models"))) / family.folder
+    check_model_folder(Path(model))
+    return Path(model)
+
+
+def resolve_backbones(protocol: Protocol) -> Protocol:
+    """Fill in the hash of the file of backbones.
+
+    Raises:
+        ValueError: If it is missing, or is another than the protocol's hash says.
+    """
+    if protocol.backbones is None:
+        return protocol
+    path = Path(protocol.backbones)
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"cannot read the backbones {path}: {error.strerror}: give a .py or .yaml file") from error
+    _check_hash("backbones", str(path), expected=protocol.backbones_sha256, found=sha256)
+    return replace(protocol, backbones_sha256=sha256)
+
+
+def settle(out: Path, protocol: Protocol) -> None:
+    """Write a resolved protocol into its folder, or check that the folder's is the same.
+
+    Raises:
+        ValueError: If the folder holds another one; names what differs.
+    """
+    path = out / PROTOCOL_FILE
+    if path.is_file():
+        differing = difference(load_protocol(path), protocol)
+        if differing:
+            raise ValueError(
+                f"{out} holds an evaluation with another protocol ({'; '.join(differing)}): use another --out, or "
+                f"go on with --protocol {path}"
+            )
+    values = yaml.safe_dump(protocol.as_mapping(), sort_keys=False, allow_unicode=True, width=100)
+    write_atomically(path, f"# fingerprint: {protocol.fingerprint()}\n{values}")
+
+
+def difference(old: Protocol, new: Protocol) -> list[str]:
+    """List ``key: old -> new`` of what decides numbers and differs."""
+    before, after = old.identity(), new.identity()
+    keys = sorted(before.keys() | after.keys(), key=[item.name for item in fields(Protocol)].index)
+    changed = [key for key in keys if before.get(key) != after.get(key)]
+    return [f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in changed]
+
+
+def check_prompts(protocol: Protocol, sha256: str) -> Protocol:
+    """Fill in the hash of the list of prompts, or check it.
+
+    Raises:
+        ValueError: If the protocol was made for another list.
+    """
+    _check_hash("prompts", protocol.prompts, expected=protocol.prompts_sha256, found=sha256)
+    return replace(protocol, prompts_sha256=sha256)
+
+
+def _cache_settings(cache: Any) -> dict[str, Any]:
+    """The policy's preset with the given fields over it."""
+    return dict(load_run(options={"cache": cache, "prompt": "any"}).cache)
+
+
+def _check_hash(what: str, name: str, *, expected: str | None, found: str) -> None:
+    if expected is not None and expected != found:
+        raise ValueError(
+            f"{what} {name}: sha256 is {found[:16]}..., the protocol was made for {expected[:16]}...: give the same "
+            f"{what}, or take {what}_sha256 out of the protocol"
+        )
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the protocol {name} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"the protocol {name} must be a mapping of keys to values")
+    return dict(values)
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """The same for 60 and 60.0, which YAML and the command line give for one length."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

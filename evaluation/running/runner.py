@@ -1,0 +1,372 @@
+"""An evaluation from its protocol to its report, in a folder that any interruption leaves in order.
+
+Layout of the folder of an evaluation that generates:
+
+protocol.yaml                what is done; going on with another one is refused
+LABEL/units/00000.json       a batch's videos are whole: their manifest lines, and what they cost
+LABEL/videos/p0007-0.mp4     what was made, and what is measured
+LABEL/scores/p0007-0.json    every metric on that video
+LABEL/run.json               what the metrics mean, and what the run is
+LABEL/manifest.jsonl, costs.json, results.json, and comparison.json, report.html above them: written at the end
+
+Existing videos stay where they are; a single folder of them is a run whose files lie in the evaluation's own folder.
+"""
+
+import contextlib
+import fcntl
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from longtake.evaluation.records import RunScores, write_json, write_manifest
+from longtake.evaluation.results import COSTS_FILE, RESULTS_FILE, RUN_FILE, load_run, results_json, run_record
+from longtake.evaluation.running.launchers import Setup, Watcher, run_local
+from longtake.evaluation.running.plan import MANIFEST, RunPlan, Unit, interleaved, plan_generation, read_json
+from longtake.evaluation.running.protocol import (
+    PROTOCOL_FILE,
+    Protocol,
+    check_prompts,
+    load_protocol,
+    model_folder,
+    resolve_backbones,
+    resolve_generation,
+    settle,
+)
+from longtake.evaluation.running.suites import load_prompts, prompts_sha256
+
+COMPARISON_FILE = "comparison.json"
+REPORT_FILE = "report.html"
+LOCK_FILE = ".lock"
+Launcher = Literal["local", "torchrun", "ray"]
+LAUNCHERS: tuple[Launcher, ...] = ("local", "torchrun", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is asked for.
+
+    Attributes:
+        protocol: As it was given; it is resolved here.
+        out: Folder of the evaluation.
+        keep_videos: Whether generated videos stay when they are measured.
+    """
+
+    protocol: Protocol
+    out: Path
+    keep_videos: bool = True
+
+
+class Evaluation:
+    """A planned evaluation.
+
+    Nothing is written before :meth:`opened`.
+
+    Args:
+        order: What is asked for.
+
+    Raises:
+        ValueError: If anything named in it is missing, cannot be read or does not fit.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.out = order.out.absolute()
+        self.keep_videos = order.keep_videos
+        protocol = resolve_backbones(order.protocol)
+        if protocol.videos is not None:
+            self.protocol, self.runs = protocol, self._existing(protocol)
+            labels = [run.label for run in self.runs]
+            if protocol.baseline is not None and protocol.baseline not in labels:
+                raise ValueError(f"baseline {protocol.baseline!r} is none of the runs: {', '.join(labels)}")
+        else:
+            self.protocol, self.runs = self._generated(protocol)
+        self.units = interleaved(self.runs)
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the runs, in order."""
+        return [run.label for run in self.runs]
+
+    @property
+    def baseline(self) -> str:
+        """The run that the others are compared with."""
+        return self.protocol.baseline or self.labels[0]
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """What every run's results say of the evaluation."""
+        return {
+            "protocol": self.protocol.name,
+            "fingerprint": self.protocol.fingerprint(),
+            "settings": self.protocol.identity(),
+        }
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep other processes out of the folder, check its protocol, and remove what a kill left half-written.
+
+        Raises:
+            ValueError: If another process works in it, or it holds another evaluation.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / LOCK_FILE).open("ab") as lock:
+            _take(lock, self.out)
+            settle(self.out, self.protocol)
+            for run in self.runs:
+                for path in run.folder.glob("*/.*.tmp*"):
+                    path.unlink(missing_ok=True)
+            yield
+
+    def todo(self) -> list[Unit]:
+        """Units that are not finished."""
+        return [unit for unit in self.units if not unit.is_done(keep_videos=self.keep_videos)]
+
+    def setup(self, units: Sequence[Unit]) -> Setup:
+        """What workers are told before they do some units: paths are made to work from any folder."""
+        values = self.protocol.as_mapping()
+        if self.protocol.backbones is not None:
+            values["backbones"] = str(Path(self.protocol.backbones).absolute())
+        if self.protocol.videos is None and Path(self.protocol.model).exists():
+            values["model"] = str(model_folder(self.protocol.model).absolute())
+        return Setup(protocol=values, keep_videos=self.keep_videos, checked=units, threads=self.protocol.threads)
+
+    def describe(self, description: Mapping[str, Any]) -> None:
+        """Write down what is measured, or check that it is what earlier videos were measured with.
+
+        Args:
+            description: ``specs``, ``skipped`` and ``files``, from a worker.
+
+        Raises:
+            ValueError: If a run's folder holds scores of other metrics.
+        """
+        for run in self.runs:
+            header = self.header | {"backbone_files": description["files"], "policy": dict(run.policy)}
+            record = run_record(run.label, header, description["specs"], description["skipped"])
+            known = read_json(run.folder / RUN_FILE)
+            if known is None:
+                write_json(run.folder / RUN_FILE, record)
+            elif known != record:
+                # Another version of the program may go on; the results name the one that began.
+                keys = [key for key in record if _without_tool(known[key]) != _without_tool(record[key])]
+                if not keys:
+                    continue
+                raise ValueError(
+                    f"{run.folder} was begun with other metrics, weights or settings ({', '.join(keys)} differ): use "
+                    "another --out"
+                )
+
+    def finish(self) -> list[RunScores]:
+        """Write every run's manifest, costs and results, the comparison and the report.
+
+        Returns:
+            The runs.
+        """
+        for run in self.runs:
+            lines = [line for unit in run.units for line in unit.finished_lines()]
+            lines.sort(key=lambda line: (line.prompt_index, line.seed_index, line.id))
+            write_manifest(run.folder / MANIFEST, lines)
+            costs = [cost for unit in run.units if (cost := unit.costs())]
+            if costs:
+                means = {name: sum(cost[name] for cost in costs) / len(costs) for name in costs[0]}
+                write_json(run.folder / COSTS_FILE, means)
+        return write_results(self.out)
+
+    def _existing(self, protocol: Protocol) -> list[RunPlan]:
+        from longtake.evaluation.running.video_folder import plan_videos
+
+        return plan_videos(
+            Path(str(protocol.videos)),
+            self.out,
+            manifest=None if protocol.manifest is None else Path(protocol.manifest),
+            prompt_file=None if protocol.prompt_file is None else Path(protocol.prompt_file),
+            fps=protocol.fps,
+            mixed_rates=protocol.mixed_rates,
+            has_backbones=protocol.backbones is not None,
+        )
+
+    def _generated(self, protocol: Protocol) -> tuple[Protocol, list[RunPlan]]:
+        prompts = load_prompts(
+            protocol.prompts,
+            extended=protocol.prompts_extended,
+            count=protocol.num_prompts,
+            dimensions=protocol.dimensions,
+            segment_seconds=protocol.segment_seconds,
+            seconds=protocol.seconds,
+        )
+        protocol = check_prompts(replace(protocol, num_prompts=len(prompts)), prompts_sha256(prompts))
+        protocol = resolve_generation(protocol)
+        return protocol, plan_generation(protocol, prompts, self.out)
+
+
+def run_here(
+    evaluation: Evaluation,
+    watcher: Watcher,
+    *,
+    launcher: Launcher,
+    num_workers: int | None,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Do what is left with worker processes or Ray actors, then write the results.
+
+    Args:
+        evaluation: What to do.
+        watcher: Is told how it goes.
+        launcher: ``local`` or ``ray``.
+        num_workers: Processes; one per core, or as many as the cluster takes, when None.
+        should_stop: Whether to begin no more units.
+
+    Returns:
+        Whether everything is finished.
+
+    Raises:
+        ValueError: If something does not fit or cannot be read; finished work is kept.
+    """
+    with evaluation.opened():
+        units = evaluation.todo()
+        if units:
+            recorder, setup = Recorder(evaluation, watcher), evaluation.setup(units)
+            if launcher == "ray":
+                from longtake.evaluation.running.ray_launcher import run_ray
+
+                run_ray(units, setup, recorder, num_workers=num_workers, should_stop=should_stop)
+            else:
+                count = min(num_workers or num_cores(evaluation.protocol.threads), len(units))
+                run_local(units, setup, recorder, num_workers=count, should_stop=should_stop)
+        if evaluation.todo():
+            return False
+        evaluation.finish()
+        return True
+
+
+class Recorder:
+    """A watcher that also writes down what the workers measure, before the first score."""
+
+    def __init__(self, evaluation: Evaluation, watcher: Watcher) -> None:
+        self._evaluation = evaluation
+        self._watcher = watcher
+
+    def ready(self, description: Mapping[str, Any]) -> None:
+        """A worker has loaded everything."""
+        self._evaluation.describe(description)
+        self._watcher.ready(description)
+
+    def steps(self, unit: Unit, steps: float) -> None:
+        """So many steps of a unit are done."""
+        self._watcher.steps(unit, steps)
+
+    def done(self, unit: Unit) -> None:
+        """A unit is finished."""
+        self._watcher.done(unit)
+
+
+def num_cores(threads: int = 1) -> int:
+    """Processes that this machine has room for."""
+    import os
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // threads)
+
+
+def run_folders(out: Path) -> list[Path]:
+    """The folders of an evaluation's runs: its own, or those below it.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if (out / RUN_FILE).is_file():
+        return [out]
+    folders = [path.parent for path in sorted(out.glob(f"*/{RUN_FILE}"))]
+    if not folders:
+        raise ValueError(f"{out} holds no run of an evaluation: make one with `longtake evaluate run --out {out}`")
+    return folders
+
+
+def write_results(out: Path) -> list[RunScores]:
+    """Write results, comparison and report of what has been measured so far.
+
+    Args:
+        out: Folder of an evaluation.
+
+    Raises:
+        ValueError: If it holds no runs, or none with a video.
+    """
+    folders = run_folders(out)
+    protocol = load_protocol(out / PROTOCOL_FILE)
+    if protocol.caches is not None:
+        order = list(protocol.caches)
+        folders.sort(key=lambda folder: order.index(folder.name) if folder.name in order else len(order))
+    runs, videos = [], {}
+    for folder in folders:
+        run = load_run(folder)
+        if run.videos:
+            write_json(folder / RESULTS_FILE, results_json(run))
+            runs.append(run)
+            videos[run.label] = folder
+    if not runs:
+        raise ValueError(f"no video of {out} has been measured: run `longtake evaluate run --out {out}` first")
+    labels = [run.label for run in runs]
+    baseline = protocol.baseline if protocol.baseline in labels else labels[0]
+    command = shlex.join(("longtake", "evaluate", "run", "--protocol", PROTOCOL_FILE, "--out", "OUT"))
+    write_comparison(
+        out, runs, baseline=baseline, moments=protocol.moments, protocol=protocol, videos=videos, commands=[command]
+    )
+    return runs
+
+
+def write_comparison(
+    out: Path,
+    runs: Sequence[RunScores],
+    *,
+    baseline: str,
+    moments: Sequence[float],
+    videos: Mapping[str, Path],
+    commands: Sequence[str],
+    protocol: Protocol | None = None,
+) -> Path:
+    """Compare runs and write ``comparison.json`` and ``report.html``.
+
+    Args:
+        out: Folder to write to.
+        runs: From :func:`longtake.evaluation.results.load_run`.
+        baseline: Label of the run that the others are compared with.
+        moments: Seconds; those behind the end of every video are left out.
+        videos: {label: folder that the manifest's file names are relative to}.
+        commands: What to type to get the same numbers.
+        protocol: Of the runs, where they have one.
+
+    Returns:
+        The report.
+    """
+    from longtake.evaluation.comparison import REACH_SECONDS, compare_runs
+    from longtake.evaluation.published import find_rows, load_published
+    from longtake.evaluation.report import write_report
+
+    lines = [video.video for run in runs for video in run.videos]
+    longest = max((line.num_frames / line.fps for line in lines if line.fps), default=0.0)
+    within = [moment for moment in moments if moment <= longest + REACH_SECONDS]
+    comparison = compare_runs(runs, baseline=baseline, moments=within)
+    write_json(out / COMPARISON_FILE, comparison)
+    settings = {} if protocol is None else {"fingerprint": protocol.fingerprint(), **asdict(protocol)}
+    return write_report(
+        out,
+        runs,
+        comparison,
+        commands=commands,
+        protocol=settings,
+        videos=videos,
+        published=find_rows(load_published(), seconds=longest),
+    )
+
+
+def _without_tool(value: Any) -> Any:
+    return {key: item for key, item in value.items() if key != "tool"} if isinstance(value, Mapping) else value
+
+
+def _take(lock: IO[bytes], out: Path) -> None:
+    try:
+        # Goes with the process, however that ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process works in {out}: stop it or wait") from error

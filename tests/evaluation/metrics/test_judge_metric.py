@@ -1,0 +1,161 @@
+"""The judge's measures as metrics: the same numbers as the drift study's, and reasons where it does not apply."""
+
+import numpy as np
+import pytest
+import torch
+
+from longtake.evaluation.backbones import Backbones
+from longtake.evaluation.flags import flags
+from longtake.evaluation.metric import VideoInfo
+from longtake.evaluation.metrics import make_metrics
+from longtake.evaluation.metrics.judge import (
+    SPECS,
+    JudgeMetric,
+    is_caption,
+    middling_scene,
+    scene_periods,
+    suite_scenes,
+)
+from longtake.evaluation.mini_world.drift import MEASURES, WINDOW_FRAMES, WindowMeter
+from longtake.evaluation.mini_world.judge import load_judge
+from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes, parse_caption, render
+from longtake.evaluation.running.suites import moving_scenes
+
+SCENES = held_back_scenes(24, seed=64)
+STILL = next(scene for scene in SCENES if scene.camera == "still" and scene.second is None)
+PANNING = next(scene for scene in SCENES if scene.camera == "panning quickly")
+
+
+def info(video, **facts):
+    return VideoInfo(
+        **{
+            "id": "v",
+            "num_frames": len(video),
+            "fps": 16.0,
+            "height": video.shape[1],
+            "width": video.shape[2],
+            **facts,
+        }
+    )
+
+
+def measured(video, metric=None, **facts):
+    meter = (metric or JudgeMetric()).start(info(video, **facts))
+    for start in range(0, len(video), 13):
+        meter.push(video[start : start + 13])
+    return meter.finish()
+
+
+@pytest.mark.parametrize("scene", [STILL, PANNING], ids=["still", "panning"])
+def test_equals_the_drift_study(scene):
+    video = render(scene, np.arange(200))
+    video[100:] //= 2
+    found = measured(video, prompt=describe(scene))
+    frames = torch.from_numpy(video).permute(0, 3, 1, 2)[None].float() / 255
+    rows = [row[0] for row in WindowMeter(load_judge(), [scene]).push(frames)]
+    assert len(rows) == 2
+    for measure in MEASURES:
+        score = found[f"judge/{measure}"]
+        expected = np.array([row[measure] for row in rows])
+        got = np.array([np.nan if window.value is None else window.value for window in score.windows])
+        if np.isnan(expected).all():
+            assert score.value is None and score.skipped
+        else:
+            assert np.allclose(got, expected, equal_nan=True)
+            assert score.value == pytest.approx(np.nanmean(expected))
+            assert [window.start_frame for window in score.windows] == [0, WINDOW_FRAMES]
+    six = ["shape", "colour", "background", "texture", "motion", "camera"]
+    assert found["judge/mean_of_six"].value == pytest.approx(np.mean([[row[name] for name in six] for row in rows]))
+
+
+def test_true_scene_is_all_right():
+    found = measured(render(STILL, np.arange(160)), prompt=describe(STILL))
+    assert found["judge/mean_of_six"].value > 0.9
+    assert found["judge/background_psnr"].value > 40
+    assert found["judge/motion_magnitude"].value == pytest.approx(1.0, abs=0.1)
+    assert found["judge/motion_magnitude"].details["true_scene"] == "known"
+    wrong = measured(render(STILL, np.arange(160)), prompt=describe(PANNING))
+    assert wrong["judge/mean_of_six"].value < found["judge/mean_of_six"].value
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"prompt": "a cat on a mat"}, "no caption"),
+        ({"prompt": ""}, "no caption"),
+        ({"prompt": "a boat over a calm background"}, "no caption"),
+        ({"prompt": describe(STILL), "fps": 24.0}, "16 frames per second"),
+        ({"prompt": describe(STILL), "width": 80}, "80x64"),
+    ],
+)
+def test_others_have_a_reason(facts, reason):
+    video = np.zeros((96, 64, facts.get("width", 64), 3), dtype=np.uint8)
+    found = measured(video, **facts)
+    assert found.keys() == {spec.name for spec in SPECS}
+    assert all(score.value is None and reason in score.skipped for score in found.values())
+
+
+def test_short_videos_have_a_reason():
+    found = measured(np.zeros((79, 64, 64, 3), dtype=np.uint8), prompt=describe(STILL))
+    assert all("5 s" in score.skipped for score in found.values())
+
+
+def test_larger_pictures_are_brought_to_the_judges_size():
+    video = render(STILL, np.arange(80))
+    large = video.repeat(2, axis=1).repeat(2, axis=2)
+    assert measured(large, prompt=describe(STILL)) == measured(video, prompt=describe(STILL))
+
+
+def test_suite_is_known_by_its_captions():
+    known = suite_scenes()
+    for prompt in moving_scenes(24):
+        assert describe(known[prompt.text]) == prompt.text
+    assert known[describe(SCENES[0])] == SCENES[0]
+
+
+def test_other_captions_get_a_middling_scene():
+    metric = JudgeMetric(scenes={})
+    found = measured(render(STILL, np.arange(80)), metric, prompt=describe(STILL))
+    assert found["judge/motion_magnitude"].details["true_scene"] == "middling"
+    assert 0.5 < found["judge/motion_magnitude"].value < 2.0
+
+
+@pytest.mark.parametrize("scene", SCENES[:12], ids=range(12))
+def test_middling_scene_says_the_same(scene):
+    caption = describe(scene)
+    assert is_caption(caption)
+    assert parse_caption(describe(middling_scene(caption))) == parse_caption(caption)
+
+
+def test_middling_scene_of_another_prompt():
+    with pytest.raises(ValueError, match="no caption of the moving scenes"):
+        middling_scene("a cat over a calm background")
+
+
+def test_true_scenes_raise_no_flags():
+    metrics, _ = make_metrics(Backbones(), groups=("weight_free", "judge"))
+    course = metrics[0]
+    for scene in SCENES[:10]:
+        video, prompt = render(scene, np.arange(480)), describe(scene)
+        meter = course.start(info(video, prompt=prompt))
+        meter.push(video)
+        scores = {**meter.finish(), **measured(video[:80], prompt=prompt)}
+        assert scores["proxy/loop_share"].value > 0.5 or scene.camera == "panning quickly"
+        assert flags(scores) == [], prompt
+
+
+def test_periods():
+    assert scene_periods("a red circle swaying quickly over a navy plain background") == [2.0]
+    assert scene_periods("a red circle swaying over a navy plain background with the camera panning slowly") == [
+        2.0,
+        4.0,
+        12.0,
+    ]
+    leaves = "a red circle swaying out of the frame and back over a navy plain background"
+    assert 5.0 in scene_periods(leaves)
+
+
+def test_specs_name_the_weights():
+    specs = JudgeMetric().specs
+    assert len({spec.weights_sha256 for spec in specs}) == 1 and len(specs[0].weights_sha256) == 64
+    assert all(spec.name.startswith("judge/") and spec.description for spec in specs)

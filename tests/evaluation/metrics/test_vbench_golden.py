@@ -1,0 +1,131 @@
+"""Numbers that VBench's own code gave with stand-in networks: all of them come out here."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longtake.evaluation.backbones import Backbones, load_backbones
+from longtake.evaluation.golden_check import TOLERANCE, check_golden, golden_scores
+from longtake.evaluation.long import fused, official_clip_to_clip
+from longtake.evaluation.metric import VideoInfo
+from longtake.evaluation.metrics import make_metrics
+from longtake.evaluation.video import VideoSource, measure
+
+FOLDER = Path(__file__).resolve().parents[4] / "shared" / "golden" / "vbench"
+pytestmark = pytest.mark.skipif(
+    not (FOLDER / "golden.json").exists(), reason="VBench's golden numbers are not at hand"
+)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((FOLDER / "golden.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def backbones():
+    return load_backbones(FOLDER / "stubs.py")
+
+
+@pytest.fixture(scope="module")
+def checks(backbones):
+    return check_golden(FOLDER, backbones)
+
+
+@pytest.fixture(scope="module")
+def build():
+    """Builds a synthetic video by its name: (frames, fps)."""
+    spec = importlib.util.spec_from_file_location("make_videos", FOLDER / "make_videos.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build
+
+
+def test_every_number_comes_out(checks):
+    wrong = [check for check in checks if not check.ok]
+    assert not wrong
+    assert len(checks) > 200
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "decoded bytes",
+        "temporal_flickering",
+        "subject_consistency",
+        "background_consistency",
+        "motion_smoothness",
+        "aesthetic_quality",
+        "imaging_quality, longer",
+        "imaging_quality, shorter_centercrop",
+        "overall_consistency",
+        "dynamic_degree, is_dynamic",
+        "dynamic_degree, count_above",
+    ],
+)
+def test_every_video_is_checked_for_it(checks, golden, part):
+    assert sum(check.name.endswith(part) for check in checks) == len(golden["videos"]) == 8
+
+
+@pytest.mark.parametrize("part", ["middle frames", "clips of", "score: ", "fusion of"])
+def test_what_is_no_video_is_checked_too(checks, part):
+    assert sum(check.name.startswith(part) for check in checks) >= 3
+
+
+@pytest.fixture
+def one_video(tmp_path, golden):
+    """A folder with the golden numbers of the shortest video."""
+    name = "short20"
+    (tmp_path / "golden.json").write_text(json.dumps({"videos": {name: golden["videos"][name]}}))
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / f"{name}.mp4").symlink_to(FOLDER / "videos" / f"{name}.mp4")
+    return tmp_path
+
+
+def test_another_network_is_found_out(one_video, backbones):
+    swapped = Backbones({**backbones.found, "dino": backbones.get("dinov2")})
+    wrong = [check for check in check_golden(one_video, swapped) if check.error > TOLERANCE]
+    assert [check.name for check in wrong] == ["short20: subject_consistency"]
+    assert check_golden(one_video, backbones)[0].ok
+
+
+def test_a_missing_network_is_no_success(one_video, backbones):
+    without = Backbones({role: backbone for role, backbone in backbones.found.items() if role != "amt"})
+    (wrong,) = (check for check in check_golden(one_video, without) if not check.ok)
+    assert wrong.name == "short20: motion_smoothness" and wrong.got is None
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"fuse_examples": [{}]}'])
+def test_a_folder_without_numbers_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "golden.json").write_text(text)
+    with pytest.raises(ValueError, match="golden numbers"):
+        check_golden(tmp_path, Backbones())
+
+
+def test_a_run_of_vbench_long_whose_names_had_underscores(golden, backbones, build):
+    """Its clip-to-clip values were all lost; what is left are the clips' own, without a fixed order."""
+    score, rows = golden["long_PITFALL_underscore_names_dev_flag"]["subject_consistency"]
+    metrics = [m for m in make_metrics(backbones, groups=("long",))[0] if "subject" in m.specs[0].name]
+    ours, drifted = [], []
+    for number, name in enumerate(("moving_squares", "drift")):
+        frames, fps = build(name)
+        source = VideoSource.from_array(frames, fps)
+        about = VideoInfo(
+            id=name, num_frames=len(frames), fps=fps, height=frames.shape[1], width=frames.shape[2], prompt=name
+        )
+        dev = golden_scores(measure(source, about, metrics), "long_dev/")["subject_consistency"]
+        by_video = {f"vid_{number}.mp4": dev.details["clip2clip"]}
+        for index, clip in enumerate(dev.details["clips"]):
+            lost = official_clip_to_clip(f"vid_{number}_{index:03d}.mp4", by_video)
+            ours.append(fused(clip["inclip"], lost, "subject_consistency"))
+        drifted.append(dev)
+    np.testing.assert_allclose(sorted(ours), sorted(row["video_results"] for row in rows), atol=TOLERANCE, rtol=0)
+    assert np.mean(ours) == pytest.approx(score, abs=TOLERANCE)
+    assert {row["clip2clip_score"] for row in rows} == {0}
+    # What the names had hidden: the first frames of the clips drift apart.
+    assert drifted[1].details["clip2clip"] == pytest.approx(0.35, abs=0.01)
+    assert drifted[1].details["mapped_clip2clip"] == pytest.approx(0.90, abs=0.005)

@@ -1,0 +1,343 @@
+"""True scenes do not drift; frozen, faded, forgetful and wrong videos do, each in the measure made for it."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from longtake.evaluation.mini_world.drift import (
+    MAX_PSNR,
+    MEASURES,
+    WINDOW_FRAMES,
+    WindowMeter,
+    masked_psnr,
+    median_background,
+    motion_share,
+    sampled_scene,
+)
+from longtake.evaluation.mini_world.drift_report import (
+    Spans,
+    curve,
+    draw_curves,
+    markdown_table,
+    write_csv,
+    write_json,
+)
+from longtake.evaluation.mini_world.drift_study import (
+    VideoResult,
+    append_results,
+    measure_stream,
+    missing_videos,
+    read_results,
+    run_study,
+    study_fingerprint,
+    video_seed,
+    window_values,
+)
+from longtake.evaluation.mini_world.drift_truth import repeat_frames, truth_levels, with_amnesia
+from longtake.evaluation.mini_world.judge import load_judge
+from longtake.evaluation.mini_world.judge_training import without_object
+from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes, render
+
+SECONDS = 20
+NUM_FRAMES = 16 * SECONDS
+FLAT = ("background_psnr", "revisit_psnr", "object_present")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return held_back_scenes(20, seed=64)
+
+
+@pytest.fixture(scope="module")
+def still(scenes):
+    return [s for s in scenes if s.camera == "still" and s.event == "none" and s.second is None][:6]
+
+
+@pytest.fixture(scope="module")
+def true_rows(judge, scenes):
+    return [_measure(judge, scene, _video(scene)) for scene in scenes]
+
+
+def test_true_scenes_are_flat_in_every_measure(true_rows):
+    for name in FLAT:
+        values = _values(true_rows, name)
+        assert len(values) > 10
+        assert values.min() == values.max() == (MAX_PSNR if name.endswith("psnr") else 1.0)
+    motion = np.array([[row["motion_magnitude"] for row in rows] for rows in true_rows])
+    assert np.abs(motion.mean(axis=0) - 1.0).max() < 0.03
+    assert motion.min() > 0.8
+
+
+def test_accuracy_on_true_scenes_is_the_judges_own_in_every_window(true_rows):
+    for name in ("shape", "colour", "background", "texture", "motion", "camera", "one_object"):
+        by_window = np.array([[row[name] for row in rows] for rows in true_rows], dtype=float)
+        assert np.nanmean(by_window, axis=0).min() >= 0.85, name
+
+
+def test_a_frozen_video_does_not_move(judge, still):
+    frozen = _video(still[0])[:, :1].expand(-1, NUM_FRAMES, -1, -1, -1)
+    rows = _measure(judge, still[0], frozen)
+    assert all(row["motion_magnitude"] == 0.0 for row in rows)
+    noisy = frozen + 0.02 * torch.randn(frozen.shape, generator=torch.Generator().manual_seed(0))
+    assert max(row["motion_magnitude"] for row in _measure(judge, still[0], noisy)) < 0.01
+
+
+def test_a_video_of_twice_the_speed_moves_more(judge, still):
+    fast = [s for s in still if s.actor.speed == "slowly"][0]
+    doubled = torch.from_numpy(render(fast, 2 * np.arange(NUM_FRAMES))).permute(0, 3, 1, 2)[None] / 255.0
+    rows = _measure(judge, fast, doubled)
+    assert min(row["motion_magnitude"] for row in rows) > 1.2
+
+
+def test_a_background_that_changes_colour_loses_psnr_and_keeps_falling(judge, still):
+    ramp = torch.linspace(0.0, 0.2, NUM_FRAMES)[None, :, None, None, None]
+    for scene in still:
+        rows = _measure(judge, scene, (_video(scene) + ramp).clamp(0.0, 1.0))
+        psnr = [row["background_psnr"] for row in rows[1:]]
+        assert psnr == sorted(psnr, reverse=True)
+        assert psnr[-1] < 20.0
+        assert np.isnan(rows[0]["background_psnr"])
+
+
+def test_an_object_that_fades_out_is_no_longer_present(judge, still):
+    video = _video(still[0])
+    video[:, NUM_FRAMES // 2 :] = _video(without_object(still[0]))[:, NUM_FRAMES // 2 :]
+    rows = _measure(judge, still[0], video)
+    assert [row["object_present"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
+    assert [row["one_object"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_picture_gone_bright_is_not_excused_as_an_object(judge, still):
+    video = _video(still[0])
+    video[:, NUM_FRAMES // 2 :] = 0.9
+    rows = _measure(judge, still[0], video)
+    assert rows[1]["background_psnr"] == MAX_PSNR
+    assert rows[-1]["background_psnr"] < 10.0
+
+
+def test_forgetting_what_the_caption_does_not_say_costs_revisits_and_nothing_else(judge, scenes):
+    panned = [scene for scene in scenes if scene.camera != "still"][:4]
+    for scene in panned:
+        video, change = with_amnesia(scene, num_frames=NUM_FRAMES)
+        rows, true = _measure(judge, scene, video), _measure(judge, scene, _video(scene))
+        for row, before in list(zip(rows, true, strict=True))[change:]:
+            assert row["revisit_psnr"] < 30.0 < before["revisit_psnr"] == MAX_PSNR
+            assert (row["background"], row["colour"]) == (before["background"], before["colour"])
+
+
+def test_a_camera_a_few_pixels_late_has_not_forgotten(judge, scenes):
+    scene = next(s for s in scenes if s.camera == "panning slowly")
+    late = torch.from_numpy(
+        np.concatenate([render(scene, np.arange(192)), render(scene, np.arange(192, NUM_FRAMES) - 3)])
+    )
+    rows = _measure(judge, scene, late.permute(0, 3, 1, 2)[None] / 255.0)
+    assert rows[-1]["revisit_psnr"] > 25.0
+
+
+def test_a_swapped_prompt_scores_low(judge, scenes, true_rows):
+    swapped = [
+        _measure(judge, scene, _video(scenes[index - 1]))
+        for index, scene in enumerate(scenes)
+        if scene.background != scenes[index - 1].background
+    ]
+    assert _values(swapped, "background").mean() < 0.1
+    assert _values(swapped, "shape").mean() < 0.6
+    assert _values(true_rows, "background").mean() > 0.95
+
+
+def test_uneven_chunks_larger_frames_and_batches_measure_the_same(judge, scenes):
+    pair = [scenes[0], scenes[1]]
+    videos = torch.cat([_video(scene) for scene in pair])
+    whole = [_measure(judge, scene, _video(scene)) for scene in pair]
+    meter = WindowMeter(judge, pair)
+    cuts = [0, 1, 10, 10, 99, 250, NUM_FRAMES]
+    large = torch.nn.functional.interpolate(videos.flatten(0, 1), scale_factor=2).unflatten(0, (2, NUM_FRAMES))
+    windows = [w for a, b in zip(cuts, cuts[1:], strict=False) for w in meter.push(large[:, a:b])]
+    assert meter.num_windows == NUM_FRAMES // WINDOW_FRAMES
+    for index in range(2):
+        for window, expected in zip(windows, whole[index], strict=True):
+            assert window[index] == pytest.approx(expected, nan_ok=True, rel=1e-4)
+    with pytest.raises(ValueError, match="one video per scene"):
+        meter.push(videos[:1])
+
+
+def test_meter_holds_one_window_and_one_round_trip_at_most(judge, scenes):
+    scene = next(s for s in scenes if s.camera == "panning slowly")
+    meter = WindowMeter(judge, [scene])
+    for start in range(0, 16 * 60, 12):
+        frames = sampled_scene(scene, start + 12, start=start)
+        meter.push(repeat_frames(frames))
+    assert len(meter._waiting) < 20
+    assert len(meter._videos[0].first_visits) == 48
+
+
+def test_median_background_ignores_a_passing_object_and_keeps_a_resting_one(still):
+    frames = sampled_scene(still[0], 80)
+    background = torch.from_numpy(
+        render(replace(still[0], actor=replace(still[0].actor, anchor_x=-999)), np.arange(1))
+    )
+    median, seen = median_background(frames)
+    error = (median - background[0].permute(2, 0, 1) / 255.0).abs().amax(dim=0)
+    assert error[seen].max() < 0.02
+    assert seen.float().mean() > 0.7
+    assert motion_share(frames) > 0.0
+
+
+def test_masked_psnr_matches_the_definition_and_is_capped():
+    first, second = torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.1)
+    second[:, 0] = 0.9
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[0] = False
+    assert masked_psnr(first, second, mask).item() == pytest.approx(20.0, abs=1e-3)
+    assert masked_psnr(first, first, mask).item() == MAX_PSNR
+    assert masked_psnr(first, second, torch.zeros_like(mask)).isnan()
+
+
+def test_truth_levels_separate_memory_from_forgetting(judge, scenes):
+    levels = truth_levels(judge, scenes[:12])
+    for name in ("background_psnr", "revisit_psnr"):
+        assert levels["forgotten"][name] < levels["true scene"][name] == MAX_PSNR
+    assert levels["true scene"]["background"] > 0.95
+
+
+def test_a_study_killed_between_and_within_batches_goes_on_where_it_was(judge, scenes, tmp_path):
+    path = tmp_path / "deep" / "results.jsonl"
+    made = []
+
+    def stream(prompts, seeds, cache):
+        made.extend((cache, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True))
+        yield torch.cat([_video(_of(scenes, prompt)) for prompt in prompts])[:, :160]
+
+    settings = {
+        "scenes": scenes[:3],
+        "policies": {"a": "full", "b": "sliding_window"},
+        "num_seeds": 2,
+        "batch_size": 2,
+        "fingerprints": {"a": "x", "b": "y"},
+        "path": path,
+    }
+    study = run_study(stream, judge, **settings)
+    first = [next(study), next(study)]
+    study.close()
+    assert {batch[0].policy for batch in first} == {"a", "b"}
+    with open(path, "a") as file:
+        file.write('{"policy": "a", "prompt_ind')
+    rest = [row for batch in run_study(stream, judge, **settings) for row in batch]
+    results = read_results(path)
+    assert len(results) == 12 == len(rest) + 4
+    assert len({(row.policy, row.prompt_index, row.seed_index) for row in results}) == 12
+    assert len(set(made)) == len(made) == 12
+    assert {seed for _, _, seed in made} == {video_seed(p, s) for p in range(3) for s in range(2)}
+    assert all(set(window) == set(MEASURES) for row in results for window in row.windows)
+    only = {**settings, "path": tmp_path / "half.jsonl", "prompts": [1], "policies": {"a": "full"}}
+    assert [(row.prompt_index, row.seed_index) for batch in run_study(stream, judge, **only) for row in batch] == [
+        (1, 0),
+        (1, 1),
+    ]
+    with pytest.raises(ValueError, match="another folder"):
+        list(run_study(stream, judge, **{**settings, "fingerprints": {"a": "z", "b": "y"}}))
+
+
+def test_fingerprint_depends_on_every_weight_and_setting():
+    module = torch.nn.Linear(2, 2)
+    before = study_fingerprint([module], {"cache": "full"})
+    assert before == study_fingerprint([module], {"cache": "full"})
+    assert before != study_fingerprint([module], {"cache": "other"})
+    with torch.no_grad():
+        module.bias[1] += 1.0
+    assert before != study_fingerprint([module], {"cache": "full"})
+
+
+def test_report_shows_a_built_in_drift_and_no_other(tmp_path):
+    results = _made_up_results()
+    points = curve([row for row in results if row.policy == "window"], "background_psnr")
+    assert np.isnan(points[0].mean)
+    assert points[1].mean > points[-1].mean + 5.0
+    table = markdown_table(results, baseline="window", levels={"true scene": {"shape": 0.99}})
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in table.splitlines()[2:]}
+    falling = rows["background PSNR to 0-5 s, dB", "window"]
+    assert "**-" in falling
+    assert "**+" in rows["background PSNR to 0-5 s, dB", "sink"].rsplit("|", 2)[1]
+    assert "**" not in rows["shape right", "sink"]
+    assert "0.99" in rows["shape right", "_true scene_"]
+    write_json(results, tmp_path / "drift.json", baseline="window", notes={"n": "x"})
+    document = json.loads((tmp_path / "drift.json").read_text())
+    assert document["num_videos"] == {"window": 40, "sink": 40}
+    assert document["summary"]["sink"]["background_psnr"]["against"]["low"] > 0
+    write_csv(results, tmp_path / "drift.csv")
+    lines = list(csv.DictReader((tmp_path / "drift.csv").read_text().splitlines()))
+    assert {line["policy"] for line in lines} == {"window", "sink"}
+    draw_curves(results, tmp_path / "drift.png", levels={"true scene": {"shape": 0.99}}, title="made up")
+    assert (tmp_path / "drift.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_refuses_an_unknown_baseline_measure_or_a_short_video():
+    with pytest.raises(ValueError, match="choose one of window, sink"):
+        markdown_table(_made_up_results(), baseline="full", levels={})
+    with pytest.raises(ValueError, match="unknown measure 'sharpness'"):
+        window_values(_made_up_results(), "sharpness", 0)
+    with pytest.raises(ValueError, match="15 seconds"):
+        Spans.of(2)
+    assert Spans.of(12) == Spans(early=(1, 4), late=(8, 12))
+
+
+def test_results_file_keeps_nan_and_order(tmp_path):
+    results = _made_up_results()[:3]
+    append_results(tmp_path / "r.jsonl", results)
+    again = read_results(tmp_path / "r.jsonl")
+    assert [row.to_json() for row in again] == [row.to_json() for row in results]
+    assert np.isnan(again[0].windows[0]["background_psnr"])
+    assert read_results(tmp_path / "none.jsonl") == []
+    assert missing_videos(again, policy="window", prompts=[0, 1], num_seeds=1, fingerprint="f") == []
+
+
+def _made_up_results():
+    rng = np.random.default_rng(0)
+    results = []
+    for policy, slope in (("window", -1.0), ("sink", 0.0)):
+        for prompt in range(20):
+            for seed in range(2):
+                windows = []
+                for window in range(12):
+                    row = dict.fromkeys(MEASURES, 1.0)
+                    row["shape"] = float(prompt % 2)
+                    row["background_psnr"] = np.nan if window == 0 else 30.0 + slope * window + rng.normal()
+                    windows.append(row)
+                results.append(
+                    VideoResult(
+                        policy=policy,
+                        prompt_index=prompt,
+                        seed_index=seed,
+                        prompt="p",
+                        fingerprint="f",
+                        windows=tuple(windows),
+                    )
+                )
+    return results
+
+
+def _video(scene):
+    return torch.from_numpy(render(scene, np.arange(NUM_FRAMES))).permute(0, 3, 1, 2)[None].float() / 255.0
+
+
+def _measure(judge, scene, video):
+    (rows,) = measure_stream(judge, [scene], video.split(50, dim=1))
+    return rows
+
+
+def _values(rows, name):
+    values = np.array([row[name] for video in rows for row in video], dtype=float)
+    return values[~np.isnan(values)]
+
+
+def _of(scenes, prompt):
+    return next(scene for scene in scenes if describe(scene) == prompt)

@@ -1,0 +1,450 @@
+"""Reports: every number is the comparison's, nothing is invented where something is missing, and text stays text."""
+
+import csv
+import io
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from longtake.evaluation import report as report_module
+from longtake.evaluation.paired import sign_test
+from longtake.evaluation.published import find_rows, load_published
+from longtake.evaluation.report import flag_rows, summary_table, write_report
+from longtake.evaluation.report import png as report_png
+from longtake.evaluation.report.curves import curve_figure, curve_points
+from longtake.evaluation.report.data import Measure, ReportData
+from longtake.evaluation.report.films import find_video, shared_prompts, strip_indices
+from longtake.evaluation.report.markup import VOID
+from longtake.evaluation.report.page import least_prompts
+
+sys.path.insert(0, str(Path(__file__).parent))
+from report_runs import FROZEN, NASTY, POLICIES, SKIPPED, WITHOUT_OVERALL, build_runs, compare, write_videos
+
+COMMANDS = ["longtake evaluate run --cache full,pack --out 'my <out>'", "longtake evaluate report OUT"]
+PROTOCOL = {"name": "standard", "fingerprint": "feedfacecafe0001", "caches": {"pack": {"policy": "pack"}}, "crf": 12}
+
+
+class Page(HTMLParser):
+    """A page's elements as (tag, attributes, path of ids), its tables as rows of cells, and faults of nesting."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.faults, self.elements, self.tables, self.text = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        self.faults += self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append([dict(attrs), ""])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.tables and ("td" in self.open or "th" in self.open):
+            self.tables[-1][-1][-1][1] += data
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return build_runs(4, prompt=NASTY)
+
+
+@pytest.fixture(scope="module")
+def comparison(runs):
+    return compare(runs)
+
+
+@pytest.fixture(scope="module")
+def out(runs, comparison, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    videos = write_videos(folder, runs, num_prompts=1)
+    rows = find_rows(load_published(), seconds=60)
+    write_report(folder, runs, comparison, commands=COMMANDS, protocol=PROTOCOL, videos=videos, published=rows)
+    return folder
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Reports without PNG files, which take most of the time."""
+    monkeypatch.setattr(report_module, "write_figures", lambda data, folder: ([], ""))
+
+
+@pytest.fixture(scope="module")
+def text(out):
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+@pytest.fixture(scope="module")
+def data(runs, comparison):
+    return ReportData(runs=runs, comparison=comparison)
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_page_is_well_formed_and_complete(page):
+    assert not page.faults
+    identities = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(identities) == len(set(identities))
+    links = {attrs["href"][1:] for attrs in page.all("a") + page.all("use") if attrs["href"].startswith("#")}
+    assert links <= set(identities)
+    sections = {attrs["id"] for attrs in page.all("section")}
+    wanted = "summary differences moments curves motion seams films costs flags all missing published method"
+    assert set(wanted.split()) == sections
+
+
+def test_the_page_needs_nothing_but_itself(page, text):
+    assert not page.all("link") and not page.all("iframe")
+    sources = [attrs[key] for _, attrs in page.elements for key in ("src", "data", "srcset") if key in attrs]
+    assert sources and all(source.startswith("data:image/") for source in sources)
+    assert not re.search(r"url\(|@import|https?://", text)
+    policy = next(attrs["content"] for attrs in page.all("meta") if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
+
+
+def test_files_beside_the_page_are_all_there(page, out):
+    names = [attrs["href"] for attrs in page.all("a") if not attrs["href"].startswith("#")]
+    assert {"report/summary.csv", "report/curves.png", "comparison.json"} <= set(names)
+    assert all((out / name).stat().st_size for name in names)
+
+
+def test_text_from_files_stays_text(page, text):
+    scripts = page.all("script")
+    assert len(scripts) == 1 and not re.search("<script>document", text)
+    assert "a <script>document.title='owned'</script> & \"quoted\" red circle" in "".join(page.text)
+    assert "'my <out>'" in "".join(page.text) and "\u202e" not in text
+
+
+def test_labels_and_reasons_are_escaped_everywhere(tmp_path, plain):
+    evil = "<img src=x onerror=alert(1)>"
+    runs = [replace(run, label=f"{evil}{n}", skipped={f"vbench/{evil}": evil}) for n, run in enumerate(build_runs(2))]
+    path = write_report(tmp_path, runs, compare(runs), commands=[evil], protocol={evil: {evil: [evil]}})
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not page.all("img") and not page.faults
+    assert not [attrs for _, attrs in page.elements if any(key.startswith("on") for key in attrs)]
+
+
+def test_no_nan_reaches_anything(out, text):
+    shown = re.sub(r"(?s)<script>.*?</script>|<style>.*?</style>|<meta .*?>", "", text)
+    assert not re.search(r"(nan|NaN|inf|Infinity|None|undefined|null)", shown)
+    for path in (out / "report").glob("*.csv"):
+        cells = {cell.lower() for row in csv.reader(path.open(encoding="utf-8")) for cell in row}
+        assert not cells & {"nan", "inf", "-inf", "none"}, path.name
+    json.loads((out / "comparison.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_first_table_holds_the_comparisons_means(page, data):
+    body = page.tables[0][1:]
+    assert [row[0][0]["data-v"] for row in body[:4]] == list(POLICIES[:4])
+    for row in body[:4]:
+        label = row[0][0]["data-v"]
+        for (attrs, shown), measure in zip(row[1:], data.headlines, strict=False):
+            level = measure.level(label)
+            if level.value is None:
+                assert shown == "not measured" and "data-v" not in attrs
+                continue
+            assert float(attrs["data-v"]) == pytest.approx(level.value, rel=1e-5)
+            tolerance = 0.06 * (level.high - level.low)
+            assert float(re.match(r"[\d.]+", shown)[0]) == pytest.approx(level.value, abs=tolerance)
+            better = {"up": 1, "down": -1}.get(attrs.get("class"), 0)
+            difference = measure.difference(label)
+            assert bool(attrs.get("class")) == difference.is_significant
+            assert better in (0, measure.direction * math.copysign(1, difference.value or 0.0))
+    assert body[4][0][1] == "smallest difference that could be found"
+
+
+def test_marks_follow_the_direction_of_the_measure(tmp_path, plain):
+    """Lower is better for the seam ratio: the same difference is an improvement there and a loss elsewhere."""
+    runs = build_runs(4)
+    names = ["proxy/chunk_seam_ratio", "judge/mean_of_six"]
+    comparison = compare(runs)
+    write_report(tmp_path, runs, comparison, headline=names)
+    rows = Page((tmp_path / "report.html").read_text(encoding="utf-8")).tables[0][1:5]
+    seen = set()
+    for row in rows[1:]:
+        for (attrs, _), name, sign in zip(row[1:], names, (-1, 1), strict=False):
+            cell = comparison["metrics"][name]["paired"][row[0][0]["data-v"]]
+            expected = {1: "up", -1: "down"}[sign * np.sign(cell["difference"])] if cell["significant"] else None
+            assert attrs.get("class") == expected
+            seen.add((sign, expected))
+    assert {(-1, "up"), (-1, "down"), (1, "up")} <= seen
+
+
+def test_what_is_missing_is_told_with_its_reason(page, data):
+    table = next(table for table in page.tables if table[0][0][1] == "measure" and table[0][1][1] == "why")
+    told = {(name, row[1][1], row[2][1]) for row in table[1:] for name in re.split(r"(?=vbench/)", row[0][1]) if name}
+    assert told == {(name, why, "every policy") for name, why in SKIPPED.items()} | {
+        ("vbench/overall_consistency", "the text encoder gave no finite number", WITHOUT_OVERALL)
+    }
+    assert "vbench/imaging_quality" not in data.measures
+
+
+def drawn(path):
+    """Points of a path of M, h0 and relative l."""
+    x = y = 0
+    points = []
+    for kind, a, b in re.findall(r"([Ml])(-?\d+) (-?\d+)|h0", path):
+        if kind:
+            x, y = (int(a), int(b)) if kind == "M" else (x + int(a), y + int(b))
+            points.append((x, y))
+    return points
+
+
+def test_curves_are_drawn_where_their_values_are(data):
+    measure = data.measures["judge/mean_of_six"]
+    page = Page(str(curve_figure(data, measure, identity="c")))
+    area = next(attrs for attrs in page.all("div") if attrs.get("class") == "area")
+    assert area["data-t"].split()[:2] == ["1", "3"] and area["data-end"] == "60"
+    groups = {data.labels[int(attrs["data-run"])]: attrs for attrs in page.all("g")}
+    lines = [attrs["d"] for attrs in page.all("path") if attrs.get("class") == "line"]
+    bands = [attrs["d"] for attrs in page.all("path") if attrs.get("class") == "band"]
+    assert list(groups) == list(reversed(data.labels))
+    everything = [
+        (y, point["mean"])
+        for line, label in zip(lines, groups, strict=True)
+        for (_, y), point in zip(drawn(line), measure.curve(label), strict=True)
+    ]
+    heights, values = np.array(everything, float).T
+    slope, offset = np.polyfit(values, heights, 1)
+    assert slope < 0 and np.abs(slope * values + offset - heights).max() < 1.5, "all lines share one linear axis"
+    for label, band in zip(groups, bands, strict=True):
+        points = measure.curve(label)
+        ends = [p["high"] for p in points] + [p["low"] for p in reversed(points)]
+        assert np.abs(slope * np.array(ends) + offset - [y for _, y in drawn(band)]).max() < 1.5
+        shown = [float(value) for value in groups[label]["data-m"].split()]
+        assert np.allclose(shown, [p["mean"] for p in points], atol=1e-3)
+    words = next(attrs["aria-label"] for attrs in page.all("div") if "aria-label" in attrs)
+    assert all(f"{label} from " in words for label in groups)
+
+
+def test_windows_without_a_value_leave_a_gap(data):
+    """The last two windows of motion smoothness have none: nothing is drawn there, least of all a zero."""
+    measure = next(measure for name, measure in data.measures.items() if "motion_smoothness" in name)
+    page = Page(str(curve_figure(data, measure, identity="c")))
+    for attrs in page.all("path"):
+        if attrs.get("class") == "line":
+            points = drawn(attrs["d"])
+            assert len(points) == 28 and points[-1][0] == round(1000 * 55 / 60)
+    assert all(attrs["data-m"].split()[-2:] == ["-", "-"] for attrs in page.all("g"))
+
+
+def test_a_window_that_repeats_the_one_before_is_not_drawn():
+    """VBench-Long's last clip borrows frames of the one before it; its value stays in the tables."""
+    points = [{"start_s": start, "end_s": start + 2.0, "mean": 0.5, "low": 0.4, "high": 0.6} for start in (0, 2, 2.06)]
+    measure = Measure(name="vbench/long/x", entry={"curves": {"full": points}})
+    assert [time for time, _ in curve_points(measure, ["full"])["full"]] == [1.0, 3.0]
+
+
+def test_clips_are_preferred_to_whole_videos_and_official_numbers_to_both():
+    names = ["vbench_form/dynamic_degree[flow=a]", "vbench_form/long/dynamic_degree[flow=a]", "vbench/dynamic_degree"]
+    for count, expected in ((1, names[0]), (2, names[1]), (3, names[2])):
+        entries = {name: {"runs": {"full": {"mean": 0.5}}} for name in names[:count]}
+        data = ReportData(runs=(), comparison={"labels": ["full"], "metrics": entries})
+        assert [measure.name for measure in data.headlines] == [expected]
+
+
+@pytest.mark.parametrize(("num_compared", "needed"), [(1, 6), (3, 7), (15, 10)])
+def test_so_few_prompts_cannot_show_a_difference(num_compared, needed):
+    """Even if every prompt agrees: the smallest p of the sign test, times Holm's factor, is above 5 %."""
+    assert least_prompts(num_compared) == needed
+    assert num_compared * sign_test(needed, 0) <= 0.05 < num_compared * sign_test(needed - 1, 0)
+
+
+def test_drift_that_was_not_measured_stands_apart(tmp_path, plain):
+    runs = build_runs(2, num_prompts=3, num_windows=4)
+    reasons = {"drift/proxy/contrast/delta5": "needs 10 s", "drift/proxy/contrast/abs": "needs 10 s"}
+    runs = [replace(run, skipped={**SKIPPED, **reasons}) for run in runs]
+    page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
+    first, second = (table for table in page.tables if table[0][0][1] == "measure" and table[0][1][1] == "why")
+    assert all(not row[0][1].startswith("drift/") for row in first[1:])
+    cells = ["drift/proxy/contrast/absdrift/proxy/contrast/delta5", "needs 10 s", "every policy"]
+    assert [[cell[1] for cell in row] for row in second[1:]] == [cells]
+    assert "Too few prompts: under 6 prompts no difference can be significant, and these are 3." in "".join(page.text)
+
+
+def test_csv_files_hold_what_the_comparison_does(out, comparison, runs):
+    summary = {(row["metric"], row["policy"]): row for row in rows_of(out / "report" / "summary.csv")}
+    moments = {(row["metric"], row["policy"], row["moment_s"]): row for row in rows_of(out / "report" / "moments.csv")}
+    for name, entry in comparison["metrics"].items():
+        for label, cell in entry["runs"].items():
+            row = summary[name, label]
+            assert (row["mean"] == "") == ("skipped" in cell) == (row["not_measured_because"] != "")
+            if "mean" in cell:
+                assert float(row["low"]) == pytest.approx(cell["low"], rel=1e-9)
+            at = entry["at"]["30"]["runs"][label]
+            assert moments[name, label, "30"]["mean"] == (f"{at['mean']:.10g}" if "mean" in at else "")
+        for label, cell in entry["paired"].items():
+            if "difference" in cell:
+                assert float(summary[name, label]["baseline_holm_p"]) == pytest.approx(cell["holm_p"], abs=1e-9)
+    videos = rows_of(out / "report" / "videos.csv")
+    assert len(videos) == sum(len(video.scores) for run in runs for video in run.videos)
+    curves = rows_of(out / "report" / "curves.csv")
+    points = [point for entry in comparison["metrics"].values() for own in entry["curves"].values() for point in own]
+    assert len(curves) == len(points)
+
+
+def test_no_cell_is_a_spreadsheets_formula(tmp_path, plain):
+    runs = [replace(run, label=f"=cmd|{n}") for n, run in enumerate(build_runs(2, num_prompts=2, num_windows=3))]
+    write_report(tmp_path, runs, compare(runs))
+    assert {row["policy"] for row in rows_of(tmp_path / "report" / "summary.csv")} == {"'=cmd|0", "'=cmd|1"}
+
+
+def test_frozen_videos_are_flagged(tmp_path, plain):
+    runs = [run for run in build_runs(14, num_prompts=4, num_windows=6) if run.label in ("full", FROZEN)]
+    rows = flag_rows(runs)
+    assert {row[0] for row in rows} == {FROZEN} and len(rows) == 4
+    text = write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8")
+    assert "nothing moves in the whole video" in text
+    assert len(rows_of(tmp_path / "report" / "flags.csv")) == 4
+
+
+def test_only_official_numbers_stand_beside_published_ones(page):
+    table = next(table for table in page.tables if table[0][0][1] == "model")
+    heads = [cell[1] for cell in table[0]]
+    own = {row[0][0]["data-v"]: dict(zip(heads[1:], (cell[1] for cell in row[1:]), strict=True)) for row in table[1:5]}
+    assert own["full"]["temporal flickering"] != "\u2013" and own["full"]["overall consistency"] != "\u2013"
+    assert own[WITHOUT_OVERALL]["overall consistency"] == "\u2013"
+    assert all(values["subject consistency"] == "\u2013" for values in own.values()), "vbench_form may not stand here"
+    assert any(cell[1].endswith("S+") for row in table[5:] for cell in row)
+
+
+def test_commands_protocol_and_reasons_for_no_score_are_told(page):
+    text = "".join(page.text)
+    assert all(command in text for command in COMMANDS)
+    assert "feedfacecafe0001" in text and "caches.pack.policy" in text
+    assert "No composite VBench score" in text and "Videos: 96; prompts: 12; seeds of a prompt: 2." in text
+
+
+def test_a_strip_shows_start_quarters_and_end(out, page):
+    assert strip_indices(41) == [0, 10, 20, 30, 40] and strip_indices(1) == [0] * 5 and strip_indices(2)[-1] == 1
+    images = [attrs for attrs in page.all("img")]
+    assert len(images) == 4, "one prompt has videos, the others are not shown as if they had"
+    assert all("frames at 0%, 25%, 50%, 75%, 100%" in image["alt"] for image in images)
+    assert {image["width"] for image in images} == {str(5 * 128 + 4 * 3)}, "64 pixels, twice as large"
+
+
+def test_videos_that_are_gone_are_told(tmp_path, plain):
+    runs = build_runs(2, num_prompts=2, num_seeds=1, num_windows=3)
+    folders = write_videos(tmp_path, runs, num_prompts=1)
+    (tmp_path / POLICIES[1] / "videos" / "p0000-0.mp4").write_bytes(b"not a video")
+    text = write_report(tmp_path, runs, compare(runs), videos=folders).read_text(encoding="utf-8")
+    assert text.count("data:image/webp") == 1 and "not shown: " in text
+    assert text.count("p0001-0.mp4 is not there any more") == 2
+    line = runs[0].videos[0].video
+    assert find_video(tmp_path / POLICIES[0], line) == find_video(tmp_path / POLICIES[0] / "videos", line).resolve()
+
+
+def test_prompts_of_strips_are_the_first_that_most_runs_have(data):
+    assert shared_prompts(data, count=2) == [0, 1]
+    fewer = [replace(run, videos=run.videos[2 if n else 0 :]) for n, run in enumerate(data.runs)]
+    assert shared_prompts(replace(data, runs=fewer), count=2) == [1, 2]
+
+
+def test_one_run_without_a_baseline_to_compare_with(tmp_path):
+    runs = build_runs(1, num_prompts=3, num_seeds=1)
+    page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
+    sections = {attrs["id"] for attrs in page.all("section")}
+    assert "differences" not in sections and {"summary", "curves", "motion"} <= sections
+    assert not [attrs for attrs in page.all("button") if "data-toggle" in attrs]
+    assert "3 prompts are few" in "".join(page.text) and "baseline" not in page.tables[0][1][0][1]
+
+
+@pytest.mark.parametrize("overall", [True, False])
+def test_a_run_of_one_prompt_and_one_window_has_neither_intervals_nor_curves(tmp_path, overall):
+    runs = build_runs(2, num_prompts=1, num_seeds=1, num_windows=1, overall=overall)
+    page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
+    assert not page.faults and "curves" not in {attrs["id"] for attrs in page.all("section")}
+    assert "\u2013" in page.tables[0][-1][1][1], "what could be found is not known from one prompt"
+
+
+def test_nothing_measured_is_still_a_report(tmp_path):
+    runs = [replace(run, videos=()) for run in build_runs(2)]
+    page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
+    assert not page.faults and "no video of this run was measured" in "".join(page.text)
+
+
+def test_the_same_numbers_give_the_same_bytes(tmp_path, runs, comparison):
+    few = ["judge/mean_of_six"]
+    first, second = (write_report(tmp_path / name, runs, comparison, headline=few) for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    for path in (tmp_path / "a" / "report").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "report" / path.name).read_bytes(), path.name
+
+
+def test_figures_as_png(out):
+    for name in ("curves", "differences", "motion", "seams"):
+        with Image.open(out / "report" / f"{name}.png") as image:
+            assert image.width > 400 and np.asarray(image.convert("L")).std() > 5
+
+
+def test_without_matplotlib_the_page_says_so(tmp_path, runs, comparison, monkeypatch):
+    monkeypatch.setattr(report_png, "find_spec", lambda name: None)
+    text = write_report(tmp_path, runs, comparison).read_text(encoding="utf-8")
+    assert "No PNG figures: they need matplotlib" in text and "curves.png" not in text
+    assert not list((tmp_path / "report").glob("*.png"))
+
+
+def test_sixteen_policies_and_a_hundred_measures_stay_under_five_megabytes(tmp_path, plain):
+    runs = build_runs(16, num_prompts=2, num_seeds=1, num_windows=30, num_extra=88)
+    comparison = compare(runs, num_resamples=20)
+    assert len(comparison["metrics"]) >= 100
+    path = write_report(tmp_path, runs, comparison)
+    assert path.stat().st_size < 4_000_000, "filmstrips take about one more"
+    assert path.read_text(encoding="utf-8").count('class="plot curves"') >= 98
+
+
+def test_a_headline_that_was_not_measured_is_refused(tmp_path, runs, comparison):
+    with pytest.raises(
+        ValueError, match="'vbench/imaging_quality' has no value in this comparison; measured: vbench/"
+    ):
+        write_report(tmp_path, runs, comparison, headline=["vbench/imaging_quality"])
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def printed(table, width=80):
+    console = Console(width=width, record=True, force_terminal=False, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_terminals_table_fits_eighty_columns(runs, data):
+    text = printed(summary_table(compare(runs[:3])))
+    assert all(label in text for label in POLICIES[:3]) and "\u25b2" in text and "\u2026" not in text
+    level = data.headlines[0].level("full")
+    assert f"{level.value:.4f}" in text and f"{level.low:.4f}\u2013{level.high:.4f}" in text
+    assert len(summary_table(data.comparison, headline=["proxy/contrast"]).columns) == 2
+    text = printed(summary_table(data.comparison))
+    assert all(label in text for label in POLICIES[:4]) and "\u2026" not in text and " - " in text
