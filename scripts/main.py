@@ -7,6 +7,7 @@ import typer
 
 from longtake import __version__
 from longtake.configs.waiting import wait_briefly
+from longtake.scripts.attention import app as attention
 from longtake.scripts.benchmark import benchmark
 from longtake.scripts.console import out, run_app
 from longtake.scripts.evaluate import app as evaluate
@@ -41,6 +42,7 @@ app = typer.Typer(
 for _name, _command in COMMANDS.items():
     app.command(_name, no_args_is_help=_name not in ("policies", "benchmark"))(_command)
 app.add_typer(evaluate, name="evaluate")
+app.add_typer(attention, name="attention")
 
 
 def _show_version(value: bool) -> None:
