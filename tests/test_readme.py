@@ -55,6 +55,21 @@ def test_longtake_commands_work_in_order(tmp_path):
     assert len(videos) == 2 and all(path.stat().st_size for path in videos)
 
 
+def test_evaluation_in_the_text_works(tmp_path):
+    (text,) = re.findall(r"`longtake (evaluate run [^`]+)`", README)
+    shorter = ["--seconds", "1.5", "--samples", "1", "--num-prompts", "1"]  # the last value of an option counts
+    done = subprocess.run(
+        [Path(sys.executable).with_name("longtake"), *shlex.split(text), *shorter],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "study" / "report.html").is_file()
+    assert {path.parent.name for path in tmp_path.rglob("results.json")} == {"full", "deep_forcing", "pack"}
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {words[1] for words in _commands() if words[0] == "make"} | set(re.findall(r"`make ([a-z-]+)", README))
