@@ -201,7 +201,7 @@ def explain(request: AttentionRequest, *, allow_approx: bool = False, strict: bo
         One row for each entry of ``EXECUTORS``, in that order.
     """
     chosen = next(iter(_usable(request, strict)), None)
-    preferred = _preferences(request)
+    preferred = preferences(request)
     rows = []
     for name, cls in EXECUTORS.items():
         verdict = _verdict(name, request)
@@ -289,7 +289,7 @@ def _usable(request: AttentionRequest, strict: bool) -> Iterator[str]:
 @lru_cache(maxsize=4096)
 def _able(request: AttentionRequest, allows_unverified: bool) -> tuple[str, ...]:
     names = []
-    for name in _preferences(request):
+    for name in preferences(request):
         is_allowed = allows_unverified or request.device in EXECUTORS[name].verified_on
         if is_allowed and _verdict(name, request).ok:
             names.append(name)
@@ -313,7 +313,7 @@ def _log_choice(request: AttentionRequest, name: str) -> None:
     )
 
 
-def _preferences(request: AttentionRequest) -> tuple[str, ...]:
+def preferences(request: AttentionRequest) -> tuple[str, ...]:
     """Backends that ``auto`` may think of for a call, the fastest first, whether or not they can run it."""
     plan = request.plan
     if plan is None or plan.is_full:

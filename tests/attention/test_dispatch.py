@@ -1,0 +1,442 @@
+"""Which backend a call gets and why: verdicts as pure functions, errors that help, names that are followed."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.attention import (
+    EXECUTORS,
+    AttentionGeometry,
+    AttentionRequest,
+    BackendUnavailable,
+    BlockPlan,
+    attention,
+    explain,
+    sparse_attention,
+    trust,
+)
+from longtake.attention import dispatch as dispatch_module
+from longtake.attention.executors import Executor, Limits, base
+from longtake.attention.executors import dense as dense_module
+from longtake.attention.executors.base import FLOATS
+from longtake.attention.executors.flex import Flex
+from longtake.attention.lse import attend
+from longtake.attention.plan import split_runs, uniform_edges
+from longtake.attention.requests import CODES, PlanFacts
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
+import block_attention as reference  # noqa: E402
+
+PLAN = PlanFacts(density=0.4, num_heads=1, q_block=128, k_block=128, tile=256)
+CPU = AttentionRequest(num_queries=768, num_keys=5376, num_heads=4, num_kv_heads=4, head_dim=64)
+HOPPER = replace(CPU, device="cuda", capability=(9, 0), dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen(monkeypatch):
+    """Every test begins without checks made and without settings of the environment."""
+    monkeypatch.delenv(dispatch_module.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch_module.UNVERIFIED_VARIABLE, raising=False)
+    dispatch_module._able.cache_clear()
+    trust.forget()
+    yield
+    dispatch_module._able.cache_clear()
+    trust.forget()
+
+
+def _tokens(*, queries=256, keys=512, heads=2, kv_heads=2, batch=1, dtype=torch.float32):
+    torch.manual_seed(0)
+    shapes = ((batch, queries, heads, 32), *[(batch, keys, kv_heads, 32)] * 2)
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def _plan(*, queries=256, keys=512, heads=1, seed=0):
+    torch.manual_seed(seed)
+    edges = uniform_edges(queries, 128), uniform_edges(keys, 64)
+    mask = torch.rand(heads, len(edges[0]) - 1, len(edges[1]) - 1) < 0.4
+    mask[..., 0] = True
+    return BlockPlan.from_dense_block_mask(mask, *edges)
+
+
+def _chosen(request, **options):
+    return next((row.name for row in explain(request, **options) if row.is_chosen), None)
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (CPU, "sdpa"),
+        (replace(CPU, plan=PLAN), "gather_sdpa"),
+        (replace(CPU, plan=replace(PLAN, density=1.0)), "sdpa"),
+        (replace(CPU, num_queries=48, num_keys=96, plan=replace(PLAN, tile=4)), "sdpa_masked"),
+        (replace(CPU, plan=replace(PLAN, num_heads=4), return_lse=True), "gather_sdpa"),
+        (HOPPER, "sdpa"),
+        (replace(HOPPER, plan=PLAN), "gather_sdpa"),
+    ],
+)
+def test_what_auto_takes(request_, expected, monkeypatch):
+    monkeypatch.setattr(dispatch_module, "fastest", lambda device, dtype: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _chosen(request_) == expected
+
+
+def test_auto_takes_amds_attention_where_it_is_the_fastest(monkeypatch):
+    monkeypatch.setattr(dispatch_module, "fastest", lambda device, dtype: dispatch_module.zentorch)
+    monkeypatch.setattr(dense_module, "unavailable", lambda: None)
+    request = replace(CPU, dtype=torch.bfloat16)
+    assert _chosen(request) == "zentorch"
+    assert _chosen(replace(request, return_lse=True)) == _chosen(replace(request, has_scale=True)) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (replace(HOPPER, plan=PLAN), "flash4"),
+        (replace(HOPPER, plan=replace(PLAN, q_block=None)), "flashinfer_variable"),
+        (replace(HOPPER, plan=PLAN, capability=(12, 0)), "flashinfer"),
+        (replace(HOPPER, plan=replace(PLAN, num_heads=4), capability=(8, 0)), "flashinfer_variable"),
+        (replace(HOPPER, plan=PLAN, dtype=torch.float32), "flex"),
+        (replace(HOPPER, plan=PLAN, needs_grad=True, capability=(8, 0)), "flex"),
+        (replace(HOPPER, plan=PLAN, dtype=torch.float64), "gather_sdpa"),
+        (HOPPER, "sdpa"),
+    ],
+)
+def test_unverified_backends_are_taken_only_where_allowed(request_, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(base, "_installed", lambda package, module, install: dispatch_module.Verdict())
+    monkeypatch.setattr(Flex, "available", classmethod(lambda cls: dispatch_module.Verdict()))
+    assert _chosen(request_) in ("sdpa", "gather_sdpa")
+    row = next(row for row in explain(request_) if row.name == "flash4")
+    assert row.note == "not verified on cuda" and not row.is_verified
+    monkeypatch.setenv(dispatch_module.UNVERIFIED_VARIABLE, "1")
+    assert _chosen(request_) == expected
+
+
+def test_approximate_backends_are_never_automatic(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(base, "_installed", lambda package, module, install: dispatch_module.Verdict())
+    monkeypatch.setenv(dispatch_module.UNVERIFIED_VARIABLE, "1")
+    for allow in (False, True):
+        row = next(row for row in explain(HOPPER, allow_approx=allow) if row.name == "sage")
+        assert row.verdict.ok is allow and not row.is_chosen
+    assert "quantised" in next(row for row in explain(HOPPER) if row.name == "sage").verdict.text
+
+
+def test_strict_refuses_to_compute_every_pair(monkeypatch):
+    monkeypatch.setattr(EXECUTORS["gather_sdpa"], "supports", classmethod(lambda cls, request: _no("dtype", "no")))
+    q, k, v = _tokens()
+    plan = _plan()
+    assert attention(q, k, v, plan).shape == q.shape
+    with pytest.raises(BackendUnavailable, match="Pass strict=False") as caught:
+        attention(q, k, v, plan, strict=True)
+    assert caught.value.backend == "auto"
+    assert attention(q, k, v, strict=True).shape == q.shape
+
+
+def _no(code, text):
+    return dispatch_module.Verdict((dispatch_module.Reason(code, text),))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "code", "words"),
+    [
+        ("flash", {}, "no_device", "no kernels for cpu, only for cuda"),
+        ("flash", {"device": "cuda", "capability": (7, 5)}, "arch", "needs compute capability 8.0 or more"),
+        ("flash", {"device": "cuda", "capability": (8, 0)}, "dtype", "takes float16, bfloat16, not float32"),
+        ("flash", {"device": "cuda", "dtype": torch.float16, "head_dim": 320}, "head_dim", "up to 256"),
+        ("flash3", {"device": "cuda", "dtype": torch.float16, "head_dim": 36}, "head_dim", "steps of 8, not 36"),
+        ("flash", {"device": "cuda", "dtype": torch.float16, "plan": PLAN}, "feature", "no block sparsity"),
+        (
+            "flash4",
+            {"device": "cuda", "capability": (12, 0), "dtype": torch.float16, "plan": PLAN},
+            "arch",
+            "on sm_120 it has no block sparsity: that needs 9.x, 10.x or 11.x",
+        ),
+        (
+            "flash4",
+            {"device": "cuda", "capability": (9, 0), "dtype": torch.float16, "plan": replace(PLAN, k_block=64)},
+            "feature",
+            "blocks must be 128 x 128, not 128 x 64",
+        ),
+        (
+            "flashinfer",
+            {"device": "cuda", "dtype": torch.float16, "plan": replace(PLAN, num_heads=4)},
+            "feature",
+            "all heads must share one map, and the plan tells 4 apart",
+        ),
+        (
+            "flashinfer",
+            {"device": "cuda", "dtype": torch.float16, "plan": PLAN, "num_keys": 700},
+            "feature",
+            "the 700 keys must be a multiple of the block of 128",
+        ),
+        (
+            "flashinfer",
+            {"device": "cuda", "dtype": torch.float16, "plan": replace(PLAN, q_block=None)},
+            "feature",
+            "blocks must be of one size",
+        ),
+        (
+            "flashinfer_variable",
+            {"device": "cuda", "dtype": torch.float16, "plan": replace(PLAN, num_heads=4), "num_kv_heads": 2},
+            "feature",
+            "a map for every head of keys",
+        ),
+        ("xformers", {"device": "cuda", "num_kv_heads": 2}, "feature", "as many heads as queries, not 2 for 4"),
+        ("gather_sdpa", {}, "feature", "only for block plans"),
+        ("sdpa", {"plan": PLAN}, "feature", "keeps 40% of them"),
+        ("flex", {"plan": PLAN, "return_lse": True}, "feature", "does not return the log-sum-exp"),
+        ("flex", {"plan": PLAN, "needs_grad": True}, "feature", "no gradients"),
+        ("flex_eager", {"plan": PLAN, "num_queries": 32760, "num_keys": 32760}, "feature", "holds all"),
+        ("sage", {"device": "cuda", "dtype": torch.float16, "return_lse": True}, "feature", "log-sum-exp"),
+        ("zentorch", {"dtype": torch.bfloat16, "has_scale": True}, "feature", "head_dim ** -0.5 only"),
+        ("torch_varlen", {"device": "mps"}, "no_device", "no kernels for mps"),
+    ],
+)
+def test_verdicts_are_functions_of_the_request(name, changes, code, words):
+    verdict = EXECUTORS[name].supports(replace(CPU, **changes))
+    assert code in [reason.code for reason in verdict.reasons] and words in verdict.text
+
+
+def test_every_backend_answers_every_request_with_known_codes():
+    requests = [
+        replace(CPU, device=device, dtype=dtype, plan=plan, return_lse=lse)
+        for device in ("cpu", "cuda", "mps")
+        for dtype in FLOATS
+        for plan in (None, PLAN, replace(PLAN, num_heads=4, q_block=None))
+        for lse in (False, True)
+    ]
+    for request in requests:
+        rows = explain(request)
+        assert [row.name for row in rows] == list(EXECUTORS)
+        assert {reason.code for row in rows for reason in row.verdict.reasons} <= set(CODES)
+        assert sum(row.is_chosen for row in rows) <= 1
+        assert all(row.verdict.ok and row.exact for row in rows if row.is_chosen)
+
+
+def test_verdicts_import_no_package():
+    code = (
+        "import sys\n"
+        "from longtake.attention import AttentionRequest, explain\n"
+        "explain(AttentionRequest(num_queries=8, num_keys=8, num_heads=1, num_kv_heads=1, head_dim=8))\n"
+        "packages = {'flash_attn', 'flash_attn_interface', 'flashinfer', 'xformers', 'sageattention', 'zentorch'}\n"
+        "print(sorted(packages & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("flash", "flash-attn"),
+        ("flash3", "flash-attn-3"),
+        ("flash4", "flash-attn-4"),
+        ("flashinfer", "flashinfer-python"),
+        ("flashinfer_variable", "flashinfer-python"),
+        ("xformers", "xformers"),
+        ("sage", "sageattention"),
+    ],
+)
+def test_missing_packages_say_how_to_get_them_and_what_can_run_instead(name, package):
+    if EXECUTORS[name].available().ok:
+        pytest.skip(f"{package} is installed")
+    q, k, v = _tokens()
+    with pytest.raises(BackendUnavailable) as caught:
+        attention(q, k, v, _plan(), backend=name, allow_approx=True)
+    error = caught.value
+    assert (error.backend, error.code) == (name, "missing_package")
+    assert f"backend {name!r} cannot run this call: package {package!r} is not installed" in str(error)
+    assert "Install with: pip install" in error.hint and error.hint in str(error)
+    usable = str(error).partition("Usable now for this call: ")[2]
+    assert "gather_sdpa" in usable and "sdpa_masked" in usable
+    assert "sdpa," not in usable.replace("gather_sdpa,", "")  # dense attention is no way to run a plan
+
+
+def test_packages_that_do_not_load_are_named_with_what_they_said(monkeypatch):
+    def fail(module):
+        raise OSError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(base, "import_module", fail)
+    with pytest.raises(BackendUnavailable, match="undefined symbol.*Reinstall it for torch") as caught:
+        EXECUTORS["flash"]._load()
+    assert caught.value.code == "version"
+    monkeypatch.undo()
+    with pytest.raises(BackendUnavailable, match="pip install flash-attn") as caught:
+        EXECUTORS["flash"]._load("flash_attn_that_is_not_there")
+    assert caught.value.code == "missing_package"
+
+
+def test_a_missing_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    q, k, v = _tokens()
+    with pytest.raises(BackendUnavailable, match="C\\+\\+ compiler.*gather_sdpa") as caught:
+        attention(q, k, v, _plan(), backend="flex")
+    assert caught.value.code == "no_compiler"
+
+
+def test_unknown_names_and_the_environment(monkeypatch):
+    q, k, v = _tokens()
+    with pytest.raises(ValueError, match="Did you mean 'gather_sdpa'"):
+        attention(q, k, v, backend="gather_spda")
+    monkeypatch.setenv(dispatch_module.BACKEND_VARIABLE, "flash")
+    with pytest.raises(BackendUnavailable, match="backend 'flash'"):
+        attention(q, k, v)
+    assert attention(q, k, v, backend="sdpa").shape == q.shape  # a name in the code is nearer
+    monkeypatch.setenv(dispatch_module.BACKEND_VARIABLE, "flahs")
+    with pytest.raises(ValueError, match="'flahs'"):
+        attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 8, 2, 4), (1, 8, 2, 4), (1, 9, 2, 4)), "v in the shape of k"),
+        (((8, 2, 4), (8, 2, 4), (8, 2, 4)), "give \\(batch, tokens, heads, head_dim\\)"),
+        (((1, 8, 3, 4), (1, 8, 2, 4), (1, 8, 2, 4)), "heads of keys divide"),
+        (((1, 8, 2, 4), (2, 8, 2, 4), (2, 8, 2, 4)), "batch and head_dim"),
+        (((1, 0, 2, 4), (1, 8, 2, 4), (1, 8, 2, 4)), "at least one query"),
+    ],
+)
+def test_tensors_that_do_not_fit(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*map(torch.zeros, shapes))
+
+
+def test_plans_that_do_not_fit():
+    q, k, v = _tokens()
+    with pytest.raises(ValueError, match="256 queries and 640 keys"):
+        attention(q, k, v, _plan(keys=640))
+    with pytest.raises(ValueError, match="tells 3 heads apart but q has 2"):
+        attention(q, k, v, _plan(heads=3))
+    with pytest.raises(ValueError, match="float32 on cpu, float64 on cpu"):
+        attention(q, k.double(), v)
+    empty = torch.tensor([[True, False], [False, False]])
+    plan = BlockPlan.from_dense_block_mask(empty, uniform_edges(256, 128), uniform_edges(512, 256))
+    with pytest.raises(ValueError, match="reads no key"):
+        attention(q, k, v, plan)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8])
+def test_results_equal_the_reference(heads):
+    """One map for all, one per head, and one per head of each sample."""
+    q, k, v = _tokens(heads=4, kv_heads=2, batch=2)
+    plan = _plan(heads=heads)
+    masks = reference.token_mask(plan, heads)
+    masks = masks.unflatten(0, (2, 4)) if heads == 8 else masks
+    expected, sums = reference.attention(q, k, v, masks)
+    out, lse = attention(q, k, v, plan, return_lse=True)
+    assert (out - expected).abs().max() < 2e-6 and (lse - sums).abs().max() < 1e-5
+    assert torch.equal(attention(q, k, v, plan), out) or (attention(q, k, v, plan) - expected).abs().max() < 2e-6
+
+
+class _Wrong(Executor):
+    """Right but for the last queries, or for the sums."""
+
+    name = "gather_sdpa"
+    limits = Limits(devices=("cpu",), dtypes=FLOATS, plans="per_head", needs_plan=True)
+    verified_on = frozenset({"cpu"})
+    spoils_sums = False
+
+    def _execute(self, q, k, v, plan, scale, return_lse):
+        out, lse = attend(q, k, v, scale=scale, mask=plan.to_dense_mask()[None], return_lse=return_lse)
+        if self.spoils_sums:
+            return out, lse * 1.4427
+        return out.clone().index_fill_(1, torch.tensor([q.shape[1] - 1]), 0), lse
+
+
+@pytest.mark.parametrize("spoils_sums", [False, True])
+def test_a_backend_that_computes_something_else_is_found_out(spoils_sums, monkeypatch, caplog):
+    monkeypatch.setitem(EXECUTORS, "gather_sdpa", _Wrong)
+    monkeypatch.setattr(_Wrong, "spoils_sums", spoils_sums)
+    monkeypatch.setattr(dispatch_module, "executor", lambda name: EXECUTORS[name]())
+    q, k, v = _tokens()
+    plan = _plan()
+    expected, sums = reference.attention(q, k, v, reference.token_mask(plan, 2))
+    with pytest.raises(BackendUnavailable, match="computes something else") as caught:
+        attention(q, k, v, plan, backend="gather_sdpa", return_lse=True)
+    assert ("log-sum-exp" in str(caught.value)) is spoils_sums
+    for _ in range(2):
+        out, lse = attention(q, k, v, plan, return_lse=True)
+        assert (out - expected).abs().max() < 2e-6 and (lse - sums).abs().max() < 2e-6
+    assert _chosen(AttentionRequest.of(q, k, v, plan, return_lse=True)) == "sdpa_masked"
+
+
+def test_each_kind_of_call_is_looked_at_once(monkeypatch):
+    calls = []
+    check = trust.check
+    monkeypatch.setattr(trust, "check", lambda *args, **options: calls.append(args[0]) or check(*args, **options))
+    q, k, v = _tokens()
+    for seed in range(3):
+        attention(q, k, v, _plan(seed=seed))
+    assert calls == ["gather_sdpa"]
+    attention(q, k[:, :448], v[:, :448], _plan(keys=448))
+    attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), _plan(), backend="gather_sdpa")
+    assert calls == ["gather_sdpa"] * 3
+
+
+def test_numbers_that_say_nothing_are_not_held_against_a_backend():
+    q, k, v = _tokens()
+    attention(torch.full_like(q, torch.nan), k, v, _plan())
+    assert trust.fault_of("gather_sdpa", AttentionRequest.of(q, k, v, _plan())) is None
+    attention(q, k, v, _plan())
+    assert trust.fault_of("gather_sdpa", AttentionRequest.of(q, k, v, _plan())) == ""
+
+
+@dataclass
+class _Policy:
+    """Keeps its own frame, and declines in the first layer."""
+
+    is_static: bool = True
+    calls: int = 0
+
+    def plan(self, q, k, geometry, *, v=None, memory=None):
+        self.calls += 1
+        if memory is not None:
+            memory["calls"] = memory.get("calls", 0) + 1
+        if geometry.layer == 0:
+            return None
+        edges = split_runs([geometry.frame_tokens] * len(geometry.query_frames), 64)
+        frames = torch.arange(len(edges) - 1) // 4
+        return BlockPlan.from_dense_block_mask(frames[:, None] == frames, edges, edges)
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_policies_plan_and_may_decline(is_static):
+    geometry = AttentionGeometry.bidirectional(2, (10, 20), layer=1, num_layers=2)
+    q, k, v = _tokens(queries=400, keys=400, batch=2)
+    policy = _Policy(is_static=is_static)
+    memory = {}
+    out = sparse_attention(q, k, v, geometry, policy=policy, memory=memory)
+    own = torch.arange(400) // 200
+    expected, _ = reference.attention(q, k, v, own[:, None] == own)
+    assert (out - expected).abs().max() < 2e-6
+    assert policy.calls == (1 if is_static else 2)
+    assert memory == ({"calls": 1} if is_static else {("sample", 0): {"calls": 1}, ("sample", 1): {"calls": 1}})
+    # Where the policy declines the call is dense, whatever plans are run with.
+    first = replace(geometry, layer=0)
+    dense, lse = sparse_attention(q, k, v, first, policy=policy, backend="sdpa_masked", return_lse=True)
+    assert (dense - reference.attention(q, k, v)[0]).abs().max() < 2e-6 and lse.shape == (2, 2, 400)
+    with pytest.raises(ValueError, match="the geometry speaks of 400 and 400"):
+        sparse_attention(q[:, :200], k, v, geometry, policy=policy)
+
+
+def test_a_request_from_the_tensors():
+    q, k, v = _tokens(heads=4, kv_heads=2, batch=2)
+    request = AttentionRequest.of(q.requires_grad_(), k, v, _plan(heads=4), scale=32**-0.5, return_lse=True)
+    assert request == AttentionRequest(
+        batch=2,
+        num_queries=256,
+        num_keys=512,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        plan=PlanFacts(density=_plan(heads=4).density(), num_heads=4, q_block=128, k_block=64, tile=128.0),
+        return_lse=True,
+        needs_grad=True,
+    )
+    assert AttentionRequest.of(q, k, v, scale=1.0).has_scale

@@ -1,0 +1,398 @@
+"""Every executor against attention written out in float64; those that cannot run here, with kernels written out."""
+
+import math
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longtake.attention import BlockPlan, merge_parts
+from longtake.attention.executors import EXECUTORS, executor, flashinfer, gather_sdpa, torch_varlen
+from longtake.attention.executors.flex import Flex
+from longtake.attention.plan import split_runs, uniform_edges
+from longtake.attention.requests import AttentionRequest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
+import block_attention as reference  # noqa: E402
+
+FRAME = 200
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+SPARSE = ["sdpa_masked", "gather_sdpa", "flex_eager"]
+# queries, keys, heads, heads of keys, maps, block of queries, block of keys; frames: blocks aligned with them.
+CASES = {
+    "square": dict(queries=[384], keys=[384], heads=(2, 2), maps=1, blocks=(128, 128)),
+    "square, small blocks": dict(queries=[384], keys=[384], heads=(2, 2), maps=2, blocks=(64, 64)),
+    "cached": dict(queries=[256], keys=[1024], heads=(2, 2), maps=1, blocks=(128, 64)),
+    "ragged": dict(queries=[350], keys=[700], heads=(2, 2), maps=2, blocks=(128, 128)),
+    "grouped": dict(queries=[350], keys=[700], heads=(4, 2), maps=1, blocks=(64, 128)),
+    "grouped, per head": dict(queries=[256], keys=[512], heads=(4, 2), maps=4, blocks=(128, 64)),
+    "frames": dict(queries=[FRAME] * 3, keys=[FRAME] * 5, heads=(2, 2), maps=1, blocks=(128, 128)),
+    "frames, per head": dict(queries=[FRAME] * 2, keys=[FRAME] * 5, heads=(4, 2), maps=4, blocks=(64, 128)),
+    "wide blocks of queries": dict(queries=[FRAME] * 3, keys=[FRAME] * 5, heads=(2, 2), maps=2, blocks=(600, 64)),
+    "one key": dict(queries=[130], keys=[1], heads=(2, 2), maps=1, blocks=(64, 64)),
+    "one query": dict(queries=[1], keys=[300], heads=(2, 2), maps=2, blocks=(64, 64)),
+}
+
+
+def _plan(case, *, seed=0, density=0.4, orders=False):
+    torch.manual_seed(seed)
+    edges = [split_runs(case[name], block) for name, block in zip(("queries", "keys"), case["blocks"], strict=True)]
+    mask = torch.rand(case["maps"], *(len(own) - 1 for own in edges)) < density
+    mask[..., -1] |= ~mask.any(-1)
+    order = {}
+    if orders:
+        lengths = (sum(case["queries"]), sum(case["keys"]))
+        heads = case["heads"][0]
+        order = {
+            name: torch.stack([torch.randperm(length) for _ in range(heads)])
+            for name, length in zip(("q_perm", "k_perm"), lengths, strict=True)
+        }
+    return BlockPlan.from_dense_block_mask(mask, *edges, **order).validate()
+
+
+def _tokens(case, *, batch=2, head_dim=32, dtype=torch.float32, seed=1):
+    torch.manual_seed(seed)
+    heads, kv_heads = case["heads"]
+    lengths = (sum(case["queries"]), sum(case["keys"]))
+    shapes = ((batch, lengths[0], heads, head_dim), *[(batch, lengths[1], kv_heads, head_dim)] * 2)
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def _assert_equal(name, q, k, v, plan, *, run=None, scale=None, tolerance=None, with_lse=True):
+    mask = None if plan is None else reference.token_mask(plan, q.shape[2])
+    expected, sums = reference.attention(q, k, v, mask, scale=scale)
+    tolerance = tolerance or TOLERANCE[q.dtype]
+    run = run or executor(name).run
+    out = run(q, k, v, plan=plan, scale=scale)
+    assert out.dtype == q.dtype and out.shape == q.shape
+    assert (out - expected).abs().max() <= tolerance
+    if with_lse:
+        again, lse = run(q, k, v, plan=plan, scale=scale, return_lse=True)
+        assert lse.dtype == torch.promote_types(q.dtype, torch.float32) and lse.shape == sums.shape
+        assert (again - expected).abs().max() <= tolerance
+        assert (lse - sums).abs().max() <= tolerance * max(1.0, sums.abs().max().item())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", SPARSE)
+def test_plans_equal_the_reference(name, case):
+    _assert_equal(name, *_tokens(CASES[case]), _plan(CASES[case]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sdpa", *SPARSE])
+def test_other_precisions(name, dtype):
+    case = CASES["frames, per head"]
+    plan = None if name == "sdpa" else _plan(case)
+    # What is left after rounding the inputs: the reference sees the same rounded ones.
+    _assert_equal(name, *_tokens(case, dtype=dtype), plan)
+
+
+@pytest.mark.parametrize("case", ["cached", "grouped", "frames, per head"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_orders_are_applied_and_undone(name, case):
+    _assert_equal(name, *_tokens(CASES[case]), _plan(CASES[case], orders=True))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_edges_that_differ_by_head(name):
+    """As clusters have them, empty ones among them."""
+    q_edges = torch.tensor([[0, 30, 30, 100], [0, 10, 55, 100]], dtype=torch.int32)
+    k_edges = torch.tensor([[0, 120, 150, 150, 300], [0, 1, 2, 200, 300]], dtype=torch.int32)
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 0], [0, 1, 0, 1]]).bool().expand(2, -1, -1)
+    plan = BlockPlan.from_dense_block_mask(mask, q_edges, k_edges).validate()
+    _assert_equal(name, *_tokens({"queries": [100], "keys": [300], "heads": (2, 2)}), plan)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_full_plan_is_dense_attention(name):
+    q, k, v = _tokens(CASES["ragged"])
+    plan = BlockPlan.full(uniform_edges(350, 128), uniform_edges(700, 128))
+    assert (executor(name).run(q, k, v, plan=plan) - executor("sdpa").run(q, k, v)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["sdpa", *SPARSE])
+def test_scale(name):
+    case = CASES["cached"]
+    _assert_equal(name, *_tokens(case), None if name == "sdpa" else _plan(case), scale=0.1)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_inputs_stay_as_they_are_and_may_be_views(name):
+    case = CASES["frames"]
+    q, k, v = _tokens(case)
+    wide = torch.cat([k, v], dim=-1)
+    k, v = wide[..., :32], wide[..., 32:]  # as a fused projection leaves them
+    before = wide.clone()
+    _assert_equal(name, q, k, v, _plan(case))
+    assert torch.equal(wide, before)
+
+
+@pytest.mark.parametrize("case", ["frames", "frames, per head"])
+@pytest.mark.parametrize("name", ["sdpa_masked", "gather_sdpa"])
+def test_gradients(name, case):
+    plan, tokens = _plan(CASES[case]), _tokens(CASES[case], batch=1)
+    gradients = []
+    for run in (executor(name).run, _written_out):
+        leaves = [x.clone().requires_grad_() for x in tokens]
+        (run(*leaves, plan=plan) ** 2).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def _written_out(q, k, v, plan):
+    return reference.attention(q, k, v, reference.token_mask(plan, q.shape[2]))[0]
+
+
+def test_rows_are_cut_into_bounded_parts(monkeypatch):
+    """Less memory, the same numbers: rows of one size in several calls, keys of several blocks."""
+    case = CASES["frames, per head"]
+    monkeypatch.setattr(gather_sdpa, "MAX_GATHERED", 1)
+    _assert_equal("gather_sdpa", *_tokens(case), _plan(case))
+
+
+def test_a_wrong_list_is_noticed():
+    """One block moved by one place: the tolerance is not so wide that it would pass."""
+    case = CASES["frames"]
+    plan = _plan(case)
+    mask = plan.block_mask.clone()
+    row, column = next((row, int(kept.float().argmin())) for row, kept in enumerate(mask[0]) if not kept.all())
+    mask[0, row, column] = True
+    wrong = BlockPlan.from_dense_block_mask(mask, plan.q_edges, plan.k_edges)
+    q, k, v = _tokens(case)
+    expected, _ = reference.attention(q, k, v, reference.token_mask(plan, 2))
+    for name in SPARSE:
+        assert (executor(name).run(q, k, v, plan=wrong) - expected).abs().max() > 1e-3
+
+
+def test_flex_ignores_lists_without_a_function_and_ours_has_one():
+    """The trap: the same lists of blocks, without our function, give dense attention and no error."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    case = CASES["square"]
+    q, k, v = _tokens(case)
+    plan = _plan(case)
+    ours = plan.to_flex()
+    bare = BlockMask.from_kv_blocks(
+        ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices, BLOCK_SIZE=128
+    )
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    trapped = flex_attention(*heads_first, block_mask=bare).transpose(1, 2)
+    sparse, _ = reference.attention(q, k, v, reference.token_mask(plan, 2))
+    dense, _ = reference.attention(q, k, v)
+    assert (trapped - dense).abs().max() < 1e-5 and (trapped - sparse).abs().max() > 0.1
+    assert (flex_attention(*heads_first, block_mask=ours).transpose(1, 2) - sparse).abs().max() < 2e-6
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled flex needs a C++ compiler")
+def test_flex_compiled_equals_the_reference_and_compiles_once_per_shape():
+    """Frames, per-head maps, ragged ends and fewer heads of keys at once: a compilation takes long."""
+    if not Flex.available().ok or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("compiled flex needs AVX2 and a C++ compiler")
+    case = dict(CASES["frames, per head"], heads=(4, 2))
+    tokens = _tokens(case, batch=1)
+    _assert_equal("flex", *tokens, _plan(case), with_lse=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        _assert_equal("flex", *tokens, _plan(case, seed=5, density=0.7), with_lse=False)
+
+
+@pytest.mark.parametrize("case", ["frames", "frames, per head", "grouped"])
+@pytest.mark.parametrize("limit", [1, 1 << 27])
+def test_varlen_packs_groups_as_sequences(case, limit, monkeypatch):
+    """PyTorch's kernel is for CUDA; written out, it must be given the right sequences."""
+    monkeypatch.setattr(torch_varlen, "MAX_GATHERED", limit)
+    monkeypatch.setattr(torch_varlen.TorchVarlen, "_kernel", lambda self: _varlen)
+    for plan in (_plan(CASES[case]), None):
+        _assert_equal("torch_varlen", *_tokens(CASES[case]), plan)
+
+
+def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux, scale, enable_gqa):
+    outs, sums = [], []
+    for start, stop, first, last in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        assert stop - start <= max_q and last - first <= max_k and (enable_gqa or q.shape[1] == k.shape[1])
+        out, lse = reference.attention(q[None, start:stop], k[None, first:last], v[None, first:last], scale=scale)
+        outs.append(out[0].to(q.dtype))
+        sums.append(lse[0].float())
+    return (torch.cat(outs), torch.cat(sums, dim=1)) if return_aux is not None else torch.cat(outs)
+
+
+class _Base2Wrapper:
+    """FlashInfer's interface, written out: blocks as BSR or with sizes per head, sums in base 2."""
+
+    def __init__(self, workspace):
+        self.calls = 0
+
+    def run(self, q, k, v, *, return_lse):
+        self.calls += 1
+        mask = self.mask.repeat_interleave((q.shape[1] if self.tokens_first else q.shape[0]) // len(self.mask), dim=0)
+        q, k, v = (x if self.tokens_first else x.transpose(0, 1) for x in (q, k, v))
+        out, lse = reference.attention(q[None], k[None], v[None], mask, scale=self.scale)
+        out, lse = out[0].to(q.dtype), (lse[0] / math.log(2)).float()
+        out, lse = (out, lse.transpose(0, 1)) if self.tokens_first else (out.transpose(0, 1), lse)
+        return (out, lse) if return_lse else out
+
+
+class _BsrWrapper(_Base2Wrapper):
+    tokens_first = True
+
+    def plan(self, indptr, indices, M, N, R, C, heads, kv_heads, head_dim, *, sm_scale, q_data_type):  # noqa: N803
+        blocks = torch.zeros(len(indptr) - 1, -(-N // C), dtype=torch.bool)
+        for row, (start, stop) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
+            blocks[row, indices[start:stop].long()] = True
+        self.mask = blocks.repeat_interleave(R, 0)[:M].repeat_interleave(C, 1)[:, :N][None]
+        self.scale = sm_scale
+
+
+class _VariableWrapper(_Base2Wrapper):
+    tokens_first = False
+
+    def plan(self, mask, rows, columns, heads, kv_heads, head_dim, *, sm_scale, q_data_type):
+        assert rows.dtype == columns.dtype == torch.int32 and len(mask) == len(rows) == len(columns) == kv_heads
+        self.mask = torch.stack(
+            [m.repeat_interleave(r, 0).repeat_interleave(c, 1) for m, r, c in zip(mask, rows, columns, strict=True)]
+        )
+        self.scale = sm_scale
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("flashinfer", "cached"),
+        ("flashinfer_variable", "frames"),
+        ("flashinfer_variable", "grouped"),
+        ("flashinfer_variable", "square, small blocks"),
+    ],
+)
+def test_flashinfer_is_given_the_plan_and_its_base_2_sums_are_converted(name, case, monkeypatch):
+    module = SimpleNamespace(
+        BlockSparseAttentionWrapper=_BsrWrapper, VariableBlockSparseAttentionWrapper=_VariableWrapper
+    )
+    monkeypatch.setattr(EXECUTORS[name], "_load", classmethod(lambda cls, module_name=None: module))
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 8)
+    monkeypatch.setattr(flashinfer, "_workspace", lambda device: torch.empty(8))
+    plan = _plan(CASES[case])
+    _assert_equal(name, *_tokens(CASES[case]), plan)
+    assert sum(wrapper.calls for wrapper in flashinfer._wrappers[plan].values()) == 4  # planned once, run per sample
+
+
+def _flash(kernel_name, takes):
+    def kernel(q, k, v, *, softmax_scale, **options):
+        assert set(options) <= takes
+        tensors = options.get("block_sparse_tensors")
+        mask = None
+        if tensors is not None:
+            assert not tensors.mask_block_cnt.any()
+            _, heads, rows = tensors.full_block_cnt.shape
+            mask = torch.zeros(heads, rows * 128, -(-k.shape[1] // 128) * 128, dtype=torch.bool)
+            for head in range(heads):
+                for row, count in enumerate(tensors.full_block_cnt[0, head].tolist()):
+                    for column in tensors.full_block_idx[0, head, row, :count].tolist():
+                        mask[head, row * 128 : row * 128 + 128, column * 128 : column * 128 + 128] = True
+            mask = mask[:, : q.shape[1], : k.shape[1]]
+        out, lse = reference.attention(q, k, v, mask, scale=softmax_scale)
+        wants = options.get("return_lse") or options.get("return_attn_probs")
+        return (out.to(q.dtype), lse.float(), None) if wants else out.to(q.dtype)
+
+    return SimpleNamespace(**{kernel_name: kernel, "BlockSparseTensorsTorch": SimpleNamespace})
+
+
+@pytest.mark.parametrize(
+    ("name", "takes", "case"),
+    [
+        ("flash", {"return_attn_probs"}, None),
+        ("flash3", {"return_attn_probs"}, None),
+        ("flash4", {"return_lse"}, None),
+        ("flash4", {"return_lse", "block_sparse_tensors"}, "ragged"),
+        ("flash4", {"return_lse", "block_sparse_tensors"}, "square"),
+    ],
+)
+def test_flash_attn_is_called_as_documented(name, takes, case, monkeypatch):
+    module = _flash("flash_attn_func", takes)
+    monkeypatch.setattr(EXECUTORS[name], "_load", classmethod(lambda cls, module_name=None: module))
+    _assert_equal(name, *_tokens(CASES[case or "cached"]), _plan(CASES[case]) if case else None)
+
+
+def test_xformers_is_called_as_documented(monkeypatch):
+    def with_sums(q, k, v, *, scale):
+        out, lse = reference.attention(q, k, v, scale=scale)
+        return out.to(q.dtype), torch.nn.functional.pad(lse.float(), (0, 32))
+
+    module = SimpleNamespace(
+        memory_efficient_attention=lambda q, k, v, *, scale: with_sums(q, k, v, scale=scale)[0],
+        memory_efficient_attention_forward_requires_grad=with_sums,
+    )
+    monkeypatch.setattr(EXECUTORS["xformers"], "_load", classmethod(lambda cls, module_name=None: module))
+    _assert_equal("xformers", *_tokens(CASES["cached"]), None)
+
+
+@pytest.mark.parametrize("name", ["sdpa_masked", "gather_sdpa"])
+@pytest.mark.parametrize("case", ["frames", "frames, per head"])
+def test_parts_merge_to_the_whole(name, case):
+    """Two plans that share no block, one after the other, are their union."""
+    case = CASES[case]
+    q, k, v = _tokens(case)
+    torch.manual_seed(3)
+    edges = [split_runs(case[name], block) for name, block in zip(("queries", "keys"), case["blocks"], strict=True)]
+    shape = (case["maps"], len(edges[0]) - 1, len(edges[1]) - 1)
+    share = torch.rand(shape)
+    masks = [share < 0.3, share > 0.6]
+    masks[0][..., 0], masks[1][..., 0] = True, False
+    masks[0][..., -1], masks[1][..., -1] = False, True
+    plans = [BlockPlan.from_dense_block_mask(mask, *edges) for mask in (*masks, masks[0] | masks[1])]
+    *parts, whole = (executor(name).run(q, k, v, plan=plan, return_lse=True) for plan in plans)
+    out, lse = merge_parts(parts)
+    assert (out - whole[0]).abs().max() < 1e-6 and (lse - whole[1]).abs().max() < 2e-6
+
+
+def test_a_log_weight_counts_keys_several_times():
+    q, k, v = _tokens(CASES["cached"])
+    near, far = (k[:, :600], v[:, :600]), (k[:, 600:], v[:, 600:])
+    parts = [executor("sdpa").run(q, *keys, return_lse=True) for keys in (near, far)]
+    repeated = [torch.cat([own, *[other] * 3], dim=1) for own, other in zip(near, far, strict=True)]
+    expected, sums = reference.attention(q, *repeated)
+    per_query = torch.full((2, 1, 256), math.log(3))
+    for weights in ([0.0, math.log(3)], [0.0, per_query]):
+        out, lse = merge_parts(parts, weights)
+        assert (out - expected).abs().max() < 2e-6 and (lse - sums).abs().max() < 2e-6
+
+
+def test_parts_that_read_nothing_weigh_nothing():
+    q, k, v = _tokens(CASES["cached"])
+    whole = executor("sdpa").run(q, k, v, return_lse=True)
+    nothing = (torch.zeros_like(q), torch.full_like(whole[1], -math.inf))
+    out, lse = merge_parts([nothing, whole])
+    assert torch.equal(out, whole[0]) and torch.equal(lse, whole[1])
+    out, lse = merge_parts([nothing, nothing])
+    assert not out.any() and (lse == -math.inf).all()
+    with pytest.raises(ValueError, match="parts is empty"):
+        merge_parts([])
+    with pytest.raises(ValueError, match="1 log_weights for 2 parts"):
+        merge_parts([nothing, whole], [0.0])
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_executors_that_are_not_here_are_skipped_with_their_reason(name):
+    """On a machine that has one, it is run against the reference; elsewhere its reason is given."""
+    available = EXECUTORS[name].available()
+    device = "cpu" if "cpu" in EXECUTORS[name].limits.devices else "cuda"
+    if not available.ok or (device == "cuda" and not torch.cuda.is_available()):
+        pytest.skip(available.text or "no CUDA device")
+    dtype = EXECUTORS[name].limits.dtypes[-1]
+    case = CASES["square"]
+    plan = _plan(case) if EXECUTORS[name].limits.needs_plan else None
+    q, k, v = (x.to(device) for x in _tokens(case, dtype=dtype, head_dim=64))
+    if not EXECUTORS[name].supports(AttentionRequest.of(q, k, v, plan)).ok:
+        pytest.skip(EXECUTORS[name].supports(AttentionRequest.of(q, k, v, plan)).text)
+    if name == "flex" and device == "cpu":
+        pytest.skip("has its own test: compiling takes long")
+    mask = None if plan is None else reference.token_mask(plan, 2).to(device)
+    expected, _ = reference.attention(q, k, v, mask)
+    found = executor(name).run(q, k, v, plan=plan)
+    if EXECUTORS[name].exact:
+        assert (found - expected).abs().max() <= TOLERANCE[dtype]
+    else:
+        assert torch.cosine_similarity(found.double().flatten(), expected.flatten(), dim=0) > 0.999
