@@ -1,8 +1,8 @@
 """``longtake benchmark``: speed and memory on this machine, as ratios within one process.
 
-Five parts: how busy the transformer keeps the processor, a minute of video end to end, whether a thousand blocks stay
-flat, what each cache policy costs, and what measuring videos costs. Run it on an idle machine with
-``OMP_WAIT_POLICY=PASSIVE`` (``make bench``).
+Six parts: how busy the transformer keeps the processor, a minute of video end to end, whether a thousand blocks stay
+flat, what each cache policy costs, what sparse attention saves, and what measuring videos costs. Run it on an idle
+machine with ``OMP_WAIT_POLICY=PASSIVE`` (``make bench``).
 """
 
 import json
@@ -24,6 +24,7 @@ class Part(StrEnum):
     VIDEO = "video"
     FLAT = "flat"
     POLICIES = "policies"
+    ATTENTION = "attention"
     EVALUATION = "evaluation"
 
 
@@ -37,10 +38,11 @@ def benchmark(
 
     **transformer**: share of the processor's matmul rate that a rollout reaches. **video**: the mini model from text
     to closed file. **flat**: time and memory per block over a long rollout. **policies**: time per block of every
-    policy beside the sliding window that attends to as much. **evaluation**: speed and peak memory of the metrics that
-    need no weights.
+    policy beside the sliding window that attends to as much. **attention**: gathered sparse attention beside dense
+    attention. **evaluation**: speed and peak memory of the metrics that need no weights.
     """
     from longtake.scripts import measure
+    from longtake.scripts.measure_attention import measure_attention
     from longtake.scripts.measure_evaluation import measure_evaluation
     from longtake.scripts.measure_policies import measure_policies
 
@@ -51,6 +53,7 @@ def benchmark(
         Part.TRANSFORMER: measure.measure_transformer,
         Part.VIDEO: lambda: measure.measure_video(seconds),
         Part.POLICIES: measure_policies,
+        Part.ATTENTION: measure_attention,
         Part.EVALUATION: measure_evaluation,
     }
     for name, take in parts.items():
