@@ -13,6 +13,7 @@ from longtake.cache.base import (
     PolicyState,
     Read,
 )
+from longtake.cache.calls import Call, Run, SparseAttention
 from longtake.cache.frames import FramePlan, FramePolicy
 from longtake.cache.kv_cache import KVCache
 from longtake.cache.registry import DEFAULT_POLICY, EXACT_POLICY, POLICIES, make_policy
@@ -25,6 +26,7 @@ __all__ = [
     "BlockTrace",
     "CachePolicy",
     "CacheStats",
+    "Call",
     "Context",
     "EncodeJob",
     "Event",
@@ -38,6 +40,8 @@ __all__ = [
     "PlainStorage",
     "PolicyState",
     "Read",
+    "Run",
+    "SparseAttention",
     "Storage",
     "Stored",
     "TokenBuffer",

@@ -240,6 +240,11 @@ class CachePolicy(ABC):
         return False
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether reads have a bias, which sparse attention does not take."""
+        return False
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it needs something trained or measured for a model: a compressor, a map of heads."""
         return False

@@ -24,6 +24,7 @@ from longtake.cache.base import (
     Number,
     Pass,
 )
+from longtake.cache.calls import Call, Run, SparseAttention
 from longtake.rope import GridRotary, apply_phases, axis_frequencies
 
 
@@ -43,6 +44,7 @@ class _Scratch:
     heads: tuple[int, ...] | None
     num_context_tokens: int = 0
     bias: Tensor | None = None
+    runs: tuple[Run, ...] = ()
 
 
 @dataclass
@@ -73,13 +75,22 @@ class KVCache:
         policy: What to keep and read.
         geometry: Shapes of the rollout.
         attention: Dense attention of (batch, tokens, heads, head_dim) tensors.
+        sparse: Takes its place in passes of the rollout's blocks; passes that a policy asked for stay dense.
     """
 
-    def __init__(self, policy: CachePolicy, geometry: Geometry, *, attention: Attention) -> None:
+    def __init__(
+        self,
+        policy: CachePolicy,
+        geometry: Geometry,
+        *,
+        attention: Attention,
+        sparse: SparseAttention | None = None,
+    ) -> None:
         self.policy = policy
         self.geometry = geometry
         self.state = policy.start(geometry)
         self.attention = attention
+        self.sparse = sparse
         self._rotary = GridRotary(
             axis_frequencies(geometry.head_dim),
             num_rows=geometry.num_rows,
@@ -113,14 +124,15 @@ class KVCache:
         own = slice(None)
         if read_set.num_own_frames is not None:
             own = slice(q.shape[1] // pass_.num_frames * (pass_.num_frames - read_set.num_own_frames), None)
+        call = self._call(layer, pass_, read_set)
         if len(read_set.parts) == 1 and read_set.parts[0].heads is None:
-            out = self._attend(read_set.parts[0], rotated, k[:, own], v[:, own], phases[..., own, :])
+            out = self._attend(read_set.parts[0], rotated, k[:, own], v[:, own], phases[..., own, :], call)
         else:
             out = torch.empty_like(q)
             for part in read_set.parts:
                 heads = list(part.heads)
                 own_kv = k[:, own, heads], v[:, own, heads]
-                out[:, :, heads] = self._attend(part, rotated[:, :, heads], *own_kv, phases[..., own, :])
+                out[:, :, heads] = self._attend(part, rotated[:, :, heads], *own_kv, phases[..., own, :], call)
         if pass_.kind != "denoise":
             self.state.commit(layer, pass_, q, k, v)
         return out
@@ -148,11 +160,22 @@ class KVCache:
         self._read_sets.clear()
         self.state.load_state_dict(state)
 
-    def _attend(self, part: _Scratch, q: Tensor, k: Tensor, v: Tensor, phases: Tensor) -> Tensor:
+    def _call(self, layer: int, pass_: Pass, read_set: _ReadSet) -> Call | None:
+        """What sparse attention is told, where a pass is one of whole frames that all see each other."""
+        is_plain = read_set.num_own_frames is None and pass_.kind != "encode" and pass_.grid is None
+        if self.sparse is None or not is_plain or isinstance(read_set.query_positions, Tensor):
+            return None
+        return Call(layer, pass_, (), read_set.query_positions)
+
+    def _attend(self, part: _Scratch, q: Tensor, k: Tensor, v: Tensor, phases: Tensor, call: Call | None) -> Tensor:
         start = part.num_context_tokens
         end = start + k.shape[1]
         apply_phases(k, phases, out=part.keys[:, start:end])
         part.values[:, start:end] = v
+        if call is not None:
+            bias = None if part.bias is None else part.bias[..., :end]
+            call = replace(call, runs=part.runs, heads=part.heads)
+            return self.sparse(q, part.keys[:, :end], part.values[:, :end], call, bias)
         if part.bias is None:
             return self.attention(q, part.keys[:, :end], part.values[:, :end])
         return self.attention(q, part.keys[:, :end], part.values[:, :end], part.bias[..., :end])
@@ -198,6 +221,7 @@ class KVCache:
             scratch = _Scratch(*(self._empty(max(num_tokens, bound), num_heads) for _ in range(2)), heads)
         scratch.num_context_tokens = num_context
         scratch.bias = self._bias(scratch, source)
+        scratch.runs = tuple(Run.of(read) for read in source.reads) if self.sparse is not None else ()
         start = 0
         for read in source.reads:
             stored = read.stored

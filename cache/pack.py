@@ -80,6 +80,11 @@ class Pack(CachePolicy):
         return "lr" in self.compressor
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Cells may count for the tokens they stand for."""
+        return self.is_count_biased
+
+    @property
     def needs_weights(self) -> bool:
         """The network of ``hr`` is trained for its model."""
         return "hr" in self.compressor

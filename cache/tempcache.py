@@ -32,6 +32,7 @@ class TempCache(CachePolicy):
 
     name: ClassVar[str] = "tempcache"
     source: ClassVar[str] = "FAST-AR, arXiv:2602.01801"
+    weighs_tokens: ClassVar[bool] = True  # a merged token counts for those it stands for
 
     num_context_frames: int = 21  # everything attended, in frames' worth of tokens: history and the block itself
     min_similarity: float = 0.9  # of un-rotated keys

@@ -53,6 +53,11 @@ class Wrapper(CachePolicy):
         return self.inner.needs_vae
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether reads have a bias: the inner policy's."""
+        return self.inner.weighs_tokens
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it works with trained weights only: the inner policy's."""
         return self.inner.needs_weights

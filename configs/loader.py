@@ -1,9 +1,9 @@
 """From YAML files, presets and dotted overrides to one validated ``RunConfig``.
 
-``cache``, ``sampler`` and ``model`` are groups. ``cache: sliding_window`` is the preset of that name, a mapping goes
-over the preset it names, and changing the name drops what belonged to the old one; so for ``cache.inner``, the policy
-that a wrapper takes. ``model: NAME`` is a family with
-its bundled weights, ``model: FOLDER`` a folder that is run like Self-Forcing unless ``family`` says otherwise.
+``cache``, ``sampler``, ``attention`` and ``model`` are groups. ``cache: sliding_window`` is the preset of that name, a
+mapping goes over the preset it names, and changing the name drops what belonged to the old one; so for
+``cache.inner``, the policy that a wrapper takes. ``model: NAME`` is a family with its bundled weights,
+``model: FOLDER`` a folder that is run like Self-Forcing unless ``family`` says otherwise.
 """
 
 import os
@@ -40,6 +40,7 @@ GROUPS = (
     _Group("model", "family", "model family"),
     _Group("cache", "policy", "cache policy"),
     _Group("sampler", "name", "sampler"),
+    _Group("attention", "policy", "attention policy"),
 )
 
 
@@ -47,7 +48,7 @@ def preset_names(folder: str) -> list[str]:
     """List the presets of a group.
 
     Args:
-        folder: ``cache``, ``sampler`` or ``model``.
+        folder: ``cache``, ``sampler``, ``attention`` or ``model``.
     """
     if folder == "model":
         return family_names()
@@ -59,7 +60,7 @@ def load_preset(folder: str, name: str) -> dict[str, Any]:
     """Read one preset.
 
     Args:
-        folder: ``cache``, ``sampler`` or ``model``.
+        folder: ``cache``, ``sampler``, ``attention`` or ``model``.
         name: One of ``preset_names(folder)``.
 
     Raises:
@@ -147,6 +148,7 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
         "model": model,
         "cache": _mapping(values["cache"], "cache"),
         "sampler": sampler,
+        "attention": _mapping(values.get("attention") or {"policy": "dense"}, "attention"),
         "prompt_changes": tuple(_build_change(change) for change in changes),
         "output": build(OutputConfig, _mapping(values.get("output") or {}, "output"), what="the output"),
     }

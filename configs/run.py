@@ -99,6 +99,8 @@ class RunConfig:
         model: Weights.
         cache: ``policy`` and its fields, as ``longtake.cache.make_policy`` takes them.
         sampler: ``name`` and its fields, as ``longtake.samplers.make_sampler`` takes them.
+        attention: ``policy`` and its fields, as ``longtake.attention.make_attention_policy`` takes them, and
+            ``backend``.
         prompt: What to show.
         negative_prompt: What not to show; for samplers with guidance.
         seconds: Length of the video.
@@ -119,6 +121,7 @@ class RunConfig:
     height: int | None = None
     width: int | None = None
     prompt_changes: tuple[PromptChange, ...] = ()
+    attention: Mapping[str, Any] = field(default_factory=lambda: {"policy": "dense"})
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:

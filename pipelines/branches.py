@@ -1,13 +1,13 @@
 """The guidance branches of a rollout: their caches and prompts, the block that waits for its commit, encode jobs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longtake.cache import BlockTrace, CachePolicy, EncodeJob, Event, Geometry, KVCache, Pass
+from longtake.cache import BlockTrace, CachePolicy, EncodeJob, Event, Geometry, KVCache, Pass, SparseAttention
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 
 
@@ -51,6 +51,7 @@ class Branches:
         guidance_scale: Weight of the conditional branch; of no use to a single one.
         pixels: For jobs with ``pooling``.
         context_timestep: For jobs that leave theirs to the rollout.
+        sparse: Makes the sparse attention of a branch's cache; None: dense.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class Branches:
         guidance_scale: float,
         pixels: Pixels | None,
         context_timestep: float = 0.0,
+        sparse: Callable[[], SparseAttention | None] = lambda: None,
     ) -> None:
         self.causal = causal
         self.context_timestep = context_timestep
         self.guidance_scale = guidance_scale
         self.pixels = pixels
         self.prompts = [self._prompt(e) for e in embeds]
-        self.caches = [KVCache(policy, geometry, attention=causal.attention) for _ in embeds]
+        self.caches = [KVCache(policy, geometry, attention=causal.attention, sparse=sparse()) for _ in embeds]
         self.pending: Pending | None = None
 
     def can_merge(self, num_frames: int) -> bool:

@@ -1,6 +1,7 @@
 """What is refused before a rollout does any work."""
 
 from longtake.cache import POLICIES, CachePolicy
+from longtake.models.sparse_attention import AttentionSetting
 from longtake.pipelines.prompts import check_event
 from longtake.samplers import Sampler
 
@@ -53,6 +54,19 @@ def check_policy(policy: CachePolicy, sampler: Sampler, *, has_pixels: bool) -> 
         raise ValueError(
             f"cache policy {policy.name!r} pools pixels with these settings and needs a VAE: "
             "give pixels, or use LongVideoPipeline."
+        )
+
+
+def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
+    """Refuse sparse attention over a cache that weights its tokens.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if policy.weighs_tokens and not attention.is_dense:
+        raise ValueError(
+            f"cache policy {policy.name!r} weights its tokens with these settings, which attention "
+            f"{attention.policy.name!r} does not take: use attention 'dense', or another cache policy."
         )
 
 

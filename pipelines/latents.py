@@ -6,6 +6,7 @@ from typing import Any
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from longtake.attention import SparsePolicy
 from longtake.cache import EXACT_POLICY, CachePolicy
 from longtake.pipelines.branches import Pixels
 from longtake.pipelines.prompts import PromptSwitch
@@ -29,6 +30,7 @@ def rollout_latents(
     schedule: Sequence[tuple[int, Tensor, str]] = (),
     negative_prompt_embeds: Tensor | None = None,
     pixels: Pixels | None = None,
+    attention: SparsePolicy | Mapping[str, Any] | str = "dense",
 ) -> Iterator[Block]:
     """Roll a transformer out over latent frames, without text and pixels.
 
@@ -47,6 +49,7 @@ def rollout_latents(
         schedule: (start_frame, prompt_embeds, event) prompt switches; event: keep, recache, flush, cut.
         negative_prompt_embeds: For samplers with guidance; zeros when not given.
         pixels: Pools latents by way of pixels, for policies that ask for it; ``models.VaePixels`` does.
+        attention: Attention policy, its mapping (``backend`` may name an executor), or its name.
 
     Yields:
         Blocks in order.
@@ -69,5 +72,6 @@ def rollout_latents(
         schedule=[PromptSwitch(*entry) for entry in schedule],
         negative_prompt_embeds=negative_prompt_embeds,
         pixels=pixels,
+        attention=attention,
     )
     return iter(rollout)

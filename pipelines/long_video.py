@@ -13,6 +13,7 @@ from diffusers import WanPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from longtake.attention import SparsePolicy
 from longtake.cache import DEFAULT_POLICY, CachePolicy, Event, make_policy
 from longtake.configs.families import ModelFamily, family_names, load_family
 from longtake.models import VaePixels, use_fast_kernels
@@ -105,6 +106,7 @@ class LongVideoPipeline(WanPipeline):
         negative_prompt_embeds: Tensor | None = None,
         frames_per_block: int | None = None,
         schedule: Schedule = (),
+        attention: SparsePolicy | Mapping[str, Any] | str = "dense",
         decode: bool = True,
     ) -> TakeSession:
         """Prepare a video without making any of it.
@@ -128,6 +130,7 @@ class LongVideoPipeline(WanPipeline):
             schedule: Later prompts, in order of time: (seconds, prompt) or (seconds, prompt, event), from the first
                 block on that starts at or after that time; event: keep, recache, flush, cut, as far as the policy
                 knows it.
+            attention: Attention policy, its mapping (``backend`` may name an executor), or its name.
             decode: Whether chunks carry pixels.
 
         Raises:
@@ -166,6 +169,7 @@ class LongVideoPipeline(WanPipeline):
             context_timestep=family.context_timestep,
             negative_prompt_embeds=negative_prompt_embeds,
             pixels=VaePixels(self.vae),
+            attention=attention,
         )
         session = TakeSession(self, rollout, prompts, num_frames=num_frames, fps=family.fps, decode=decode)
         for at, text, *event in schedule:
@@ -202,6 +206,7 @@ class LongVideoPipeline(WanPipeline):
         sampler: Sampler | Mapping[str, Any] | str | None = None,
         frames_per_block: int | None = None,
         schedule: Schedule = (),
+        attention: SparsePolicy | Mapping[str, Any] | str = "dense",
     ) -> LongVideoPipelineOutput | tuple:
         """Make a whole video and return it; for anything longer than memory holds, use ``stream``.
 
@@ -248,6 +253,7 @@ class LongVideoPipeline(WanPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             frames_per_block=frames_per_block,
             schedule=schedule,
+            attention=attention,
             decode=output_type != "latent",
         )
         if callback_on_step_end is not None:

@@ -8,11 +8,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from longtake.cache import EXACT_POLICY, BlockTrace, CachePolicy, CacheStats, Pass, make_policy
+from longtake.attention import SparsePolicy
+from longtake.attention.density import DensityMeter
+from longtake.cache import EXACT_POLICY, BlockTrace, CachePolicy, CacheStats, Geometry, Pass, make_policy
 from longtake.models.causal import CausalTransformer, Segment
+from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
 from longtake.models.threads import fitting_threads
 from longtake.pipelines.branches import Branches, Pending, Pixels
-from longtake.pipelines.checks import check_blocks, check_policy, check_switch
+from longtake.pipelines.checks import check_attention, check_blocks, check_policy, check_switch
 from longtake.pipelines.prompts import PromptSwitch, strongest
 from longtake.pipelines.window import OpenBlock, RollingBlocks
 from longtake.samplers import NoiseSource, Sampler, make_sampler
@@ -69,9 +72,12 @@ class LatentRollout:
         negative_prompt_embeds: Tensor | None = None,
         pixels: Pixels | None = None,
         merge_commit: bool | None = None,
+        attention: AttentionSetting | SparsePolicy | Mapping[str, Any] | str = "dense",
     ) -> None:
         self.causal = CausalTransformer(transformer)
         self.policy, self.sampler = make_policy(cache), make_sampler(sampler)
+        self.attention = attention if isinstance(attention, AttentionSetting) else AttentionSetting(attention)
+        self._meter = DensityMeter(self.attention.policy)
         self.frames_per_block = frames_per_block
         self.first_block_frames = first_block_frames or frames_per_block
         self.frame_shape = tuple(frame_shape)
@@ -85,6 +91,7 @@ class LatentRollout:
         if initial_latents is not None and tuple(initial_latents.shape) != wanted:
             raise ValueError(f"initial_latents has shape {tuple(initial_latents.shape)}, expected {wanted}.")
         check_policy(self.policy, self.sampler, has_pixels=pixels is not None)
+        check_attention(self.policy, self.attention)
         for switch in self.schedule:
             check_switch(self.policy, self.sampler, switch.event)
         self.end_frame = self._num_given + num_frames
@@ -108,6 +115,7 @@ class LatentRollout:
             guidance_scale=self.sampler.guidance_scale,
             pixels=pixels,
             context_timestep=self.context_timestep,
+            sparse=lambda: self._sparse_attention(geometry),
         )
         self.window = RollingBlocks(self.sampler) if self.sampler.num_window_blocks > 1 else None
         self._first_prompt = prompt_embeds
@@ -197,6 +205,16 @@ class LatentRollout:
             self.branches.commit_pending()
             done = window.advance(denoise, renoise)
         return Block(done.index, done.start_frame, done.latents, done.prompt_index)
+
+    def _sparse_attention(self, geometry: Geometry) -> SparseSelfAttention | None:
+        if self.attention.is_dense:
+            return None
+        return SparseSelfAttention(self.attention, geometry, num_steps=self.sampler.num_steps(0), meter=self._meter)
+
+    @property
+    def attention_density(self) -> float:
+        """Share of the (query, key) pairs of self-attention that was computed so far; dense calls count as 1."""
+        return self._meter.density
 
     def _step_ended(self, step_index: int, timestep: float, x0: Tensor) -> Tensor:
         if self.on_step_end is None:

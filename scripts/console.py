@@ -116,6 +116,11 @@ def check_settings(config: RunConfig) -> None:
 
     make_sampler(config.sampler)
 
+    from longtake.models.sparse_attention import AttentionSetting
+    from longtake.pipelines.checks import check_attention
+
+    check_attention(policy, AttentionSetting(config.attention))
+
 
 def model_folder(model: ModelConfig) -> Path:
     """Return where a model's weights are."""
@@ -179,6 +184,7 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession"
         width=config.width,
         cache=dict(config.cache),
         sampler=dict(config.sampler),
+        attention=dict(config.attention),
         seed=config.seed,
     )
     for change in config.prompt_changes:

@@ -48,6 +48,9 @@ def generate(
     sampler: Annotated[
         str | None, typer.Option(help="few_step or multi_step.", show_default="the model's own")
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="dense, radial, light_forcing...; see configs/attention.", show_default="dense")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +97,7 @@ def generate(
         "seconds": seconds,
         "cache": cache,
         "sampler": sampler,
+        "attention": attention,
         "model": model,
         "negative_prompt": negative_prompt,
         "seed": seed,

@@ -1,0 +1,162 @@
+"""Sparse attention in the cached rollout: what policies are told, executors against each other, what is refused."""
+
+import pytest
+import torch
+
+from longtake.attention import BackendUnavailable
+from longtake.cache import Call, Geometry, Pass, Run
+from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
+from longtake.pipelines import rollout_latents
+from longtake.pipelines.rollout import LatentRollout
+from longtake.samplers import SeededNoise
+
+FRAME_SHAPE = (4, 8, 8)  # 4 x 4 tokens
+RADIAL = {"policy": "radial", "block_size": 4, "thin_below": 8}
+HEADS = {"policy": "forcing_kv", "heads": [[0], [1]], "num_plain_layers": 0}
+SPARSE = {"dense_blocks": 1, "dense_layers": 0, "dense_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def model(make_transformer):
+    transformer = make_transformer()
+    return transformer, torch.randn(2, 5, transformer.config.text_dim)
+
+
+def roll(model, attention, *, frames=21, **settings):
+    transformer, prompt = model
+    settings = {"cache": {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3}} | settings
+    blocks = rollout_latents(
+        transformer,
+        prompt,
+        num_frames=frames,
+        frame_shape=FRAME_SHAPE,
+        noise=SeededNoise([0, 1]),
+        sampler={"name": "few_step", "timesteps": [1000, 500]},
+        attention=attention,
+        **settings,
+    )
+    return torch.cat([block.latents for block in blocks], dim=1)
+
+
+def test_a_plan_that_leaves_nothing_out_is_dense_attention(model):
+    dense = roll(model, "dense")
+    assert torch.equal(dense, roll(model, {"policy": "dense"}))
+    whole = roll(model, {"policy": "window", "num_window_frames": 100, **SPARSE, "commit_pass": "sparse"})
+    assert (whole - dense).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("commit_pass", ["dense", "sparse"])
+def test_two_executors_agree_and_differ_from_dense_where_they_may(model, commit_pass):
+    settings = {**RADIAL, **SPARSE, "commit_pass": commit_pass}
+    gathered, masked = (roll(model, {**settings, "backend": name}) for name in ("gather_sdpa", "sdpa_masked"))
+    dense = roll(model, "dense")
+    assert (gathered - masked).abs().max() < 1e-4
+    change = (gathered - dense).abs().amax(dim=(0, 2, 3, 4))
+    assert (change[:3] == 0).all(), "the first block is dense"
+    assert (change[6:] > 1e-3).any()
+
+
+def test_all_that_a_policy_is_told(model):
+    """A whole frame is a segment, chosen tokens and averages are memory that is read whole, the block comes last."""
+    seen = []
+
+    class Spy:
+        def __init__(self, inner):
+            self.inner, self.is_static, self.name = inner, inner.is_static, inner.name
+
+        def plan(self, q, k, geometry, **options):
+            seen.append(geometry)
+            return self.inner.plan(q, k, geometry, **options)
+
+    setting = AttentionSetting(RADIAL | SPARSE)
+    shapes = Geometry(num_layers=1, num_heads=2, head_dim=12, num_rows=2, num_columns=2, frames_per_block=3)
+    attend = SparseSelfAttention(setting, shapes, num_steps=4, meter=Spy(setting.policy))
+    runs = (
+        Run(8, (0, 1), (0.0, 1.0), "sink"),
+        Run(5, (2, 3, 4), (), "mid"),
+        Run(4, (), (6.5,), "memory"),
+        Run(4, (8,), (7.0,), "recent"),
+    )
+    call = Call(0, Pass("denoise", 3, 9, 3, step_index=2), runs, (8.0, 9.0, 10.0))
+    q, k, v = torch.randn(1, 12, 2, 12), *torch.randn(2, 1, 33, 2, 12).unbind(0)
+    assert attend(q, k, v, call, None).shape == q.shape
+    (geometry,) = seen
+    rows = [(s.frame, s.position, s.start, s.length, s.role) for s in geometry.segments]
+    assert rows == [
+        (0, 0.0, 0, 4, "sink"),
+        (1, 1.0, 4, 4, "sink"),
+        (-1, 0.0, 8, 5, "memory"),
+        (-1, 6.5, 13, 4, "memory"),
+        (8, 7.0, 17, 4, "recent"),
+        (9, 8.0, 21, 4, "current"),
+        (10, 9.0, 25, 4, "current"),
+        (11, 10.0, 29, 4, "current"),
+    ]
+    assert (geometry.block_index, geometry.step_index, geometry.num_steps, geometry.kind) == (3, 2, 4, "denoise")
+
+
+@pytest.mark.parametrize(
+    ("cache", "attention"),
+    [
+        ("deep_forcing", "radial"),
+        ("memrope", "light_forcing"),
+        ("pack", "radial"),
+        ("rolling_sink", "window"),
+        (HEADS, "radial"),
+        ({"policy": "quantized", "inner": "sliding_window"}, "svg2"),
+        ("sliding_window", "svg"),
+        ("attention_sink", "sliding_tile"),
+    ],
+)
+def test_every_kind_of_cache_takes_a_mask(model, cache, attention):
+    settings = {"policy": attention, **SPARSE} | ({"block_size": 4} if attention == "radial" else {})
+    video = roll(model, settings, frames=30, cache=cache)
+    assert video.isfinite().all() and video.shape[1] == 30
+
+
+def test_a_saved_rollout_continues_with_the_same_plans(model):
+    transformer, prompt = model
+    options = {
+        "num_frames": 18,
+        "frame_shape": FRAME_SHAPE,
+        "cache": {"policy": "sliding_window", "num_context_frames": 9},
+        "sampler": {"name": "few_step", "timesteps": [1000, 750, 500, 250]},
+        "attention": {"policy": "svg2", **SPARSE},
+    }
+    whole = LatentRollout(transformer, prompt, noise=SeededNoise([0, 1]), **options)
+    blocks = []
+    for block in whole:
+        blocks.append(block.latents)
+        if block.index == 2:
+            state = whole.state_dict()
+    again = LatentRollout(transformer, prompt, noise=SeededNoise([0, 1]), **options)
+    again.load_state_dict(*state)
+    assert all(torch.equal(a.latents, b) for a, b in zip(again, blocks[3:], strict=True))
+    assert 0.0 < whole.attention_density < 1.0
+
+
+def test_density_counts_what_was_computed(model):
+    transformer, prompt = model
+    densities = []
+    for attention in ("dense", {**RADIAL, **SPARSE}, {**RADIAL, **SPARSE, "commit_pass": "sparse"}):
+        rollout = LatentRollout(
+            transformer, prompt, num_frames=15, frame_shape=FRAME_SHAPE, noise=SeededNoise([0, 1]), attention=attention
+        )
+        assert len(list(rollout)) == 5
+        densities.append(rollout.attention_density)
+    assert densities[0] == 1.0 > densities[1] > densities[2] > 0.1
+
+
+def test_what_does_not_go_together_is_refused_before_any_work(model):
+    with pytest.raises(ValueError, match="weights its tokens"):
+        roll(model, "radial", cache="tempcache")
+    with pytest.raises(ValueError, match="weights its tokens"):
+        roll(model, "radial", cache={"policy": "offloaded", "inner": "tempcache"})
+    with pytest.raises(ValueError, match="Did you mean 'radial'"):
+        roll(model, "radal")
+    with pytest.raises(ValueError, match="block_size"):
+        roll(model, {"policy": "radial", "blok_size": 4})
+    with pytest.raises(ValueError, match="gives heads different tokens"):
+        roll(model, {"policy": "svg", **SPARSE}, cache=HEADS)
+    with pytest.raises(BackendUnavailable, match="flash"):
+        roll(model, {**RADIAL, **SPARSE, "backend": "flash"})
