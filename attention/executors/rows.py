@@ -1,6 +1,7 @@
 """Tokens of a group of rows taken out of (batch, tokens, heads, head_dim) tensors, and results put back."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,13 +17,22 @@ def take(x: Tensor, ranges: Ranges, buffer: Tensor | None = None) -> Tensor:
         ranges: (start, stop) of every run.
         buffer: Flat memory that is written to instead of new memory, large enough and of the same dtype.
     """
-    parts = [x[:, start:stop] for start, stop in ranges]
-    if len(parts) == 1:
-        return parts[0]
+    if len(ranges) == 1:
+        start, stop = ranges[0]
+        return x[:, start:stop]
+    places = _places(ranges, x.device)
     if buffer is None:
-        return torch.cat(parts, dim=1)
-    shape = (x.shape[0], sum(part.shape[1] for part in parts), *x.shape[2:])
-    return torch.cat(parts, dim=1, out=buffer[: math.prod(shape)].view(shape))
+        return x.index_select(1, places)
+    shape = (x.shape[0], len(places), *x.shape[2:])
+    # Selecting by index shares the copying among threads; joining slices would leave it to one.
+    return torch.index_select(x, 1, places, out=buffer[: math.prod(shape)].view(shape))
+
+
+@lru_cache(maxsize=512)
+def _places(ranges: Ranges, device: torch.device) -> Tensor:
+    """All numbers of some runs."""
+    with torch.inference_mode(False):  # it is kept, and a later call may need gradients
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
 
 
 def take_heads(x: Tensor, group: RowGroup, queries_per_key: int = 1) -> Tensor:

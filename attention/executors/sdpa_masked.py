@@ -48,7 +48,8 @@ def _masks(plan: BlockPlan, device: torch.device) -> Iterator[Tensor]:
     per_query = plan.num_heads * plan.num_keys
     moved = plan.to(device)
     if per_query * plan.num_queries <= MAX_KEPT:
-        _kept[plan] = moved.to_dense_mask()[None]
+        with torch.inference_mode(False):  # a later call may need gradients
+            _kept[plan] = moved.to_dense_mask()[None].clone()
         yield _kept[plan]
         return
     for queries in torch.arange(plan.num_queries, device=device).split(max(1, MAX_MASK // per_query)):
