@@ -33,6 +33,7 @@ class FlexEager(Executor):
 
     name = "flex_eager"
     limits = Limits(devices=("cpu", "cuda"), dtypes=FLOATS, plans="per_head", needs_plan=True, backward=False)
+    verified_on = frozenset({"cpu"})
 
     @classmethod
     def supports(cls, request: AttentionRequest) -> Verdict:
@@ -125,11 +126,11 @@ def flex_mask(plan: BlockPlan, device: torch.device) -> Any:
 def _call(
     kernel: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    from torch.nn.attention.flex_attention import AuxRequest
-
     is_grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not return_lse:
         return kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped).transpose(1, 2), None
+    from torch.nn.attention.flex_attention import AuxRequest
+
     out, extra = kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped, return_aux=AuxRequest(lse=True))
     return out.transpose(1, 2), extra.lse

@@ -14,6 +14,10 @@ from longtake.attention.executors.base import Executor, Limits
 from longtake.attention.executors.rows import put, take, take_heads
 from longtake.attention.plan import BlockPlan
 from longtake.attention.plan_forms import RowGroup
+from longtake.attention.requests import Reason, Verdict
+
+SINCE = (2, 13)
+"""Version of PyTorch whose function this is written for."""
 
 MAX_GATHERED = 1 << 27
 """Numbers of keys packed for one call, 256 MiB in bfloat16."""
@@ -24,6 +28,13 @@ class TorchVarlen(Executor):
 
     name = "torch_varlen"
     limits = Limits(devices=("cuda",), min_capability=(8, 0), max_head_dim=256, head_dim_step=8, plans="per_head")
+
+    @classmethod
+    def available(cls) -> Verdict:
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= SINCE:
+            return Verdict()
+        text = f"torch {torch.__version__} has no such kernel, or one without groups of heads"
+        return Verdict((Reason("version", text, f"Install torch {'.'.join(map(str, SINCE))} or newer."),))
 
     def _execute(
         self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool

@@ -279,6 +279,13 @@ def test_a_missing_compiler(monkeypatch):
     assert caught.value.code == "no_compiler"
 
 
+def test_an_old_torch(monkeypatch):
+    assert EXECUTORS["torch_varlen"].available().ok
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    (reason,) = EXECUTORS["torch_varlen"].available().reasons
+    assert reason.code == "version" and "2.13 or newer" in reason.hint
+
+
 def test_unknown_names_and_the_environment(monkeypatch):
     q, k, v = _tokens()
     with pytest.raises(ValueError, match="Did you mean 'gather_sdpa'"):
