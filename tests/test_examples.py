@@ -49,6 +49,14 @@ def test_rollout_latents(tmp_path, monkeypatch, capsys):
     assert [line.split(":")[0] for line in lines] == ["frames 0-2", "frames 3-5", "frames 6-8", "frames 9-11"]
 
 
+def test_sparse_wan(tmp_path, monkeypatch, capsys):
+    namespace = _run("sparse_wan.py", tmp_path, monkeypatch, NUM_FRAMES="29")
+    density, psnr = capsys.readouterr().out.splitlines()
+    assert density.startswith("attention 'radial': density 0.") and "36 of 96 calls dense" in density
+    assert psnr.startswith("PSNR to dense attention: ") and namespace["video"].shape[1] == 29
+    assert not namespace["video"].equal(namespace["dense"])
+
+
 def test_examples_are_short_and_all_tested():
     files_ = sorted(EXAMPLES.glob("*.py"))
     own = Path(__file__).read_text(encoding="utf-8")
