@@ -227,6 +227,8 @@ class SparseWan:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, num_layers: int) -> Tensor:
         forward = self._forward
+        if forward is None:
+            raise ValueError("self-attention was called by itself: call the transformer, whose input says the grid.")
         geometry = AttentionGeometry.bidirectional(
             forward.num_frames,
             forward.grid,
