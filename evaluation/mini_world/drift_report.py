@@ -2,6 +2,7 @@
 
 import csv
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
@@ -13,6 +14,7 @@ from longtake.evaluation.intervals import Interval, bootstrap_by_prompt, paired_
 from longtake.evaluation.mini_world.drift import MEASURES
 from longtake.evaluation.mini_world.drift_study import VideoResult, window_values
 from longtake.evaluation.mini_world.judge import CLIP_SECONDS
+from longtake.evaluation.report.colours import LIGHT
 
 Levels = Mapping[str, Mapping[str, float]]
 """{reference: {measure: value}}, of :func:`longtake.evaluation.mini_world.drift_truth.truth_levels`."""
@@ -30,6 +32,8 @@ TITLES = {
     "motion_magnitude": "motion magnitude, true = 1",
     "object_present": "object present",
 }
+MAX_BANDS = 5  # more bands than that hide each other
+DASHES = ("-", "--", ":")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +196,7 @@ def write_csv(results: Sequence[VideoResult], path: Path) -> None:
 
 
 def draw_curves(results: Sequence[VideoResult], path: Path, *, levels: Levels, title: str) -> None:
-    """Draw every measure over time, one line per policy with its 95 % band.
+    """Draw every measure over time, one line per policy, with 95 % bands as long as they can be told apart.
 
     Args:
         results: of any number of policies.
@@ -208,12 +212,14 @@ def draw_curves(results: Sequence[VideoResult], path: Path, *, levels: Levels, t
     grouped = by_policy(results)
     axes = figure.subplots(3, 4).flatten()
     for axis, measure in zip(axes, MEASURES, strict=False):
-        for policy, own in grouped.items():
+        for index, (policy, own) in enumerate(grouped.items()):
             points = curve(own, measure)
+            colour, dashes = LIGHT[index % len(LIGHT)], DASHES[index // len(LIGHT) % len(DASHES)]
             middle = CLIP_SECONDS * (np.arange(len(points)) + 0.5)
-            (line,) = axis.plot(middle, [point.mean for point in points], marker=".", label=policy)
-            low, high = ([getattr(point, side) for point in points] for side in ("low", "high"))
-            axis.fill_between(middle, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            axis.plot(middle, [point.mean for point in points], color=colour, linestyle=dashes, label=policy)
+            if len(grouped) <= MAX_BANDS:
+                low, high = ([getattr(point, side) for point in points] for side in ("low", "high"))
+                axis.fill_between(middle, low, high, color=colour, alpha=0.15, linewidth=0)
         for (name, values), style in zip(levels.items(), (":", "--"), strict=False):
             if measure in values:
                 axis.axhline(values[measure], color="grey", linestyle=style, linewidth=1, label=name)
@@ -224,7 +230,8 @@ def draw_curves(results: Sequence[VideoResult], path: Path, *, levels: Levels, t
     for axis in axes[len(MEASURES) :]:
         axis.axis("off")
     handles, labels = axes[MEASURES.index("background_psnr")].get_legend_handles_labels()
-    axes[-1].legend(handles, labels, loc="center", title="cache policy")
+    columns = 1 if len(labels) <= MAX_BANDS + 2 else 2
+    axes[-1].legend(handles, labels, loc="center", title="cache policy", fontsize=8, ncols=columns)
     figure.supxlabel("seconds of video")
-    figure.suptitle(title)
+    figure.suptitle("\n".join(textwrap.wrap(title, 140)), fontsize=10)
     figure.savefig(path, dpi=100)
