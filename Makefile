@@ -59,7 +59,7 @@ demo: $(STAMP) ## generate a 60 s video and a contact sheet from PROMPT into dem
 	  --contact-sheet --out "$$out" output.scale=4
 
 test: $(STAMP) ## pass all tests
-	@$(OFFLINE) $(BIN)/python -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## check style and imports
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """diffusers' Wan transformer made causal, streaming VAE, checkpoint conversion and the bundled mini model."""
 
+from longtake.models.bidirectional import sparse_wan
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.conversion import convert_original_state_dict
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
@@ -14,5 +15,6 @@ __all__ = [
     "StreamingEncoder",
     "VaePixels",
     "convert_original_state_dict",
+    "sparse_wan",
     "use_fast_kernels",
 ]

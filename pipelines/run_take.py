@@ -241,6 +241,7 @@ class _Run:
             "num_frames": self.num_new_frames,
             "seconds": round(time.perf_counter() - self.started, 3),
             "first_block_seconds": self.first_block_seconds and round(self.first_block_seconds, 3),
+            "attention_density": round(self.session.attention_density, 4),
         }
         record: dict[str, Any] = self.folder.record
         self.folder.update_record(

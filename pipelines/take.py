@@ -89,6 +89,11 @@ class TakeSession:
         self._pixels = VaePixels(pipe.vae)
 
     @property
+    def attention_density(self) -> float:
+        """Share of self-attention that was computed so far; 1 where it is dense."""
+        return self.rollout.attention_density
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the whole video."""
         r = self.rollout

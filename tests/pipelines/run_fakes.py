@@ -30,6 +30,7 @@ class FakeSession:
         self.prompt = config.prompt
         self.prompt_changes = []
         self.positions = PositionUse("fake", 21)
+        self.attention_density = 1.0
         self.delay, self.break_at = delay, break_at
 
     @property
