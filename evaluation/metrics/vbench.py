@@ -4,6 +4,7 @@ Formulas: VBench (arXiv:2311.17982) and VBench++ (arXiv:2411.13503), as its code
 gives up to three numbers from one pass: of the whole video, of VBench-Long's clips, and of its development branch.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ class SpanMetric:
         return self._meter(video, self._by_variant)
 
 
-class SpanMeter:
+class SpanMeter(ABC):
     """Takes a video in batches and gathers terms over its spans.
 
     Args:
@@ -75,19 +76,23 @@ class SpanMeter:
         with torch.no_grad():
             self._batches.push(frames)
 
+    @abstractmethod
     def take(self, start: int, frames: np.ndarray) -> None:
         """Take the batch whose first frame has index ``start``."""
-        raise NotImplementedError
 
     def finish(self) -> Mapping[str, Score]:
         """The score of every variant."""
         with torch.no_grad():
             self._batches.close()
-        makers = {"short": self.short, "long": self.long, "long_dev": self.long_dev}
+        return {spec.name: self.score(variant) for variant, spec in self.specs.items()}
+
+    def score(self, variant: Variant) -> Score:
+        """Of one variant."""
+        if variant == "short":
+            return self.short()
         if not self.spans.clips:
-            no_clips = f"clips of VBench-Long need 1 frame per second, the video has {self.video.fps:g}"
-            makers["long"] = makers["long_dev"] = lambda: Score.none(no_clips)
-        return {spec.name: makers[variant]() for variant, spec in self.specs.items()}
+            return Score.none(f"clips of VBench-Long need 1 frame per second, the video has {self.video.fps:g}")
+        return self.long()
 
     def value(self, mean: float | None) -> float | None:
         """From the mean of a span's terms to its value."""
@@ -107,10 +112,6 @@ class SpanMeter:
         """On the clips."""
         values = [self.value(clip.mean) for clip in self.spans.clips]
         return clips_score(self.clips, values, reason=self.reason)
-
-    def long_dev(self) -> Score:
-        """On the clips, in the development branch: only the consistencies have one."""
-        raise NotImplementedError
 
     @property
     def clips(self) -> list[Span]:
@@ -201,6 +202,10 @@ class ConsistencyMeter(SpanMeter):
         """Mean over clips; what the clip-to-clip branch would have said is in the details."""
         firsts = [self._firsts[clip] for clip in self.clips]
         return self._fused(firsts, fuse=False)
+
+    def score(self, variant: Variant) -> Score:
+        """Of one variant; VBench-Long's development branch is of the consistencies alone."""
+        return self.long_dev() if variant == "long_dev" and self.spans.clips else super().score(variant)
 
     def long_dev(self) -> Score:
         """Mean over clips of half the clip's value and half the mapped clip-to-clip value."""
