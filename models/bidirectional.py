@@ -127,6 +127,11 @@ class SparseWan:
 
     def __init__(self, pipe: DiffusionPipeline, setting: AttentionSetting) -> None:
         self.policy = setting.policy
+        if not self.policy.has_bidirectional_form:
+            raise ValueError(
+                f"attention policy {self.policy.name!r} is for block-autoregressive models and has no bidirectional "
+                "form: use radial, svg, svg2, paro or sliding_tile here."
+            )
         self.backend = setting.backend
         self._pipe = pipe
         self._meter = _Meter(setting.policy)

@@ -29,11 +29,13 @@ class SparsePolicy(ABC):
         name: Key in YAML and on the command line.
         source: Paper or repository.
         needs_values: Whether ``plan`` has to be given the values.
+        has_bidirectional_form: Whether it means anything where every frame asks every frame.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     needs_values: ClassVar[bool] = False
+    has_bidirectional_form: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:

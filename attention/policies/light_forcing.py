@@ -27,6 +27,7 @@ class LightForcing(BlockPolicy):
 
     name: ClassVar[str] = "light_forcing"
     source: ClassVar[str] = "Light Forcing, arXiv:2602.04789"
+    has_bidirectional_form: ClassVar[bool] = False
 
     sparsity: float = 0.85  # share of key blocks left out, over the whole video
     base_sparsity: float | None = None  # of the last blocks of an endless video; none: sparsity + 0.1, at most 0.99

@@ -465,5 +465,6 @@ def test_a_long_video_pipeline_has_an_argument_of_its_own(tiny_pipe):
 
 
 def test_a_policy_for_blocks_of_a_rollout_is_refused(pipe):
-    with sparse_wan(pipe, "light_forcing"), pytest.raises(ValueError, match="has no bidirectional form"):
-        film(pipe)
+    with pytest.raises(ValueError, match="has no bidirectional form"), sparse_wan(pipe, "light_forcing"):
+        pytest.fail("the block must not begin")
+    assert all(type(own) is WanAttnProcessor for own in pipe.transformer.attn_processors.values())
