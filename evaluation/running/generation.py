@@ -23,6 +23,8 @@ from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.pipelines.take import Chunk, TakeSession
 from longtake.pipelines.video_writer import VideoFormat, VideoWriter
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @dataclass
 class _Costs:
@@ -64,11 +66,7 @@ class Generator:
 
     def __init__(self, protocol: Protocol, *, device: str) -> None:
         self.protocol = protocol
-        self._is_bfloat16 = protocol.dtype == "bfloat16"
-        self._device = torch.device(device)
-        self.pipe = _load(protocol, self._device)
-        if self._is_bfloat16:
-            self.pipe.vae.to(torch.bfloat16)
+        self.pipe = _load(protocol, torch.device(device))
 
     def check(self, units: Sequence[Unit]) -> None:
         """Refuse, before any work, what would fail in the middle of it.
@@ -157,15 +155,12 @@ class Generator:
         """Chunks with the processor time of their denoising, so that other work on the machine does not count."""
         while True:
             begin = time.process_time()
-            with self._precision(), torch.no_grad():
+            with torch.no_grad():
                 chunk = session.next_chunk()
             if chunk is None:
                 return
             share = chunk.seconds["denoise"] / sum(chunk.seconds.values())
             yield chunk, share * (time.process_time() - begin)
-
-    def _precision(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16)
 
     def _finished(
         self, line: ManifestLine, path: Path, form: VideoFormat, num_frames: int, starts: Sequence[int]
@@ -218,7 +213,9 @@ def _load(protocol: Protocol, device: torch.device) -> LongVideoPipeline:
         library.utils.logging.set_verbosity_error()
     family = load_family(protocol.family) if protocol.family else load_family(protocol.model)
     try:
-        pipe = LongVideoPipeline.from_pretrained(model_folder(protocol.model), family=family, dtype=torch.float32)
+        pipe = LongVideoPipeline.from_pretrained(
+            model_folder(protocol.model), family=family, dtype=DTYPES[protocol.dtype]
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the model: {error}") from error
     pipe.set_progress_bar_config(disable=True)

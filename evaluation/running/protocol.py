@@ -51,7 +51,7 @@ class Protocol:
         model: A family with bundled weights, or a diffusers folder.
         family: How a folder is run; a bundled model has its own.
         model_sha256: Of the weights; filled in when it is resolved.
-        dtype: ``bfloat16``: matmuls of the transformer, and the whole VAE.
+        dtype: What the model is loaded in; diffusers keeps what it has to in float32.
         device: ``cpu`` or ``cuda``; with several GPUs every worker takes the next.
         sampler: Mapping for ``make_sampler`` instead of the family's.
         caches: {label: cache policy, as ``longtake generate`` takes it}; the label names the run's folder.
