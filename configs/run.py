@@ -19,7 +19,7 @@ class ModelConfig:
     """Which weights, and how they run.
 
     Attributes:
-        family: Preset under ``configs/family``: step list, block size, resolution, frame rate.
+        family: Preset under ``configs/model``: step list, block size, resolution, frame rate.
         path: Diffusers folder; None for the family's bundled weights.
         dtype: Of weights and activations.
         device: ``auto`` takes CUDA where there is one; or ``cpu``, ``cuda``, ``cuda:1``.

@@ -58,7 +58,7 @@ class LongVideoPipeline(WanPipeline):
 
         Args:
             pretrained_model_name_or_path: ``mini``, or a folder in diffusers' Wan layout.
-            family: How to run it: a name under ``configs/family`` or a ``ModelFamily``. A bundled model has its own;
+            family: How to run it: a name under ``configs/model`` or a ``ModelFamily``. A bundled model has its own;
                 any other folder is run like Self-Forcing unless told otherwise.
             **kwargs: Of ``DiffusionPipeline.from_pretrained``, e.g. ``torch_dtype``, ``device_map``.
 
