@@ -153,8 +153,7 @@ class Watcher:
 def check_a_thousand_blocks(row, block, wrap=plain, *, num_blocks=None, first=None):
     """Budget, sinks, window, positions, and nothing that grows."""
     if num_blocks is None:
-        # Which tokens are read is the policy's: with its tokens stored in another way, it is enough to fill it often.
-        num_blocks = 40 if row.limit is None else 1000 if wrap is plain else 120
+        num_blocks = 40 if row.limit is None else 1000
     geometry = make_geometry(block, grid=row.grid)
     far = {frame // block for frame in (1023, 1024, 10_000)}
     looked_at = {*range(min(30, 120 // block)), *range(0, num_blocks, 97), num_blocks - 1, *far}
