@@ -21,6 +21,8 @@ NUM_PROMPTS = 3
 QUALITY = 62
 GAP = 3
 """Pixels between two frames of a strip, in the page's background: the image is transparent there."""
+WORDS_WIDTH = 240
+"""Pixels for the sentence that stands where a video is not there any more."""
 
 
 def strip_indices(num_frames: int, shares: Sequence[float] = SHARES) -> list[int]:
@@ -86,7 +88,7 @@ def film_section(data: ReportData) -> list[Markup]:
     """A figure per prompt with a strip per policy; empty where no folder of videos is known."""
     figures = []
     for prompt in shared_prompts(data) if data.videos else ():
-        rows, text, width = [], "", 0
+        rows, text, width = [], "", WORDS_WIDTH
         for label in data.labels:
             line = _first_video(data, label, prompt)
             if line is None or label not in data.videos:
