@@ -29,7 +29,8 @@ def run(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="quick, standard, long, or a YAML file with all of this; options go over it.", show_default="standard"
+            help="quick, standard, long, a study's name, or a YAML file with all of this; options go over it.",
+            show_default="standard",
         ),
     ] = None,
     model: Annotated[

@@ -1,10 +1,11 @@
 """Protocols: files, options over them, hashes that hold them to their content, and one per folder."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import yaml
 
+from longtake.cache import POLICIES
 from longtake.evaluation.metrics import GROUPS
 from longtake.evaluation.running.protocol import GROUPS as KNOWN_GROUPS
 from longtake.evaluation.running.protocol import (
@@ -34,6 +35,17 @@ def test_the_bundled_protocols_resolve(name):
     }
     assert resolve_generation(protocol) == protocol
     assert max(protocol.moments) == protocol.seconds
+
+
+@pytest.mark.parametrize("name", ["policies", "history", "compressors"])
+def test_the_studies_resolve(name):
+    protocol = resolve_generation(load_protocol(name))
+    assert protocol.name == name and protocol.baseline in protocol.caches and max(protocol.moments) == protocol.seconds
+
+
+def test_the_study_of_policies_has_all_of_them():
+    own = {name for name, policy in POLICIES.items() if "inner" not in {field.name for field in fields(policy)}}
+    assert set(load_protocol("policies").caches) == own
 
 
 def test_groups_are_those_of_the_metrics():
