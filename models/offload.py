@@ -1,4 +1,4 @@
-"""Weights that rest elsewhere between calls: where a module computes, and having at hand what is read without a call."""
+"""Weights that rest elsewhere between calls: where a module computes, and having them at hand without a call."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -110,8 +110,8 @@ class StreamingDecoder:
         check_frames(latents, name="latents")
         if self.vae.use_tiling:
             raise ValueError(
-                "the VAE's tiling is on, and this stream decodes whole frames: make it with streaming_decoder(vae), or "
-                "call vae.disable_tiling() first"
+                "the VAE's tiling is on, and this stream decodes whole frames: use streaming_decoder(vae), or call "
+                "vae.disable_tiling() first"
             )
         frames = _decode_frames(self.vae, latents, self._features.slots, self.num_frames == 0)
         self.num_frames += latents.shape[2]

@@ -70,7 +70,7 @@ class _Tiles:
 
 
 class TiledDecoder:
-    """``StreamingDecoder`` for a VAE whose tiling is on: the same pixels as ``vae.decode`` of the whole video in tiles.
+    """``StreamingDecoder`` for a VAE whose tiling is on; equal to ``vae.decode`` of the whole video in tiles.
 
     Each tile keeps the last feature frames of its own causal convolutions; between its turns they rest in host
     memory, for together they are more than those of the whole frame. Tiles are blended as diffusers blends them, by
@@ -155,7 +155,8 @@ class TiledDecoder:
             )
         self._tiles = None if numbers["size"] is None else self._make_tiles(tuple(numbers["size"]))
         for name, features in self._named_maps():
-            parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            prefix = f"{name}."
+            parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if name not in numbers["slots"]:
                 raise ValueError(f"VAE stream state lacks {name!r}: the file is incomplete")
             features.load_state_dict(parts, numbers["slots"][name], device=torch.device("cpu"), dtype=self.vae.dtype)

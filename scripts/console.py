@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -110,7 +110,8 @@ def check_settings(config: RunConfig) -> None:
 
     family = load_family(config.model.family)
     policy = make_policy(config.cache)
-    policy.check(max(family.frames_per_block, family.first_block_frames or 1))
+    num_frames = family.num_latent_frames(max(1, round(config.seconds * family.fps)))
+    policy.check(max(family.frames_per_block, family.first_block_frames or 1), num_frames)
 
     from longtake.samplers import make_sampler
 
@@ -149,21 +150,45 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    folder = model_folder(model)
+    folder, device = model_folder(model), _device(model.device)
+    if model.offload != "none" and device == "cpu":
+        raise ValueError(
+            f"model.offload={model.offload!r} needs another device to compute on than the CPU: use 'none'"
+        )
+    family = load_family(model.family)
     try:
-        pipe = LongVideoPipeline.from_pretrained(folder, family=model.family, dtype=getattr(torch, model.dtype))
+        pipe = LongVideoPipeline.from_pretrained(
+            folder, family=family if model.any_size else model.family, dtype=getattr(torch, model.dtype)
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the model: {error}") from error
-    return pipe.to(_device(model.device))
+    if family.restriction is not None:
+        err.print(f"licence of {model.family}: {family.restriction}", style="yellow", markup=False)
+    if model.vae_tiling:
+        pipe.enable_vae_tiling()
+    if model.offload == "none":
+        return pipe.to(device)
+    (pipe.enable_model_cpu_offload if model.offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
+    return pipe
+
+
+def free_text_encoder(pipe: "LongVideoPipeline", configs: Sequence[RunConfig]) -> None:
+    """Let the text encoder go, where the runs ask for it, once it has read all of their prompts."""
+    if pipe.text_encoder is None or not any(config.model.free_text_encoder for config in configs):
+        return
+    changes = [change.prompt for config in configs for change in config.prompt_changes]
+    texts = [text for config in configs for text in (config.prompt, config.negative_prompt) if text]
+    pipe.free_text_encoder([*texts, *changes])
 
 
 def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
     """Return what ``run.json`` says of versions, machine and weights."""
+    from longtake.models.offload import execution_device
     from longtake.pipelines.provenance import machine, versions, weights_hash
 
     return {
         "versions": versions(),
-        "machine": machine(pipe.device),
+        "machine": machine(execution_device(pipe.transformer)),
         "weights": weights_hash(model_folder(model)),
     }
 
@@ -176,6 +201,7 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession"
     """
     from longtake.pipelines.checks import check_switch
 
+    free_text_encoder(pipe, [config])
     session = pipe.start(
         config.prompt,
         negative_prompt=config.negative_prompt,
