@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from longtake.configs.families import load_family
 from longtake.configs.run import ModelConfig, RunConfig
+from longtake.scripts.memory import check_placing, encode_and_free, place
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline
@@ -151,10 +152,7 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     folder, device = model_folder(model), _device(model.device)
-    if model.offload != "none" and device == "cpu":
-        raise ValueError(
-            f"model.offload={model.offload!r} needs another device to compute on than the CPU: use 'none'"
-        )
+    check_placing(model, device)
     family = load_family(model.family)
     try:
         pipe = LongVideoPipeline.from_pretrained(
@@ -164,21 +162,7 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
         raise ValueError(f"cannot load the model: {error}") from error
     if family.restriction is not None:
         err.print(f"licence of {model.family}: {family.restriction}", style="yellow", markup=False)
-    if model.vae_tiling:
-        pipe.enable_vae_tiling()
-    if model.offload == "none":
-        return pipe.to(device)
-    (pipe.enable_model_cpu_offload if model.offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
-    return pipe
-
-
-def free_text_encoder(pipe: "LongVideoPipeline", configs: Sequence[RunConfig]) -> None:
-    """Let the text encoder go, where the runs ask for it, once it has read all of their prompts."""
-    if pipe.text_encoder is None or not any(config.model.free_text_encoder for config in configs):
-        return
-    changes = [change.prompt for config in configs for change in config.prompt_changes]
-    texts = [text for config in configs for text in (config.prompt, config.negative_prompt) if text]
-    pipe.free_text_encoder([*texts, *changes])
+    return place(pipe, model, device)
 
 
 def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
@@ -201,7 +185,7 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession"
     """
     from longtake.pipelines.checks import check_switch
 
-    free_text_encoder(pipe, [config])
+    encode_and_free(pipe, [config])
     session = pipe.start(
         config.prompt,
         negative_prompt=config.negative_prompt,

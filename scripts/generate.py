@@ -17,7 +17,6 @@ from longtake.scripts.console import (
     EXIT_INTERRUPTED,
     check_settings,
     err,
-    free_text_encoder,
     go_on,
     load_pipeline,
     provenance,
@@ -26,6 +25,7 @@ from longtake.scripts.console import (
     start_session,
     stop_requests,
 )
+from longtake.scripts.memory import encode_and_free
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline
@@ -240,7 +240,7 @@ def _generate_many(
         return
     check_settings(todo[0][0])
     pipe = load_pipeline(todo[0][0].model)
-    free_text_encoder(pipe, [run for run, _ in todo])
+    encode_and_free(pipe, [run for run, _ in todo])
     with stop_requests() as should_stop:
         for run, path in todo:
             err.print(f"{run.prompt}", style="bold", markup=False)
