@@ -161,7 +161,7 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the model: {error}") from error
     if family.restriction is not None:
-        err.print(f"licence of {model.family}: {family.restriction}", style="yellow", markup=False)
+        err.print(f"licence of {model.family}: {family.licence}, {family.restriction}", style="yellow", markup=False)
     return place(pipe, model, device)
 
 
