@@ -71,7 +71,7 @@ class ModelLoading:
         size = settings.size if preset else None
         given = {part: kwargs.pop(part) for part in CLASSES if kwargs.get(part) is not None}
         path = _folder(name, folder, settings, given) if is_preset else Path(name)
-        where = str(path) if path else f"the given parts for {name!r}"
+        where = f"'{path}'" if path else "what is given"
         if path is not None:
             check_model_folder(path, parts=[part for part in WEIGHTS if part not in given], preset=preset)
         configs = ({} if path is None else read_configs(path)) | {part: _config(part, given[part]) for part in given}

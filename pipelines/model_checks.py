@@ -53,7 +53,7 @@ def check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where: 
         configs: By part: ``model_index``, ``transformer``, ``vae``, ``text_encoder``, ``tokenizer``; what is missing
             is not checked.
         family: How the model is to be run.
-        where: How errors call it: a folder.
+        where: How errors call it: a folder in quotes, or what it is instead.
         size: What the transformer has to be, ``1.3B`` or ``14B``; None for any.
 
     Raises:
@@ -63,11 +63,11 @@ def check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where: 
         name = configs.get(part, {}).get("_class_name", wanted)
         if name != wanted:
             raise ValueError(
-                f"the {part} of '{where}' is a {name}: a {wanted} is needed; give a diffusers folder of a Wan2.1 "
+                f"the {part} of {where} is a {name}: a {wanted} is needed; give a diffusers folder of a Wan2.1 "
                 "text-to-video model."
             )
     if configs.get("model_index", {}).get("transformer_2", (None, None))[0] is not None:
-        raise ValueError(f"'{where}' has a transformer_2, so it is Wan2.2's pair of experts: give a Wan2.1 model.")
+        raise ValueError(f"{where} has a transformer_2, so it is Wan2.2's pair of experts: give a Wan2.1 model.")
     transformer = configs.get("transformer", {})
     _check_kind(transformer, where)
     if size is not None:
@@ -76,7 +76,7 @@ def check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where: 
     limit = configs.get("tokenizer", {}).get("model_max_length")
     if limit is not None and limit < family.max_sequence_length:
         raise ValueError(
-            f"the tokenizer of '{where}' ends at {limit} tokens, and max_sequence_length={family.max_sequence_length} "
+            f"the tokenizer of {where} ends at {limit} tokens, and max_sequence_length={family.max_sequence_length} "
             "of this model family asks for more: take the tokenizer that belongs to the text encoder."
         )
 
@@ -85,14 +85,14 @@ def _check_kind(transformer: Config, where: str) -> None:
     channels = transformer.get("in_channels", WAN21_CHANNELS)
     if channels == WAN22_CHANNELS:
         raise ValueError(
-            f"the transformer of '{where}' has in_channels={channels}, which is Wan2.2's 5B: Wan2.1 is needed, with "
+            f"the transformer of {where} has in_channels={channels}, which is Wan2.2's 5B: Wan2.1 is needed, with "
             f"{WAN21_CHANNELS}."
         )
     images = [key for key in ("image_dim", "added_kv_proj_dim") if transformer.get(key) is not None]
     if images or channels != transformer.get("out_channels", channels):
         found = ", ".join(f"{key}={transformer[key]}" for key in (*images, "in_channels") if key in transformer)
         raise ValueError(
-            f"the transformer of '{where}' is an image-to-video one ({found}): a text-to-video one is needed; "
+            f"the transformer of {where} is an image-to-video one ({found}): a text-to-video one is needed; "
             "families that begin from an image by themselves have it among their starts, see longtake info NAME."
         )
 
@@ -107,7 +107,7 @@ def _check_size(transformer: Config, where: str, size: str) -> None:
     named = [name for name in family_names() if load_family(name).size in others]
     remedy = f"it is {others[0]}: name a preset of that size ({', '.join(named)})" if named else "give another folder"
     raise ValueError(
-        f"the transformer of '{where}' is not of the size {size} that this model family has ({found}): {remedy}, or "
+        f"the transformer of {where} is not of the size {size} that this model family has ({found}): {remedy}, or "
         "give the folder without a preset to run it like Self-Forcing at any size."
     )
 
@@ -121,7 +121,7 @@ def _check_parts(transformer: Config, configs: Mapping[str, Config], where: str)
         wanted, found = transformer.get(key), configs.get(part, {}).get(other)
         if None not in (wanted, found) and wanted != found:
             raise ValueError(
-                f"the {part} of '{where}' has {other}={found} and its transformer {key}={wanted}: both have to have "
+                f"the {part} of {where} has {other}={found} and its transformer {key}={wanted}: both have to have "
                 f"the same {word}; take the {part} that the transformer was trained with."
             )
 
