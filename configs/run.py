@@ -27,7 +27,7 @@ class ModelConfig:
         free_text_encoder: Drop the text encoder once all prompts are encoded.
         vae_tiling: Decode in overlapping tiles; whatever tile is not in work rests in host memory.
         offload: Where weights wait for their turn: ``none`` keeps them on the device, ``model`` brings one component
-            at a time, ``group`` a block of the transformer, ``sequential`` a layer.
+            at a time, ``sequential`` one layer.
     """
 
     family: str = "mini"
@@ -37,7 +37,7 @@ class ModelConfig:
     any_size: bool = False
     free_text_encoder: bool = False
     vae_tiling: bool = False
-    offload: Literal["none", "model", "group", "sequential"] = "none"
+    offload: Literal["none", "model", "sequential"] = "none"
 
     def __post_init__(self) -> None:
         family = load_family(self.family)
