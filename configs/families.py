@@ -1,5 +1,6 @@
 """What a checkpoint does not say of itself: step list, block size, resolution, frame rate."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -8,6 +9,9 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from longtake.configs.fields import build, did_you_mean
+
+# Wan's VAE makes four pixel frames one latent frame; the first one alone is one.
+PIXELS_PER_LATENT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class ModelFamily:
         checkpoint: Where the released file lies and what in it is meant.
         max_sequence_length: Text tokens; shorter prompts are padded to it.
         licence: Of the weights.
+        restriction: What the licence forbids, in a few words; told when the model is loaded.
         source: Paper or repository.
         homepage: Where to get the weights.
     """
@@ -68,8 +73,21 @@ class ModelFamily:
     checkpoint: CheckpointRule = field(default_factory=CheckpointRule)
     max_sequence_length: int = 512
     licence: str = ""
+    restriction: str | None = None
     source: str = ""
     homepage: str = ""
+
+    def num_latent_frames(self, num_pixel_frames: int, *, frames_per_block: int | None = None) -> int:
+        """Latent frames of a video: whole blocks that hold it.
+
+        Args:
+            num_pixel_frames: Its length.
+            frames_per_block: Where it is not the family's.
+        """
+        block = frames_per_block or self.frames_per_block
+        first = self.first_block_frames or block
+        wanted = 1 + math.ceil((num_pixel_frames - 1) / PIXELS_PER_LATENT)
+        return first + max(0, math.ceil((wanted - first) / block)) * block
 
 
 def family_names() -> list[str]:

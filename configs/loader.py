@@ -3,7 +3,8 @@
 ``cache``, ``sampler``, ``attention`` and ``model`` are groups. ``cache: sliding_window`` is the preset of that name, a
 mapping goes over the preset it names, and changing the name drops what belonged to the old one; so for
 ``cache.inner``, the policy that a wrapper takes. ``model: NAME`` is a family with its bundled weights,
-``model: FOLDER`` a folder that is run like Self-Forcing unless ``family`` says otherwise.
+``model: NAME=FOLDER`` a folder that is run like that family, and ``model: FOLDER`` one that is run like Self-Forcing
+unless ``family`` says otherwise. Without a cache the model family's own is taken, else ``attention_sink``.
 """
 
 import os
@@ -24,6 +25,8 @@ from longtake.configs.run import ModelConfig, OutputConfig, PromptChange, RunCon
 
 # How a folder is run unless its family is given, here as in ``LongVideoPipeline.from_pretrained``.
 FOLDER_FAMILY = "self_forcing"
+# For models that were trained with full history, and for fields without a policy's name.
+DEFAULT_CACHE = "attention_sink"
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
@@ -104,6 +107,7 @@ def load_run(
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _merge(merged, layer)
+    merged["cache"] = _cache_of(merged)
     return from_mapping(merged | literal)
 
 
@@ -180,6 +184,9 @@ def _merge_group(group: _Group, base: Mapping[str, Any], value: Any) -> dict[str
     name = value.get(group.key)
     if group.folder != "model" and name is not None and name != base.get(group.key):
         base = load_preset(group.folder, name)
+    if group.folder == "model" and name is not None:
+        # A family that is named is held to its size.
+        base = {key: entry for key, entry in base.items() if key != "any_size"}
     if value.get("inner") is not None:
         # A wrapper's policy is a group in a group.
         value["inner"] = _merge_group(group, base.get("inner") or {}, value["inner"])
@@ -187,11 +194,28 @@ def _merge_group(group: _Group, base: Mapping[str, Any], value: Any) -> dict[str
 
 
 def _named_model(name: str) -> dict[str, Any]:
-    """A model is named by its family, or by its folder."""
+    """A model is named by its family, by its folder, or by both."""
+    family, sign, path = name.partition("=")
+    if sign and not Path(name).exists():
+        load_family(family)
+        if not path:
+            raise ValueError(f"model {name!r} names no folder after the sign: write {family}=FOLDER")
+        return {"family": family, "path": path}
     if name not in family_names() and (os.sep in name or Path(name).exists()):
-        return {"family": FOLDER_FAMILY, "path": name}
+        return {"family": FOLDER_FAMILY, "path": name, "any_size": True}
     load_family(name)
     return {"family": name, "path": None}
+
+
+def _cache_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache of a run; without a policy's name its fields go over the model family's own, or the default one."""
+    group = next(group for group in GROUPS if group.folder == "cache")
+    cache = _mapping(run.get("cache") or {}, "cache")
+    if group.key in cache:
+        return cache
+    model = build(ModelConfig, _mapping(run.get("model"), "model"), what="the model")
+    own = load_family(model.family).cache or {group.key: DEFAULT_CACHE}
+    return _merge_group(group, _merge_group(group, {}, own), cache)
 
 
 def _parse_override(override: str) -> dict[str, Any]:

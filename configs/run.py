@@ -23,19 +23,28 @@ class ModelConfig:
         path: Diffusers folder; None for the family's bundled weights.
         dtype: Of weights and activations.
         device: ``auto`` takes CUDA where there is one; or ``cpu``, ``cuda``, ``cuda:1``.
+        any_size: Take a transformer of another size than the family's; so is a folder that is named alone.
+        free_text_encoder: Drop the text encoder once all prompts are encoded.
+        vae_tiling: Decode in overlapping tiles; whatever tile is not in work rests in host memory.
+        offload: Where weights wait for their turn: ``none`` keeps them on the device, ``model`` brings one component
+            at a time, ``sequential`` one layer.
     """
 
     family: str = "mini"
     path: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    any_size: bool = False
+    free_text_encoder: bool = False
+    vae_tiling: bool = False
+    offload: Literal["none", "model", "sequential"] = "none"
 
     def __post_init__(self) -> None:
         family = load_family(self.family)
         if self.path is None and family.folder is None:
             raise ValueError(
                 f"model family {self.family!r} has no bundled weights: get them ({family.homepage}) as a diffusers "
-                "folder and give model.path=FOLDER"
+                f"folder and give --model {self.family}=FOLDER, or model.path=FOLDER"
             )
 
 

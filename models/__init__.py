@@ -4,6 +4,7 @@ from longtake.models.bidirectional import sparse_wan
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.conversion import convert_original_state_dict
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from longtake.models.tiled_vae import TiledDecoder, streaming_decoder
 from longtake.models.vae_kernels import use_fast_kernels
 from longtake.models.vae_pixels import VaePixels
 
@@ -13,8 +14,10 @@ __all__ = [
     "Segment",
     "StreamingDecoder",
     "StreamingEncoder",
+    "TiledDecoder",
     "VaePixels",
     "convert_original_state_dict",
     "sparse_wan",
+    "streaming_decoder",
     "use_fast_kernels",
 ]

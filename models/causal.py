@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from longtake.attention import Attention, fastest
 from longtake.cache import Geometry, KVCache, Pass
 from longtake.models.modulated_block import ModulatedBlock, Modulations
+from longtake.models.offload import execution_device
 
 _HOOK = "longtake_causal"
 
@@ -95,7 +96,7 @@ class CausalTransformer:
         self.transformer = transformer
         # Both walk all parameters in diffusers, which would cost more than a small model's matmuls.
         self.dtype: torch.dtype = transformer.dtype
-        self.device: torch.device = transformer.device
+        self.device: torch.device = execution_device(transformer)
         self.attention = attention or fastest(self.device, self.dtype)
         self._call: _Call | None = None
         self._modulations = Modulations()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from longtake.models.feed_forward import feed_forward
+from longtake.models.offload import offload_hooks, weights_at_hand
 
 
 @dataclass
@@ -53,11 +54,21 @@ class ModulatedBlock(ModelHook):
         self.layer = layer
         self.modulations = modulations
         self.timesteps = timesteps
+        self._hooked: list[tuple[nn.Module, object]] = []
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Note what brings the weights that are read here without a call, where they are offloaded."""
+        self._hooked = [(part, hook) for part in (module, module.norm2) for hook in offload_hooks(part)]
+        return module
 
     def new_forward(
         self, module: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb
     ) -> Tensor:
         """See the class; arguments as in diffusers, ``temb`` is unused."""
+        with weights_at_hand(self._hooked):
+            return self._forward(module, hidden_states, encoder_hidden_states, rotary_emb)
+
+    def _forward(self, module: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, rotary_emb) -> Tensor:
         dtype, timesteps = hidden_states.dtype, self.timesteps()
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulations.of(self.layer, module, timesteps)
         segments = (len(timesteps), -1)

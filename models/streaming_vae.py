@@ -9,6 +9,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from longtake.models.offload import execution_device
+
 # The Wan encoder takes one frame first and then four at a time: diffusers fixes this number, not the config.
 FRAMES_PER_LATENT = 4
 
@@ -19,8 +21,12 @@ REPEAT = "Rep"
 TENSOR = "tensor"
 
 
-class _FeatureMap:
-    """The causal convolutions' memory of past frames, kept outside the VAE so that several streams can share it."""
+class FeatureMap:
+    """The causal convolutions' memory of past frames, kept outside the VAE so that several streams can share it.
+
+    Args:
+        module: The VAE's decoder or encoder.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         # One slot for every causal convolution is what diffusers allocates; some of them stay unused.
@@ -28,6 +34,7 @@ class _FeatureMap:
         self.slots: list[Tensor | str | None] = [None] * num_slots
 
     def state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors by slot, and what every slot holds."""
         tensors: dict[str, Tensor] = {}
         kinds: list[str] = []
         for index, slot in enumerate(self.slots):
@@ -38,7 +45,14 @@ class _FeatureMap:
                 kinds.append(EMPTY if slot is None else slot)
         return tensors, kinds
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], kinds: list[str], *, like: Tensor) -> None:
+    def load_state_dict(
+        self, tensors: Mapping[str, Tensor], kinds: list[str], *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Take over what ``state_dict`` returned.
+
+        Raises:
+            ValueError: If it belongs to another VAE or is incomplete.
+        """
         if len(kinds) != len(self.slots):
             raise ValueError(
                 f"VAE stream state has {len(kinds)} slots, this VAE has {len(self.slots)}: load it with the VAE "
@@ -47,12 +61,16 @@ class _FeatureMap:
         slots: list[Tensor | str | None] = []
         for index, kind in enumerate(kinds):
             if kind == TENSOR:
-                slots.append(_required(tensors, f"slot_{index:03d}").to(device=like.device, dtype=like.dtype))
+                slots.append(_required(tensors, f"slot_{index:03d}").to(device=device, dtype=dtype))
             elif kind in (EMPTY, REPEAT):
                 slots.append(None if kind == EMPTY else REPEAT)
             else:
                 raise ValueError(f"VAE stream state: slot {index} is {kind!r}; known: {EMPTY}, {REPEAT}, {TENSOR}")
         self.slots = slots
+
+    def move(self, device: torch.device | str) -> None:
+        """Bring the tensors to a device."""
+        self.slots = [slot.to(device) if isinstance(slot, Tensor) else slot for slot in self.slots]
 
 
 class StreamingDecoder:
@@ -74,7 +92,7 @@ class StreamingDecoder:
         """
         self.vae = vae
         self.num_frames = 0
-        self._features = _FeatureMap(vae.decoder)
+        self._features = FeatureMap(vae.decoder)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the next latent frames of the stream.
@@ -89,7 +107,12 @@ class StreamingDecoder:
         Raises:
             ValueError: If ``latents`` is not 5-D, holds no frame, or the VAE's tiling is on.
         """
-        _check_input(self.vae, latents, name="latents")
+        check_frames(latents, name="latents")
+        if self.vae.use_tiling:
+            raise ValueError(
+                "the VAE's tiling is on, and this stream decodes whole frames: use streaming_decoder(vae), or call "
+                "vae.disable_tiling() first"
+            )
         frames = _decode_frames(self.vae, latents, self._features.slots, self.num_frames == 0)
         self.num_frames += latents.shape[2]
         return frames
@@ -114,7 +137,7 @@ class StreamingDecoder:
             ValueError: If the state belongs to a VAE of another shape or is incomplete.
         """
         kinds = _required(numbers, "slots")
-        self._features.load_state_dict(tensors, kinds, like=_first_parameter(self.vae))
+        self._features.load_state_dict(tensors, kinds, device=execution_device(self.vae), dtype=self.vae.dtype)
         self.num_frames = int(_required(numbers, "num_frames"))
 
 
@@ -122,7 +145,7 @@ class StreamingEncoder:
     """Pixel frames in, latent frames out, any number at a time; equal to ``vae.encode`` of the whole video.
 
     A latent frame needs one pixel frame (the first) or four (all others). Frames that do not fill a latent frame
-    yet wait inside and come out with a later call.
+    yet wait inside and come out with a later call. Frames are encoded whole, whatever the VAE's tiling.
 
     Source: the frame loop of diffusers' ``AutoencoderKLWan``, with the feature map as the caller's.
     """
@@ -135,7 +158,7 @@ class StreamingEncoder:
         """
         self.vae = vae
         self.num_frames = 0
-        self._features = _FeatureMap(vae.encoder)
+        self._features = FeatureMap(vae.encoder)
         self._waiting: Tensor | None = None
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -149,9 +172,9 @@ class StreamingEncoder:
             may be no latent frame yet, then the third dimension is 0.
 
         Raises:
-            ValueError: If ``frames`` is not 5-D, holds no frame, or the VAE's tiling is on.
+            ValueError: If ``frames`` is not 5-D or holds no frame.
         """
-        _check_input(self.vae, frames, name="frames")
+        check_frames(frames, name="frames")
         if self._waiting is not None:
             frames = torch.cat([self._waiting, frames], dim=2)
         groups: list[Tensor] = []
@@ -191,11 +214,11 @@ class StreamingEncoder:
         Raises:
             ValueError: If the state belongs to a VAE of another shape or is incomplete.
         """
-        like = _first_parameter(self.vae)
-        self._features.load_state_dict(tensors, _required(numbers, "slots"), like=like)
+        device, dtype = execution_device(self.vae), self.vae.dtype
+        self._features.load_state_dict(tensors, _required(numbers, "slots"), device=device, dtype=dtype)
         self.num_frames = int(_required(numbers, "num_frames"))
         waiting = tensors.get("waiting")
-        self._waiting = None if waiting is None else waiting.to(device=like.device, dtype=like.dtype)
+        self._waiting = None if waiting is None else waiting.to(device=device, dtype=dtype)
 
 
 # The decorator lets accelerate's offload hooks bring the VAE to its device, as they do for ``vae.decode``.
@@ -225,18 +248,17 @@ def _encode_groups(vae: AutoencoderKLWan, groups: list[Tensor], slots: list) -> 
     return moments.chunk(2, dim=1)[0]
 
 
-def _check_input(vae: AutoencoderKLWan, tensor: Tensor, *, name: str) -> None:
+def check_frames(tensor: Tensor, *, name: str) -> None:
+    """Refuse what is no video.
+
+    Raises:
+        ValueError: If ``tensor`` is not 5-D or holds no frame.
+    """
     if tensor.ndim != 5 or tensor.shape[2] == 0:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}: give (batch, channels, frames, height, width) with one frame "
             "or more"
         )
-    if vae.use_tiling:
-        raise ValueError("the VAE's tiling is on and has no streaming form: call vae.disable_tiling() first")
-
-
-def _first_parameter(vae: AutoencoderKLWan) -> Tensor:
-    return next(vae.parameters())
 
 
 def _required(mapping: Mapping[str, Any], key: str) -> Any:

@@ -7,6 +7,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import Tensor
 from torch.nn import functional
 
+from longtake.models.offload import offload_hooks
+
 _HOOK = "longtake_kernel"
 _EPSILON = 1e-12  # of functional.normalize, in units of the norm
 
@@ -28,7 +30,8 @@ def use_fast_kernels(vae: AutoencoderKLWan) -> None:
     """
     for module in vae.modules():
         hook = _hook_for(module)
-        if hook is None:
+        # Weights that offloading brings for a call would be missing to a hook outside of it.
+        if hook is None or offload_hooks(module):
             continue
         registry = HookRegistry.check_if_exists_or_initialize(module)
         if registry.get_hook(_HOOK) is None:

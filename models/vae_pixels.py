@@ -5,7 +5,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.models.streaming_vae import FRAMES_PER_LATENT, StreamingDecoder, StreamingEncoder
+from longtake.models.offload import execution_device
+from longtake.models.streaming_vae import FRAMES_PER_LATENT, StreamingEncoder
+from longtake.models.tiled_vae import streaming_decoder
 
 
 class VaePixels:
@@ -25,7 +27,7 @@ class VaePixels:
         """Latents as the VAE decodes them: (batch, channels, frames, height, width) on its device, in its dtype."""
         z = latents.transpose(1, 2).float()
         z = z * self._std.to(z.device) + self._mean.to(z.device)
-        return z.to(self.vae.device, self.vae.dtype)
+        return z.to(execution_device(self.vae), self.vae.dtype)
 
     def normalise(self, z: Tensor) -> Tensor:
         """What the VAE encoded as a rollout keeps it: (batch, frames, channels, height, width) float32."""
@@ -53,7 +55,7 @@ class VaePixels:
         Source: PackForcing, arXiv:2603.25730, low-resolution branch.
         """
         frames, rows, columns = size
-        video = StreamingDecoder(self.vae).decode(self.denormalise(latents))
+        video = streaming_decoder(self.vae).decode(self.denormalise(latents))
         height, width = video.shape[-2] // rows, video.shape[-1] // columns
         step = self.vae.spatial_compression_ratio
         if min(height, width) < step:

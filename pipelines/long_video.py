@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from longtake.attention import SparsePolicy
 from longtake.cache import DEFAULT_POLICY, CachePolicy, Event, make_policy
-from longtake.configs.families import ModelFamily, family_names, load_family
-from longtake.models import VaePixels, use_fast_kernels
-from longtake.pipelines.model_folder import check_model_folder
+from longtake.configs.families import ModelFamily
+from longtake.models import VaePixels
+from longtake.pipelines.loading import ModelLoading
 from longtake.pipelines.rollout import LatentRollout
 from longtake.pipelines.take import Chunk, TakeSession
 from longtake.samplers import Sampler, SeededNoise, make_sampler
@@ -41,50 +40,21 @@ class LongVideoPipelineOutput(BaseOutput):
     frames: Any
 
 
-class LongVideoPipeline(WanPipeline):
+class LongVideoPipeline(ModelLoading, WanPipeline):
     """Rolls a causal Wan transformer out over minutes, block by block, with a cache policy.
 
     A ``WanPipeline`` with the same components, so folders, LoRA, offload and quantisation are diffusers' own.
     ``family`` holds what the checkpoint does not say of itself.
     """
 
-    family: ModelFamily = ModelFamily()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path = "mini", *, family: str | ModelFamily | None = None, **kwargs
-    ) -> "LongVideoPipeline":
-        """Load a bundled model or a diffusers folder.
-
-        Args:
-            pretrained_model_name_or_path: ``mini``, or a folder in diffusers' Wan layout.
-            family: How to run it: a name under ``configs/model`` or a ``ModelFamily``. A bundled model has its own;
-                any other folder is run like Self-Forcing unless told otherwise.
-            **kwargs: Of ``DiffusionPipeline.from_pretrained``, e.g. ``torch_dtype``, ``device_map``.
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write a stock ``WanPipeline`` folder that any diffusers tool opens.
 
         Raises:
-            ValueError: If the folder is missing or is no diffusers folder, or its weights are no safetensors.
+            ValueError: If the text encoder is freed.
         """
-        name = str(pretrained_model_name_or_path)
-        folder = Path(name)
-        if family is None:
-            family = name if name in family_names() else "self_forcing"
-        settings = load_family(family) if isinstance(family, str) else family
-        if name in family_names():
-            if settings.folder is None:
-                raise ValueError(
-                    f"model family {name!r} has no bundled weights: download them ({settings.homepage}), then give "
-                    f"the folder with family={name!r}."
-                )
-            folder = Path(str(files("longtake.models"))) / settings.folder
-        check_model_folder(folder)
-        pipe = super().from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **kwargs)
-        pipe.family = settings
-        use_fast_kernels(pipe.vae)
-        return pipe
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Write a stock ``WanPipeline`` folder that any diffusers tool opens."""
+        if self.text_encoder is None:
+            raise ValueError("the text encoder is freed, and no folder opens without one: load the model again.")
         WanPipeline(**self.components).save_pretrained(save_directory, **kwargs)
 
     def start(
@@ -96,7 +66,7 @@ class LongVideoPipeline(WanPipeline):
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        cache: CachePolicy | Mapping[str, Any] | str = DEFAULT_POLICY,
+        cache: CachePolicy | Mapping[str, Any] | str | None = None,
         sampler: Sampler | Mapping[str, Any] | str | None = None,
         seed: int | Sequence[int] = 0,
         guidance_scale: float | None = None,
@@ -118,7 +88,8 @@ class LongVideoPipeline(WanPipeline):
             num_frames: Length in pixel frames.
             height: Pixels; the family's unless given.
             width: Pixels.
-            cache: Policy, its mapping, or its name.
+            cache: Policy, its mapping, or its name; the one that the family was trained with unless given, else
+                the default one.
             sampler: Sampler, its mapping, or its name; the family's unless given.
             seed: One for all samples, or one per sample. A sample's video depends on its own prompt and seed alone.
             guidance_scale: Overrides the sampler's.
@@ -138,7 +109,7 @@ class LongVideoPipeline(WanPipeline):
         """
         family = self.family
         block = frames_per_block or family.frames_per_block
-        policy = make_policy(cache)
+        policy = make_policy((family.cache or DEFAULT_POLICY) if cache is None else cache)
         solver = _sampler(family if sampler is None else sampler, guidance_scale, num_inference_steps)
         num_frames = self.num_pixel_frames(seconds=seconds, num_frames=num_frames)
         frame_shape = self._frame_shape(height or family.height, width or family.width)
@@ -202,7 +173,7 @@ class LongVideoPipeline(WanPipeline):
         *,
         seconds: float | None = None,
         seed: int | Sequence[int] | None = None,
-        cache: CachePolicy | Mapping[str, Any] | str = DEFAULT_POLICY,
+        cache: CachePolicy | Mapping[str, Any] | str | None = None,
         sampler: Sampler | Mapping[str, Any] | str | None = None,
         frames_per_block: int | None = None,
         schedule: Schedule = (),
@@ -293,7 +264,7 @@ class LongVideoPipeline(WanPipeline):
             (batch, text_len, text_dim).
 
         Raises:
-            ValueError: If a text is empty or longer than the encoder reads.
+            ValueError: If a text is empty or longer than the encoder reads, or the encoder is freed.
         """
         limit = self.family.max_sequence_length
         for text in prompts:
@@ -307,11 +278,7 @@ class LongVideoPipeline(WanPipeline):
                     f"the prompt has {num_tokens} tokens, this model reads {limit}: shorten it "
                     f"(it begins {text[:40]!r})."
                 )
-        embeds = [
-            self.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=limit)[0]
-            for text in prompts
-        ]
-        return torch.cat(embeds)
+        return torch.cat([self._embed(text) for text in prompts])
 
     def _frame_shape(self, height: int, width: int) -> tuple[int, int, int]:
         factor = self.vae_scale_factor_spatial

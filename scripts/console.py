@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from longtake.configs.families import load_family
 from longtake.configs.run import ModelConfig, RunConfig
+from longtake.scripts.memory import check_placing, encode_and_free, place
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline
@@ -110,7 +111,8 @@ def check_settings(config: RunConfig) -> None:
 
     family = load_family(config.model.family)
     policy = make_policy(config.cache)
-    policy.check(max(family.frames_per_block, family.first_block_frames or 1))
+    num_frames = family.num_latent_frames(max(1, round(config.seconds * family.fps)))
+    policy.check(max(family.frames_per_block, family.first_block_frames or 1), num_frames)
 
     from longtake.samplers import make_sampler
 
@@ -149,21 +151,28 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    folder = model_folder(model)
+    folder, device = model_folder(model), _device(model.device)
+    check_placing(model, device)
+    family = load_family(model.family)
     try:
-        pipe = LongVideoPipeline.from_pretrained(folder, family=model.family, dtype=getattr(torch, model.dtype))
+        pipe = LongVideoPipeline.from_pretrained(
+            folder, family=family if model.any_size else model.family, dtype=getattr(torch, model.dtype)
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the model: {error}") from error
-    return pipe.to(_device(model.device))
+    if family.restriction is not None:
+        err.print(f"licence of {model.family}: {family.licence}, {family.restriction}", style="yellow", markup=False)
+    return place(pipe, model, device)
 
 
 def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
     """Return what ``run.json`` says of versions, machine and weights."""
+    from longtake.models.offload import execution_device
     from longtake.pipelines.provenance import machine, versions, weights_hash
 
     return {
         "versions": versions(),
-        "machine": machine(pipe.device),
+        "machine": machine(execution_device(pipe.transformer)),
         "weights": weights_hash(model_folder(model)),
     }
 
@@ -176,6 +185,7 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession"
     """
     from longtake.pipelines.checks import check_switch
 
+    encode_and_free(pipe, [config])
     session = pipe.start(
         config.prompt,
         negative_prompt=config.negative_prompt,

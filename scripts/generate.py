@@ -25,6 +25,7 @@ from longtake.scripts.console import (
     start_session,
     stop_requests,
 )
+from longtake.scripts.memory import encode_and_free
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline
@@ -43,7 +44,10 @@ def generate(
     *,
     seconds: Annotated[float | None, typer.Option(help="Length of the video.", show_default="60")] = None,
     cache: Annotated[
-        str | None, typer.Option(help="Cache policy; `longtake policies` lists them.", show_default="attention_sink")
+        str | None,
+        typer.Option(
+            help="Cache policy; `longtake policies` lists them.", show_default="the model's own, or attention_sink"
+        ),
     ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="few_step or multi_step.", show_default="the model's own")
@@ -54,7 +58,7 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model family, or a diffusers folder: it runs like Self-Forcing unless model.family=... is given.",
+            help="A model family, NAME=FOLDER for one with its weights, or a FOLDER alone: it runs like Self-Forcing.",
             show_default="mini",
         ),
     ] = None,
@@ -74,6 +78,9 @@ def generate(
     contact_sheet: Annotated[
         bool | None, typer.Option("--contact-sheet/--no-contact-sheet", help="Also write contact_sheet.png.")
     ] = None,
+    free_text_encoder: Annotated[
+        bool, typer.Option("--free-text-encoder", help="Drop the text encoder once all prompts are encoded.")
+    ] = False,
 ) -> None:
     """Make a video from a prompt.
 
@@ -87,6 +94,8 @@ def generate(
     `longtake generate "a blue star circling quickly over a teal plain background" --cache full --seed 3 --out star`
 
     `longtake generate "a pink square swaying slowly over a grey plain background" cache.num_context_frames=15`
+
+    `longtake generate "a lighthouse at dusk" --model self_forcing=./Self-Forcing --seconds 30`
 
     `longtake generate --config take.yaml` where take.yaml holds `prompt:`, `seconds:`, `cache:` and so on
 
@@ -104,6 +113,8 @@ def generate(
     }
     if contact_sheet is not None:
         overrides = [*overrides, f"output.contact_sheet={str(contact_sheet).lower()}"]
+    if free_text_encoder:
+        overrides = [*overrides, "model.free_text_encoder=true"]
     if prompts is not None:
         if texts:
             raise ValueError(f"both a prompt ({texts[0]!r}) and --prompts are given: give one of the two")
@@ -229,6 +240,7 @@ def _generate_many(
         return
     check_settings(todo[0][0])
     pipe = load_pipeline(todo[0][0].model)
+    encode_and_free(pipe, [run for run, _ in todo])
     with stop_requests() as should_stop:
         for run, path in todo:
             err.print(f"{run.prompt}", style="bold", markup=False)

@@ -1,13 +1,14 @@
 """Say what a model is, from its files alone: no weight is loaded."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from longtake.configs.families import ModelFamily, family_names, load_family
+from longtake.configs.families import CheckpointRule, ModelFamily, family_names, load_family
 from longtake.configs.fields import did_you_mean
 from longtake.configs.run import ModelConfig
 from longtake.scripts.console import model_folder, out, script
@@ -64,14 +65,21 @@ def describe(name: str, family: ModelFamily, folder: Path | None) -> list[tuple[
     """
     rows = [
         ("family", f"{name} ({family.source})"),
-        ("licence", family.licence or "not stated"),
+        ("licence", ", ".join(part for part in (family.licence or "not stated", family.restriction) if part)),
         ("video", f"{family.width}x{family.height} at {family.fps} frames per second"),
         ("trained on", f"{family.num_trained_frames} latent frames, {_trained_seconds(family):.1f} s"),
         ("block", f"{family.frames_per_block} latent frames, {family.frames_per_block * 4 / family.fps:.2f} s"),
-        ("sampler", ", ".join(f"{key}={value}" for key, value in family.sampler.items())),
+        ("sampler", _settings(family.sampler)),
+        ("context timestep", f"{family.context_timestep:g}"),
+        (
+            "own cache",
+            _settings(family.cache) if family.cache else "none: full history in training",
+        ),
+        ("begins from", ", ".join(("text", *family.starts))),
+        ("size", family.size or "its own"),
     ]
     if folder is None:
-        return [*rows, ("weights", f"not bundled: {family.homepage}")]
+        return [*rows, ("weights", f"not bundled: {family.homepage}"), *_released(family.checkpoint)]
     parts = {part.name: part for part in sorted(folder.iterdir()) if part.is_dir()} if folder.is_dir() else {}
     if "transformer" not in parts or not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no diffusers folder: it needs model_index.json and transformer/")
@@ -96,6 +104,18 @@ def _cache_rows(transformer: dict[str, Any], vae: dict[str, Any], family: ModelF
         ("transformer shape", f"{layers} layers, {heads} heads of {head_dim}, {tokens} tokens a latent frame"),
         ("cache", f"{frame_bytes / 1e6:,.2f} MB a latent frame in float32, half in bfloat16"),
     ]
+
+
+def _released(rule: CheckpointRule) -> list[tuple[str, str]]:
+    """Which files of the homepage are meant, and what in them."""
+    rows = [("file", rule.file + (f", entry {rule.key}" if rule.key else ""))] if rule.file else []
+    if rule.lora_file:
+        rows.append(("adapter", f"{rule.lora_file}, entry {rule.lora_key}, alpha {rule.lora_alpha:g}"))
+    return rows
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _trained_seconds(family: ModelFamily) -> float:

@@ -1,0 +1,158 @@
+"""Presets, licences and memory options on the command line, with a random model in the place of the real ones."""
+
+from contextlib import contextmanager
+
+import pytest
+import yaml
+
+from longtake.configs.loader import load_preset
+from longtake.pipelines.run_folder import RunFolder, blocks_of
+from longtake.scripts import generate as generate_module
+from longtake.scripts.console import run_app
+from longtake.scripts.main import app
+
+PROMPT = "a red circle moving left"
+OTHER = "a blue square moving right"
+# A tiny folder in the place of 1.3 billion numbers.
+ANY = ("model.any_size=true", "height=32", "width=32", "output.state_every_blocks=2")
+
+
+def call(capfd, *words):
+    code = run_app(app, [str(word) for word in words])
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+def make(capfd, model, folder, out, *words, seconds=1.5):
+    return call(
+        capfd, "generate", PROMPT, "--model", f"{model}={folder}", "--seconds", seconds, "--out", out, *ANY, *words
+    )
+
+
+def hashes(path):
+    return [entry["sha256"] for entry in blocks_of(RunFolder(path))]
+
+
+@pytest.mark.parametrize(
+    ("model", "sampler", "cache", "licence"),
+    [
+        ("self_forcing", "few_step", load_preset("cache", "attention_sink"), None),
+        ("longlive", "few_step", load_preset("cache", "longlive"), None),
+        (
+            "rolling_forcing",
+            "rolling_window",
+            load_preset("cache", "rolling_forcing"),
+            "terms of its own, academic use only",
+        ),
+        ("causvid", "few_step", load_preset("cache", "attention_sink"), "CC-BY-NC-SA-4.0, no commercial use"),
+        ("causal_forcing_1step", "few_step", load_preset("cache", "attention_sink"), None),
+    ],
+)
+def test_a_preset_and_a_folder_make_a_video(capfd, tiny_folder, tmp_path, model, sampler, cache, licence):
+    code, stdout, stderr = make(capfd, model, tiny_folder, tmp_path / "take")
+    assert code == 0 and "video.mp4" in stdout, stderr
+    config = yaml.safe_load((tmp_path / "take" / "config.yaml").read_text())
+    assert (config["model"]["family"], config["sampler"]["name"], config["cache"]) == (model, sampler, cache)
+    told = [line for line in stderr.splitlines() if line.startswith("licence of")]
+    assert told == ([f"licence of {model}: {licence}"] if licence else [])
+    assert RunFolder(tmp_path / "take").record["video"]["num_frames"] == 25
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["--model", "self_forcing={tiny}"], ["not of the size 1.3B", "num_layers=2 instead of 30"]),
+        (["--model", "self_forcin={tiny}"], ["Did you mean 'self_forcing'"]),
+        (["--model", "self_forcing="], ["self_forcing=FOLDER"]),
+        (["--model", "self_forcing={tiny}/nowhere"], ["does not exist"]),
+        (["--model", "longlive={file}"], ["longtake convert", "--preset longlive"]),
+        (["--model", "longlive"], ["--model longlive=FOLDER"]),
+        (["model.offload=model", "model.device=cpu"], ["model.offload='model'", "use 'none'"]),
+        (["model.offload=disk"], ["'none', 'model', 'sequential'"]),
+        (["--model", "wan={tiny}", *ANY], ["rollout of 252 frames"]),
+        (["--model", "longlive={tiny}", *ANY, "cache.num_context_frames=5"], ["use 6 or more"]),
+    ],
+)
+def test_models_that_do_not_fit_are_named_in_one_line(capfd, tiny_folder, tmp_path, words, messages):
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"")
+    words = [word.format(tiny=tiny_folder, file=file) for word in words]
+    code, _, stderr = call(capfd, "generate", PROMPT, "--out", tmp_path / "take", *words)
+    assert code == 2 and len(stderr.strip().splitlines()) == 1, stderr
+    assert all(message in stderr for message in messages), stderr
+    assert not (tmp_path / "take").exists()
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory):
+    """A run whose prompt changes."""
+    path = tmp_path_factory.mktemp("config") / "take.yaml"
+    path.write_text(yaml.safe_dump({"prompt_changes": [{"at": 1.2, "prompt": OTHER}], "negative_prompt": "plain"}))
+    return path
+
+
+def test_without_the_text_encoder_runs_resume_and_fork_to_the_same_frames(
+    capfd, tiny_folder, tmp_path, changing, monkeypatch
+):
+    words = ("--config", changing, "sampler={name: multi_step, num_inference_steps: 2, solver: euler}")
+    whole, stopped, forked = tmp_path / "whole", tmp_path / "stopped", tmp_path / "forked"
+    assert make(capfd, "self_forcing", tiny_folder, whole, *words, seconds=3)[0] == 0
+
+    @contextmanager
+    def stop_after_three():
+        asked = []
+        yield lambda: asked.append(1) or len(asked) > 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "stop_requests", stop_after_three)
+        code, _, stderr = make(capfd, "self_forcing", tiny_folder, stopped, *words, "--free-text-encoder", seconds=3)
+    assert code == 130 and "longtake resume" in stderr
+    assert 0 < len(hashes(stopped)) < len(hashes(whole))
+    assert RunFolder(stopped).config.model.free_text_encoder
+    assert call(capfd, "resume", stopped)[0] == 0
+    assert hashes(stopped) == hashes(whole)
+
+    code, _, stderr = call(capfd, "fork", stopped, "--at", "2s", "--prompt", PROMPT, "--out", forked)
+    assert code == 0, stderr
+    # Blocks begin at 0, 0.6, 1.3, 2.1 and 2.8 seconds.
+    assert hashes(forked)[:3] == hashes(whole)[:3] and hashes(forked)[3] != hashes(whole)[3]
+
+
+def test_many_prompts_are_encoded_before_the_encoder_goes(capfd, tiny_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n{OTHER}\n")
+    model = ("--model", f"self_forcing={tiny_folder}", "--seconds", 1, *ANY)
+    command = ("generate", "--prompts", tmp_path / "prompts.txt", *model)
+    assert call(capfd, *command, "--out", tmp_path / "freed", "--free-text-encoder")[0] == 0
+    assert call(capfd, *command, "--out", tmp_path / "plain")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert len(names) == 2
+    for name in names:
+        assert hashes(tmp_path / "freed" / name) == hashes(tmp_path / "plain" / name)
+
+
+def test_a_run_in_tiles_resumes_in_tiles(capfd, tiny_folder, tmp_path):
+    code, _, stderr = make(capfd, "self_forcing", tiny_folder, tmp_path / "take", "model.vae_tiling=true", seconds=2)
+    assert code == 0, stderr
+    code, _, stderr = call(
+        capfd, "fork", tmp_path / "take", "--at", "1s", "--seconds", 2.5, "--out", tmp_path / "longer"
+    )
+    assert code == 0, stderr
+    assert hashes(tmp_path / "longer")[:3] == hashes(tmp_path / "take")[:3]
+
+
+def test_info_says_how_a_family_is_run_and_where_its_weights_are(capfd):
+    code, stdout, _ = call(capfd, "info", "longlive")
+    text = " ".join(stdout.split())
+    assert code == 0
+    for expected in (
+        "own cache policy=longlive, num_context_frames=12",
+        "begins from text, video",
+        "size 1.3B",
+        "context timestep 0",
+        "file models/longlive_base.pt, entry generator",
+        "adapter models/lora.pt, entry generator_lora, alpha 256",
+    ):
+        assert expected in text, text
+    text = " ".join(call(capfd, "info", "causal_forcing_2step")[1].split())
+    assert "first_block_timesteps=[1000, 750, 500, 250]" in text and "begins from text, image, video" in text
+    assert "CC-BY-NC-SA-4.0, no commercial use" in " ".join(call(capfd, "info", "krea_14b")[1].split())
