@@ -12,10 +12,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from longtake.attention import (
-    EXECUTORS,
     AttentionGeometry,
     AttentionRequest,
-    BackendUnavailable,
     BlockPlan,
     SparsePolicy,
     explain,
@@ -23,7 +21,6 @@ from longtake.attention import (
 )
 from longtake.attention.density import DensityMeter
 from longtake.attention.dispatch import BACKEND_VARIABLE
-from longtake.configs.fields import choose
 from longtake.models.sparse_attention import AttentionSetting
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -321,15 +318,7 @@ def _setting(attention: SparsePolicy | Mapping[str, Any] | str, backend: str | N
     setting = AttentionSetting(attention)
     if backend is not None:
         setting.backend = backend
-    if setting.backend != "auto":
-        verdict = choose(EXECUTORS, setting.backend, what="attention backend").available()
-        if not verdict.ok:
-            raise BackendUnavailable(
-                f"backend {setting.backend!r} cannot run on this machine: {verdict.text}. {verdict.hint}".rstrip(),
-                backend=setting.backend,
-                code=verdict.reasons[0].code,
-                hint=verdict.hint,
-            )
+    setting.check_backend()
     return setting
 
 

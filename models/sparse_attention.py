@@ -5,9 +5,18 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.attention import AttentionGeometry, Segment, SparsePolicy, make_attention_policy, sparse_attention
+from longtake.attention import (
+    EXECUTORS,
+    AttentionGeometry,
+    BackendUnavailable,
+    Segment,
+    SparsePolicy,
+    make_attention_policy,
+    sparse_attention,
+)
 from longtake.attention.density import DensityMeter
 from longtake.cache import Call, Geometry, Run
+from longtake.configs.fields import choose
 
 BACKEND = "backend"
 """Key of an attention mapping that names an executor; the others are the policy's."""
@@ -35,6 +44,24 @@ class AttentionSetting:
     def is_dense(self) -> bool:
         """Whether nothing is ever left out."""
         return self.policy.name == "dense"
+
+    def check_backend(self) -> None:
+        """Refuse a named backend that is unknown or cannot run on this machine.
+
+        Raises:
+            ValueError: If there is none of that name.
+            BackendUnavailable: If it cannot run here; says what to do.
+        """
+        if self.backend == "auto":
+            return
+        verdict = choose(EXECUTORS, self.backend, what="attention backend").available()
+        if not verdict.ok:
+            raise BackendUnavailable(
+                f"backend {self.backend!r} cannot run on this machine: {verdict.text}. {verdict.hint}".rstrip(),
+                backend=self.backend,
+                code=verdict.reasons[0].code,
+                hint=verdict.hint,
+            )
 
 
 class SparseSelfAttention:

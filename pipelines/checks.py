@@ -58,7 +58,7 @@ def check_policy(policy: CachePolicy, sampler: Sampler, *, has_pixels: bool) -> 
 
 
 def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
-    """Refuse sparse attention over a cache that weights its tokens.
+    """Refuse sparse attention over a cache that weights its tokens, or whose heads differ where all are looked at.
 
     Raises:
         ValueError: With the remedy.
@@ -67,6 +67,11 @@ def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
         raise ValueError(
             f"cache policy {policy.name!r} weights its tokens with these settings, which attention "
             f"{attention.policy.name!r} does not take: use attention 'dense', or another cache policy."
+        )
+    if policy.splits_heads and not attention.is_dense and not attention.policy.is_static:
+        raise ValueError(
+            f"cache policy {policy.name!r} gives heads different tokens, and attention {attention.policy.name!r} "
+            "chooses by the tokens of all heads: use one that looks at positions alone, such as 'radial'."
         )
 
 
