@@ -1,5 +1,9 @@
 """What is refused before a rollout does any work."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from longtake.attention import BackendUnavailable, SparsePolicy
 from longtake.cache import POLICIES, CachePolicy
 from longtake.models.sparse_attention import AttentionSetting
 from longtake.pipelines.prompts import check_event
@@ -55,6 +59,22 @@ def check_policy(policy: CachePolicy, sampler: Sampler, *, has_pixels: bool) -> 
             f"cache policy {policy.name!r} pools pixels with these settings and needs a VAE: "
             "give pixels, or use LongVideoPipeline."
         )
+
+
+def checked_attention(policy: CachePolicy, settings: SparsePolicy | Mapping[str, Any] | str) -> AttentionSetting:
+    """Make the attention of a rollout and refuse what would fail in it.
+
+    Raises:
+        ValueError: If a name, a field or a value is unknown or does not fit the cache, or the named backend cannot run
+            on this machine.
+    """
+    setting = AttentionSetting(settings)
+    check_attention(policy, setting)
+    try:
+        setting.check_backend()
+    except BackendUnavailable as error:
+        raise ValueError(str(error)) from error
+    return setting
 
 
 def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:

@@ -103,7 +103,9 @@ def moment_tables(
             text = f"Minus `{baseline}` on the same prompts and seeds:"
             parts.append(f"{text}\n\n{_difference_table(others, measures, key)}")
     if len(parts) == 1:
-        raise ValueError(f"no video lasts until {', '.join(f'{moment:g}' for moment in moments)} s: give other moments")
+        raise ValueError(
+            f"no video lasts until {', '.join(f'{moment:g}' for moment in moments)} s: give other moments"
+        )
     return "\n".join(parts)
 
 
@@ -141,7 +143,9 @@ class Section:
         before, begin, rest = page.partition(self.begin)
         _, end, after = rest.partition(self.end)
         if not begin or not end or self.begin in rest or self.end in after:
-            raise ValueError(f"{what} has no section {self.name!r}: add the lines {self.begin!r} and {self.end!r}, once")
+            raise ValueError(
+                f"{what} has no section {self.name!r}: add the lines {self.begin!r} and {self.end!r}, once"
+            )
         return f"{before}{begin}\n{text}{end}{after}"
 
 

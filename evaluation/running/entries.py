@@ -32,20 +32,16 @@ def resolve_entry(label: str, entry: Any, *, frames_per_block: int) -> dict[str,
     Raises:
         ValueError: If a name or a value is unknown, or the policies do not fit the model or each other.
     """
-    from longtake.attention import BackendUnavailable
     from longtake.cache import make_policy
-    from longtake.models.sparse_attention import AttentionSetting
-    from longtake.pipelines.checks import check_attention
+    from longtake.pipelines.checks import checked_attention
 
     cache, attention = split_entry(entry)
     run = load_run(options={"cache": cache, ATTENTION: attention, "prompt": "any"})
     try:
         policy = make_policy(run.cache)
         policy.check(frames_per_block)
-        setting = AttentionSetting(run.attention)
-        check_attention(policy, setting)
-        setting.check_backend()
-    except (ValueError, BackendUnavailable) as error:
+        setting = checked_attention(policy, run.attention)
+    except ValueError as error:
         raise ValueError(f"cache {label!r}: {error}") from error
     return dict(run.cache) if setting.is_dense else {**run.cache, ATTENTION: dict(run.attention)}
 

@@ -284,7 +284,7 @@ def run_folders(out: Path) -> list[Path]:
 
 
 def settled_protocol(out: Path) -> Protocol:
-    """The protocol of an evaluation's folder, or of the folder that a run's lies in; the standard one if neither has."""
+    """The protocol of an evaluation's folder, or of the one above a run's; the standard one if neither has."""
     path = next((path for path in (out, out.absolute().parent) if (path / PROTOCOL_FILE).is_file()), None)
     return load_protocol(None if path is None else path / PROTOCOL_FILE)
 
