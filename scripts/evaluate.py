@@ -29,7 +29,8 @@ def run(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="quick, standard, long, or a YAML file with all of this; options go over it.", show_default="standard"
+            help="quick, standard, long, attention, or a YAML file with all of this; options go over it.",
+            show_default="standard",
         ),
     ] = None,
     model: Annotated[
@@ -94,6 +95,8 @@ def run(
     `longtake evaluate run --cache full,sliding_window,deep_forcing,pack --seconds 60 --samples 4 --out study`
 
     `longtake evaluate run --cache "pack,wide={policy: pack, num_sink_frames: 12}" --baseline pack --out sinks`
+
+    `longtake evaluate run --cache "full,sparse={policy: full, attention: radial}" --out masks`
 
     `longtake evaluate run --videos clips --backbones vbench.py --out measured` where clips holds .mp4 files, or a
     folder of them for each policy
