@@ -30,6 +30,9 @@ def table(
         Path | None, typer.Option(help="Markdown page to write into.", show_default="the terminal")
     ] = None,
     section: Annotated[str | None, typer.Option(help="Of the page, between two comments with this name.")] = None,
+    curves: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Also draw the measures over time here.", show_default=False)
+    ] = None,
     reference: Annotated[
         bool, typer.Option("--reference/--no-reference", help="Rows of the true scenes, for the bundled suite.")
     ] = True,
@@ -46,7 +49,13 @@ def table(
 
     `longtake evaluate table study more --moments 5,60,120 --page docs/results.md --section policies`
     """
-    from longtake.evaluation.report.markdown import Section, default_columns, find_columns, moment_tables
+    from longtake.evaluation.report.markdown import (
+        Section,
+        default_columns,
+        find_columns,
+        moment_tables,
+        write_curves,
+    )
     from longtake.evaluation.running.runner import ordered_runs, settled_protocol
 
     if (page is None) != (section is None):
@@ -65,6 +74,9 @@ def table(
     columns = default_columns(runs) if wanted is None else find_columns(runs, wanted)
     levels = _reference(folders[0], runs, columns) if reference else {}
     text = moment_tables(runs, baseline=chosen, moments=times, columns=columns, levels=levels)
+    if curves is not None:
+        write_curves(runs, curves, baseline=chosen, columns=columns)
+        err.print(f"wrote {curves}", markup=False)
     if page is None:
         out.print(text, markup=False, end="")
         return

@@ -1,8 +1,10 @@
 """Tables for a Markdown page: per moment what is left of every policy's videos, and what differs from the baseline."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import isnan
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -11,7 +13,8 @@ from longtake.evaluation.intervals import ratio_by_prompt
 from longtake.evaluation.metric import MetricSpec
 from longtake.evaluation.paired import NUM_RESAMPLES
 from longtake.evaluation.records import RunScores
-from longtake.evaluation.report.data import COSTS, Estimate, Measure
+from longtake.evaluation.report.data import COSTS, Estimate, Measure, ReportData
+from longtake.evaluation.report.png import draw_curves
 
 Levels = Mapping[str, Mapping[str, float]]
 """{reference: {metric: value}}: rows above the policies."""
@@ -107,6 +110,29 @@ def moment_tables(
             f"no video lasts until {', '.join(f'{moment:g}' for moment in moments)} s: give other moments"
         )
     return "\n".join(parts)
+
+
+def write_curves(runs: Sequence[RunScores], path: Path, *, baseline: str, columns: Sequence[str]) -> None:
+    """Draw the columns over time, a panel each, beside the tables.
+
+    Args:
+        runs: As for :func:`moment_tables`.
+        path: PNG to write.
+        baseline: Label of the run drawn in grey.
+        columns: Full names of metrics; those without a curve are left out.
+
+    Raises:
+        ValueError: If matplotlib is not installed, or none has a curve.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("a PNG of curves needs matplotlib: pip install matplotlib")
+    chosen = [_only(run, columns) for run in runs]
+    comparison = compare_runs(chosen, baseline=baseline, moments=())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = ReportData(runs=chosen, comparison=comparison)
+    measured = [name for name in columns if name in data.measures]
+    if not draw_curves(replace(data, headline=measured), path):
+        raise ValueError(f"none of {', '.join(columns)} has a curve over time: name others with --metrics")
 
 
 @dataclass(frozen=True)

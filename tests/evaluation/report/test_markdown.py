@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from longtake.evaluation.metric import MetricSpec, Score, Window
 from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes
@@ -14,6 +15,7 @@ from longtake.evaluation.report.markdown import (
     default_columns,
     find_columns,
     moment_tables,
+    write_curves,
 )
 from longtake.evaluation.results import run_record
 from longtake.evaluation.running.suites import PROMPT_SEED
@@ -144,6 +146,15 @@ def test_any_measure_with_a_curve_can_be_a_column():
         default_columns([replace(DENSE, specs={"proxy/x": other})])
 
 
+def test_curves_are_drawn_of_what_has_them(tmp_path):
+    without = [replace(video, scores=video.scores | {"judge/shape": Score.none("why")}) for video in DENSE.videos]
+    run = replace(DENSE, videos=without)
+    write_curves([run], tmp_path / "a.png", baseline="dense", columns=["judge/shape", "judge/camera"])
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="none of judge/shape has a curve"):
+        write_curves([run], tmp_path / "b.png", baseline="dense", columns=["judge/shape"])
+
+
 def test_only_a_section_of_a_page_changes():
     section = Section("study")
     page = f"# Title\n\n{section.begin}\nold\n{section.end}\nafter\n"
@@ -180,6 +191,10 @@ def test_the_command_takes_several_folders_and_writes_a_page(tmp_path, capfd, mo
     first = tmp_path / "first"
     assert call(first, "--no-reference") == (0, tables((DENSE, SPARSE), moments=(5, 30)), "")
     assert not asked
+    code, _, stderr = call(first, "--no-reference", "--curves", tmp_path / "new" / "curves.png")
+    assert code == 0 and stderr == f"wrote {tmp_path / 'new' / 'curves.png'}\n"
+    with Image.open(tmp_path / "new" / "curves.png") as picture:
+        assert picture.height > picture.width / 2, "four rows of panels: eleven measures"
     page, section = tmp_path / "page.md", Section("study")
     page.write_text(f"# Title\n{section.begin}\n{section.end}\n")
     into = ("--page", page, "--section", "study")
