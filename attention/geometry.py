@@ -1,5 +1,6 @@
 """What a sparse policy may know of one attention call: which frames ask, and which frames lie where among the keys."""
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -144,13 +145,32 @@ class AttentionGeometry:
         return self.segments[-1].stop
 
     @cached_property
-    def layout(self) -> tuple:
+    def layout(self) -> "Layout":
         """All that does not depend on step, layer and pass: what a plan made without looking at q and k depends on."""
-        return (
-            self.frame_tokens,
-            self.grid,
-            self.frames_per_block,
-            self.segments,
-            self.query_frames,
-            self.query_positions,
+        return Layout(
+            (
+                self.frame_tokens,
+                self.grid,
+                self.frames_per_block,
+                self.segments,
+                self.query_frames,
+                self.query_positions,
+            )
         )
+
+    def at(self, *, step_index: int, layer: int, kind: Kind) -> "AttentionGeometry":
+        """The same frames in another step, layer or pass of the block; they are not checked and described anew."""
+        other = copy(self)
+        vars(other).update(step_index=step_index, layer=layer, kind=kind, layout=self.layout)
+        return other
+
+
+class Layout(tuple):
+    """A layout whose hash is taken once: every attention call of a block looks its plan up by the same one."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash

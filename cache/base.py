@@ -245,6 +245,11 @@ class CachePolicy(ABC):
         return False
 
     @property
+    def splits_heads(self) -> bool:
+        """Whether heads of a layer may read different tokens, which sparse attention over all heads does not take."""
+        return False
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it needs something trained or measured for a model: a compressor, a map of heads."""
         return False

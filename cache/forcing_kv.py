@@ -28,6 +28,7 @@ class ForcingKV(CachePolicy):
 
     name: ClassVar[str] = "forcing_kv"
     source: ClassVar[str] = "Forcing-KV, arXiv:2605.09681"
+    splits_heads: ClassVar[bool] = True  # static heads read other tokens than dynamic ones
 
     num_sink_frames: int = 1
     num_recent_frames: int = 1  # before the block

@@ -111,6 +111,10 @@ class HistoryState(FrameState):
         stored = tuple(sorted(slots))
         count = policy.num_history(pass_.start_frame, pass_.num_frames)
         frames = policy.candidates(stored, count)
+        if self.geometry.device.type == "meta":
+            # Played for sizes alone: which they are cannot be known, and PyTorch would take its time not to know it.
+            shape = (self.geometry.batch_size, count)
+            return frames, torch.empty(shape, dtype=torch.long, device=self.geometry.device)
         sinks = self._direction([slots[frame] for frame in stored[: policy.num_sink_frames]])
         tail = self._direction([slots[frame] for frame in stored[-policy.num_recent_frames :]])
         candidates = torch.stack([self._direction([slots[frame]]) for frame in frames], dim=1)

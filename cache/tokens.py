@@ -58,6 +58,9 @@ def coordinates(numbers: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         (batch, tokens, 3), float64: frame, row, column.
     """
+    if numbers.device.type == "meta":
+        # Played for sizes alone, where PyTorch's arithmetic is Python: milliseconds for each operation.
+        return numbers.new_empty((*numbers.shape, 3), dtype=torch.float64)
     cells = numbers % geometry.tokens_per_frame
     axes = (numbers // geometry.tokens_per_frame, cells // geometry.num_columns, cells % geometry.num_columns)
     return torch.stack(axes, dim=-1).double()

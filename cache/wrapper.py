@@ -58,6 +58,11 @@ class Wrapper(CachePolicy):
         return self.inner.weighs_tokens
 
     @property
+    def splits_heads(self) -> bool:
+        """Whether heads may read different tokens: the inner policy's."""
+        return self.inner.splits_heads
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it works with trained weights only: the inner policy's."""
         return self.inner.needs_weights

@@ -193,6 +193,20 @@ def _measure(
     )
 
 
+def value_at(score: Score, fps: float, moment: float) -> float:
+    """A video's value at a moment, unscaled: the mean of the windows inside the five seconds that end there.
+
+    Args:
+        score: With windows.
+        fps: Of the video, above 0.
+        moment: Seconds.
+
+    Returns:
+        NaN where the video is shorter, or no window with a value lies there.
+    """
+    return _mean_at(*_window_arrays(score, fps), moment)
+
+
 def _window_arrays(score: Score, fps: float) -> tuple[NDArray, NDArray, NDArray]:
     starts = np.array([window.start_frame for window in score.windows])
     lengths = np.array([window.num_frames for window in score.windows])

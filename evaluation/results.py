@@ -27,11 +27,12 @@ RESULTS_FILE = "results.json"
 TOTALS = {"quality7": quality7, "quality6_long": quality6_long, "semantic": semantic, "total": total}
 
 
-def load_run(folder: Path) -> RunScores:
+def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
     """Read a run's folder: what has been measured or imported so far, and the drift of every measure with a curve.
 
     Args:
         folder: With ``run.json`` and ``scores/``; ``manifest.jsonl`` gives the order of the videos.
+        has_drift: Whether drift is computed, which takes most of the time.
 
     Raises:
         ValueError: If it is no run's folder, or a video has been measured with other metrics.
@@ -56,7 +57,8 @@ def load_run(folder: Path) -> RunScores:
         costs=read_json(folder / COSTS_FILE) or {},
     )
     imported = read_imported(folder)
-    return with_drift(merge_imported(run, imported) if imported else run)
+    run = merge_imported(run, imported) if imported else run
+    return with_drift(run) if has_drift else run
 
 
 def with_drift(run: RunScores) -> RunScores:

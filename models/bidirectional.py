@@ -3,19 +3,16 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from longtake.attention import (
-    EXECUTORS,
     AttentionGeometry,
     AttentionRequest,
-    BackendUnavailable,
     BlockPlan,
     SparsePolicy,
     explain,
@@ -23,14 +20,8 @@ from longtake.attention import (
 )
 from longtake.attention.density import DensityMeter
 from longtake.attention.dispatch import BACKEND_VARIABLE
-from longtake.configs.fields import choose
 from longtake.models.sparse_attention import AttentionSetting
-
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Components of a pipeline that become sparse: the network, and Wan2.2's second one for low noise."""
-
-TIMESTEP_TOLERANCE = 2**-8
-"""How far a timestep may be from the scheduler's, relative to it: the rounding of bfloat16."""
+from longtake.models.wan_pipelines import Clock, check_parallel, find_transformers, projected
 
 
 @contextmanager
@@ -74,7 +65,7 @@ def sparse_wan(
             run what the policy plans.
     """
     setting = _setting(attention, backend)
-    transformers = _transformers(pipe)
+    transformers = find_transformers(pipe, what="sparse_wan")
     sparse = SparseWan(pipe, setting)
     with ExitStack() as undo:
         for transformer in transformers:
@@ -101,27 +92,6 @@ class _Forward:
     memory: dict[Any, Any]
 
 
-@dataclass
-class _Video:
-    """Where the denoising of a video stands.
-
-    Attributes:
-        timesteps: The scheduler's own tensor: another one belongs to another video.
-        schedule: Its different values, in order.
-        first: Where in the schedule the video began; more than 0 where it starts from another video.
-        step: Where in the schedule the last forward was.
-        num_forwards: Of that step so far.
-        memories: By transformer and number of the forward in its step, which tells guidance branches apart.
-    """
-
-    timesteps: Tensor
-    schedule: tuple[float, ...]
-    first: int
-    step: int
-    num_forwards: int = 0
-    memories: dict[tuple[nn.Module, int], dict[Any, Any]] = field(default_factory=dict)
-
-
 class SparseWan:
     """Sparse attention of one pipeline: what it has computed, and how; made by ``sparse_wan``."""
 
@@ -133,9 +103,8 @@ class SparseWan:
                 "form: use radial, svg, svg2, paro or sliding_tile here."
             )
         self.backend = setting.backend
-        self._pipe = pipe
         self._meter = _Meter(setting.policy)
-        self._video: _Video | None = None
+        self._clock = Clock(pipe)
         self._forward: _Forward | None = None
 
     @property
@@ -181,7 +150,8 @@ class SparseWan:
             handle.remove()
             for block, processor in zip(transformer.blocks, own, strict=True):
                 block.attn1.set_processor(processor)
-            self._video = self._forward = None
+            self._clock.reset()
+            self._forward = None
 
     @torch.compiler.disable
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -190,30 +160,14 @@ class SparseWan:
         given = dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
         shape, patch = given["hidden_states"].shape[2:], transformer.config.patch_size
         num_frames, *grid = (size // step for size, step in zip(shape, patch, strict=True))
-        video = self._at(given["timestep"])
-        memory = video.memories.setdefault((transformer, video.num_forwards), {})
-        video.num_forwards += 1
+        video, memory = self._clock.begin(transformer, given["timestep"])
         self._forward = _Forward(
             num_frames=num_frames,
             grid=tuple(grid),
-            step_index=video.step - video.first,
-            num_steps=len(video.schedule) - video.first,
+            step_index=video.step_index,
+            num_steps=video.num_steps,
             memory=memory,
         )
-
-    def _at(self, timestep: Tensor) -> _Video:
-        """The video under way, at the step of a timestep."""
-        timesteps = self._pipe.scheduler.timesteps
-        video = self._video
-        is_known = video is not None and video.timesteps is timesteps
-        schedule = video.schedule if is_known else tuple(dict.fromkeys(map(float, timesteps.tolist())))
-        # Where frames or tokens have their own, those that are given keep 0.
-        step = _step_of(float(timestep.max()), schedule)
-        if not is_known or step < video.step:
-            self._video = video = _Video(timesteps, schedule, first=step, step=step)
-        elif step > video.step:
-            video.step, video.num_forwards = step, 0
-        return video
 
     def _check_forward(self, transformer: WanTransformer3DModel) -> None:
         for layer, block in enumerate(transformer.blocks):
@@ -223,7 +177,7 @@ class SparseWan:
                     f"{type(processor).__name__} has taken the place of the sparse processor of block {layer}: change "
                     "processors before sparse_wan or after it. LongVideoPipeline takes attention= in its call instead."
                 )
-        _check_parallel(transformer)
+        check_parallel(transformer)
         if transformer.gradient_checkpointing and torch.is_grad_enabled():
             raise ValueError(
                 "gradient checkpointing runs a forward again when the next step may have begun, and its plans may "
@@ -289,14 +243,7 @@ class SparseWanProcessor:
                 "sparse attention was given a mask or tokens of its own to attend to, which stock Wan self-attention "
                 "never is: use the transformer as diffusers has it."
             )
-        if attn.fused_projections:
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        heads = (attn.heads, -1)
-        q, k, v = attn.norm_q(q).unflatten(2, heads), attn.norm_k(k).unflatten(2, heads), v.unflatten(2, heads)
-        if rotary_emb is not None:
-            q, k = _rotated(q, *rotary_emb), _rotated(k, *rotary_emb)
+        q, k, v = projected(attn, hidden_states, rotary_emb)
         out = self.sparse._attend(q, k, v, layer=self.layer, num_layers=self.num_layers)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
@@ -321,70 +268,8 @@ def _setting(attention: SparsePolicy | Mapping[str, Any] | str, backend: str | N
     setting = AttentionSetting(attention)
     if backend is not None:
         setting.backend = backend
-    if setting.backend != "auto":
-        verdict = choose(EXECUTORS, setting.backend, what="attention backend").available()
-        if not verdict.ok:
-            raise BackendUnavailable(
-                f"backend {setting.backend!r} cannot run on this machine: {verdict.text}. {verdict.hint}".rstrip(),
-                backend=setting.backend,
-                code=verdict.reasons[0].code,
-                hint=verdict.hint,
-            )
+    setting.check_backend()
     return setting
-
-
-def _transformers(pipe: DiffusionPipeline) -> list[WanTransformer3DModel]:
-    """The networks of a pipeline, each once, and all of them such that they can be made sparse."""
-    if not hasattr(pipe, "scheduler") or not hasattr(pipe, "transformer"):
-        raise ValueError(f"{type(pipe).__name__} has no scheduler and transformer: give a diffusers Wan pipeline.")
-    found = {getattr(pipe, name): name for name in reversed(TRANSFORMERS) if hasattr(pipe, name)}
-    found.pop(None, None)
-    if not found:
-        raise ValueError(f"{type(pipe).__name__} was loaded without a transformer: load one of {TRANSFORMERS}.")
-    for transformer, name in found.items():
-        if not isinstance(transformer, WanTransformer3DModel):
-            raise ValueError(
-                f"{name} is a {type(transformer).__name__}, sparse_wan knows WanTransformer3DModel: use a Wan text-, "
-                "image- or video-to-video pipeline, and compile in place with transformer.compile()."
-            )
-        _check_parallel(transformer)
-        for layer, block in enumerate(transformer.blocks):
-            processor = type(block.attn1.processor)
-            if processor is not WanAttnProcessor or block.attn1.add_k_proj is not None:
-                with_images = "" if block.attn1.add_k_proj is None else " with image conditioning"
-                raise ValueError(
-                    f"self-attention of block {layer} of {name} has a {processor.__name__}{with_images}: sparse_wan "
-                    "replaces diffusers' own WanAttnProcessor of text and video, once; restore it first."
-                )
-    return list(found)
-
-
-def _check_parallel(transformer: WanTransformer3DModel) -> None:
-    if transformer._parallel_config is not None:
-        raise ValueError(
-            "the transformer has a parallel_config, and sparse attention needs all tokens and heads in one place: "
-            "load it without enable_parallelism."
-        )
-
-
-def _step_of(timestep: float, schedule: tuple[float, ...]) -> int:
-    step = min(range(len(schedule)), key=lambda index: abs(schedule[index] - timestep))
-    if abs(schedule[step] - timestep) > TIMESTEP_TOLERANCE * abs(timestep):
-        raise ValueError(
-            f"timestep={timestep:g} is none of the scheduler's {len(schedule)} timesteps, which say how far the video "
-            "is: call pipe.scheduler.set_timesteps with the steps that are run."
-        )
-    return step
-
-
-def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate neighbouring channels (2i, 2i + 1) of (batch, tokens, heads, head_dim)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cosines, sines = cosines[..., 0::2], sines[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = even * cosines - odd * sines
-    out[..., 1::2] = even * sines + odd * cosines
-    return out
 
 
 def _chosen(request: AttentionRequest, backend: str) -> str:

@@ -1,13 +1,23 @@
 """Sparse attention in a cached rollout: says to a sparse policy which frames ask and which frames the cache gave."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from longtake.attention import AttentionGeometry, Segment, SparsePolicy, make_attention_policy, sparse_attention
+from longtake.attention import (
+    EXECUTORS,
+    AttentionGeometry,
+    BackendUnavailable,
+    Segment,
+    SparsePolicy,
+    make_attention_policy,
+    sparse_attention,
+)
 from longtake.attention.density import DensityMeter
 from longtake.cache import Call, Geometry, Run
+from longtake.configs.fields import choose
 
 BACKEND = "backend"
 """Key of an attention mapping that names an executor; the others are the policy's."""
@@ -36,6 +46,24 @@ class AttentionSetting:
         """Whether nothing is ever left out."""
         return self.policy.name == "dense"
 
+    def check_backend(self) -> None:
+        """Refuse a named backend that is unknown or cannot run on this machine.
+
+        Raises:
+            ValueError: If there is none of that name.
+            BackendUnavailable: If it cannot run here; says what to do.
+        """
+        if self.backend == "auto":
+            return
+        verdict = choose(EXECUTORS, self.backend, what="attention backend").available()
+        if not verdict.ok:
+            raise BackendUnavailable(
+                f"backend {self.backend!r} cannot run on this machine: {verdict.text}. {verdict.hint}".rstrip(),
+                backend=self.backend,
+                code=verdict.reasons[0].code,
+                hint=verdict.hint,
+            )
+
 
 class SparseSelfAttention:
     """Attention of one cache over the blocks that a policy picks.
@@ -57,9 +85,7 @@ class SparseSelfAttention:
         self.geometry = geometry
         self.num_steps = num_steps
         self.meter = meter or DensityMeter(setting.policy)
-        self._memory: dict[Any, Any] = {}
-        self._segments: dict[Any, tuple[Segment, ...]] = {}
-        self._block_index = -1
+        self._blocks: dict[int, _Block] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, bias: Tensor | None) -> Tensor:
         """Attend; see ``longtake.cache.SparseAttention``.
@@ -79,35 +105,48 @@ class SparseSelfAttention:
                 f"attention {policy.name!r} chooses blocks by what is in the tokens of all heads, and this cache "
                 "policy gives heads different tokens: use a policy that looks at positions alone, such as 'radial'."
             )
-        if call.pass_.block_index != self._block_index:
-            self._block_index = call.pass_.block_index
-            self._memory.clear()
-            self._segments.clear()
-        memory = self._memory.setdefault((call.layer, call.pass_.kind), {})
-        return sparse_attention(
-            q, k, v, self._geometry_of(call), policy=self.meter, memory=memory, backend=self.setting.backend
-        )
+        block = self._block(call.pass_.block_index)
+        memory = block.memory.setdefault((call.layer, call.pass_.kind), {})
+        geometry = self._geometry_of(call, block.geometries)
+        return sparse_attention(q, k, v, geometry, policy=self.meter, memory=memory, backend=self.setting.backend)
 
-    def _geometry_of(self, call: Call) -> AttentionGeometry:
+    def _block(self, index: int) -> "_Block":
+        if index not in self._blocks:
+            # A block's commit pass may run layer by layer with the first step of the next block: both are kept.
+            self._blocks = {known: block for known, block in self._blocks.items() if known == index - 1}
+            self._blocks[index] = _Block()
+        return self._blocks[index]
+
+    def _geometry_of(self, call: Call, known: dict[Any, AttentionGeometry]) -> AttentionGeometry:
         pass_, shapes = call.pass_, self.geometry
         frames = tuple(range(pass_.start_frame, pass_.start_frame + pass_.num_frames))
         key = (call.runs, call.query_positions, frames)
-        if key not in self._segments:
-            self._segments[key] = _segments(call.runs, frames, call.query_positions, shapes.tokens_per_frame)
-        return AttentionGeometry(
-            frame_tokens=shapes.tokens_per_frame,
-            grid=(shapes.num_rows, shapes.num_columns),
-            frames_per_block=shapes.frames_per_block,
-            segments=self._segments[key],
-            query_frames=frames,
-            query_positions=call.query_positions,
-            block_index=pass_.block_index,
-            step_index=pass_.step_index,
-            num_steps=self.num_steps,
-            layer=call.layer,
-            num_layers=shapes.num_layers,
-            kind=pass_.kind,
-        )
+        if key not in known:
+            known[key] = AttentionGeometry(
+                frame_tokens=shapes.tokens_per_frame,
+                grid=(shapes.num_rows, shapes.num_columns),
+                frames_per_block=shapes.frames_per_block,
+                segments=_segments(call.runs, frames, call.query_positions, shapes.tokens_per_frame),
+                query_frames=frames,
+                query_positions=call.query_positions,
+                block_index=pass_.block_index,
+                num_steps=self.num_steps,
+                num_layers=shapes.num_layers,
+            )
+        return known[key].at(step_index=pass_.step_index, layer=call.layer, kind=pass_.kind)
+
+
+@dataclass
+class _Block:
+    """What is kept while a block of the rollout is made.
+
+    Attributes:
+        memory: Of the policy, by layer and kind of pass.
+        geometries: By what is read and where it stands, for any layer and step.
+    """
+
+    memory: dict[tuple[int, str], dict[Any, Any]] = field(default_factory=dict)
+    geometries: dict[Any, AttentionGeometry] = field(default_factory=dict)
 
 
 def _segments(

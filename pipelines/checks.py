@@ -1,5 +1,9 @@
 """What is refused before a rollout does any work."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from longtake.attention import BackendUnavailable, SparsePolicy
 from longtake.cache import POLICIES, CachePolicy
 from longtake.models.sparse_attention import AttentionSetting
 from longtake.pipelines.prompts import check_event
@@ -57,8 +61,24 @@ def check_policy(policy: CachePolicy, sampler: Sampler, *, has_pixels: bool) -> 
         )
 
 
+def checked_attention(policy: CachePolicy, settings: SparsePolicy | Mapping[str, Any] | str) -> AttentionSetting:
+    """Make the attention of a rollout and refuse what would fail in it.
+
+    Raises:
+        ValueError: If a name, a field or a value is unknown or does not fit the cache, or the named backend cannot run
+            on this machine.
+    """
+    setting = AttentionSetting(settings)
+    check_attention(policy, setting)
+    try:
+        setting.check_backend()
+    except BackendUnavailable as error:
+        raise ValueError(str(error)) from error
+    return setting
+
+
 def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
-    """Refuse sparse attention over a cache that weights its tokens.
+    """Refuse sparse attention over a cache that weights its tokens, or whose heads differ where all are looked at.
 
     Raises:
         ValueError: With the remedy.
@@ -67,6 +87,11 @@ def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
         raise ValueError(
             f"cache policy {policy.name!r} weights its tokens with these settings, which attention "
             f"{attention.policy.name!r} does not take: use attention 'dense', or another cache policy."
+        )
+    if policy.splits_heads and not attention.is_dense and not attention.policy.is_static:
+        raise ValueError(
+            f"cache policy {policy.name!r} gives heads different tokens, and attention {attention.policy.name!r} "
+            "chooses by the tokens of all heads: use one that looks at positions alone, such as 'radial'."
         )
 
 

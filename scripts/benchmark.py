@@ -31,7 +31,7 @@ class Part(StrEnum):
 def benchmark(
     part: Annotated[Part, typer.Argument(help="What to measure.")] = Part.ALL,
     blocks: Annotated[int, typer.Option(help="Blocks of the flatness run.", min=60)] = 1000,
-    seconds: Annotated[float, typer.Option(help="Length of the video.", min=1)] = 60,
+    seconds: Annotated[float, typer.Option(help="Length of the videos.", min=1)] = 60,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Measure speed and memory on this machine.
@@ -39,11 +39,13 @@ def benchmark(
     **transformer**: share of the processor's matmul rate that a rollout reaches. **video**: the mini model from text
     to closed file. **flat**: time and memory per block over a long rollout. **policies**: time per block of every
     policy beside the sliding window that attends to as much. **attention**: gathered sparse attention beside dense
-    attention. **evaluation**: speed and peak memory of the metrics that need no weights.
+    attention, and what making plans costs in a rollout. **evaluation**: speed and peak memory of the metrics that need
+    no weights.
     """
     from longtake.scripts import measure
     from longtake.scripts.measure_attention import measure_attention
     from longtake.scripts.measure_evaluation import measure_evaluation
+    from longtake.scripts.measure_plans import measure_plans
     from longtake.scripts.measure_policies import measure_policies
 
     record: dict[str, Any] = {"machine": measure.machine()}
@@ -53,7 +55,7 @@ def benchmark(
         Part.TRANSFORMER: measure.measure_transformer,
         Part.VIDEO: lambda: measure.measure_video(seconds),
         Part.POLICIES: measure_policies,
-        Part.ATTENTION: measure_attention,
+        Part.ATTENTION: lambda: measure_attention() | {"plans": measure_plans(seconds)},
         Part.EVALUATION: measure_evaluation,
     }
     for name, take in parts.items():

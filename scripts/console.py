@@ -118,10 +118,9 @@ def check_settings(config: RunConfig) -> None:
 
     make_sampler(config.sampler)
 
-    from longtake.models.sparse_attention import AttentionSetting
-    from longtake.pipelines.checks import check_attention
+    from longtake.pipelines.checks import checked_attention
 
-    check_attention(policy, AttentionSetting(config.attention))
+    checked_attention(policy, config.attention)
 
 
 def model_folder(model: ModelConfig) -> Path:

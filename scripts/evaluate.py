@@ -96,6 +96,8 @@ def run(
 
     `longtake evaluate run --cache "pack,wide={policy: pack, num_sink_frames: 12}" --baseline pack --out sinks`
 
+    `longtake evaluate run --cache "full,sparse={policy: full, attention: radial}" --out masks`
+
     `longtake evaluate run --videos clips --backbones vbench.py --out measured` where clips holds .mp4 files, or a
     folder of them for each policy
 

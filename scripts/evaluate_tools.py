@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from longtake.scripts.console import err, out
+from longtake.scripts.evaluate_table import table
 
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to.", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
@@ -251,6 +252,7 @@ def sets(
 TOOLS = {
     "compare": compare,
     "report": report,
+    "table": table,
     "list": list_all,
     "export-vbench": export_vbench,
     "import-vbench": import_vbench,

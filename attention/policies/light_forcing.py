@@ -1,19 +1,23 @@
 """Light Forcing: sparser with every block of a rollout, and of the past only what each query block asks for."""
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from longtake.attention.geometry import AttentionGeometry
+from longtake.attention.geometry import AttentionGeometry, Layout
 from longtake.attention.growth import growth_schedule
 from longtake.attention.plan import BlockPlan, split_runs
 from longtake.attention.policies.base import BlockPolicy, Memory, is_whole, own_segments, shared_heads
 from longtake.attention.pooling import best, block_means, merged_means
 
 Forced = Literal["own", "sink", "near", "current"]
+MAX_SCENES = 16
+"""Kept: blocks of several rollouts that take turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +108,20 @@ class LightForcing(BlockPolicy):
         sparsity = self.block_sparsity(geometry.block_index, geometry.frames_per_block)
         if sparsity == 0 or geometry.num_keys == geometry.num_queries:
             return None
-        scene = _Scene(self, geometry)
+        scene = _scene(self, geometry)
         queries = block_means(q[0], scene.q_edges)
         keys = block_means(shared_heads(k[0], q.shape[2]), scene.k_edges)
         is_eligible = scene.eligible(queries, keys)
         # A hair more than the product, so that 0.1 x 10 is one block.
         count = max(1, math.floor((1 - sparsity) * len(keys) + 1e-9))
         scores = torch.einsum("qhd,khd->hqk", queries, keys)
-        tiers = torch.where(is_eligible, 1 - scene.forced().to(scores.device, torch.long), 2)
+        tiers = torch.where(is_eligible, 1 - scene.forced.to(scores.device, torch.long), 2)
         chosen = best(scores, is_eligible.sum(-1).clamp(max=count), tiers=tiers)
         return BlockPlan.from_dense_block_mask(chosen.cpu(), scene.q_edges, scene.k_edges).validate()
 
 
 class _Scene:
-    """Which frames and blocks there are to choose from."""
+    """Which frames and blocks there are to choose from; follows from the layout alone."""
 
     def __init__(self, policy: LightForcing, geometry: AttentionGeometry) -> None:
         self.policy, self.geometry = policy, geometry
@@ -150,6 +154,7 @@ class _Scene:
             is_open[..., self.middle] = best(scores[..., self.middle], room)
         return is_open[..., self.segment_of.to(device)]
 
+    @cached_property
     def forced(self) -> Tensor:
         """(query blocks, key blocks), bool: what is chosen first."""
         groups = {"sink": self.sinks, "near": self.near, "current": self.own}
@@ -161,3 +166,16 @@ class _Scene:
             first, last = (edges.long()[:, None] + start for edges in (self.q_edges[:-1], self.q_edges[1:]))
             is_forced |= (self.k_edges[1:] > first) & (self.k_edges[:-1] < last)
         return is_forced
+
+
+_SCENES: OrderedDict[tuple[LightForcing, Layout], _Scene] = OrderedDict()
+
+
+def _scene(policy: LightForcing, geometry: AttentionGeometry) -> _Scene:
+    """The scene of a layout, made once for all layers and steps of a block."""
+    key = (policy, geometry.layout)
+    if key not in _SCENES:
+        _SCENES[key] = _Scene(policy, geometry)
+        if len(_SCENES) > MAX_SCENES:
+            _SCENES.popitem(last=False)
+    return _SCENES[key]

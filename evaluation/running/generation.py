@@ -16,6 +16,7 @@ import torch
 from longtake.configs.families import load_family
 from longtake.evaluation.metric import Segment
 from longtake.evaluation.records import ManifestLine, write_json
+from longtake.evaluation.running.entries import is_sparse, split_entry
 from longtake.evaluation.running.plan import Unit
 from longtake.evaluation.running.protocol import Protocol, model_folder
 from longtake.pipelines.checks import check_switch
@@ -35,16 +36,19 @@ class _Costs:
         num_bytes: Of keys and values after each block, per video.
         first_frame_s: From the prompt to the first frames, seconds.
         busy_s: Processor seconds of everything, per video.
+        attention_density: Share of self-attention that was computed; None in an evaluation without sparse attention.
     """
 
     denoise: list[float]
     num_bytes: list[float]
     first_frame_s: float = 0.0
     busy_s: float = 0.0
+    attention_density: float | None = None
 
     def summary(self) -> dict[str, float]:
         """Plain figures of the batch."""
-        return {
+        sparse = {} if self.attention_density is None else {"attention_density": self.attention_density}
+        return sparse | {
             "ms_per_block": 1e3 * sum(self.denoise) / len(self.denoise),
             "kv_mb": self.num_bytes[-1] / 1e6,
             "kv_mb_peak": max(self.num_bytes) / 1e6,
@@ -67,6 +71,7 @@ class Generator:
     def __init__(self, protocol: Protocol, *, device: str) -> None:
         self.protocol = protocol
         self.pipe = _load(protocol, torch.device(device))
+        self._has_sparse_runs = any(is_sparse(entry) for entry in (protocol.caches or {}).values())
 
     def check(self, units: Sequence[Unit]) -> None:
         """Refuse, before any work, what would fail in the middle of it.
@@ -127,6 +132,9 @@ class Generator:
                 on_share(num_frames / session.num_frames)
             finish()
         costs.busy_s = (time.process_time() - begin_busy) / len(paths)
+        if self._has_sparse_runs:
+            # Dense runs beside sparse ones too: their 1 is what the others are compared with.
+            costs.attention_density = session.attention_density
         lines = tuple(
             self._finished(line, path, form, num_frames, starts) for line, path in zip(unit.lines, paths, strict=True)
         )
@@ -139,10 +147,12 @@ class Generator:
         schedule = [
             (same[0].start_s, [change.generated_from for change in same], protocol.segment_event) for same in changes
         ]
+        cache, attention = split_entry((protocol.caches or {})[unit.label])
         session = self.pipe.start(
             [prompt.generated_from for prompt in unit.prompts],
             seconds=protocol.seconds,
-            cache=dict((protocol.caches or {})[unit.label]),
+            cache=dict(cache),
+            attention=attention,
             sampler=dict(protocol.sampler) if protocol.sampler is not None else None,
             seed=[line.seed for line in unit.lines],
             schedule=schedule,

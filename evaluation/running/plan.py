@@ -117,7 +117,7 @@ class RunPlan:
     Attributes:
         label: Of the run.
         folder: Where its manifest, scores and results go.
-        policy: Settings of the cache policy, if it is known.
+        policy: Settings of the cache policy, and of ``attention`` where it is sparse, if they are known.
         units: In order.
     """
 

@@ -18,7 +18,7 @@ import yaml
 
 from longtake.configs.families import family_names, load_family
 from longtake.configs.fields import build, did_you_mean
-from longtake.configs.loader import FOLDER_FAMILY, load_run
+from longtake.configs.loader import FOLDER_FAMILY
 from longtake.evaluation.records import write_atomically
 
 PROTOCOL_FILE = "protocol.yaml"
@@ -54,7 +54,8 @@ class Protocol:
         dtype: What the model is loaded in; diffusers keeps what it has to in float32.
         device: ``cpu`` or ``cuda``; with several GPUs every worker takes the next.
         sampler: Mapping for ``make_sampler`` instead of the family's.
-        caches: {label: cache policy, as ``longtake generate`` takes it}; the label names the run's folder.
+        caches: {label: cache policy, as ``longtake generate`` takes it}; the label names the run's folder. A mapping
+            may have ``attention`` too: a sparse attention policy's name or mapping.
         prompts: ``suite:NAME`` or a file; see :func:`longtake.evaluation.running.suites.load_prompts`.
         prompts_extended: File with the longer twin of every prompt.
         prompts_sha256: Of the list that is used; a list that does not fit is refused.
@@ -208,7 +209,7 @@ def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any
 
 
 def parse_cache(entry: Any) -> tuple[str, Any]:
-    """Read ``NAME``, ``LABEL={policy: NAME, field: value}`` or ``{LABEL: cache}`` into (label, cache).
+    """Read ``NAME``, ``LABEL={policy: NAME, field: value}`` or ``{LABEL: cache}`` into (label, entry of ``caches``).
 
     Raises:
         ValueError: If it cannot be read.
@@ -249,7 +250,7 @@ def resolve_generation(protocol: Protocol) -> Protocol:
     Raises:
         ValueError: If a policy, model or file is not there, or is another than the protocol's hash says.
     """
-    from longtake.cache import make_policy
+    from longtake.evaluation.running.entries import resolve_entry
     from longtake.pipelines.provenance import weights_hash
 
     if protocol.caches is None:
@@ -261,13 +262,8 @@ def resolve_generation(protocol: Protocol) -> Protocol:
     folder = model_folder(protocol.model)
     sha256 = weights_hash(folder)["sha256"]
     _check_hash("model", protocol.model, expected=protocol.model_sha256, found=sha256)
-    caches = {label: _cache_settings(cache) for label, cache in protocol.caches.items()}
     block = max(settings.frames_per_block, settings.first_block_frames or 1)
-    for label, cache in caches.items():
-        try:
-            make_policy(cache).check(block)
-        except ValueError as error:
-            raise ValueError(f"cache {label!r}: {error}") from error
+    caches = {label: resolve_entry(label, entry, frames_per_block=block) for label, entry in protocol.caches.items()}
     return replace(protocol, family=family, model_sha256=sha256, caches=caches)
 
 
@@ -341,11 +337,6 @@ def check_prompts(protocol: Protocol, sha256: str) -> Protocol:
     """
     _check_hash("prompts", protocol.prompts, expected=protocol.prompts_sha256, found=sha256)
     return replace(protocol, prompts_sha256=sha256)
-
-
-def _cache_settings(cache: Any) -> dict[str, Any]:
-    """The policy's preset with the given fields over it."""
-    return dict(load_run(options={"cache": cache, "prompt": "any"}).cache)
 
 
 def _check_hash(what: str, name: str, *, expected: str | None, found: str) -> None:

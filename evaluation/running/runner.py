@@ -283,6 +283,23 @@ def run_folders(out: Path) -> list[Path]:
     return folders
 
 
+def settled_protocol(out: Path) -> Protocol:
+    """The protocol of an evaluation's folder, or of the one above a run's; the standard one if neither has."""
+    path = next((path for path in (out, out.absolute().parent) if (path / PROTOCOL_FILE).is_file()), None)
+    return load_protocol(None if path is None else path / PROTOCOL_FILE)
+
+
+def ordered_runs(out: Path) -> list[Path]:
+    """:func:`run_folders` in the order of the protocol.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    order = list(settled_protocol(out).caches or {})
+    key = {label: position for position, label in enumerate(order)}
+    return sorted(run_folders(out), key=lambda folder: key.get(folder.name, len(order)))
+
+
 def write_results(out: Path) -> list[RunScores]:
     """Write results, comparison and report of what has been measured so far.
 
@@ -292,13 +309,9 @@ def write_results(out: Path) -> list[RunScores]:
     Raises:
         ValueError: If it holds no runs, or none with a video.
     """
-    folders = run_folders(out)
     protocol = load_protocol(out / PROTOCOL_FILE)
-    if protocol.caches is not None:
-        order = list(protocol.caches)
-        folders.sort(key=lambda folder: order.index(folder.name) if folder.name in order else len(order))
     runs, videos = [], {}
-    for folder in folders:
+    for folder in ordered_runs(out):
         run = load_run(folder)
         if run.videos:
             write_json(folder / RESULTS_FILE, results_json(run))

@@ -13,7 +13,7 @@ from longtake.evaluation.drift_scores import SCALARS
 from longtake.evaluation.metric import PREFIXES
 from longtake.evaluation.metrics import GROUPS
 from longtake.evaluation.paired import holm, sign_test
-from longtake.evaluation.running.protocol import load_protocol
+from longtake.evaluation.running.protocol import load_protocol, resolve_generation
 from longtake.evaluation.vbench_io.recipe import ENVIRONMENT
 from longtake.scripts.main import app
 
@@ -51,12 +51,15 @@ def test_commands_and_options_exist(words):
 
 
 def test_the_protocol_of_the_page_loads(tmp_path):
-    (text,) = _blocks("yaml")
+    text, with_attention = _blocks("yaml")
     path = tmp_path / "study.yaml"
     path.write_text(text)
     protocol = load_protocol(str(path))
     assert protocol.num_prompts == 16 and set(protocol.metrics) == set(GROUPS)
     assert yaml.safe_load(text)["baseline"] in protocol.caches
+    path.write_text(with_attention)
+    dense, radial = resolve_generation(load_protocol(str(path))).caches.values()
+    assert "attention" not in dense and radial["attention"]["policy"] == "radial"
 
 
 def test_prefixes_groups_and_drift_numbers_are_all_there():

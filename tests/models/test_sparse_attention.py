@@ -135,6 +135,35 @@ def test_a_saved_rollout_continues_with_the_same_plans(model):
     assert 0.0 < whole.attention_density < 1.0
 
 
+def test_a_commit_pass_beside_the_next_blocks_first_step_takes_no_memory_away():
+    """A merged forward goes layer by layer through the commit pass of a block and the first step of the next."""
+    seen = []
+
+    class Remembering:
+        is_static, name = True, "remembering"
+
+        def plan(self, q, k, geometry, *, v, memory):
+            memory["calls"] = memory.get("calls", 0) + 1
+            seen.append((geometry.kind, geometry.block_index, geometry.layer, geometry.step_index, memory["calls"]))
+
+    shapes = Geometry(num_layers=2, num_heads=2, head_dim=12, num_rows=2, num_columns=2, frames_per_block=1)
+    attend = SparseSelfAttention(AttentionSetting(RADIAL), shapes, num_steps=2, meter=Remembering())
+    q = torch.randn(1, 4, 2, 12)
+
+    def call(kind, block, layer, step=0):
+        attend(q, q, q, Call(layer, Pass(kind, block, block, 1, step_index=step), (), (0.0,)), None)
+
+    for block in (1, 2):
+        for layer in range(2):
+            call("commit", block - 1, layer)
+            call("denoise", block, layer)
+        for layer in range(2):
+            call("denoise", block, layer, step=1)
+    denoised = [row for row in seen if row[0] == "denoise"]
+    assert denoised == [("denoise", b, layer, step, step + 1) for b in (1, 2) for step in (0, 1) for layer in (0, 1)]
+    assert {row[-1] for row in seen if row[0] == "commit"} == {1}
+
+
 def test_density_counts_what_was_computed(model):
     transformer, prompt = model
     densities = []

@@ -448,3 +448,15 @@ def test_the_terminals_table_fits_eighty_columns(runs, data):
     assert len(summary_table(data.comparison, headline=["proxy/contrast"]).columns) == 2
     text = printed(summary_table(data.comparison))
     assert all(label in text for label in POLICIES[:4]) and "\u2026" not in text and " - " in text
+
+
+def test_density_stands_among_the_main_costs_only_of_an_evaluation_with_sparse_runs(tmp_path):
+    runs = build_runs(3, num_prompts=2, num_windows=4)
+    assert "attention_density" not in ReportData(runs=runs, comparison={}).costs
+    sparse = [replace(run, costs={**run.costs, "attention_density": 0.5}) for run in runs[:2]]
+    page = write_report(tmp_path / "sparse", [*sparse, runs[2]], compare(runs)).read_text()
+    first = page.partition("<table")[2].partition("</table>")[0]
+    assert first.count("attention density") == 1 and first.count(">0.50<") == 2
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "sparse" / "report" / "costs.csv").read_text())))
+    found = {row["policy"]: row["value"] for row in rows if row["cost"] == "attention_density"}
+    assert found == {run.label: "0.5" for run in sparse}

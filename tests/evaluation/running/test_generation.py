@@ -63,6 +63,19 @@ def test_videos_lines_and_costs(generator, tmp_path):
     assert {name: (tmp_path / "window" / name).read_bytes() for name in first} == first
 
 
+def test_a_label_with_attention_is_sparse_and_says_how_sparse(make_generator, tmp_path):
+    radial = {"policy": "radial", "block_size": 4, "thin_below": 8, "dense_layers": 0, "dense_steps": 0}
+    caches = {"dense": {"policy": "sliding_window"}, "sparse": {"policy": "sliding_window", "attention": radial}}
+    generator = make_generator(caches=caches)
+    found = {}
+    for number, label in enumerate(caches):
+        (unit,) = units(generator, [Prompt(text=RED)], tmp_path, label=number)
+        generator.check([unit])
+        found[label] = (generator.make(unit, on_share=lambda share: None)[0].sha256, unit.costs()["attention_density"])
+    assert found["dense"][1] == 1.0 > found["sparse"][1] > 0.3
+    assert found["dense"][0] != found["sparse"][0]
+
+
 def test_extended_prompts_are_what_the_model_reads(generator, tmp_path):
     plain = units(generator, [Prompt(text=RED)], tmp_path / "a")[0]
     other = units(generator, [Prompt(text=BLUE, extended=RED)], tmp_path / "b")[0]

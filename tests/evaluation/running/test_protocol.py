@@ -48,6 +48,17 @@ def test_the_study_of_policies_has_all_of_them():
     assert set(load_protocol("policies").caches) == own
 
 
+def test_the_bundled_study_of_attention_resolves():
+    protocol = resolve_generation(load_protocol("attention"))
+    assert protocol.baseline == "dense" and "attention" not in protocol.caches["dense"]
+    sparse = {label: entry["attention"] for label, entry in protocol.caches.items() if label != "dense"}
+    assert {(label.rpartition("-")[0], label[-2:]) for label in sparse} == {
+        (policy, density) for policy in ("radial", "light_forcing") for density in ("75", "50", "30")
+    }
+    assert all(label.startswith(attention["policy"]) for label, attention in sparse.items())
+    assert {entry["num_context_frames"] for entry in protocol.caches.values()} == {21}
+
+
 def test_groups_are_those_of_the_metrics():
     assert KNOWN_GROUPS == GROUPS
 
@@ -89,6 +100,30 @@ def test_a_videos_hash_is_of_what_it_depends_on():
     assert protocol.config_hash("a") != protocol.config_hash("b")
     assert replace(protocol, metrics=("judge",), samples=9).config_hash("a") == protocol.config_hash("a")
     assert replace(protocol, seconds=9.0).config_hash("a") != protocol.config_hash("a")
+
+
+def test_attention_is_part_of_a_label_and_of_its_hash_only_where_it_is_sparse(tmp_path):
+    def resolved(*caches):
+        return resolve_generation(load_protocol("quick", options={"caches": list(caches)}))
+
+    plain = resolved("a={policy: attention_sink}", "b=sliding_window")
+    # As hashes were before labels could carry attention.
+    caches = {"a": {"policy": "attention_sink", "num_context_frames": 12}}
+    known = Protocol(caches=caches, model_sha256="1", prompts_sha256="2")
+    assert (known.fingerprint(), known.config_hash("a")) == ("0474fbf26e9bbacf", "0e3350a322c27848")
+    dense = resolved("a={policy: attention_sink, attention: dense}", "b={policy: sliding_window, attention: }")
+    assert dense == plain
+    sparse = resolved("a={policy: attention_sink, attention: {policy: radial, block_size: 4}}", "b=sliding_window")
+    assert sparse.caches["a"]["attention"]["policy"] == "radial" and sparse.caches["a"]["attention"]["block_size"] == 4
+    assert sparse.caches["a"]["attention"]["dense_steps"] == 1, "the preset's fields are there"
+    assert sparse.caches["b"] == plain.caches["b"] and sparse.config_hash("b") == plain.config_hash("b")
+    other = resolved("a={policy: attention_sink, attention: {policy: radial, block_size: 8}}", "b=sliding_window")
+    hashes = {protocol.config_hash("a") for protocol in (plain, sparse, other)}
+    assert len(hashes) == 3 == len({protocol.fingerprint() for protocol in (plain, sparse, other)})
+    settle(tmp_path, sparse)
+    assert load_protocol(tmp_path / "protocol.yaml") == sparse == resolve_generation(sparse)
+    with pytest.raises(ValueError, match="another protocol"):
+        settle(tmp_path, other)
 
 
 def test_options_go_over_the_file_and_take_its_hashes_with_them(tmp_path):
@@ -153,6 +188,12 @@ def test_bad_values_are_named(options, message):
         ({"model": "self_forcing"}, "no bundled weights"),
         ({"model": "nowhere"}, "nowhere"),
         ({"family": "self_forcing"}, "the bundled model 'mini' has its own"),
+        ({"caches": ["x={policy: full, attention: radal}"]}, "attention policy 'radal'.*Did you mean 'radial'"),
+        ({"caches": ["x={policy: full, attention: {policy: radial, blok_size: 4}}"]}, "cache 'x': .*block_size"),
+        ({"caches": ["x={policy: tempcache, attention: radial}"]}, "cache 'x': .*weights its tokens"),
+        ({"caches": ["x={policy: forcing_kv, attention: svg}"]}, "cache 'x': .*gives heads different tokens"),
+        ({"caches": ["x={policy: full, attention: {policy: radial, backend: gather}}"]}, "cache 'x': .*gather_sdpa"),
+        ({"caches": ["x={policy: full, attention: {policy: radial, backend: flash3}}"]}, "cache 'x': .*cannot run"),
     ],
 )
 def test_what_is_not_there_is_refused_before_any_work(options, message):
