@@ -73,14 +73,14 @@ def _check_zip(path: Path) -> None:
             f"'{path}' is truncated: a zipped pickle whose end is missing ({path.stat().st_size} bytes are there); "
             "download it again."
         ) from error
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError(f"'{path}' is a packed zip archive, as torch.save never writes: unpack it first.")
+    if any("/code/" in member.filename or member.filename.endswith("/constants.pkl") for member in members):
+        raise ValueError(f"'{path}' is a TorchScript archive, which holds code: give the plain state dict.")
     if not any(member.filename.endswith("/data.pkl") for member in members):
         raise ValueError(
             f"'{path}' is a zip archive without data.pkl, so torch.save did not write it: unpack it first."
         )
-    if any("/code/" in member.filename or member.filename.endswith("/constants.pkl") for member in members):
-        raise ValueError(f"'{path}' is a TorchScript archive, which holds code: give the plain state dict.")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError(f"'{path}' is a packed zip archive, as torch.save never writes: unpack it first.")
 
 
 def read_json(path: Path) -> dict:

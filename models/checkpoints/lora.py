@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from longtake.models.checkpoints.checkpoint import FLAT, Checkpoint, TensorInfo, choose_entry
@@ -74,7 +73,7 @@ class Adapter:
             return weight
         down = self.checkpoint.read(self.entry, pair.down).float()
         up = self.checkpoint.read(self.entry, pair.up).float()
-        return torch.addmm(weight.float(), up, down, alpha=pair.scale)
+        return (up @ down).mul_(pair.scale).add_(weight)
 
 
 def read_adapter(

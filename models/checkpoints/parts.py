@@ -37,6 +37,7 @@ class WrittenPart:
 
     Attributes:
         name: ``transformer``, ``vae`` or ``text_encoder``.
+        source: Where the weights are from, for messages.
         config: Content of its ``config.json``.
         tensors: Its weights.
         stem: Of the weight files' names.
@@ -44,6 +45,7 @@ class WrittenPart:
     """
 
     name: str
+    source: str
     config: Mapping[str, Any]
     tensors: Sequence[OutputTensor]
     stem: str = TRANSFORMER_STEM
@@ -58,7 +60,10 @@ class WrittenPart:
             ValueError: If the weights are not finite.
         """
         write_json(folder / "config.json", self.config)
-        write_weights(folder, self.tensors, stem=self.stem, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor)
+        try:
+            write_weights(folder, self.tensors, stem=self.stem, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor)
+        except ValueError as error:
+            raise ValueError(f"'{self.source}': {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,11 @@
 """Checkpoints that ``torch.save`` wrote: nothing but tensors is unpickled, and they stay in the file until read."""
 
+import os
 import pickle
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +18,17 @@ from longtake.models.checkpoints.checkpoint import FLAT, Checkpoint, TensorInfo
 _MAX_DEPTH = 2
 # Pages that were read count as resident until the mapping is closed, so it is opened anew after so many bytes.
 _RELEASE_BYTES = 1 << 28
+# What the unpickler meets in a damaged stream.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    struct.error,
+)
 
 
 class PickleCheckpoint(Checkpoint):
@@ -50,20 +64,31 @@ class PickleCheckpoint(Checkpoint):
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    wanted = sorted(get_unsafe_globals_in_checkpoint(path))
+    try:
+        wanted = sorted(get_unsafe_globals_in_checkpoint(path))
+        root = None if wanted else _load_tensors(path)
+    except _DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"'{path}' cannot be unpickled, so it is damaged: {reason}") from error
     if wanted:
         rest = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""
         raise ValueError(
             f"'{path}' is refused: beside tensors it wants to load {', '.join(wanted[:3])}{rest}, and pickles that do "
             "can run code. If you trust its author, load it yourself and save the tensors alone with torch.save."
         )
-    try:
-        root = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{path}' cannot be unpickled: {str(error).splitlines()[0]}") from error
     if not isinstance(root, Mapping):
         raise ValueError(f"'{path}' holds a {type(root).__name__}, where a dictionary of tensors is expected.")
     return root
+
+
+def _load_tensors(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # torch.load goes by this suffix and would read the pickle as what it is not, so it gets another name to open.
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / "checkpoint.pt"
+        os.symlink(path.resolve(), link)
+        return torch.load(link, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _entries(value: Mapping[str, Any], parents: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -61,10 +61,11 @@ def read_config(path: Path) -> dict[str, Any]:
         known = signature(WanTransformer3DModel.__init__).parameters
         return {key: value for key, value in found.items() if key in known and value is not None}
     if "num_heads" in found and "dim" in found:
-        if found["dim"] % found["num_heads"]:
-            raise ValueError(f"'{path}' says dim={found['dim']}, no multiple of num_heads={found['num_heads']}.")
+        width, heads = found["dim"], found["num_heads"]
+        if not isinstance(width, int) or not isinstance(heads, int) or heads < 1 or width % heads:
+            raise ValueError(f"'{path}' says dim={width}, no multiple of num_heads={heads}.")
         config = {new: found[old] for old, new in _FROM_ORIGINAL.items() if old in found}
-        return config | {"attention_head_dim": found["dim"] // found["num_heads"]}
+        return config | {"attention_head_dim": width // heads}
     raise ValueError(
         f"'{path}' describes no Wan transformer: it has neither num_heads and dim (Wan's own) nor num_attention_heads "
         "and attention_head_dim (diffusers)."
@@ -120,7 +121,7 @@ def transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *,
     if f"{image}pos_embed" in shapes:
         config |= {"pos_embed_seq_len": shape(f"{image}pos_embed", 3)[1]}
     head_dim = given.get("attention_head_dim", HEAD_DIM)
-    if width % head_dim:
+    if not isinstance(head_dim, int) or head_dim < 1 or width % head_dim:
         raise ValueError(
             f"'{path}' is {width} wide, no multiple of the {head_dim} that a head of Wan has: say the number of heads "
             "with its config.json (--config)."

@@ -115,6 +115,7 @@ def text_encoder_part(checkpoint: Checkpoint) -> WrittenPart:
     tensors = renamed(checkpoint, entry, sources, order=list(expected))
     return WrittenPart(
         name="text_encoder",
+        source=str(path),
         config=_content(config, tensors[0].info.dtype),
         tensors=tensors,
         stem=TRANSFORMERS_STEM,

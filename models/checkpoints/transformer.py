@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from longtake.models.checkpoints.checkpoint import Checkpoint, TensorInfo, choose_entry, entry_title
+from longtake.models.checkpoints.checkpoint import Checkpoint, TensorInfo, choose_entry
 from longtake.models.checkpoints.identify import Identity, require_transformer
 from longtake.models.checkpoints.lora import Adapter
 from longtake.models.checkpoints.parts import WrittenPart, stock_config
@@ -44,6 +44,11 @@ class Transformer:
     sources: Mapping[str, str]
 
     @property
+    def source(self) -> str:
+        """Path and entry, for messages."""
+        return _title(self.checkpoint, self.entry)
+
+    @property
     def infos(self) -> dict[str, TensorInfo]:
         """Diffusers name to shape and dtype as stored."""
         found = self.checkpoint.entries[self.entry]
@@ -76,7 +81,12 @@ class Transformer:
         """
         tensors = [self._output(name, info, dtype, adapter) for name, info in self.infos.items()]
         model = _stock_arguments(self.config)
-        return WrittenPart(name="transformer", config=stock_config("WanTransformer3DModel", model), tensors=tensors)
+        return WrittenPart(
+            name="transformer",
+            source=self.source,
+            config=stock_config("WanTransformer3DModel", model),
+            tensors=tensors,
+        )
 
     def _output(self, name: str, info: TensorInfo, dtype: torch.dtype | None, adapter: Adapter | None) -> OutputTensor:
         def load() -> Tensor:
@@ -102,13 +112,13 @@ def find_transformer(checkpoint: Checkpoint, *, key: str | None = None, config: 
         ValueError: Says what it is instead, or lists what is missing, extra or misshapen.
     """
     entry = choose_entry(checkpoint, key)
-    path = f"{checkpoint.path}:{entry}" if entry else str(checkpoint.path)
+    path = _title(checkpoint, entry)
     stored = checkpoint.entries[entry]
     identity = require_transformer(path, stored)
     try:
         sources = convert_original_state_dict({name: name for name in stored})
     except ValueError as error:
-        raise ValueError(f"'{path}' ({entry_title(entry)}): {error}") from error
+        raise ValueError(f"'{path}': {error}") from error
     shapes = {name: stored[source].shape for name, source in sources.items()}
     config = config or config_beside(checkpoint.folder)
     arguments = transformer_config(shapes, read_config(config) if config else {}, path=path)
@@ -116,6 +126,10 @@ def find_transformer(checkpoint: Checkpoint, *, key: str | None = None, config: 
     check_shapes(shapes, expected, path=path)
     ordered = {name: sources[name] for name in expected}
     return Transformer(checkpoint=checkpoint, entry=entry, identity=identity, config=arguments, sources=ordered)
+
+
+def _title(checkpoint: Checkpoint, entry: str) -> str:
+    return f"{checkpoint.path}:{entry}" if entry else str(checkpoint.path)
 
 
 def _stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -148,6 +148,7 @@ def vae_part(checkpoint: Checkpoint) -> WrittenPart:
     sources = {names[name]: source for name, source in stored.items()}
     return WrittenPart(
         name="vae",
+        source=str(path),
         config=stock_config("AutoencoderKLWan", arguments),
         tensors=renamed(checkpoint, entry, sources, order=list(expected)),
         notes=[("vae", f"converted from {path.name}, {len(sources)} tensors")],

@@ -130,7 +130,8 @@ def _header(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
         header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    # The first number lies at a multiple of 64 bytes, so that weights mapped from the file are aligned as in memory.
+    text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
 
 
