@@ -101,7 +101,7 @@ def require_transformer(path: object, tensors: Mapping[str, TensorInfo]) -> Iden
     if found.kind != "transformer":
         raise ValueError(f"'{path}' is {found.title}, {remedies[found.kind]}.")
     patch = next((i for n, i in tensors.items() if strip_wrappers(n) == "patch_embedding.weight"), None)
-    if patch is not None and len(patch.shape) == 5 and NUM_LATENT_CHANNELS_5B in patch.shape[:2]:
+    if patch is not None and len(patch.shape) == 5 and patch.shape[1] == NUM_LATENT_CHANNELS_5B:
         raise ValueError(
             f"'{path}' is a Wan2.2-TI2V-5B transformer ({NUM_LATENT_CHANNELS_5B} latent channels, a VAE of its own), "
             "which longtake does not run: give a model trained from Wan2.1 (16 latent channels)."

@@ -65,6 +65,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def read(self, entry: str, name: str) -> Tensor:
         place = self._places[name]
+        if not place.info.num_bytes:
+            return torch.empty(place.info.shape, dtype=place.info.dtype)
         raw = np.fromfile(place.file, dtype=np.uint8, count=place.info.num_bytes, offset=place.start)
         if raw.size != place.info.num_bytes:
             raise ValueError(f"'{place.file}' ends within {name}: it is truncated; download it again.")

@@ -110,14 +110,18 @@ def write_raw(file: BinaryIO, tensor: Tensor) -> None:
 
 
 def _split(tensors: Sequence[OutputTensor], max_bytes: int) -> list[list[OutputTensor]]:
-    shards: list[list[OutputTensor]] = [[]]
-    filled = 0
+    """As huggingface_hub splits: filled in order, larger tensors each in a shard of its own."""
+    shards: list[list[OutputTensor]] = []
+    current: list[OutputTensor] = []
     for tensor in tensors:
-        if shards[-1] and filled + tensor.info.num_bytes > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.info.num_bytes
+        if tensor.info.num_bytes > max_bytes:
+            shards.append([tensor])
+            continue
+        if sum(other.info.num_bytes for other in current) + tensor.info.num_bytes > max_bytes:
+            shards.append(current)
+            current = []
+        current.append(tensor)
+    shards += [current] if current or not shards else []
     # Wide numbers first, as safetensors itself orders them: then every tensor lies at a multiple of its number's size.
     return [sorted(shard, key=lambda tensor: -tensor.info.dtype.itemsize) for shard in shards]
 
