@@ -3,8 +3,9 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
-from torch import Tensor
+Weight = TypeVar("Weight")  # a tensor, or what stands for one
 
 # Path components that wrappers insert, at any depth: DataParallel, torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -79,6 +80,8 @@ _BLOCK_REQUIRED = frozenset(_expand(_BLOCK).values())
 _BLOCK_IMAGE_REQUIRED = frozenset(_expand(_BLOCK_IMAGE).values())
 _OUTSIDE_NAMES = _with_identity(_expand(_OUTSIDE | _OUTSIDE_IMAGE | _OUTSIDE_OPTIONAL))
 _BLOCK_NAMES = _with_identity(_expand(_BLOCK | _BLOCK_IMAGE))
+_OUTSIDE_ORIGINALS = {new: old for old, new in _expand(_OUTSIDE | _OUTSIDE_IMAGE | _OUTSIDE_OPTIONAL).items()}
+_BLOCK_ORIGINALS = {new: old for old, new in _expand(_BLOCK | _BLOCK_IMAGE).items()}
 
 
 def strip_wrappers(name: str) -> str:
@@ -95,16 +98,50 @@ def strip_wrappers(name: str) -> str:
     return ".".join(parts[1:] if parts[0:1] and parts[0] in _HOLDERS else parts)
 
 
-def _rename(name: str) -> str | None:
-    """Diffusers' name of a stripped name in either naming, or None when it is no part of a Wan transformer."""
+def wrappers_in(names: Iterable[str]) -> list[str]:
+    """Name what ``strip_wrappers`` removes from these names, for messages.
+
+    Args:
+        names: Parameter names as found in a checkpoint.
+
+    Returns:
+        Components such as ``model`` and ``_fsdp_wrapped_module``, each once, in the order met.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        holder = next((part for part in parts if part not in _WRAPPERS), "")
+        found |= dict.fromkeys([holder] if holder in _HOLDERS else [])
+        found |= dict.fromkeys(part for part in parts if part in _WRAPPERS)
+    return list(found)
+
+
+def diffusers_name(name: str) -> str | None:
+    """Translate a stripped name of either naming.
+
+    Args:
+        name: As ``strip_wrappers`` returns it.
+
+    Returns:
+        Diffusers' name, or None when it is no part of a Wan transformer.
+    """
+    return _translate(name, _OUTSIDE_NAMES, _BLOCK_NAMES)
+
+
+def original_name(name: str) -> str | None:
+    """Translate diffusers' name back to Wan's own, or return None when it is no part of a Wan transformer."""
+    return _translate(name, _OUTSIDE_ORIGINALS, _BLOCK_ORIGINALS)
+
+
+def _translate(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str | None:
     match = _BLOCK_NAME.fullmatch(name)
     if match is None:
-        return _OUTSIDE_NAMES.get(name)
-    inside = _BLOCK_NAMES.get(match[2])
-    return None if inside is None else f"blocks.{match[1]}.{inside}"
+        return outside.get(name)
+    return f"blocks.{match[1]}.{inside[match[2]]}" if match[2] in inside else None
 
 
-def _listing(names: Iterable[str]) -> str:
+def listing(names: Iterable[str]) -> str:
+    """Quote some names and count them all, for messages."""
     names = sorted(names)
     rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"{len(names)} ({', '.join(names[:_LISTED])}{rest})"
@@ -127,7 +164,7 @@ def _missing_names(names: Iterable[str]) -> set[str]:
     return wanted - names
 
 
-def convert_original_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_original_state_dict(state_dict: Mapping[str, Weight]) -> dict[str, Weight]:
     """Rename an original Wan, Self-Forcing, CausVid... transformer to diffusers' ``WanTransformer3DModel``.
 
     Names lose their training wrappers first (``strip_wrappers``); names that are in diffusers' naming already pass
@@ -149,27 +186,27 @@ def convert_original_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
     nested = [name for name, value in state_dict.items() if isinstance(value, Mapping)]
     if nested:
         raise ValueError(
-            f"state_dict holds dictionaries under {_listing(nested)}, tensors expected: pass the transformer's own "
+            f"state_dict holds dictionaries under {listing(nested)}, tensors expected: pass the transformer's own "
             "part, for example checkpoint['generator_ema'] or checkpoint['generator']."
         )
-    sources = {name: _rename(strip_wrappers(name)) for name in state_dict}
+    sources = {name: diffusers_name(strip_wrappers(name)) for name in state_dict}
     unknown = [name for name, target in sources.items() if target is None]
     if unknown:
         raise ValueError(
-            f"state_dict has unknown names: {_listing(unknown)} of {len(sources)}; known are the transformer weights "
+            f"state_dict has unknown names: {listing(unknown)} of {len(sources)}; known are the transformer weights "
             "of Wan2.1 in the original or the diffusers naming: remove the others, or merge adapters first."
         )
     counts = Counter(sources.values())
     twice = [name for name, target in sources.items() if counts[target] > 1]
     if twice:
         raise ValueError(
-            f"state_dict names meet after removing wrappers: {_listing(twice)}; each weight may come once: pass "
+            f"state_dict names meet after removing wrappers: {listing(twice)}; each weight may come once: pass "
             "either the raw or the wrapped set."
         )
     missing = _missing_names(sources.values())
     if missing:
         raise ValueError(
-            f"state_dict is incomplete, missing in diffusers naming: {_listing(missing)}; {len(sources)} were given: "
+            f"state_dict is incomplete, missing in diffusers naming: {listing(missing)}; {len(sources)} were given: "
             "pass all weights of the transformer."
         )
     return {sources[name]: tensor for name, tensor in state_dict.items()}

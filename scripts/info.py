@@ -12,13 +12,16 @@ from longtake.configs.families import CheckpointRule, ModelFamily, family_names,
 from longtake.configs.fields import did_you_mean
 from longtake.configs.run import ModelConfig
 from longtake.scripts.console import model_folder, out, script
+from longtake.scripts.info_file import print_file
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER_BYTES = 100_000_000
 
 
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model family or a diffusers folder.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model family, a diffusers folder, or a checkpoint file.")
+    ],
     *,
     family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None,
 ) -> None:
@@ -29,7 +32,12 @@ def info(
     `longtake info mini`
 
     `longtake info ./Self-Forcing --family self_forcing`
+
+    `longtake info self_forcing_dmd.pt` says what a checkpoint file is
     """
+    if Path(model).is_file():
+        print_file(Path(model))
+        return
     if model in family_names():
         settings, name = load_family(model), model
         folder = model_folder(ModelConfig(family=model)) if settings.folder is not None else None

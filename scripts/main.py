@@ -10,6 +10,7 @@ from longtake.configs.waiting import wait_briefly
 from longtake.scripts.attention import app as attention
 from longtake.scripts.benchmark import benchmark
 from longtake.scripts.console import out, run_app
+from longtake.scripts.convert import convert
 from longtake.scripts.evaluate import app as evaluate
 from longtake.scripts.fork import fork
 from longtake.scripts.generate import generate
@@ -24,6 +25,7 @@ COMMANDS = {
     "fork": fork,
     "policies": policies,
     "info": info,
+    "convert": convert,
     "benchmark": benchmark,
     "profile-heads": profile_heads,
 }

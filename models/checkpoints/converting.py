@@ -1,0 +1,269 @@
+"""From a checkpoint file to a diffusers folder: first everything is checked, then everything is written."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from longtake.configs.families import ModelFamily, load_family
+from longtake.models.checkpoints.checkpoint import FLAT, Checkpoint
+from longtake.models.checkpoints.lora import Adapter, read_adapter
+from longtake.models.checkpoints.opening import open_checkpoint
+from longtake.models.checkpoints.parts import OnTensor, Part, write_json
+from longtake.models.checkpoints.taken import find_text_encoder, find_tokenizer, find_vae, part_config
+from longtake.models.checkpoints.transformer import Transformer, find_transformer
+from longtake.models.checkpoints.writing import DEFAULT_SHARD_BYTES
+from longtake.samplers import make_sampler
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_FLOW_SHIFT = 5.0  # Wan2.1's own, and that of nearly all models trained from it
+_INDEX = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRequest:
+    """What to convert, and how.
+
+    Attributes:
+        source: Checkpoint file, index, or folder.
+        preset: Model family it is to fit.
+        key: Entry; the preset's, else the first of ``ENTRY_ORDER``, when None.
+        lora: Adapter to merge.
+        lora_key: Entry of the adapter's file.
+        lora_alpha: Scale times rank of the adapter; the preset's when None.
+        config: A ``config.json`` that says the number of heads.
+        dtype: One of ``DTYPES``, for the transformer; as stored when None.
+        max_shard_bytes: Limit of a weight file.
+        vae: Folder, or Wan's own file.
+        text_encoder: Folder, or Wan's own file.
+        tokenizer: Folder.
+    """
+
+    source: Path
+    preset: str | None = None
+    key: str | None = None
+    lora: Path | None = None
+    lora_key: str | None = None
+    lora_alpha: float | None = None
+    config: Path | None = None
+    dtype: str | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A conversion of which everything but the numbers has been checked.
+
+    Attributes:
+        request: What was asked for.
+        transformer: Found in the checkpoint.
+        adapter: To be merged.
+        parts: Of the folder; the transformer alone, or a whole pipeline's.
+        family: The preset.
+    """
+
+    request: ConversionRequest
+    transformer: Transformer
+    adapter: Adapter | None
+    parts: tuple[Part, ...]
+    family: ModelFamily | None
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether a whole pipeline's folder is written."""
+        return len(self.parts) > 1
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors to write."""
+        return sum(len(part.tensors) for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to write."""
+        return sum(tensor.info.num_bytes for part in self.parts for tensor in part.tensors)
+
+    def write(self, out: Path, *, on_tensor: OnTensor | None = None) -> None:
+        """Write the folder under a temporary name and rename it when it is whole.
+
+        Args:
+            out: Must not exist.
+            on_tensor: Called after each tensor.
+
+        Raises:
+            ValueError: If it exists, the disk is too small, or numbers are not finite; nothing is left then.
+        """
+        check_output(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < self.num_bytes:
+            raise ValueError(f"'{out.parent}' has {free / 1e9:.1f} GB free, {self.num_bytes / 1e9:.1f} GB are needed.")
+        partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+        partial.mkdir()
+        try:
+            self._write(partial, on_tensor)
+            check_output(out)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def record(self) -> dict[str, Any]:
+        """Return what ``conversion.json`` says: where the weights are from and what was done to them."""
+        found, adapter = self.transformer, self.adapter
+        record = {
+            "source": found.checkpoint.path.name,
+            "container": found.checkpoint.container,
+            "entry": found.entry or None,
+            "naming": found.identity.naming,
+            "wrappers": list(found.identity.wrappers),
+            "size": found.size,
+            "preset": self.request.preset,
+            "dtype": self.request.dtype,
+            "num_tensors": len(found.sources),
+        }
+        if adapter is not None:
+            record["lora"] = {
+                "source": adapter.checkpoint.path.name,
+                "entry": adapter.entry or None,
+                "num_pairs": len(adapter.pairs),
+                "ranks": adapter.ranks,
+                "scales": adapter.scales,
+            }
+        return record
+
+    def _write(self, folder: Path, on_tensor: OnTensor | None) -> None:
+        limit = self.request.max_shard_bytes
+        if not self.is_pipeline:
+            self.parts[0].write(folder, max_shard_bytes=limit, on_tensor=on_tensor)
+        else:
+            for part in self.parts:
+                (folder / part.name).mkdir()
+                part.write(folder / part.name, max_shard_bytes=limit, on_tensor=on_tensor)
+            self._scheduler().save_pretrained(folder / "scheduler")
+            head = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__}
+            write_json(
+                folder / "model_index.json", head | {"boundary_ratio": None, "expand_timesteps": False} | _INDEX
+            )
+        write_json(folder / "conversion.json", self.record())
+
+    def _scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        if self.family is None:
+            return FlowMatchEulerDiscreteScheduler(shift=DEFAULT_FLOW_SHIFT)
+        is_few_step = self.family.sampler["name"] != "multi_step"
+        return FlowMatchEulerDiscreteScheduler(shift=flow_shift(self.family), stochastic_sampling=is_few_step)
+
+
+def flow_shift(family: ModelFamily) -> float:
+    """Return the flow shift that a family samples with."""
+    return make_sampler(family.sampler).flow_shift
+
+
+def check_output(out: Path) -> None:
+    """Refuse a path that is there already.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"'{out}' exists already; nothing is overwritten: give another folder (--out).")
+
+
+def plan_conversion(request: ConversionRequest) -> Conversion:
+    """Check a conversion by headers alone: names, shapes, dtypes, adapter, preset, and that the parts fit.
+
+    Args:
+        request: What to convert.
+
+    Returns:
+        What ``write`` then does.
+
+    Raises:
+        ValueError: Says what does not fit.
+    """
+    family = load_family(request.preset) if request.preset is not None else None
+    if request.dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"dtype={request.dtype!r} is not written: use {', '.join(DTYPES)}, or none to keep the file's."
+        )
+    if request.lora is None and (request.lora_alpha is not None or request.lora_key is not None):
+        raise ValueError("lora_alpha or lora_key is given without an adapter: give its file too (--lora).")
+    checkpoint = open_checkpoint(request.source)
+    key = request.key or _preset_key(checkpoint, family.checkpoint.key if family else None)
+    transformer = find_transformer(checkpoint, key=key, config=request.config)
+    _check_preset(transformer, request.preset, family)
+    adapter = _find_adapter(request, transformer, family)
+    dtype = getattr(torch, request.dtype) if request.dtype else None
+    parts = [transformer.part(dtype=dtype, adapter=adapter), *_other_parts(request, transformer)]
+    return Conversion(request=request, transformer=transformer, adapter=adapter, parts=tuple(parts), family=family)
+
+
+def _preset_key(checkpoint: Checkpoint, key: str | None) -> str | None:
+    """A preset chooses between entries; tensors at the top leave nothing to choose."""
+    return None if set(checkpoint.entries) == {FLAT} else key
+
+
+def _check_preset(transformer: Transformer, name: str | None, family: ModelFamily | None) -> None:
+    if family is not None and family.size is not None and transformer.size != family.size:
+        config = transformer.config
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        found = transformer.size or f"{width} wide with {config['num_layers']} layers"
+        raise ValueError(
+            f"'{transformer.checkpoint.path}' does not fit the preset {name!r}: it is {found}, the preset is for "
+            f"{family.size}. longtake info FILE names presets that fit."
+        )
+
+
+def _find_adapter(request: ConversionRequest, transformer: Transformer, family: ModelFamily | None) -> Adapter | None:
+    if request.lora is None:
+        return None
+    checkpoint = open_checkpoint(request.lora)
+    key, alpha = request.lora_key, request.lora_alpha
+    if family is not None:
+        key = key or _preset_key(checkpoint, family.checkpoint.lora_key)
+        alpha = family.checkpoint.lora_alpha if alpha is None else alpha
+    return read_adapter(checkpoint, transformer.shapes, key=key, alpha=alpha)
+
+
+def _other_parts(request: ConversionRequest, transformer: Transformer) -> list[Part]:
+    """VAE, text encoder and tokenizer: all three or none."""
+    given = {"--vae": request.vae, "--text-encoder": request.text_encoder, "--tokenizer": request.tokenizer}
+    missing = [option for option, path in given.items() if path is None]
+    if len(missing) == len(given):
+        return []
+    if missing:
+        raise ValueError(f"a pipeline folder needs {' and '.join(missing)} too: give all three, or none of them.")
+    if transformer.is_image_to_video:
+        raise ValueError(
+            f"'{transformer.checkpoint.path}' is an image-to-video model, whose pipeline needs an image encoder too: "
+            "convert the transformer alone and put it into a folder that has one."
+        )
+    vae, text_encoder = find_vae(request.vae), find_text_encoder(request.text_encoder)
+    _check_fit(transformer, vae=part_config(vae), text_encoder=part_config(text_encoder))
+    return [vae, text_encoder, find_tokenizer(request.tokenizer)]
+
+
+def _check_fit(transformer: Transformer, *, vae: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> None:
+    config = transformer.config
+    pairs = (
+        ("--vae", "latent channels", vae.get("z_dim"), config["in_channels"]),
+        ("--text-encoder", "text channels", text_encoder.get("d_model"), config["text_dim"]),
+    )
+    for option, what, found, wanted in pairs:
+        if found != wanted:
+            raise ValueError(f"{option} has {found} {what}, the transformer takes {wanted}: they are of two models.")
