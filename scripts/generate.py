@@ -25,6 +25,7 @@ from longtake.scripts.console import (
     start_session,
     stop_requests,
 )
+from longtake.scripts.memory_plan import check_memory
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline
@@ -115,6 +116,7 @@ def generate(
     run = load_run(config, options=options, overrides=overrides)
     path, deliver = _place(run, out)
     check_settings(run)
+    check_memory(run)
     pipe = load_pipeline(run.model)
     with stop_requests() as should_stop:
         status = _make(pipe, run, path, should_stop=should_stop, deliver=deliver)
@@ -228,6 +230,7 @@ def _generate_many(
     if not todo:
         return
     check_settings(todo[0][0])
+    check_memory(todo[0][0])
     pipe = load_pipeline(todo[0][0].model)
     with stop_requests() as should_stop:
         for run, path in todo:
