@@ -6,9 +6,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from longtake.cache import BlockTrace, CachePolicy, Geometry, Pass
+from longtake.cache import (
+    BlockTrace,
+    CachePolicy,
+    CacheStats,
+    Context,
+    EncodeJob,
+    Geometry,
+    KVCache,
+    Pass,
+    PolicyState,
+)
 from longtake.cache.allocation import PlayedCache, attend_nothing
 from longtake.cache.live_bytes import LiveBytes
 from longtake.cache.simulation import PATCH, job_shape
@@ -58,12 +69,22 @@ class StandIn(TorchFunctionMode):
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device = torch.device(device_type)
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tell the truth for a while."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Answer for the device, and keep on meta what is made on it."""
         if func == _DEVICE_OF:
             device = func(*args)
-            return self.device if device.type == "meta" else device
+            return self.device if device.type == "meta" and not self._is_paused else device
         args = [self._on_meta(value) for value in args]
         kwargs = {key: self._on_meta(value) for key, value in (kwargs or {}).items()}
         if func is _ONEDNN:
@@ -75,11 +96,54 @@ class StandIn(TorchFunctionMode):
         return META if value is self.device else value  # this very object: others mean the processor itself
 
 
+class TruthfulState(PolicyState):
+    """A policy's state that sees meta tensors as what they are: it has ways of its own where nothing can be chosen.
+
+    Args:
+        state: What it stands for.
+        stand_in: Paused while the state works.
+    """
+
+    def __init__(self, state: PolicyState, stand_in: StandIn) -> None:
+        self._state = state
+        self._stand_in = stand_in
+        self.keeps_read_sets = state.keeps_read_sets
+
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        with self._stand_in.paused():
+            return self._state.select(layer, pass_, q)
+
+    def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
+        with self._stand_in.paused():
+            self._state.commit(layer, pass_, q, k, v)
+
+    def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
+        with self._stand_in.paused():
+            return self._state.end_block(trace)
+
+    def stats(self) -> CacheStats:
+        return self._state.stats()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._state.load_state_dict(state)
+
+
 @contextmanager
-def traced(device_type: str) -> Iterator[LiveBytes]:
-    """Count what is alive while code runs as on a device."""
-    with torch.no_grad(), LiveBytes() as live, StandIn(device_type):
-        yield live
+def standing_in(device_type: str, cache: KVCache | None = None) -> Iterator[None]:
+    """Let meta tensors pass for those of a device, but for what the cache's policy does with them."""
+    stand_in = StandIn(device_type)
+    state = None if cache is None else cache.state
+    try:
+        if state is not None:
+            cache.state = TruthfulState(state, stand_in)
+        with torch.no_grad(), stand_in:
+            yield
+    finally:
+        if state is not None:
+            cache.state = state
 
 
 def trace_forward(
@@ -110,7 +174,8 @@ def trace_forward(
     played = _filled(policy, geometry, num_blocks, window_blocks=window_blocks, latent_channels=channels)
     text = (geometry.batch_size, num_text_tokens, text_dim)
     prompt = Prompt(torch.empty(text, dtype=geometry.dtype, device=META))
-    with traced(device_type) as live, causal.installed():
+    merges_commit = merges_commit and played.cache.merges_commit
+    with LiveBytes() as live, standing_in(device_type, played.cache), causal.installed():
         # The first round makes what stays: text keys and values, modulation, buffers.
         for _ in range(2):
             before = live.now
@@ -131,7 +196,7 @@ def _run_block(
     denoise = Segment(Pass("denoise", index, start, size * window_blocks), levels)
     commit = Segment(Pass("commit", index, start, size), 0.0)
     causal.flow(torch.cat((block,) * window_blocks, dim=1), segments=[denoise], cache=cache, prompt=prompt)
-    if merges_commit and window_blocks == 1 and cache.merges_commit:
+    if merges_commit and window_blocks == 1:
         following = Segment(Pass("denoise", index + 1, start + size, size), 1.0)
         both = torch.cat((block, block), dim=1)
         causal.flow(both, segments=[commit, following], cache=cache, prompt=prompt)
@@ -161,7 +226,7 @@ def trace_decode(
     vae = meta_vae(config, dtype)
     use_fast_kernels(vae)
     z = torch.empty(latents, dtype=dtype, device=META)
-    with traced(device_type) as live:
+    with LiveBytes() as live, standing_in(device_type):
         decoder = StreamingDecoder(vae)
         for _ in range(2):
             decoder.decode(z[:, :, :1])
@@ -176,7 +241,7 @@ def trace_text(config: Mapping[str, Any], *, num_tokens: int, dtype: torch.dtype
     """Bytes that encoding a text takes beside the encoder's weights: one layer, as all are alike."""
     encoder = meta_text_encoder(config, dtype, num_layers=1)
     ids = torch.empty((1, num_tokens), dtype=torch.long, device=META)
-    with traced(device_type) as live:
+    with LiveBytes() as live, standing_in(device_type):
         encoder(ids)  # the mask of a padded text is a few bytes, and looks at values
     return live.peak
 
