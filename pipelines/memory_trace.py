@@ -25,8 +25,8 @@ from longtake.cache.live_bytes import LiveBytes
 from longtake.cache.simulation import PATCH, job_shape
 from longtake.models import StreamingDecoder, use_fast_kernels
 from longtake.models.causal import CausalTransformer, Prompt, Segment
-from longtake.pipelines.model_shapes import meta_text_encoder, meta_transformer, meta_vae
-from longtake.pipelines.take import to_pixels
+from longtake.pipelines.model_shapes import make_transformer, make_vae, meta_text_encoder
+from longtake.pipelines.take import to_bytes, to_pixels
 
 META = torch.device("meta")
 _DEVICE_OF = torch.Tensor.device.__get__
@@ -169,7 +169,7 @@ def trace_forward(
         merges_commit: Whether commits share a forward with the next block's first pass.
         window_blocks: Blocks that are denoised together.
     """
-    causal = CausalTransformer(meta_transformer(config, geometry.dtype, num_layers=1), attention=attend_nothing)
+    causal = CausalTransformer(make_transformer(config, geometry.dtype, num_layers=1), attention=attend_nothing)
     channels, text_dim = causal.transformer.config.in_channels, causal.transformer.config.text_dim
     played = _filled(policy, geometry, num_blocks, window_blocks=window_blocks, latent_channels=channels)
     text = (geometry.batch_size, num_text_tokens, text_dim)
@@ -223,7 +223,7 @@ def trace_decode(
         dtype: Of the VAE.
         device_type: Where it will run.
     """
-    vae = meta_vae(config, dtype)
+    vae = make_vae(config, dtype)
     use_fast_kernels(vae)
     z = torch.empty(latents, dtype=dtype, device=META)
     with LiveBytes() as live, standing_in(device_type):
@@ -232,8 +232,7 @@ def trace_decode(
             decoder.decode(z[:, :, :1])
         features = live.now
         live.restart()
-        frames = to_pixels(decoder.decode(z))
-        frames.mul(255.0).round_().to(torch.uint8)
+        to_bytes(to_pixels(decoder.decode(z)))
     return DecodeBytes(features, live.peak - features)
 
 

@@ -77,16 +77,18 @@ def shapes_of(family: ModelFamily, folder: Path | None = None) -> ModelShapes:
     return ModelShapes(configs, _published(family.size), f"published shapes of Wan2.1 {family.size}")
 
 
-def meta_transformer(config: Mapping[str, Any], dtype: torch.dtype, *, num_layers: int) -> WanTransformer3DModel:
-    """A transformer of meta tensors, in the dtypes in which diffusers loads it."""
-    with torch.device("meta"):
+def make_transformer(
+    config: Mapping[str, Any], dtype: torch.dtype, *, num_layers: int, device: str = "meta"
+) -> WanTransformer3DModel:
+    """A transformer with random weights, or of meta tensors, in the dtypes in which diffusers loads it."""
+    with torch.device(device):
         model = WanTransformer3DModel(**_plain(config) | {"num_layers": num_layers})
     return _cast(model, dtype, kept_in_float32(WanTransformer3DModel))
 
 
-def meta_vae(config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKLWan:
-    """A VAE of meta tensors."""
-    with torch.device("meta"):
+def make_vae(config: Mapping[str, Any], dtype: torch.dtype, *, device: str = "meta") -> AutoencoderKLWan:
+    """A VAE with random weights, or of meta tensors."""
+    with torch.device(device):
         model = AutoencoderKLWan(**_plain(config))
     return _cast(model, dtype, kept_in_float32(AutoencoderKLWan))
 
@@ -118,11 +120,11 @@ def _cast(model: nn.Module, dtype: torch.dtype, kept: tuple[str, ...]) -> Any:
 @lru_cache(maxsize=2)
 def _published(size: str) -> dict[str, dict[str, int]]:
     models = {
-        "transformer": meta_transformer(
+        "transformer": make_transformer(
             TRANSFORMERS[size], torch.float32, num_layers=TRANSFORMERS[size]["num_layers"]
         ),
         "text_encoder": meta_text_encoder(UMT5_XXL, torch.float32, num_layers=UMT5_XXL["num_layers"]),
-        "vae": meta_vae({}, torch.float32),
+        "vae": make_vae({}, torch.float32),
     }
     return {part: {name: p.numel() for name, p in model.named_parameters()} for part, model in models.items()}
 

@@ -30,7 +30,7 @@ from longtake.configs.loader import load_preset
 from longtake.configs.waiting import wait_briefly
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.feed_forward import feed_forward
-from longtake.pipelines.model_shapes import meta_transformer
+from longtake.pipelines.model_shapes import make_transformer
 from longtake.samplers import Sampler, SeededNoise, make_sampler
 from longtake.scripts.console import out
 from longtake.scripts.width_plan import BLOCK, SMALL, TRUE, Width, pass_of, plan_width
@@ -88,7 +88,7 @@ class _Block:
         self.width = width
         self.seconds: list[float] = []
         config = width.config
-        transformer = meta_transformer(config, dtype, num_layers=config["num_layers"]).to_empty(device="cpu")
+        transformer = make_transformer(config, dtype, num_layers=config["num_layers"]).to_empty(device="cpu")
         torch.manual_seed(0)
         for parameter in transformer.parameters():
             parameter.data.normal_(0.0, 0.02)

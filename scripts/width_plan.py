@@ -12,7 +12,7 @@ from longtake.cache import CachePolicy, Geometry, Pass
 from longtake.cache.allocation import PlayedCache, attend_nothing, play_cache
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.pipelines.memory_trace import standing_in, trace_forward
-from longtake.pipelines.model_shapes import TRANSFORMERS, meta_transformer
+from longtake.pipelines.model_shapes import TRANSFORMERS, make_transformer
 
 NUM_LAYERS, BLOCK = 2, 3
 PRODUCTS = frozenset({"addmm", "mm", "bmm", "linear", "convolution", "_linear_pointwise"})
@@ -140,7 +140,7 @@ class _Moved(TorchDispatchMode):
 def plan_width(width: Width, policy: CachePolicy, dtype: torch.dtype, *, num_steps: int) -> Planned:
     """Compute what a block takes."""
     geometry = width.geometry(dtype, "meta")
-    weights = sum(p.nbytes for p in meta_transformer(width.config, dtype, num_layers=geometry.num_layers).parameters())
+    weights = sum(p.nbytes for p in make_transformer(width.config, dtype, num_layers=geometry.num_layers).parameters())
     cache = play_cache(policy, geometry, num_blocks=width.num_filled + 1).end
     settings = {"num_text_tokens": width.num_text_tokens, "device_type": "cpu", "merges_commit": False}
     forward = trace_forward(width.config, policy, geometry, num_blocks=width.num_filled, **settings)
@@ -159,7 +159,7 @@ def pass_of(width: Width, step: int, num_steps: int) -> Pass:
 def _works(width: Width, policy: CachePolicy, geometry: Geometry, num_steps: int) -> Iterator[Work]:
     """Run the block on meta tensors and count."""
     attention = _CountedAttention()
-    model = meta_transformer(width.config, geometry.dtype, num_layers=geometry.num_layers)
+    model = make_transformer(width.config, geometry.dtype, num_layers=geometry.num_layers)
     causal = CausalTransformer(model, attention=attention)
     played = PlayedCache(policy, geometry)
     for _ in range(width.num_filled):
