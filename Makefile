@@ -22,7 +22,7 @@ export GOMP_SPINCOUNT ?= 10000
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format golden bench docs-policies train-mini
+.PHONY: help install demo test lint format golden bench bench-gpu docs-policies train-mini
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,9 @@ golden: $(STAMP) ## regenerate the project's own golden numbers under tests/gold
 
 bench: $(STAMP) ## measure speed and memory on this machine
 	@$(OFFLINE) $(BIN)/python -m longtake.scripts.benchmark
+
+bench-gpu: $(STAMP) ## measure the real shapes with random weights on a GPU (ARGS="--seconds 30")
+	@$(OFFLINE) $(BIN)/python -m longtake.scripts.benchmark_gpu $(ARGS)
 
 docs-policies: $(STAMP) ## rewrite docs/policies.md and its pictures
 	@$(OFFLINE) $(BIN)/python -m longtake.scripts.document_policies

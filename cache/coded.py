@@ -68,6 +68,7 @@ class CodedBuffer(TokenBuffer):
     ) -> None:
         super().__init__(geometry, num_tokens, num_heads=num_heads)
         self._codecs: dict[str, Codec] = {"keys": storage.keys, "values": storage.values}
+        self.is_on_host = storage.is_on_host
         self._is_far = storage.is_on_host and geometry.device.type == "cuda"
         self._stream = torch.cuda.Stream(geometry.device) if self._is_far else None
         self._staged: dict[tuple[str, int, int, int], tuple[dict[str, Tensor], torch.cuda.Event]] = {}

@@ -48,7 +48,12 @@ class TokenBuffer(ABC):
         geometry: Shapes of the rollout.
         num_tokens: Places per layer and sample.
         num_heads: Heads that are kept; None keeps all.
+
+    Attributes:
+        is_on_host: Whether places are kept in the host's memory wherever the rollout runs.
     """
+
+    is_on_host: bool = False
 
     def __init__(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> None:
         self.geometry = geometry

@@ -49,8 +49,7 @@ class Chunk:
 
     def uint8(self) -> np.ndarray:
         """Frames as (batch, frames, height, width, channels) bytes, rounded."""
-        scaled = self.frames.mul(255.0).round_().to(torch.uint8)
-        return scaled.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
+        return to_bytes(self.frames).cpu().numpy()
 
 
 class TakeSession:
@@ -248,8 +247,17 @@ class TakeSession:
         if self._decoder is None:
             return latents.new_empty(latents.shape[0], 0, 3, 0, 0)
         video = self._decoder.decode(self._pixels.denormalise(latents))
-        left = self.num_frames - self.num_emitted_frames
-        return video[:, :, :left].float().mul(0.5).add(0.5).clamp_(0.0, 1.0).transpose(1, 2)
+        return to_pixels(video[:, :, : self.num_frames - self.num_emitted_frames])
+
+
+def to_bytes(frames: Tensor) -> Tensor:
+    """(batch, frames, channels, height, width) in [0, 1] to bytes, rounded, channels last."""
+    return frames.mul(255.0).round_().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """(batch, channels, frames, height, width) in [-1, 1], as the VAE has it, to frames of float32 in [0, 1]."""
+    return video.float().mul(0.5).add(0.5).clamp_(0.0, 1.0).transpose(1, 2)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from longtake.scripts.console import (
     stop_requests,
 )
 from longtake.scripts.memory import encode_and_free
+from longtake.scripts.memory_plan import check_memory
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline
@@ -126,6 +127,7 @@ def generate(
     run = load_run(config, options=options, overrides=overrides)
     path, deliver = _place(run, out)
     check_settings(run)
+    check_memory(run)
     pipe = load_pipeline(run.model)
     with stop_requests() as should_stop:
         status = _make(pipe, run, path, should_stop=should_stop, deliver=deliver)
@@ -239,6 +241,7 @@ def _generate_many(
     if not todo:
         return
     check_settings(todo[0][0])
+    check_memory(todo[0][0])
     pipe = load_pipeline(todo[0][0].model)
     encode_and_free(pipe, [run for run, _ in todo])
     with stop_requests() as should_stop:

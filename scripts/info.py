@@ -22,10 +22,24 @@ def info(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model family, a diffusers folder, or a checkpoint file.")
     ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="With --plan: settings, as of generate.")
+    ] = None,
     *,
     family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="How much memory a video takes, and whether it fits.")] = False,
+    cache: Annotated[str | None, typer.Option(help="Of the plan: cache policy.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of the plan: length of the video.")] = None,
+    height: Annotated[int | None, typer.Option(help="Of the plan: pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the plan: pixels.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the plan: float32, bfloat16 or float16.")] = None,
+    batch: Annotated[int, typer.Option(help="Of the plan: videos made together.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="Of the plan: auto, cpu or cuda, which may be another machine's.")
+    ] = "auto",
+    memory: Annotated[str | None, typer.Option(help="Of the plan: another machine's memory, 8GB say.")] = None,
 ) -> None:
-    """Show a model's size, shape, speed of its cache, licence and source.
+    """Show a model's size, shape, size of its cache, licence and source; or plan a video's memory.
 
     **Examples**
 
@@ -34,7 +48,20 @@ def info(
     `longtake info ./Self-Forcing --family self_forcing`
 
     `longtake info self_forcing_dmd.pt` says what a checkpoint file is
+
+    `longtake info self_forcing --plan --cache deep_forcing --seconds 120 --dtype bfloat16 --device cuda --memory 24GB`
     """
+    if plan:
+        from longtake.scripts.memory_plan import parse_memory, plan_of_options, show_plan
+
+        options = {"cache": cache, "seconds": seconds, "height": height, "width": width, "dtype": dtype}
+        request = plan_of_options(
+            model, family=family, overrides=overrides or (), batch=batch, device=device, options=options
+        )
+        show_plan(request, None if memory is None else parse_memory(memory))
+        return
+    if overrides:
+        raise ValueError(f"{overrides[0]!r}: settings are for --plan")
     if Path(model).is_file():
         print_file(Path(model))
         return
