@@ -191,6 +191,8 @@ def make_stills(image: Any) -> list[Clip]:
         if not len(image):
             raise ValueError("the list of images is empty.")
         return [still for item in image for still in make_stills(item)]
+    if isinstance(image, Clip):
+        return [image]
     if isinstance(image, str | Path):
         return [replace(make_clip([open_image(Path(image))]), path=Path(image))]
     return [make_clip([image])]
