@@ -269,11 +269,15 @@ def use_recorded_setup(folder: "RunFolder") -> None:
     """Compute as the run's first process did, or refuse.
 
     Raises:
-        ValueError: If the weights are not those that the run began with.
+        ValueError: If the weights are not those that the run began with, or it needs the file it goes on from and that
+            is another one.
     """
     import torch
 
     from longtake.pipelines.provenance import weights_hash
+    from longtake.pipelines.start_files import start_arguments
+
+    start_arguments(folder.config, folder)
 
     weights = model_folder(folder.config.model)
     record = folder.record

@@ -185,7 +185,7 @@ def test_a_pending_given_block_keeps_its_timestep(tiny_pipe):
 
 
 def test_long_clips_take_no_more_memory_than_short_ones(tiny_pipe):
-    """Frames are there from when they are read until their block is encoded; 24 blocks go through a window of three."""
+    """Frames exist from when they are read until their block is encoded; 24 blocks go through a window of three."""
     window = {"policy": "sliding_window", "num_context_frames": 9}
     alive: set[int] = set()
     largest = 0
