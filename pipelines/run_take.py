@@ -160,7 +160,7 @@ class _Run:
             digest.update(np.ascontiguousarray(frames))
             if self.session.include_start:
                 self._append(frames)
-        start = self.folder.record["start"] | {"frames_sha256": digest.hexdigest()}
+        start = (self.folder.record["start"] or {}) | {"frames_sha256": digest.hexdigest()}
         self.folder.update_record(start=start)
         self._save_state()
         return True

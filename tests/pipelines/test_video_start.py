@@ -19,6 +19,7 @@ OTHER = "a blue square moving right"
 SINK = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
 DEEP = {"policy": "deep_forcing", "num_context_frames": 12, "num_sink_frames": 3, "num_budget_frames": 9}
 DEEP |= {"num_recent_frames": 3}
+ROLLING = {"name": "rolling_window", "timesteps": [1000, 600, 300]}
 
 
 def clip(num_frames, seed=0, size=32):
@@ -57,12 +58,16 @@ def frame_wise(tiny_pipe, tiny_family):
     return make
 
 
-@pytest.mark.parametrize("cache", [SINK, "full", DEEP])
-def test_a_clip_equals_its_latents_given_to_the_rollout(tiny_pipe, cache):
+@pytest.mark.parametrize(
+    ("cache", "sampler"),
+    [(SINK, None), ("full", None), (DEEP, None), ({"policy": "rolling_forcing", "num_context_frames": 15}, ROLLING)],
+)
+def test_a_clip_equals_its_latents_given_to_the_rollout(tiny_pipe, cache, sampler):
+    sampler = sampler or tiny_pipe.family.sampler
     frames = clip(34)
     latents = encoded(tiny_pipe, [frames[1:]])
     assert latents.shape[1] == 9
-    ours = chunks(tiny_pipe, video=frames, cache=cache)
+    ours = chunks(tiny_pipe, video=frames, cache=cache, sampler=sampler)
     assert (begun(ours, "latents") - latents).abs().max() == 0
     theirs = rollout_latents(
         tiny_pipe.transformer,
@@ -70,7 +75,7 @@ def test_a_clip_equals_its_latents_given_to_the_rollout(tiny_pipe, cache):
         num_frames=6,
         frame_shape=(4, 4, 4),
         cache=cache,
-        sampler=tiny_pipe.family.sampler,
+        sampler=sampler,
         noise=SeededNoise([3]),
         initial_latents=latents,
         pixels=VaePixels(tiny_pipe.vae),
