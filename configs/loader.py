@@ -10,7 +10,7 @@ unless ``family`` says otherwise. Without a cache the model family's own is take
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from longtake.configs.families import family_names, load_family
 from longtake.configs.fields import build, did_you_mean
 from longtake.configs.run import ModelConfig, OutputConfig, PromptChange, RunConfig
+from longtake.configs.start import StartConfig
 
 # How a folder is run unless its family is given, here as in ``LongVideoPipeline.from_pretrained``.
 FOLDER_FAMILY = "self_forcing"
@@ -145,7 +146,7 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
     if "name" not in sampler:
         # Fields alone go over the sampler that the model family was made for.
         sampler = {**load_family(model.family).sampler, **sampler}
-    changes = values.get("prompt_changes") or []
+    changes, start = values.get("prompt_changes") or [], values.get("start")
     if isinstance(changes, str | Mapping):
         raise ValueError("prompt_changes must be a list of mappings with the keys at, prompt and event")
     groups = {
@@ -154,6 +155,7 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
         "sampler": sampler,
         "attention": _mapping(values.get("attention") or {"policy": "dense"}, "attention"),
         "prompt_changes": tuple(_build_change(change) for change in changes),
+        "start": _build_start(_mapping(start, "start")) if start else None,
         "output": build(OutputConfig, _mapping(values.get("output") or {}, "output"), what="the output"),
     }
     plain = {key: value for key, value in values.items() if key not in groups}
@@ -265,6 +267,12 @@ def _build_change(change: Any) -> PromptChange:
         if key not in values:
             raise ValueError(f"an entry of prompt_changes lacks {key!r}: give at (seconds) and prompt")
     return build(PromptChange, values, what="prompt_changes")
+
+
+def _build_start(values: Mapping[str, Any]) -> StartConfig:
+    start = build(StartConfig, values, what="the start")
+    # Absolute, so that a run is resumed from anywhere.
+    return replace(start, **{start.kind: str(Path(start.path).absolute())})
 
 
 def _listed(values: Iterable[Any]) -> str:

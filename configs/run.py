@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from longtake.configs.families import load_family
+from longtake.configs.start import StartConfig
 
 # Wan's VAE makes 8x8 pixels one latent position, the transformer makes 2x2 of these one token.
 SIZE_MULTIPLE = 16
@@ -112,7 +113,8 @@ class RunConfig:
             ``backend``.
         prompt: What to show.
         negative_prompt: What not to show; for samplers with guidance.
-        seconds: Length of the video.
+        start: What it goes on from; None: from the prompt alone.
+        seconds: Length of what is made, the start not counted.
         seed: Of the noise.
         height: Pixels; None leaves it to the model.
         width: Pixels; None leaves it to the model.
@@ -125,6 +127,7 @@ class RunConfig:
     sampler: Mapping[str, Any]
     prompt: str
     negative_prompt: str | None = None
+    start: StartConfig | None = None
     seconds: float = 60.0
     seed: int = 0
     height: int | None = None

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from longtake.evaluation.decoding import StreamFacts, probe, read_frames
 from longtake.evaluation.metric import Meter, Metric, Score, VideoInfo
+from longtake.pipelines.decoding import StreamFacts, probe, read_frames
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")

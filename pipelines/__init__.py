@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longtake.pipelines.clips import make_clip
     from longtake.pipelines.latents import rollout_latents
     from longtake.pipelines.long_video import LongVideoPipeline, LongVideoPipelineOutput
     from longtake.pipelines.prompts import PromptSwitch
@@ -21,6 +22,7 @@ __all__ = [
     "LongVideoPipelineOutput",
     "PromptSwitch",
     "TakeSession",
+    "make_clip",
     "rollout_latents",
 ]
 
@@ -32,6 +34,7 @@ _MODULES = {
     "LongVideoPipelineOutput": "long_video",
     "PromptSwitch": "prompts",
     "TakeSession": "take",
+    "make_clip": "clips",
     "rollout_latents": "latents",
 }
 

@@ -1,8 +1,8 @@
 """The guidance branches of a rollout: their caches and prompts, the block that waits for its commit, encode jobs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -110,6 +110,35 @@ class Branches:
         if done is not None:
             self._run(*done)
 
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the caches hold and the block that waits: tensors, and plain numbers."""
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        if self.pending is not None:
+            tensors["pending.latents"] = self.pending.trace.latents
+            numbers["pending.block_index"] = self.pending.trace.block_index
+            numbers["pending.start_frame"] = self.pending.trace.start_frame
+            numbers["pending.timestep"] = self.pending.timestep
+        for branch, cache in enumerate(self.caches):
+            for key, value in cache.state_dict().items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"cache.{branch}.{key}"] = value
+        return tensors, numbers
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take over a saved state."""
+        merged = {**tensors, **numbers}
+        for branch, cache in enumerate(self.caches):
+            prefix = f"cache.{branch}."
+            cache.load_state_dict({k.removeprefix(prefix): v for k, v in merged.items() if k.startswith(prefix)})
+        self.pending = None
+        if "pending.latents" in tensors:
+            trace = BlockTrace(
+                numbers["pending.block_index"],
+                numbers["pending.start_frame"],
+                tensors["pending.latents"].to(self.causal.device),
+            )
+            self.pending = Pending(trace, numbers["pending.timestep"])
+
     def _prompt(self, embeds: Tensor) -> Prompt:
         return Prompt(embeds.to(self.causal.device, self.causal.dtype))
 
@@ -167,3 +196,14 @@ class Branches:
     def _grid(self, latents: Tensor) -> tuple[int, int]:
         _, height, width = self.causal.transformer.config.patch_size
         return latents.shape[-2] // height, latents.shape[-1] // width
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what shares memory or has gaps, which files of tensors do not take: branches keep the same latents."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if place in seen else tensor.contiguous()
+        seen.add(result[key].untyped_storage().data_ptr())
+    return result

@@ -9,6 +9,7 @@ from torch import Tensor
 from longtake.attention import SparsePolicy
 from longtake.cache import EXACT_POLICY, CachePolicy
 from longtake.pipelines.branches import Pixels
+from longtake.pipelines.given import GivenLatents
 from longtake.pipelines.prompts import PromptSwitch
 from longtake.pipelines.rollout import Block, LatentRollout
 from longtake.samplers import NoiseSource, Sampler
@@ -25,7 +26,7 @@ def rollout_latents(
     cache: CachePolicy | Mapping[str, Any] | str = EXACT_POLICY,
     sampler: Sampler | Mapping[str, Any] | str = "few_step",
     noise: NoiseSource,
-    initial_latents: Tensor | None = None,
+    initial_latents: Tensor | GivenLatents | None = None,
     context_timestep: float = 0,
     schedule: Sequence[tuple[int, Tensor, str]] = (),
     negative_prompt_embeds: Tensor | None = None,
@@ -44,7 +45,8 @@ def rollout_latents(
         cache: Policy, its mapping, or its name.
         sampler: Sampler, its mapping, or its name.
         noise: Where noise comes from; a source that ends (zero frames) ends the rollout.
-        initial_latents: (batch, frames, channels, height, width): they fill the cache at timestep 0, block by block.
+        initial_latents: (batch, frames, channels, height, width): they fill the cache at timestep 0, block by block;
+            or a stream that makes them as they are taken, so that their number has no limit.
         context_timestep: Timestep of the commit pass; no noise is added.
         schedule: (start_frame, prompt_embeds, event) prompt switches; event: keep, recache, flush, cut.
         negative_prompt_embeds: For samplers with guidance; zeros when not given.

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from longtake.attention import SparsePolicy
 from longtake.cache import DEFAULT_POLICY, CachePolicy, Event, make_policy
-from longtake.configs.families import ModelFamily
 from longtake.models import VaePixels
+from longtake.pipelines.arguments import GivenNoise, chosen_sampler, noise_seeds, prompt_texts
+from longtake.pipelines.given import GivenLatents
 from longtake.pipelines.loading import ModelLoading
 from longtake.pipelines.rollout import LatentRollout
 from longtake.pipelines.take import Chunk, TakeSession
-from longtake.samplers import Sampler, SeededNoise, make_sampler
+from longtake.pipelines.video_start import make_start
+from longtake.samplers import Sampler, SeededNoise
 
 StepCallback = Callable[["LongVideoPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
@@ -78,6 +80,10 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
         schedule: Schedule = (),
         attention: SparsePolicy | Mapping[str, Any] | str = "dense",
         decode: bool = True,
+        image: Any = None,
+        video: Any = None,
+        video_latents: Tensor | GivenLatents | None = None,
+        include_start: bool = True,
     ) -> TakeSession:
         """Prepare a video without making any of it.
 
@@ -103,6 +109,11 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
                 knows it.
             attention: Attention policy, its mapping (``backend`` may name an executor), or its name.
             decode: Whether chunks carry pixels.
+            image: Go on from an image, or one per sample, with models that start from one; see ``clips.make_stills``.
+            video: Go on from the end of a video, or of one per sample: a path, PIL images, an array or a tensor; see
+                ``clips.make_clips``. It fills the cache under the policy; time, seeds and lengths count from its end.
+            video_latents: Go on from latents: (batch, channels, latent frames, height, width), normalised.
+            include_start: Whether what it goes on from comes out too, as the VAE decodes it, before the rest.
 
         Raises:
             ValueError: For any setting that does not fit, before any forward.
@@ -110,15 +121,30 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
         family = self.family
         block = frames_per_block or family.frames_per_block
         policy = make_policy((family.cache or DEFAULT_POLICY) if cache is None else cache)
-        solver = _sampler(family if sampler is None else sampler, guidance_scale, num_inference_steps)
-        num_frames = self.num_pixel_frames(seconds=seconds, num_frames=num_frames)
-        frame_shape = self._frame_shape(height or family.height, width or family.width)
+        solver = chosen_sampler(family if sampler is None else sampler, guidance_scale, num_inference_steps)
+        height, width = height or family.height, width or family.width
+        frame_shape = self._frame_shape(height, width)
         first = family.first_block_frames or block
+        prompts = prompt_texts(prompt, prompt_embeds)
+        given = make_start(
+            image=image,
+            video=video,
+            video_latents=video_latents,
+            family=family,
+            frames_per_block=block,
+            vae=self.vae,
+            processor=self.video_processor,
+            height=height,
+            width=width,
+            batch_size=len(prompts),
+        )
+        num_given = 0 if given is None else given.num_frames
+        num_frames = self.num_pixel_frames(seconds=seconds, num_frames=num_frames, goes_on=num_given > 0)
         wanted = 1 + (num_frames - 1) // self.vae_scale_factor_temporal
-        num_latent_frames = first + max(0, math.ceil((wanted - first) / block)) * block
-        policy.check(max(first, block), num_latent_frames)
+        begun = block if num_given else first
+        num_latent_frames = begun + max(0, math.ceil((wanted - begun) / block)) * block
+        policy.check(max(first, block), num_given + num_latent_frames)
 
-        prompts = _texts(prompt, prompt_embeds)
         embeds = self.embed_text(prompts) if prompt_embeds is None else prompt_embeds
         if solver.guidance_scale != 1.0 and negative_prompt_embeds is None:
             negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt or [""])
@@ -136,13 +162,22 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
             first_block_frames=family.first_block_frames,
             cache=policy,
             sampler=solver,
-            noise=SeededNoise(seeds) if latents is None else _GivenNoise(latents, seeds),
+            noise=SeededNoise(seeds) if latents is None else GivenNoise(latents, seeds, num_given),
+            initial_latents=given,
             context_timestep=family.context_timestep,
             negative_prompt_embeds=negative_prompt_embeds,
             pixels=VaePixels(self.vae),
             attention=attention,
         )
-        session = TakeSession(self, rollout, prompts, num_frames=num_frames, fps=family.fps, decode=decode)
+        session = TakeSession(
+            self,
+            rollout,
+            prompts,
+            num_frames=num_frames,
+            fps=family.fps,
+            decode=decode,
+            include_start=include_start,
+        )
         for at, text, *event in schedule:
             session.change_prompt(text, event=event[0] if event else "keep", at=at)
         return session
@@ -178,6 +213,10 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
         frames_per_block: int | None = None,
         schedule: Schedule = (),
         attention: SparsePolicy | Mapping[str, Any] | str = "dense",
+        image: Any = None,
+        video: Any = None,
+        video_latents: Tensor | GivenLatents | None = None,
+        include_start: bool = True,
     ) -> LongVideoPipelineOutput | tuple:
         """Make a whole video and return it; for anything longer than memory holds, use ``stream``.
 
@@ -203,7 +242,7 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known: latents, prompt_embeds."
             )
-        prompts = None if prompt_embeds is not None else _texts(prompt, None)
+        prompts = None if prompt_embeds is not None else prompt_texts(prompt, None)
         if prompts is not None:
             prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
         batch = len(prompts) if prompts is not None else prompt_embeds.shape[0]
@@ -216,7 +255,7 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
             width=width,
             cache=cache,
             sampler=sampler,
-            seed=_seeds(seed, generator, batch, num_videos_per_prompt),
+            seed=noise_seeds(seed, generator, batch, num_videos_per_prompt),
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             latents=latents,
@@ -226,6 +265,10 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
             schedule=schedule,
             attention=attention,
             decode=output_type != "latent",
+            image=image,
+            video=video,
+            video_latents=video_latents,
+            include_start=include_start,
         )
         if callback_on_step_end is not None:
             session.rollout.on_step_end = self._on_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -233,13 +276,15 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
         with self.progress_bar(total=session.num_blocks) as bar:
             for chunk in session:
                 parts.append(chunk.latents if output_type == "latent" else chunk.frames)
-                bar.update()
+                bar.update(chunk.index >= 0)
         self.maybe_free_model_hooks()
         video = self._output(torch.cat(parts, dim=1), output_type)
         return LongVideoPipelineOutput(frames=video) if return_dict else (video,)
 
-    def num_pixel_frames(self, *, seconds: float | None = None, num_frames: int | None = None) -> int:
-        """Length in pixel frames: 1 + 4 k, rounded up; 81 when nothing is given.
+    def num_pixel_frames(
+        self, *, seconds: float | None = None, num_frames: int | None = None, goes_on: bool = False
+    ) -> int:
+        """Length in pixel frames: 1 + 4 k, or 4 k behind a start, rounded up; 81 or 84 when nothing is given.
 
         Raises:
             ValueError: If both lengths are given, or one is not positive.
@@ -254,7 +299,8 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames} must be 1 or more.")
         step = self.vae_scale_factor_temporal
-        return 1 + math.ceil((num_frames - 1) / step) * step
+        first = 0 if goes_on else 1
+        return first + math.ceil((num_frames - first) / step) * step
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str], *, is_negative: bool = False) -> Tensor:
@@ -308,54 +354,3 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
         if output_type == "np":
             return array
         return [self.video_processor.numpy_to_pil(np.ascontiguousarray(sample)) for sample in array]
-
-
-class _GivenNoise(SeededNoise):
-    """Initial noise from the caller, fresh noise from seeds."""
-
-    def __init__(self, latents: Tensor, seeds: Sequence[int]) -> None:
-        super().__init__(seeds)
-        self.latents = latents.transpose(1, 2).cpu().float()
-
-    def initial(self, block_index: int, start_frame: int, shape: Sequence[int]) -> Tensor:
-        return self.latents[:, start_frame : start_frame + shape[1]]
-
-
-def _texts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> list[str]:
-    if (prompt is None) == (prompt_embeds is None):
-        raise ValueError("give either prompt or prompt_embeds.")
-    if prompt_embeds is not None:
-        return [""] * prompt_embeds.shape[0]
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not texts:
-        raise ValueError("the list of prompts is empty.")
-    return texts
-
-
-def _sampler(
-    settings: ModelFamily | Sampler | Mapping[str, Any] | str,
-    guidance_scale: float | None,
-    num_inference_steps: int | None,
-) -> Sampler:
-    sampler = make_sampler(settings.sampler if isinstance(settings, ModelFamily) else settings)
-    changes = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return make_sampler(sampler.settings() | changes) if changes else sampler
-
-
-def _seeds(
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    batch: int,
-    num_videos_per_prompt: int,
-) -> list[int]:
-    if seed is not None and generator is not None:
-        raise ValueError("give either seed or generator.")
-    if generator is not None:
-        generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
-        return [int(torch.randint(2**62, (1,), generator=g, device=g.device)) for g in generators]
-    if seed is None:
-        return [int(torch.randint(2**62, (1,))) for _ in range(batch)]
-    if isinstance(seed, int):
-        return [seed + index % num_videos_per_prompt for index in range(batch)]
-    return list(seed)

@@ -1,6 +1,7 @@
 """The rollout: blocks of latents, one after the other, each seeing what the cache policy kept of those before it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from longtake.cache import EXACT_POLICY, BlockTrace, CachePolicy, CacheStats, Ge
 from longtake.models.causal import CausalTransformer, Segment
 from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
 from longtake.models.threads import fitting_threads
-from longtake.pipelines.branches import Branches, Pending, Pixels
+from longtake.pipelines.branches import Branches, Pending, Pixels, unshared
 from longtake.pipelines.checks import check_attention, check_blocks, check_policy, check_switch
+from longtake.pipelines.given import GivenLatents, given_latents
 from longtake.pipelines.prompts import PromptSwitch, strongest
 from longtake.pipelines.window import OpenBlock, RollingBlocks
 from longtake.samplers import NoiseSource, Sampler, make_sampler
@@ -33,7 +35,7 @@ class Block:
     """A finished block.
 
     Attributes:
-        index: From 0, given latents not counted.
+        index: From 0; blocks of given latents come before, -1 the last of them.
         start_frame: First latent frame in the video, given latents counted.
         latents: (batch, frames, channels, height, width), clean, normalised.
         prompt_index: Which entry of the schedule it was made with; -1 is the first prompt.
@@ -66,7 +68,7 @@ class LatentRollout:
         cache: CachePolicy | Mapping[str, Any] | str = EXACT_POLICY,
         sampler: Sampler | Mapping[str, Any] | str = "few_step",
         noise: NoiseSource,
-        initial_latents: Tensor | None = None,
+        initial_latents: Tensor | GivenLatents | None = None,
         context_timestep: float = 0,
         schedule: Sequence[PromptSwitch] = (),
         negative_prompt_embeds: Tensor | None = None,
@@ -85,11 +87,9 @@ class LatentRollout:
         self.context_timestep = float(context_timestep)
         self.schedule = list(schedule)
         self.batch_size = prompt_embeds.shape[0]
-        self._num_given = 0 if initial_latents is None else initial_latents.shape[1]
+        self._given = given_latents(initial_latents, batch_size=self.batch_size, frame_shape=self.frame_shape)
+        self._num_given = 0 if self._given is None else self._given.num_frames
         check_blocks(num_frames, frames_per_block, first_block_frames, self._num_given)
-        wanted = (self.batch_size, self._num_given, *self.frame_shape)
-        if initial_latents is not None and tuple(initial_latents.shape) != wanted:
-            raise ValueError(f"initial_latents has shape {tuple(initial_latents.shape)}, expected {wanted}.")
         check_policy(self.policy, self.sampler, has_pixels=pixels is not None)
         check_attention(self.policy, self.attention)
         for switch in self.schedule:
@@ -119,7 +119,7 @@ class LatentRollout:
         )
         self.window = RollingBlocks(self.sampler) if self.sampler.num_window_blocks > 1 else None
         self._first_prompt = prompt_embeds
-        self._initial_latents = initial_latents
+        self._next_given_frame = 0
         self._next_frame = self._num_given
         self._next_index = 0
         self._prompt_index = -1
@@ -135,13 +135,7 @@ class LatentRollout:
         """Make the next block, or None at the end of the rollout."""
         if self._next_frame >= self.end_frame:
             return None
-        geometry = self.branches.caches[0].geometry
-        width = geometry.num_heads * geometry.head_dim
-        num_tokens = self.batch_size * self._num_joint_frames * geometry.tokens_per_frame
-        with (
-            self.causal.installed(),
-            fitting_threads(width=width, num_tokens=num_tokens, device=self.causal.device),
-        ):
+        with self._at_work():
             block = self._one_block() if self.window is None else self._leaving_block(self.window)
         if block is None:
             return None
@@ -149,6 +143,23 @@ class LatentRollout:
         self.branches.pending = Pending(trace, self.context_timestep)
         self._next_frame, self._next_index = block.start_frame + block.latents.shape[1], block.index + 1
         return block
+
+    @torch.no_grad()
+    def next_given(self) -> Block | None:
+        """Take in the next block of the given latents, or None once all are in; ``next_block`` takes in the rest."""
+        with self._at_work():
+            return self._take_given()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        geometry = self.branches.caches[0].geometry
+        width = geometry.num_heads * geometry.head_dim
+        num_tokens = self.batch_size * self._num_joint_frames * geometry.tokens_per_frame
+        with (
+            self.causal.installed(),
+            fitting_threads(width=width, num_tokens=num_tokens, device=self.causal.device),
+        ):
+            yield
 
     def _one_block(self) -> Block | None:
         """Denoise the next block by itself."""
@@ -263,6 +274,11 @@ class LatentRollout:
         return sum(cache.stats().num_bytes + cache.num_scratch_bytes for cache in self.branches.caches)
 
     @property
+    def num_given_frames(self) -> int:
+        """Latent frames that were given."""
+        return self._num_given
+
+    @property
     def next_frame(self) -> int:
         """First latent frame of the next block."""
         return self._next_frame
@@ -292,24 +308,21 @@ class LatentRollout:
 
         Returns:
             Tensors, each with memory of its own, and plain numbers that fit into JSON. Valid between blocks.
+
+        Raises:
+            ValueError: If some of the given latents are taken in and others not.
         """
-        tensors: dict[str, Tensor] = {}
-        numbers: dict[str, Any] = {
-            "next_frame": self._next_frame,
-            "next_index": self._next_index,
-            "prompt_index": self._prompt_index,
-        }
-        if (pending := self.branches.pending) is not None:
-            tensors["pending.latents"] = pending.trace.latents
-            numbers["pending.block_index"] = pending.trace.block_index
-            numbers["pending.start_frame"] = pending.trace.start_frame
-        for branch, cache in enumerate(self.branches.caches):
-            for key, value in cache.state_dict().items():
-                (tensors if isinstance(value, Tensor) else numbers)[f"cache.{branch}.{key}"] = value
+        if 0 < self._next_given_frame < self._num_given:
+            raise ValueError(
+                f"{self._next_given_frame} of {self._num_given} given latents are taken in: save before or after."
+            )
+        tensors, numbers = self.branches.state_dict()
+        numbers["next_frame"], numbers["next_index"] = self._next_frame, self._next_index
+        numbers["next_given_frame"], numbers["prompt_index"] = self._next_given_frame, self._prompt_index
         if self.window is not None:
             latents, numbers["window"] = self.window.state_dict()
             tensors |= {f"window.{place}": tensor for place, tensor in latents.items()}
-        return _unshared(tensors), numbers
+        return unshared(tensors), numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue where another rollout with the same arguments was saved.
@@ -317,22 +330,12 @@ class LatentRollout:
         Raises:
             ValueError: If the state does not belong to such a rollout.
         """
-        for key in ("next_frame", "next_index", "prompt_index"):
+        for key in ("next_frame", "next_index", "prompt_index", "next_given_frame"):
             if key not in numbers:
                 raise ValueError(f"the saved state has no {key!r}: it was not written by a rollout.")
-        merged = {**tensors, **numbers}
-        for branch, cache in enumerate(self.branches.caches):
-            prefix = f"cache.{branch}."
-            cache.load_state_dict({k.removeprefix(prefix): v for k, v in merged.items() if k.startswith(prefix)})
+        self.branches.load_state_dict(tensors, numbers)
         self._next_frame, self._next_index = numbers["next_frame"], numbers["next_index"]
-        self.branches.pending = None
-        if "pending.latents" in tensors:
-            trace = BlockTrace(
-                numbers["pending.block_index"],
-                numbers["pending.start_frame"],
-                tensors["pending.latents"].to(self.causal.device),
-            )
-            self.branches.pending = Pending(trace, self.context_timestep)
+        self._next_given_frame = numbers["next_given_frame"]
         if self.window is not None:
             if "window" not in numbers:
                 raise ValueError("the saved state has no 'window': it was written with another sampler.")
@@ -343,17 +346,21 @@ class LatentRollout:
         self.branches.take_prompt(embeds)
 
     def _fill(self) -> None:
-        """Commit the given latents, block by block, at timestep 0; the last block waits, as any other does."""
-        if self._initial_latents is None or self._next_index:
-            return
-        latents = self._initial_latents.to(self.causal.device, torch.float32)
-        start = 0
-        while start < latents.shape[1]:
-            self.branches.commit_pending()
-            num_frames = self.frames_per_block if start else self.first_block_frames
-            trace = BlockTrace(self._block_id(start), start, latents[:, start : start + num_frames])
-            self.branches.pending = Pending(trace, 0.0)
-            start += num_frames
+        while self._take_given() is not None:
+            pass
+
+    def _take_given(self) -> Block | None:
+        """Take in one block of the given latents; it waits for its commit at timestep 0 as any other block does."""
+        start = self._next_given_frame
+        if start >= self._num_given:
+            return None
+        self.branches.commit_pending()
+        num_frames = self.frames_per_block if start else self.first_block_frames
+        shape = (self.batch_size, num_frames, *self.frame_shape)
+        latents = self._checked(self._given.take(num_frames), shape, "the given latents")
+        self.branches.pending = Pending(BlockTrace(self._block_id(start), start, latents), 0.0)
+        self._next_given_frame += num_frames
+        return Block(self._block_id(start) - self._block_id(self._num_given), start, latents)
 
     def _switch_prompt(self, start_frame: int) -> None:
         """Take the prompt in force at a frame; the block before belongs to the old one and is committed with it."""
@@ -378,17 +385,9 @@ class LatentRollout:
         return 0 if start_frame < first else 1 + (start_frame - first) // self.frames_per_block
 
     def _checked_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self._checked(x, shape, "the noise source")
+
+    def _checked(self, x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
         if tuple(x.shape) != shape:
-            raise ValueError(f"the noise source gave shape {tuple(x.shape)} where {shape} was asked for.")
+            raise ValueError(f"{what} gave shape {tuple(x.shape)} where {shape} was asked for.")
         return x.to(self.causal.device, torch.float32)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what shares memory or has gaps, which files of tensors do not take: branches keep the same latents."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        result[key] = tensor.clone() if place in seen else tensor.contiguous()
-        seen.add(result[key].untyped_storage().data_ptr())
-    return result

@@ -3,7 +3,7 @@
 config.yaml          everything that decided the video; `--config` takes it
 video.mp4            fragmented MP4, playable while it grows
 blocks.jsonl         one line per finished block: hash of its frames, timings, cache size
-run.json             seed, versions, machine, weights hash, status; the blocks too once the run has stopped
+run.json             seed, versions, machine, weights hash, start, status; the blocks too once the run has stopped
 state.safetensors    the newest saved state; `states/` holds it and some earlier ones
 """
 
@@ -148,7 +148,7 @@ class RunFolder:
         Args:
             state: Where the run goes on.
         """
-        if state is None:
+        if state is None or not state.num_frames:
             self.video_path.unlink(missing_ok=True)
 
     def _write_config(self, config: RunConfig) -> None:
@@ -205,13 +205,12 @@ def fork_run(
     """
     fps = source.record["video"]["fps"]
     block, frame = branch_point(source, at=at)
-    starts = [number for number in source.states.blocks() if number <= block - num_ahead]
-    state_block = starts[-1] if starts else 0
+    starts = [number for number in source.states.blocks() if number <= max(0, block - num_ahead)]
     parent = {"folder": str(source.path), "at": at, "block": block, "frame": frame, "seconds": frame / fps}
     folder = RunFolder.create(path, config=config, record={**record, "parent": parent})
     try:
-        if state_block:
-            _copy_beginning(source, folder, state_block)
+        if starts:
+            _copy_beginning(source, folder, starts[-1])
     except BaseException:
         folder.close()
         shutil.rmtree(path, ignore_errors=True)
@@ -261,7 +260,8 @@ def now() -> str:
 
 def _copy_beginning(source: RunFolder, folder: RunFolder, state_block: int) -> None:
     state = source.states.load(state_block)
-    fragments.copy_frames(source.video_path, folder.video_path, num_frames=state.num_frames)
+    if state.num_frames:
+        fragments.copy_frames(source.video_path, folder.video_path, num_frames=state.num_frames)
     log = BlockLog(folder.log_path)
     for entry in BlockLog.read(source.log_path):
         if entry["index"] < state_block:
@@ -278,6 +278,7 @@ def _new_record(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": config.prompt,
         "seed": config.seed,
         "parent": None,
+        "start": None,
         **record,
         "sessions": [],
     }

@@ -23,8 +23,8 @@ class SavedState:
     """A run between two blocks.
 
     Attributes:
-        next_block: Index of the block that comes next.
-        num_frames: Pixel frames in the video so far.
+        next_block: Index of the block that comes next; 0 right behind what the video goes on from.
+        num_frames: Pixel frames in the file so far.
         num_changes: Prompt changes that have taken effect.
         tensors: First value of the session's ``state_dict``.
         numbers: Second value of the session's ``state_dict``.
@@ -120,11 +120,12 @@ def crowded(blocks: Sequence[int], *, num_kept: int) -> list[int]:
         num_kept: How many may stay.
 
     Returns:
-        Those to drop: one after the other the one whose neighbours are nearest to each other; never the newest.
+        Those to drop: one after the other the one whose neighbours are nearest to each other; never the newest, and
+        never the one before block 0, without which a fork would need the file that the video goes on from.
     """
-    kept = list(blocks)
+    kept = [block for block in blocks if block]
     dropped = []
-    while len(kept) > num_kept:
+    while len(kept) > num_kept - (0 in blocks):
         gaps = [after - before for before, after in zip([0, *kept[:-2]], kept[1:], strict=True)]
         dropped.append(kept.pop(gaps.index(min(gaps))))
     return dropped

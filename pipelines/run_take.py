@@ -23,7 +23,7 @@ class Progress:
     Attributes:
         num_done: Finished blocks, those of earlier processes included.
         num_blocks: Blocks of the whole video.
-        num_frames: Pixel frames in the video so far.
+        num_frames: Pixel frames made so far; what the video goes on from is not counted.
         num_new_frames: Pixel frames that this process made.
         seconds: Time since this process began to make blocks.
         num_tokens: Tokens in the cache, per layer and sample.
@@ -61,6 +61,8 @@ def run_take(
     allow_changes: bool = False,
 ) -> Outcome:
     """Make the blocks that a run still lacks and write them.
+
+    What the video goes on from is taken in first and its state saved, so that it is not needed again.
 
     Before every saved state the video and the log are flushed to the disk, so that a run killed at any moment goes on
     from its newest state with the frames it would have had.
@@ -101,6 +103,7 @@ class _Run:
         self.video: VideoWriter | None = None
         self.num_changes = self.num_frames = self.num_new_frames = 0
         self.first_block_seconds: float | None = None
+        self.is_begun = False
         self._go_on(allow_changes)
         self.first_block = session.next_block_index
         folder.update_record(
@@ -127,10 +130,12 @@ class _Run:
                 f"{state.next_block}: the log was cut"
             )
         self.session.load_state_dict(state.tensors, state.numbers)
-        self.num_frames, self.num_changes = state.num_frames, state.num_changes
+        self.num_frames, self.num_changes, self.is_begun = state.num_frames, state.num_changes, True
 
     def blocks(self, on_block: Callable[[Progress], None], should_stop: Callable[[], bool]) -> Outcome:
         progress = None
+        if self.session.num_start_frames and not self.is_begun and not self._observe(should_stop):
+            return Outcome(status=INTERRUPTED, progress=None)
         while True:
             self._change_prompt()
             chunk = self.session.next_chunk()
@@ -144,6 +149,21 @@ class _Run:
             on_block(progress)
             if stops:
                 return Outcome(status=INTERRUPTED, progress=progress)
+
+    def _observe(self, should_stop: Callable[[], bool]) -> bool:
+        """Take in what the video goes on from; false where a stop was asked for before its end."""
+        digest = hashlib.sha256()
+        for chunk in self.session.observe():
+            if should_stop():
+                return False
+            frames = chunk.uint8()[0]
+            digest.update(np.ascontiguousarray(frames))
+            if self.session.include_start:
+                self._append(frames)
+        start = (self.folder.record["start"] or {}) | {"frames_sha256": digest.hexdigest()}
+        self.folder.update_record(start=start)
+        self._save_state()
+        return True
 
     def _change_prompt(self) -> None:
         changes = self.config.prompt_changes
@@ -159,10 +179,7 @@ class _Run:
         started = time.perf_counter()
         frames = chunk.uint8()[0]
         digest = hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
-        if self.video is None:
-            self.video = self._open_video(frames)
-        self.video.write(frames)
-        self.num_frames += len(frames)
+        self._append(frames)
         self.num_new_frames += len(frames)
         if self.first_block_seconds is None:
             self.first_block_seconds = time.perf_counter() - self.started
@@ -178,6 +195,12 @@ class _Run:
         }
         self.log.append(entry)
 
+    def _append(self, frames: np.ndarray) -> None:
+        if self.video is None:
+            self.video = self._open_video(frames)
+        self.video.write(frames)
+        self.num_frames += len(frames)
+
     def _open_video(self, frames: np.ndarray) -> VideoWriter:
         _, height, width, _ = frames.shape
         output = self.config.output
@@ -187,7 +210,8 @@ class _Run:
         return VideoWriter(self.folder.video_path, video_format=video_format, num_frames=self.num_frames)
 
     def _save_state(self) -> None:
-        self.video.flush()
+        if self.video is not None:
+            self.video.flush()
         self.log.sync()
         tensors, numbers = self.session.state_dict()
         self.folder.states.save(
@@ -204,19 +228,25 @@ class _Run:
         return Progress(
             num_done=chunk.index + 1,
             num_blocks=self.session.num_blocks,
-            num_frames=self.num_frames,
+            num_frames=self.num_frames - self.num_shown_frames,
             num_new_frames=self.num_new_frames,
             seconds=time.perf_counter() - self.started,
             num_tokens=chunk.stats.num_tokens,
             num_cache_bytes=chunk.num_cache_bytes,
         )
 
+    @property
+    def num_shown_frames(self) -> int:
+        """Pixel frames of the file that come from what the video goes on from."""
+        return self.session.num_start_frames if self.session.include_start else 0
+
     def close_video(self, outcome: Outcome) -> Outcome:
         """Close and count; the outcome's time then includes the last frame's way into the file."""
         if self.video is not None:
             self.video.close()
-        expected = self.session.num_frames if outcome.status == FINISHED else self.num_frames
-        written = count_frames(self.folder.video_path)
+        made = self.session.num_frames + self.num_shown_frames
+        expected = made if outcome.status == FINISHED else self.num_frames
+        written = count_frames(self.folder.video_path) if self.num_frames else 0
         if written != expected:
             raise OSError(
                 f"{self.folder.video_path} holds {written} frames instead of {expected}: something else changed it; "

@@ -15,7 +15,7 @@ from longtake.models import VaePixels, streaming_decoder
 from longtake.pipelines.checks import check_switch
 from longtake.pipelines.positions import PositionUse
 from longtake.pipelines.prompts import PromptSwitch
-from longtake.pipelines.rollout import LatentRollout
+from longtake.pipelines.rollout import Block, LatentRollout
 
 if TYPE_CHECKING:
     from longtake.pipelines.long_video import LongVideoPipeline
@@ -26,13 +26,13 @@ class Chunk:
     """A finished block as pixels.
 
     Attributes:
-        index: From 0.
-        start_frame: First latent frame.
+        index: From 0; what the video goes on from comes before, and its last block is -1.
+        start_frame: First latent frame, those that were given counted.
         frames: (batch, frames, channels, height, width) float32 in [0, 1].
         latents: (batch, latent frames, channels, height, width), normalised.
         stats: What the cache holds.
         num_cache_bytes: Storage and read sets of all guidance branches.
-        seconds: Time spent in ``denoise`` and ``decode``.
+        seconds: Time spent in ``denoise`` and ``decode``; ``observe`` where a given block was taken in.
         is_last: Whether the video ends here.
         prompt: The prompts in force, one per sample.
     """
@@ -61,9 +61,10 @@ class TakeSession:
         pipe: Where the VAE and the text encoder are.
         rollout: The latents.
         prompts: One per sample.
-        num_frames: Pixel frames of the whole video; what the last block has beyond is dropped.
+        num_frames: Pixel frames to make; what the last block has beyond is dropped. Time 0 is where they begin.
         fps: Frames per second.
         decode: Whether chunks carry pixels; without, ``frames`` has none.
+        include_start: Whether iterating gives what the video goes on from too, before the rest.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class TakeSession:
         num_frames: int,
         fps: int,
         decode: bool = True,
+        include_start: bool = True,
     ) -> None:
         self.pipe = pipe
         self.rollout = rollout
         self.num_frames = num_frames
         self.fps = fps
         self.decode = decode
+        self.include_start = include_start
         self.num_emitted_frames = 0
         self.positions = PositionUse(rollout.policy.name, pipe.family.num_trained_frames)
         self._prompts = [tuple(prompts)]
@@ -93,8 +96,13 @@ class TakeSession:
         return self.rollout.attention_density
 
     @property
+    def num_start_frames(self) -> int:
+        """Pixel frames that the video goes on from; 0 where it begins with the prompt."""
+        return self._place(self.rollout.num_given_frames)
+
+    @property
     def num_blocks(self) -> int:
-        """Blocks of the whole video."""
+        """Blocks to make."""
         r = self.rollout
         return r.next_index + max(0, -(-(r.end_frame - r.next_frame) // r.frames_per_block))
 
@@ -110,14 +118,31 @@ class TakeSession:
 
     def next_chunk(self) -> Chunk | None:
         """Make the next chunk, or None at the end."""
+        for chunk in self.observe():
+            if self.include_start:
+                return chunk
         start = time.perf_counter()
         block = self.rollout.next_block()
         if block is None:
             return None
-        denoised = time.perf_counter()
-        frames = self._decode(block.latents)
+        chunk = self._chunk(block, "denoise", start, num_frames=self.num_frames - self.num_emitted_frames)
+        self.num_emitted_frames += chunk.frames.shape[1]
+        return chunk
+
+    def observe(self) -> Iterator[Chunk]:
+        """Take in what the video goes on from, block by block, and yield it; nothing once all of it is in.
+
+        It is decoded whether it is shown or not: the decoder goes on from it as the rollout does.
+        """
+        start = time.perf_counter()
+        while (block := self.rollout.next_given()) is not None:
+            yield self._chunk(block, "observe", start)
+            start = time.perf_counter()
+
+    def _chunk(self, block: Block, work: str, start: float, *, num_frames: int | None = None) -> Chunk:
+        made = time.perf_counter()
+        frames = self._decode(block.latents, num_frames)
         decoded = time.perf_counter()
-        self.num_emitted_frames += frames.shape[1]
         stats = self.rollout.stats()
         self.positions.see(stats.positions)
         return Chunk(
@@ -127,7 +152,7 @@ class TakeSession:
             latents=block.latents,
             stats=stats,
             num_cache_bytes=self.rollout.num_cache_bytes,
-            seconds={"denoise": denoised - start, "decode": decoded - denoised},
+            seconds={work: made - start, "decode": decoded - made},
             is_last=self.rollout.next_frame >= self.rollout.end_frame,
             prompt=self._prompts[block.prompt_index + 1],
         )
@@ -232,22 +257,29 @@ class TakeSession:
         self.positions.load(numbers["positions"])
 
     def _latent_frame(self, seconds: float) -> int:
-        """First latent frame whose pixels start at or after a time; the first frame alone is one pixel frame."""
+        """First latent frame whose pixels start at or after a time; the very first alone is one pixel frame."""
         if not (math.isfinite(seconds) and seconds >= 0):
             raise ValueError(f"a prompt change at {seconds} s: give a time of 0 or more.")
-        step = self.pipe.vae_scale_factor_temporal
+        num_given, step = self.rollout.num_given_frames, self.pipe.vae_scale_factor_temporal
+        if num_given:
+            return num_given + math.ceil((seconds * self.fps - 1e-6) / step)
         return 0 if seconds == 0 else max(1, math.ceil((seconds * self.fps - 1e-6 - 1) / step) + 1)
 
     def _pixel_frame(self, latent_frame: int) -> int:
+        """Its first pixel frame, from time 0."""
+        return self._place(latent_frame) - self._place(self.rollout.num_given_frames)
+
+    def _place(self, latent_frame: int) -> int:
+        """Its first pixel frame, those that were given counted."""
         return 0 if latent_frame == 0 else 1 + (latent_frame - 1) * self.pipe.vae_scale_factor_temporal
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
-        """(batch, frames, channels, height, width) latents to float32 pixels in [0, 1]."""
+    def _decode(self, latents: Tensor, num_frames: int | None) -> Tensor:
+        """(batch, frames, channels, height, width) latents to float32 pixels in [0, 1], the first so many of them."""
         if self._decoder is None:
             return latents.new_empty(latents.shape[0], 0, 3, 0, 0)
         video = self._decoder.decode(self._pixels.denormalise(latents))
-        return to_pixels(video[:, :, : self.num_frames - self.num_emitted_frames])
+        return to_pixels(video[:, :, :num_frames])
 
 
 def to_bytes(frames: Tensor) -> Tensor:

@@ -122,6 +122,11 @@ def check_settings(config: RunConfig) -> None:
 
     checked_attention(policy, config.attention)
 
+    if config.start is not None:
+        from longtake.pipelines.start_files import check_start
+
+        check_start(config, family)
+
 
 def model_folder(model: ModelConfig) -> Path:
     """Return where a model's weights are."""
@@ -176,13 +181,20 @@ def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession":
+def start_session(pipe: "LongVideoPipeline", config: RunConfig, source: "RunFolder | None" = None) -> "TakeSession":
     """Prepare a run's video; refuses what the model does not take.
+
+    Args:
+        pipe: The model.
+        config: The run.
+        source: Its folder, or that of the run it is forked from, if there is one: what it goes on from is then taken
+            from its saved states.
 
     Raises:
         ValueError: With the value, the limit and the remedy.
     """
     from longtake.pipelines.checks import check_switch
+    from longtake.pipelines.start_files import start_arguments
 
     encode_and_free(pipe, [config])
     session = pipe.start(
@@ -195,6 +207,7 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig) -> "TakeSession"
         sampler=dict(config.sampler),
         attention=dict(config.attention),
         seed=config.seed,
+        **start_arguments(config, source),
     )
     for change in config.prompt_changes:
         # Now, not when its time has come: a text that is too long must not end a video in the middle.
@@ -257,7 +270,7 @@ def go_on(
     with RunFolder.open(path) as folder:
         use_recorded_setup(folder)
         pipe = pipe or load_pipeline(folder.config.model)
-        session = start_session(pipe, folder.config)
+        session = start_session(pipe, folder.config, folder)
         return run_in_folder(folder, session, should_stop=should_stop, allow_changes=allow_changes).status
 
 
@@ -265,11 +278,15 @@ def use_recorded_setup(folder: "RunFolder") -> None:
     """Compute as the run's first process did, or refuse.
 
     Raises:
-        ValueError: If the weights are not those that the run began with.
+        ValueError: If the weights are not those that the run began with, or it needs the file it goes on from and that
+            is another one.
     """
     import torch
 
     from longtake.pipelines.provenance import weights_hash
+    from longtake.pipelines.start_files import start_arguments
+
+    start_arguments(folder.config, folder)
 
     weights = model_folder(folder.config.model)
     record = folder.record

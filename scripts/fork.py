@@ -59,8 +59,8 @@ def fork(
     config = forked_config(source, at=time, prompt=prompt, event=event, seconds=seconds)
     use_recorded_setup(source)
     pipe = load_pipeline(config.model)
-    session = start_session(pipe, config)
-    record = provenance(pipe, config.model)
+    session = start_session(pipe, config, source)
+    record = provenance(pipe, config.model) | {"start": source.record.get("start")}
     with (
         stop_requests() as should_stop,
         fork_run(source, path, config=config, at=time, record=record, num_ahead=session.num_ahead) as new,

@@ -64,6 +64,16 @@ def generate(
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show; for samplers with guidance.")] = None,
+    init_video: Annotated[Path | None, typer.Option(help="Go on from the end of this video.")] = None,
+    init_image: Annotated[
+        Path | None, typer.Option(help="Go on from this image; for models that start from one.")
+    ] = None,
+    init_seconds: Annotated[
+        float | None, typer.Option(help="Go on from the last so many seconds of --init-video.", show_default="all")
+    ] = None,
+    continuation_only: Annotated[
+        bool | None, typer.Option("--continuation-only", help="Leave what it goes on from out of the video.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.", show_default="0")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file that describes the run.")] = None,
     out: Annotated[
@@ -101,6 +111,8 @@ def generate(
     `longtake generate --config take.yaml` where take.yaml holds `prompt:`, `seconds:`, `cache:` and so on
 
     `longtake generate --prompts prompts.txt --out takes --seconds 10`
+
+    `longtake generate "a red star swaying over a teal plain background" --init-video clip.mp4 --init-seconds 5`
     """
     texts, overrides = split_words(words or [])
     options: dict[str, Any] = {
@@ -111,6 +123,7 @@ def generate(
         "model": model,
         "negative_prompt": negative_prompt,
         "seed": seed,
+        "start": start_options(init_image, init_video, init_seconds, continuation_only),
     }
     if contact_sheet is not None:
         overrides = [*overrides, f"output.contact_sheet={str(contact_sheet).lower()}"]
@@ -133,6 +146,19 @@ def generate(
         status = _make(pipe, run, path, should_stop=should_stop, deliver=deliver)
     if status != "finished":
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def start_options(
+    image: Path | None, video: Path | None, seconds: float | None, continuation_only: bool | None
+) -> dict[str, Any] | None:
+    """Put what a video goes on from as the key ``start`` has it; None where no option speaks of it."""
+    values = {
+        "image": image and str(image),
+        "video": video and str(video),
+        "seconds": seconds,
+        "include": False if continuation_only else None,
+    }
+    return {key: value for key, value in values.items() if value is not None} or None
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
@@ -217,11 +243,21 @@ def _make(
     deliver: Path | None = None,
 ) -> str:
     from longtake.pipelines.run_folder import RunFolder
+    from longtake.pipelines.start_files import start_record
 
     session = start_session(pipe, run)
-    record = provenance(pipe, run.model) | {"deliver": deliver and str(deliver)}
+    start = start_record(run, pipe.family)
+    if start is not None:
+        err.print(_described(start), markup=False)
+    record = provenance(pipe, run.model) | {"deliver": deliver and str(deliver), "start": start}
     with RunFolder.create(path, config=run, record=record) as folder:
         return run_in_folder(folder, session, should_stop=should_stop).status
+
+
+def _described(start: dict[str, Any]) -> str:
+    part = f"{start['num_frames']} frames" if start["kind"] == "video" else "one frame"
+    place = "begins with them" if start["is_included"] else "does not show them"
+    return f"goes on from {start['file']}: its last {part} ({start['seconds']:.2f} s); the video {place}"
 
 
 def _generate_many(

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longtake.evaluation import decoding
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo
 from longtake.evaluation.video import VideoSource, find_videos, measure, natural_key
+from longtake.pipelines import decoding
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "vbench"
 LOSSLESS = ("-c:v", "libx264rgb", "-crf", "0", "-preset", "ultrafast")

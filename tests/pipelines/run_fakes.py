@@ -20,6 +20,8 @@ class FakeSession:
     """Blocks of 9, 12, 12, ... frames; the next block's colours follow from all earlier blocks and the prompts."""
 
     fps = 16
+    num_start_frames = 0
+    include_start = True
 
     def __init__(self, config, *, delay=0.0, break_at=None):
         frames = max(1, round(config.seconds * self.fps))
