@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -93,7 +94,7 @@ def convert(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for what, text in summarise(conversion):
-        table.add_row(what, text)
+        table.add_row(what, escape(text))
     err.print(table)
     _note_adapter(preset, lora)
     start = time.monotonic()

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from longtake.scripts.console import out
@@ -24,5 +25,5 @@ def print_file(path: Path) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for what, text in describe_checkpoint(path):
-        table.add_row(what, text)
+        table.add_row(what, escape(text))
     out.print(table)
