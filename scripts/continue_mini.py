@@ -88,7 +88,7 @@ def report(
 def picture(
     out: Annotated[Path, typer.Option(help="PNG.")] = Path("docs/images/video_start.png"),
     arm: Annotated[str, typer.Option(help="A row of the tables.")] = "attention_sink",
-    scenes: Annotated[list[int], typer.Option(help="Which held-back scenes; may be repeated.")] = (0, 1, 2, 3, 4, 5),
+    scenes: Annotated[list[int], typer.Option(help="Which held-back scenes; may be repeated.")] = tuple(range(8)),
     dtype: DtypeOption = Precision.bfloat16,
 ) -> None:
     """Draw true clips and what comes then, a row per scene."""

@@ -22,7 +22,14 @@ from longtake.evaluation.mini_world.moving_scenes import FPS, Scene, describe, r
 from longtake.pipelines.long_video import LongVideoPipeline
 
 CLIP_FRAMES = WINDOW_FRAMES + 1  # five seconds as the VAE counts them: 1 + 4 k frames, 21 latent frames
-MEASURES = ("shape", "colour", "background", "texture", "motion", "one_object", "background_psnr", "revisit_psnr")
+MEASURES = (
+    *("shape", "colour", "background", "texture", "motion", "one_object"),
+    *("background_psnr", "revisit_psnr", "motion_magnitude", "object_present"),
+)
+_TITLES = TITLES | {
+    "background_psnr": "background PSNR to the true five seconds, dB",
+    "revisit_psnr": "revisit PSNR (moving cameras), dB",
+}
 
 Start = Literal["clip", "prompt", "other clip", "true scene"]
 
@@ -106,7 +113,7 @@ def markdown_tables(results: Sequence[VideoResult], *, control: str) -> str:
     head = f"| arm | videos | {' | '.join(spans)} |\n|---|---|{'---|' * len(spans)}"
     parts = []
     for measure in MEASURES:
-        lines = [f"**{TITLES[measure]}**\n", head]
+        lines = [f"**{_TITLES[measure]}**\n", head]
         for label, own in grouped.items():
             intervals = curve(own, measure)[1:]
             count = max(interval.num_prompts for interval in intervals)

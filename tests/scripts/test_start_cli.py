@@ -13,8 +13,9 @@ from longtake.pipelines import decoding, run_state
 from longtake.pipelines.fragments import count_frames
 from longtake.pipelines.run_files import BlockLog
 from longtake.pipelines.run_folder import RunFolder, blocks_of
+from longtake.pipelines.run_take import run_take
 from longtake.pipelines.video_writer import VideoFormat, VideoWriter
-from longtake.scripts.console import run_app
+from longtake.scripts.console import load_pipeline, run_app, start_session
 from longtake.scripts.main import app
 
 PROMPT = "a red circle moving left"
@@ -144,6 +145,20 @@ def test_a_run_killed_later_goes_on_without_the_file(whole, tiny_folder, clip, t
         with pytest.raises(RuntimeError, match="killed"):
             call(capfd, *words(tiny_folder, clip, path))
     clip.unlink()
+    assert call(capfd, "resume", path)[0] == 0
+    assert hashes(path) == hashes(whole) and count_frames(path / "video.mp4") == NUM_START + NUM_MADE
+
+
+def test_a_stop_while_the_start_is_taken_in_begins_anew(whole, tmp_path, capfd):
+    path = tmp_path / "run"
+    folder = RunFolder(whole)
+    config, record = folder.config, {key: folder.record[key] for key in ("weights", "machine", "start")}
+    asked = []
+    with RunFolder.create(path, config=config, record=record) as new:
+        session = start_session(load_pipeline(config.model), config)
+        outcome = run_take(new, session, should_stop=lambda: len(asked) == 1 or asked.append(None))
+    assert (outcome.status, outcome.progress) == ("interrupted", None)
+    assert count_frames(path / "video.mp4") == 9 and not RunFolder(path).states.blocks()
     assert call(capfd, "resume", path)[0] == 0
     assert hashes(path) == hashes(whole) and count_frames(path / "video.mp4") == NUM_START + NUM_MADE
 
