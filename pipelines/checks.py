@@ -2,8 +2,9 @@
 
 from longtake.cache import POLICIES, CachePolicy
 from longtake.models.sparse_attention import AttentionSetting
+from longtake.models.upstream import check_numerics
 from longtake.pipelines.prompts import check_event
-from longtake.samplers import Sampler
+from longtake.samplers import SAMPLERS, Sampler
 
 
 def check_blocks(num_frames: int, frames_per_block: int, first_block_frames: int | None, num_given: int) -> None:
@@ -67,6 +68,21 @@ def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
         raise ValueError(
             f"cache policy {policy.name!r} weights its tokens with these settings, which attention "
             f"{attention.policy.name!r} does not take: use attention 'dense', or another cache policy."
+        )
+
+
+def check_rounding(sampler: Sampler, numerics: str) -> None:
+    """Refuse the published rounding with a sampler that has none of its own.
+
+    Raises:
+        ValueError: With the samplers that have, or the names of the numerics.
+    """
+    check_numerics(numerics)
+    if numerics == "upstream" and not sampler.is_renoising:
+        known = [name for name, kind in SAMPLERS.items() if kind.is_renoising]
+        raise ValueError(
+            f"numerics='upstream' rounds between the steps as the published re-noising loop does, which sampler "
+            f"{sampler.name!r} is not: use numerics 'native', or one of the samplers {', '.join(known)}."
         )
 
 

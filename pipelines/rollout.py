@@ -14,8 +14,9 @@ from longtake.cache import EXACT_POLICY, BlockTrace, CachePolicy, CacheStats, Ge
 from longtake.models.causal import CausalTransformer, Segment
 from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
 from longtake.models.threads import fitting_threads
+from longtake.models.upstream import Numerics
 from longtake.pipelines.branches import Branches, Pending, Pixels
-from longtake.pipelines.checks import check_attention, check_blocks, check_policy, check_switch
+from longtake.pipelines.checks import check_attention, check_blocks, check_policy, check_rounding, check_switch
 from longtake.pipelines.prompts import PromptSwitch, strongest
 from longtake.pipelines.window import OpenBlock, RollingBlocks
 from longtake.samplers import NoiseSource, Sampler, make_sampler
@@ -73,8 +74,9 @@ class LatentRollout:
         pixels: Pixels | None = None,
         merge_commit: bool | None = None,
         attention: AttentionSetting | SparsePolicy | Mapping[str, Any] | str = "dense",
+        numerics: Numerics = "native",
     ) -> None:
-        self.causal = CausalTransformer(transformer)
+        self.causal = CausalTransformer(transformer, numerics=numerics)
         self.policy, self.sampler = make_policy(cache), make_sampler(sampler)
         self.attention = attention if isinstance(attention, AttentionSetting) else AttentionSetting(attention)
         self._meter = DensityMeter(self.attention.policy)
@@ -92,6 +94,7 @@ class LatentRollout:
             raise ValueError(f"initial_latents has shape {tuple(initial_latents.shape)}, expected {wanted}.")
         check_policy(self.policy, self.sampler, has_pixels=pixels is not None)
         check_attention(self.policy, self.attention)
+        check_rounding(self.sampler, numerics)
         for switch in self.schedule:
             check_switch(self.policy, self.sampler, switch.event)
         self.end_frame = self._num_given + num_frames
@@ -166,8 +169,8 @@ class LatentRollout:
         def denoise(x: Tensor, timestep: float) -> Tensor:
             nonlocal step_index
             pass_ = Pass("denoise", self._block_id(start), start, num_frames, step_index)
-            x0 = x - (timestep / 1000.0) * self.branches.guided_flow(x, Segment(pass_, float(timestep)))
-            x0 = self._step_ended(step_index, timestep, x0)
+            flow = self.branches.guided_flow(x, Segment(pass_, float(timestep)))
+            x0 = self._step_ended(step_index, timestep, self.causal.clean(x, flow, timestep))
             step_index += 1
             return x0
 
@@ -186,7 +189,7 @@ class LatentRollout:
             flow = self.branches.guided_flow(x, Segment(pass_, window.frame_timesteps(timesteps)))
             flows = flow.split([part.shape[1] for part in parts], dim=1)
             steps = zip(window.blocks, parts, timesteps, flows, strict=True)
-            return [self._step_ended(b.level, t, part - (t / 1000.0) * f) for b, part, t, f in steps]
+            return [self._step_ended(b.level, t, self.causal.clean(part, f, t)) for b, part, t, f in steps]
 
         def renoise(block: OpenBlock) -> Tensor:
             shape = tuple(block.latents.shape)
@@ -346,7 +349,7 @@ class LatentRollout:
         """Commit the given latents, block by block, at timestep 0; the last block waits, as any other does."""
         if self._initial_latents is None or self._next_index:
             return
-        latents = self._initial_latents.to(self.causal.device, torch.float32)
+        latents = self._initial_latents.to(self.causal.device, self.causal.latent_dtype)
         start = 0
         while start < latents.shape[1]:
             self.branches.commit_pending()
@@ -380,7 +383,7 @@ class LatentRollout:
     def _checked_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tuple(x.shape) != shape:
             raise ValueError(f"the noise source gave shape {tuple(x.shape)} where {shape} was asked for.")
-        return x.to(self.causal.device, torch.float32)
+        return x.to(self.causal.device, self.causal.latent_dtype)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
