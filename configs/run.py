@@ -23,12 +23,16 @@ class ModelConfig:
         path: Diffusers folder; None for the family's bundled weights.
         dtype: Of weights and activations.
         device: ``auto`` takes CUDA where there is one; or ``cpu``, ``cuda``, ``cuda:1``.
+        numerics: ``upstream`` rounds half precision where the published code of Self-Forcing does.
+        fast_vae: File of a small decoder (TAEHV) that makes the pixels in place of the VAE.
     """
 
     family: str = "mini"
     path: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    numerics: Literal["native", "upstream"] = "native"
+    fast_vae: str | None = None
 
     def __post_init__(self) -> None:
         family = load_family(self.family)

@@ -4,6 +4,7 @@ from longtake.models.bidirectional import sparse_wan
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.conversion import convert_original_state_dict
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
+from longtake.models.tiny_vae import StreamingTinyDecoder, TinyVae, load_tiny_vae
 from longtake.models.vae_kernels import use_fast_kernels
 from longtake.models.vae_pixels import VaePixels
 
@@ -13,8 +14,11 @@ __all__ = [
     "Segment",
     "StreamingDecoder",
     "StreamingEncoder",
+    "StreamingTinyDecoder",
+    "TinyVae",
     "VaePixels",
     "convert_original_state_dict",
+    "load_tiny_vae",
     "sparse_wan",
     "use_fast_kernels",
 ]

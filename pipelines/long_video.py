@@ -20,6 +20,7 @@ from longtake.models import VaePixels, use_fast_kernels
 from longtake.pipelines.model_folder import check_model_folder
 from longtake.pipelines.rollout import LatentRollout
 from longtake.pipelines.take import Chunk, TakeSession
+from longtake.pipelines.take_options import TakeOptions
 from longtake.samplers import Sampler, SeededNoise, make_sampler
 
 StepCallback = Callable[["LongVideoPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
@@ -41,7 +42,7 @@ class LongVideoPipelineOutput(BaseOutput):
     frames: Any
 
 
-class LongVideoPipeline(WanPipeline):
+class LongVideoPipeline(TakeOptions, WanPipeline):
     """Rolls a causal Wan transformer out over minutes, block by block, with a cache policy.
 
     A ``WanPipeline`` with the same components, so folders, LoRA, offload and quantisation are diffusers' own.
@@ -60,7 +61,8 @@ class LongVideoPipeline(WanPipeline):
             pretrained_model_name_or_path: ``mini``, or a folder in diffusers' Wan layout.
             family: How to run it: a name under ``configs/model`` or a ``ModelFamily``. A bundled model has its own;
                 any other folder is run like Self-Forcing unless told otherwise.
-            **kwargs: Of ``DiffusionPipeline.from_pretrained``, e.g. ``torch_dtype``, ``device_map``.
+            **kwargs: Of ``DiffusionPipeline.from_pretrained``, e.g. ``torch_dtype``, ``device_map``; and ``numerics``
+                and ``fast_vae`` of ``TakeOptions``.
 
         Raises:
             ValueError: If the folder is missing or is no diffusers folder, or its weights are no safetensors.
@@ -170,6 +172,7 @@ class LongVideoPipeline(WanPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             pixels=VaePixels(self.vae),
             attention=attention,
+            numerics=self.numerics,
         )
         session = TakeSession(self, rollout, prompts, num_frames=num_frames, fps=family.fps, decode=decode)
         for at, text, *event in schedule:

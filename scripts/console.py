@@ -114,11 +114,12 @@ def check_settings(config: RunConfig) -> None:
 
     from longtake.samplers import make_sampler
 
-    make_sampler(config.sampler)
+    sampler = make_sampler(config.sampler)
 
     from longtake.models.sparse_attention import AttentionSetting
-    from longtake.pipelines.checks import check_attention
+    from longtake.pipelines.checks import check_attention, check_rounding
 
+    check_rounding(sampler, config.model.numerics)
     check_attention(policy, AttentionSetting(config.attention))
 
 
@@ -143,8 +144,10 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
     import transformers
     from safetensors import SafetensorError
 
+    from longtake.models import load_tiny_vae
     from longtake.pipelines import LongVideoPipeline
 
+    tiny_vae = None if model.fast_vae is None else load_tiny_vae(Path(model.fast_vae))
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -154,17 +157,20 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
         pipe = LongVideoPipeline.from_pretrained(folder, family=model.family, dtype=getattr(torch, model.dtype))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the model: {error}") from error
+    pipe.numerics = model.numerics
+    pipe.use_fast_vae(tiny_vae)
     return pipe.to(_device(model.device))
 
 
 def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
     """Return what ``run.json`` says of versions, machine and weights."""
-    from longtake.pipelines.provenance import machine, versions, weights_hash
+    from longtake.pipelines.provenance import file_hash, machine, versions, weights_hash
 
     return {
         "versions": versions(),
         "machine": machine(pipe.device),
         "weights": weights_hash(model_folder(model)),
+        "fast_vae": file_hash(model.fast_vae),
     }
 
 
@@ -256,16 +262,20 @@ def use_recorded_setup(folder: "RunFolder") -> None:
     """Compute as the run's first process did, or refuse.
 
     Raises:
-        ValueError: If the weights are not those that the run began with.
+        ValueError: If the weights, or the fast VAE's, are not those that the run began with.
     """
     import torch
 
-    from longtake.pipelines.provenance import weights_hash
+    from longtake.pipelines.provenance import file_hash, weights_hash
 
     weights = model_folder(folder.config.model)
     record = folder.record
     if weights_hash(weights) != record["weights"]:
         raise ValueError(f"{weights} holds other weights than {folder.path} began with: restore them")
+    fast_vae = folder.config.model.fast_vae
+    # Runs of earlier versions have no such entry.
+    if file_hash(fast_vae) != record.get("fast_vae"):
+        raise ValueError(f"{fast_vae} is another fast VAE than {folder.path} began with: restore it")
     # Another number of threads adds up in another order, and frames would differ in their last bits.
     torch.set_num_threads(record["machine"]["num_threads"])
 

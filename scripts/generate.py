@@ -1,6 +1,7 @@
 """Make a video from a prompt, or one from each line of a file."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -58,6 +59,14 @@ def generate(
             show_default="mini",
         ),
     ] = None,
+    numerics: Annotated[
+        str | None,
+        typer.Option(help="upstream rounds bfloat16 where Self-Forcing's code does.", show_default="native"),
+    ] = None,
+    fast_vae: Annotated[
+        Path | None,
+        typer.Option(help="Small decoder in place of the VAE's: taew2_1.safetensors or .pth, for Wan 2.1."),
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show; for samplers with guidance.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.", show_default="0")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file that describes the run.")] = None,
@@ -104,6 +113,8 @@ def generate(
     }
     if contact_sheet is not None:
         overrides = [*overrides, f"output.contact_sheet={str(contact_sheet).lower()}"]
+    given = {"numerics": numerics, "fast_vae": fast_vae and str(fast_vae.absolute())}
+    overrides = [f"model.{key}={json.dumps(value)}" for key, value in given.items() if value is not None] + overrides
     if prompts is not None:
         if texts:
             raise ValueError(f"both a prompt ({texts[0]!r}) and --prompts are given: give one of the two")
