@@ -149,7 +149,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="no mapping"):
         load_tiny_vae(tmp_path / "list.pth")
-    (tmp_path / "code.pth").write_bytes(pickle.dumps({"decoder.1.weight": Path("x")}))
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"decoder.1.weight": Path("x")}, protocol=2))
     with pytest.raises(ValueError, match="cannot read the fast VAE"):
         load_tiny_vae(tmp_path / "code.pth")
 
