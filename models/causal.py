@@ -19,6 +19,7 @@ from longtake.models.upstream import (
     UpstreamProjection,
     UpstreamRMSNorm,
     check_numerics,
+    check_weights,
     clean_estimate,
     embed_time,
 )
@@ -93,7 +94,7 @@ class CausalTransformer:
         numerics: Where half precision is rounded: ``native``, or ``upstream`` as Self-Forcing's code does.
 
     Raises:
-        ValueError: If the transformer has another class or wants image conditioning.
+        ValueError: If the transformer has another class or wants image conditioning, or does not fit ``numerics``.
     """
 
     def __init__(
@@ -116,6 +117,8 @@ class CausalTransformer:
         self.attention = attention or fastest(self.device, self.dtype)
         check_numerics(numerics)
         self.is_upstream = numerics == "upstream"
+        if self.is_upstream:
+            check_weights(transformer)
         self.latent_dtype: torch.dtype = self.dtype if self.is_upstream else torch.float32
         self.phase_dtype: torch.dtype = torch.complex128 if self.is_upstream else torch.complex64
         self._call: _Call | None = None

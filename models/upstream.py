@@ -31,6 +31,19 @@ def check_numerics(numerics: str) -> None:
         raise ValueError(f"numerics={numerics!r} is unknown; known: {', '.join(known)}.")
 
 
+def check_weights(transformer: nn.Module) -> None:
+    """Refuse weights that are not at hand, where hooks of this module read them without calling their module.
+
+    Raises:
+        ValueError: If they are offloaded layer by layer.
+    """
+    if any(weight.is_meta for weight in transformer.parameters()):
+        raise ValueError(
+            "numerics='upstream' reads weights that are offloaded layer by layer (sequential offload): offload whole "
+            "models, or use numerics 'native'."
+        )
+
+
 def clean_estimate(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
     """x0 = x - sigma flow in float64, in ``x``'s dtype; sigma as the published table holds it, in float32.
 

@@ -1,7 +1,7 @@
 """What a pipeline's takes are computed with, beside its components: numerics and the decoder of pixels."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from longtake.models import StreamingDecoder, VaePixels
 from longtake.models.tiny_vae import StreamingTinyDecoder, TinyVae, load_tiny_vae
@@ -22,7 +22,7 @@ class TakeOptions:
     @classmethod
     def from_pretrained(
         cls, *args: Any, numerics: Numerics = "native", fast_vae: str | Path | None = None, **kwargs: Any
-    ):
+    ) -> Self:
         """Load a pipeline; see the class that this is mixed into.
 
         Args:

@@ -178,6 +178,8 @@ def test_what_does_not_fit_is_refused():
         roll(loaded, "exact")
     with pytest.raises(ValueError, match="few_step, rolling_window"):
         roll(loaded, "upstream", sampler="multi_step")
+    with pytest.raises(ValueError, match="sequential offload"):
+        CausalTransformer(loaded.to("meta"), numerics="upstream")
 
 
 def test_double_phases_rotate_in_double():
