@@ -76,6 +76,7 @@ class KVCache:
         geometry: Shapes of the rollout.
         attention: Dense attention of (batch, tokens, heads, head_dim) tensors.
         sparse: Takes its place in passes of the rollout's blocks; passes that a policy asked for stay dense.
+        phase_dtype: Of the rotation: complex64, or complex128 for products in float64.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class KVCache:
         *,
         attention: Attention,
         sparse: SparseAttention | None = None,
+        phase_dtype: torch.dtype = torch.complex64,
     ) -> None:
         self.policy = policy
         self.geometry = geometry
@@ -96,6 +98,7 @@ class KVCache:
             num_rows=geometry.num_rows,
             num_columns=geometry.num_columns,
             device=geometry.device,
+            dtype=phase_dtype,
         )
         self._read_sets: dict[int, _ReadSet] = {}
         self._shared: list[_Scratch] = []

@@ -29,6 +29,8 @@ class ModelConfig:
         vae_tiling: Decode in overlapping tiles; whatever tile is not in work rests in host memory.
         offload: Where weights wait for their turn: ``none`` keeps them on the device, ``model`` brings one component
             at a time, ``sequential`` one layer.
+        numerics: ``upstream`` rounds half precision where the published code of Self-Forcing does.
+        fast_vae: File of a small decoder (TAEHV) that makes the pixels in place of the VAE.
     """
 
     family: str = "mini"
@@ -39,6 +41,8 @@ class ModelConfig:
     free_text_encoder: bool = False
     vae_tiling: bool = False
     offload: Literal["none", "model", "sequential"] = "none"
+    numerics: Literal["native", "upstream"] = "native"
+    fast_vae: str | None = None
 
     def __post_init__(self) -> None:
         family = load_family(self.family)

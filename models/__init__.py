@@ -5,6 +5,7 @@ from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.conversion import convert_original_state_dict
 from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
 from longtake.models.tiled_vae import TiledDecoder, streaming_decoder
+from longtake.models.tiny_vae import StreamingTinyDecoder, TinyVae, load_tiny_vae
 from longtake.models.vae_kernels import use_fast_kernels
 from longtake.models.vae_pixels import VaePixels
 
@@ -15,8 +16,11 @@ __all__ = [
     "StreamingDecoder",
     "StreamingEncoder",
     "TiledDecoder",
+    "StreamingTinyDecoder",
+    "TinyVae",
     "VaePixels",
     "convert_original_state_dict",
+    "load_tiny_vae",
     "sparse_wan",
     "streaming_decoder",
     "use_fast_kernels",

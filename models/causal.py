@@ -13,6 +13,17 @@ from longtake.attention import Attention, fastest
 from longtake.cache import Geometry, KVCache, Pass
 from longtake.models.modulated_block import ModulatedBlock, Modulations
 from longtake.models.offload import execution_device
+from longtake.models.upstream import (
+    KeptNorm,
+    Numerics,
+    UpstreamBlock,
+    UpstreamProjection,
+    UpstreamRMSNorm,
+    check_numerics,
+    check_weights,
+    clean_estimate,
+    embed_time,
+)
 
 _HOOK = "longtake_causal"
 
@@ -81,12 +92,19 @@ class CausalTransformer:
     Args:
         transformer: Any ``WanTransformer3DModel`` of the text-to-video kind.
         attention: Dense attention of (batch, tokens, heads, head_dim) tensors; None takes the fastest here.
+        numerics: Where half precision is rounded: ``native``, or ``upstream`` as Self-Forcing's code does.
 
     Raises:
-        ValueError: If the transformer has another class or wants image conditioning.
+        ValueError: If the transformer has another class or wants image conditioning, or does not fit ``numerics``.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, *, attention: Attention | None = None) -> None:
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        *,
+        attention: Attention | None = None,
+        numerics: Numerics = "native",
+    ) -> None:
         if not isinstance(transformer, nn.Module) or not hasattr(transformer, "blocks"):
             raise ValueError(f"a WanTransformer3DModel is needed, not {type(transformer).__name__}.")
         if transformer.config.added_kv_proj_dim is not None:
@@ -98,8 +116,14 @@ class CausalTransformer:
         self.dtype: torch.dtype = transformer.dtype
         self.device: torch.device = execution_device(transformer)
         self.attention = attention or fastest(self.device, self.dtype)
+        check_numerics(numerics)
+        self.is_upstream = numerics == "upstream"
+        if self.is_upstream:
+            check_weights(transformer)
+        self.latent_dtype: torch.dtype = self.dtype if self.is_upstream else torch.float32
+        self.phase_dtype: torch.dtype = torch.complex128 if self.is_upstream else torch.complex64
         self._call: _Call | None = None
-        self._modulations = Modulations()
+        self._modulations = Modulations(dtype=self.latent_dtype)
         self._embedded: dict[float, Tensor] = {}
 
     def geometry(
@@ -143,15 +167,7 @@ class CausalTransformer:
         """Make the transformer causal inside the ``with`` block, and stock again after it, whatever happens."""
         blocks = self.transformer.blocks
         stock = [(block.attn1.processor, block.attn2.processor) for block in blocks]
-        hooked = (
-            (self.transformer.rope, _NoTable()),
-            (self.transformer.condition_embedder, _CachedConditions(self)),
-            (self.transformer.patch_embedding, _AddedTokens(self)),
-            *(
-                (block, ModulatedBlock(layer, self._modulations, self._timesteps))
-                for layer, block in enumerate(blocks)
-            ),
-        )
+        hooked = self._hooks()
         try:
             for layer, block in enumerate(blocks):
                 block.attn1.set_processor(CachedSelfAttention(self, layer))
@@ -166,6 +182,25 @@ class CausalTransformer:
             for module, _ in hooked:
                 HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
             self._call = None
+
+    def _hooks(self) -> list[tuple[nn.Module, ModelHook]]:
+        """Every module that gets a hook, and which."""
+        model = self.transformer
+        kind = UpstreamBlock if self.is_upstream else ModulatedBlock
+        hooks = [
+            (model.rope, _NoTable()),
+            (model.condition_embedder, _CachedConditions(self)),
+            (model.patch_embedding, _AddedTokens(self)),
+            *((block, kind(layer, self._modulations, self._timesteps)) for layer, block in enumerate(model.blocks)),
+        ]
+        if self.is_upstream:
+            kept = KeptNorm(self.dtype)
+            norms = [
+                norm for block in model.blocks for a in (block.attn1, block.attn2) for norm in (a.norm_q, a.norm_k)
+            ]
+            hooks += [(norm, UpstreamRMSNorm()) for norm in norms]
+            hooks += [(model.norm_out, kept), (model.proj_out, UpstreamProjection(model, kept, self._time_rows))]
+        return hooks
 
     @torch.no_grad()
     def flow(
@@ -209,8 +244,16 @@ class CausalTransformer:
         )[0]
         return sample.transpose(1, 2).to(x.dtype)
 
+    def clean(self, x: Tensor, flow: Tensor, timestep: float) -> Tensor:
+        """The clean latents that a predicted flow points to: x - sigma flow, shape and dtype of ``x``."""
+        sigma = timestep / 1000.0
+        return clean_estimate(x, flow, sigma) if self.is_upstream else x - sigma * flow
+
     def _timesteps(self) -> tuple[float, ...]:
         return self.call.timesteps
+
+    def _time_rows(self) -> list[Tensor]:
+        return [self._embedded[timestep] for timestep in self.call.timesteps]
 
     @property
     def call(self) -> _Call:
@@ -249,10 +292,14 @@ class _CachedConditions(ModelHook):
             prompt.projected = forward(zero, encoder_hidden_states)[2]
         timesteps = call.timesteps
         for timestep in timesteps:
-            if timestep not in projected:
+            if timestep in projected:
+                continue
+            if self.causal.is_upstream:
+                temb, projection = embed_time(module, timestep, like=encoder_hidden_states)
+            else:
                 level = torch.full((1,), timestep, device=encoder_hidden_states.device)
                 temb, projection = forward(level, encoder_hidden_states[:1, :1])[:2]
-                self.embedded[timestep], projected[timestep] = temb, projection
+            self.embedded[timestep], projected[timestep] = temb, projection
         if len(timesteps) == 1:
             return self.embedded[timesteps[0]], projected[timesteps[0]], prompt.projected, None
         # Only the output norm still reads these: the blocks take theirs from ``Modulations``.

@@ -18,19 +18,21 @@ class Modulations:
 
     Attributes:
         projected: (1, 6 * dim) time projection by timestep.
-        by_layer: Six (1, segments, 1, dim) float32 tensors by layer and timesteps: shift, 1 + scale and gate of the
-            self-attention, then of the feed-forward.
+        dtype: In which table and projection are added.
+        by_layer: Six (1, segments, 1, dim) tensors of ``dtype`` by layer and timesteps: shift, 1 + scale and gate of
+            the self-attention, then of the feed-forward.
     """
 
     projected: dict[float, Tensor] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
     by_layer: dict[tuple[int, tuple[float, ...]], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def of(self, layer: int, block: nn.Module, timesteps: tuple[float, ...]) -> tuple[Tensor, ...]:
         """Modulation of one layer, each segment at its own timestep."""
         key = (layer, timesteps)
         if key not in self.by_layer:
-            rows = torch.cat([self.projected[t] for t in timesteps]).unflatten(1, (6, -1)).float()
-            table = (block.scale_shift_table + rows)[None, :, :, None]
+            rows = torch.cat([self.projected[t] for t in timesteps]).unflatten(1, (6, -1)).to(self.dtype)
+            table = (block.scale_shift_table.to(self.dtype) + rows)[None, :, :, None]
             shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
             self.by_layer[key] = (shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate)
         return self.by_layer[key]

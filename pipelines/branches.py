@@ -71,7 +71,8 @@ class Branches:
         self.guidance_scale = guidance_scale
         self.pixels = pixels
         self.prompts = [self._prompt(e) for e in embeds]
-        self.caches = [KVCache(policy, geometry, attention=causal.attention, sparse=sparse()) for _ in embeds]
+        kernels = {"attention": causal.attention, "phase_dtype": causal.phase_dtype}
+        self.caches = [KVCache(policy, geometry, sparse=sparse(), **kernels) for _ in embeds]
         self.pending: Pending | None = None
 
     def can_merge(self, num_frames: int) -> bool:

@@ -6,8 +6,9 @@ from typing import Any
 from longtake.attention import BackendUnavailable, SparsePolicy
 from longtake.cache import POLICIES, CachePolicy
 from longtake.models.sparse_attention import AttentionSetting
+from longtake.models.upstream import check_numerics
 from longtake.pipelines.prompts import check_event
-from longtake.samplers import Sampler
+from longtake.samplers import SAMPLERS, Sampler
 
 
 def check_blocks(num_frames: int, frames_per_block: int, first_block_frames: int | None, num_given: int) -> None:
@@ -92,6 +93,21 @@ def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
         raise ValueError(
             f"cache policy {policy.name!r} gives heads different tokens, and attention {attention.policy.name!r} "
             "chooses by the tokens of all heads: use one that looks at positions alone, such as 'radial'."
+        )
+
+
+def check_rounding(sampler: Sampler, numerics: str) -> None:
+    """Refuse the published rounding with a sampler that has none of its own.
+
+    Raises:
+        ValueError: With the samplers that have, or the names of the numerics.
+    """
+    check_numerics(numerics)
+    if numerics == "upstream" and not sampler.is_renoising:
+        known = [name for name, kind in SAMPLERS.items() if kind.is_renoising]
+        raise ValueError(
+            f"numerics='upstream' rounds between the steps as the published re-noising loop does, which sampler "
+            f"{sampler.name!r} is not: use numerics 'native', or one of the samplers {', '.join(known)}."
         )
 
 

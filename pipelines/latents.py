@@ -8,6 +8,7 @@ from torch import Tensor
 
 from longtake.attention import SparsePolicy
 from longtake.cache import EXACT_POLICY, CachePolicy
+from longtake.models.upstream import Numerics
 from longtake.pipelines.branches import Pixels
 from longtake.pipelines.given import GivenLatents
 from longtake.pipelines.prompts import PromptSwitch
@@ -32,6 +33,7 @@ def rollout_latents(
     negative_prompt_embeds: Tensor | None = None,
     pixels: Pixels | None = None,
     attention: SparsePolicy | Mapping[str, Any] | str = "dense",
+    numerics: Numerics = "native",
 ) -> Iterator[Block]:
     """Roll a transformer out over latent frames, without text and pixels.
 
@@ -52,6 +54,7 @@ def rollout_latents(
         negative_prompt_embeds: For samplers with guidance; zeros when not given.
         pixels: Pools latents by way of pixels, for policies that ask for it; ``models.VaePixels`` does.
         attention: Attention policy, its mapping (``backend`` may name an executor), or its name.
+        numerics: ``native``, or ``upstream``: half precision is rounded where Self-Forcing's code rounds it.
 
     Yields:
         Blocks in order.
@@ -75,5 +78,6 @@ def rollout_latents(
         negative_prompt_embeds=negative_prompt_embeds,
         pixels=pixels,
         attention=attention,
+        numerics=numerics,
     )
     return iter(rollout)

@@ -20,6 +20,7 @@ from longtake.pipelines.given import GivenLatents
 from longtake.pipelines.loading import ModelLoading
 from longtake.pipelines.rollout import LatentRollout
 from longtake.pipelines.take import Chunk, TakeSession
+from longtake.pipelines.take_options import TakeOptions
 from longtake.pipelines.video_start import make_start
 from longtake.samplers import Sampler, SeededNoise
 
@@ -42,7 +43,7 @@ class LongVideoPipelineOutput(BaseOutput):
     frames: Any
 
 
-class LongVideoPipeline(ModelLoading, WanPipeline):
+class LongVideoPipeline(ModelLoading, TakeOptions, WanPipeline):
     """Rolls a causal Wan transformer out over minutes, block by block, with a cache policy.
 
     A ``WanPipeline`` with the same components, so folders, LoRA, offload and quantisation are diffusers' own.
@@ -168,6 +169,7 @@ class LongVideoPipeline(ModelLoading, WanPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             pixels=VaePixels(self.vae),
             attention=attention,
+            numerics=self.numerics,
         )
         session = TakeSession(
             self,

@@ -70,6 +70,29 @@ def weights_hash(folder: Path) -> dict[str, Any]:
     }
 
 
+def file_hash(path: str | Path | None) -> dict[str, Any] | None:
+    """Hash a file that took part, whole.
+
+    Args:
+        path: The file; None where there is none.
+
+    Returns:
+        ``{"sha256", "num_bytes"}``, or None.
+
+    Raises:
+        ValueError: If the file is not there.
+    """
+    if path is None:
+        return None
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist any more: put it back where the run found it.")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        _hash_all(digest, file)
+    return {"sha256": digest.hexdigest(), "num_bytes": path.stat().st_size}
+
+
 def _hash_all(digest: "hashlib._Hash", file: BinaryIO) -> None:
     while data := file.read(1 << 20):
         digest.update(data)

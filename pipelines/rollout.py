@@ -15,8 +15,9 @@ from longtake.cache import EXACT_POLICY, BlockTrace, CachePolicy, CacheStats, Ge
 from longtake.models.causal import CausalTransformer, Segment
 from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
 from longtake.models.threads import fitting_threads
+from longtake.models.upstream import Numerics
 from longtake.pipelines.branches import Branches, Pending, Pixels, unshared
-from longtake.pipelines.checks import check_attention, check_blocks, check_policy, check_switch
+from longtake.pipelines.checks import check_attention, check_blocks, check_policy, check_rounding, check_switch
 from longtake.pipelines.given import GivenLatents, given_latents
 from longtake.pipelines.prompts import PromptSwitch, strongest
 from longtake.pipelines.window import OpenBlock, RollingBlocks
@@ -75,8 +76,9 @@ class LatentRollout:
         pixels: Pixels | None = None,
         merge_commit: bool | None = None,
         attention: AttentionSetting | SparsePolicy | Mapping[str, Any] | str = "dense",
+        numerics: Numerics = "native",
     ) -> None:
-        self.causal = CausalTransformer(transformer)
+        self.causal = CausalTransformer(transformer, numerics=numerics)
         self.policy, self.sampler = make_policy(cache), make_sampler(sampler)
         self.attention = attention if isinstance(attention, AttentionSetting) else AttentionSetting(attention)
         self._meter = DensityMeter(self.attention.policy)
@@ -92,6 +94,7 @@ class LatentRollout:
         check_blocks(num_frames, frames_per_block, first_block_frames, self._num_given)
         check_policy(self.policy, self.sampler, has_pixels=pixels is not None)
         check_attention(self.policy, self.attention)
+        check_rounding(self.sampler, numerics)
         for switch in self.schedule:
             check_switch(self.policy, self.sampler, switch.event)
         self.end_frame = self._num_given + num_frames
@@ -177,8 +180,8 @@ class LatentRollout:
         def denoise(x: Tensor, timestep: float) -> Tensor:
             nonlocal step_index
             pass_ = Pass("denoise", self._block_id(start), start, num_frames, step_index)
-            x0 = x - (timestep / 1000.0) * self.branches.guided_flow(x, Segment(pass_, float(timestep)))
-            x0 = self._step_ended(step_index, timestep, x0)
+            flow = self.branches.guided_flow(x, Segment(pass_, float(timestep)))
+            x0 = self._step_ended(step_index, timestep, self.causal.clean(x, flow, timestep))
             step_index += 1
             return x0
 
@@ -197,7 +200,7 @@ class LatentRollout:
             flow = self.branches.guided_flow(x, Segment(pass_, window.frame_timesteps(timesteps)))
             flows = flow.split([part.shape[1] for part in parts], dim=1)
             steps = zip(window.blocks, parts, timesteps, flows, strict=True)
-            return [self._step_ended(b.level, t, part - (t / 1000.0) * f) for b, part, t, f in steps]
+            return [self._step_ended(b.level, t, self.causal.clean(part, f, t)) for b, part, t, f in steps]
 
         def renoise(block: OpenBlock) -> Tensor:
             shape = tuple(block.latents.shape)
@@ -390,4 +393,4 @@ class LatentRollout:
     def _checked(self, x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
         if tuple(x.shape) != shape:
             raise ValueError(f"{what} gave shape {tuple(x.shape)} where {shape} was asked for.")
-        return x.to(self.causal.device, torch.float32)
+        return x.to(self.causal.device, self.causal.latent_dtype)

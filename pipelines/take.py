@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from longtake.cache import CacheStats, Event
-from longtake.models import VaePixels, streaming_decoder
 from longtake.pipelines.checks import check_switch
 from longtake.pipelines.positions import PositionUse
 from longtake.pipelines.prompts import PromptSwitch
@@ -87,8 +86,8 @@ class TakeSession:
         self.num_emitted_frames = 0
         self.positions = PositionUse(rollout.policy.name, pipe.family.num_trained_frames)
         self._prompts = [tuple(prompts)]
-        self._decoder = streaming_decoder(pipe.vae) if decode else None
-        self._pixels = VaePixels(pipe.vae)
+        stream, self._pixels = pipe.pixel_stream()
+        self._decoder = stream if decode else None
 
     @property
     def attention_density(self) -> float:

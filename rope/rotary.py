@@ -57,15 +57,16 @@ def _turns(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def token_phases(coordinates: Tensor, *, frequencies: AxisFrequencies) -> Tensor:
+def token_phases(coordinates: Tensor, *, frequencies: AxisFrequencies, dtype: torch.dtype = torch.complex64) -> Tensor:
     """Unit phases of tokens at any float coordinates.
 
     Args:
         coordinates: (..., tokens, 3): frame, row, column; any may be fractional, none is bounded.
         frequencies: Frequencies of the three axes.
+        dtype: complex64, or complex128 for products in float64.
 
     Returns:
-        (..., tokens, head_dim / 2) complex64, computed in float64.
+        (..., tokens, head_dim / 2) of ``dtype``, computed in float64.
     """
     frame, row, column = coordinates.unbind(-1)
     parts = (
@@ -73,7 +74,7 @@ def token_phases(coordinates: Tensor, *, frequencies: AxisFrequencies) -> Tensor
         _turns(row, frequencies.height),
         _turns(column, frequencies.width),
     )
-    return torch.cat(parts, dim=-1).to(torch.complex64)
+    return torch.cat(parts, dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, coordinates: Tensor, *, frequencies: AxisFrequencies) -> Tensor:
@@ -97,7 +98,7 @@ def rotate(x: Tensor, coordinates: Tensor, *, frequencies: AxisFrequencies) -> T
     return apply_phases(x, token_phases(coordinates, frequencies=frequencies))
 
 
-# Tokens of a half-precision tensor that are rotated at a time on the CPU.
+# Tokens of a tensor of lower precision that are rotated at a time on the CPU.
 CHUNK_TOKENS = 256
 
 
@@ -106,14 +107,15 @@ def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Ten
 
     Args:
         x: (batch, tokens, heads, head_dim).
-        phases: (tokens, head_dim / 2) or (batch, tokens, head_dim / 2) complex64.
+        phases: (tokens, head_dim / 2) or (batch, tokens, head_dim / 2), complex64 or complex128.
         out: Written in place of a new tensor; shape and dtype of ``x``.
 
     Returns:
-        ``out``, or a new tensor of ``x``'s shape and dtype. Products are float32.
+        ``out``, or a new tensor of ``x``'s shape and dtype. Products are float32, or float64 with complex128 phases.
     """
     turns = phases.unsqueeze(-2)
-    if x.dtype == torch.float32:
+    wide = torch.float64 if phases.dtype == torch.complex128 else torch.float32
+    if x.dtype == wide:
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         if out is None:
             return torch.view_as_real(pairs * turns).flatten(-2)
@@ -121,11 +123,11 @@ def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Ten
         return out
     if out is None:
         out = torch.empty_like(x)
-    # A few tokens at a time on the CPU, so that the float32 copies stay in its cache.
+    # A few tokens at a time on the CPU, so that the wide copies stay in its cache.
     step = CHUNK_TOKENS if x.device.type == "cpu" else max(x.shape[1], 1)
     for start in range(0, x.shape[1], step):
         part = slice(start, start + step)
-        pairs = torch.view_as_complex(x[:, part].float().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(x[:, part].to(wide).unflatten(-1, (-1, 2)))
         out[:, part] = torch.view_as_real(pairs.mul_(turns[..., part, :, :])).flatten(-2)
     return out
 
@@ -141,31 +143,40 @@ class GridRotary:
         num_columns: Token columns per frame.
         device: Where the phases are needed.
         num_kept: Position tuples whose phases stay in memory (a block needs two or three).
+        dtype: Of the phases: complex64, or complex128 for products in float64.
     """
 
     def __init__(
-        self, frequencies: AxisFrequencies, *, num_rows: int, num_columns: int, device: torch.device, num_kept: int = 8
+        self,
+        frequencies: AxisFrequencies,
+        *,
+        num_rows: int,
+        num_columns: int,
+        device: torch.device,
+        num_kept: int = 8,
+        dtype: torch.dtype = torch.complex64,
     ) -> None:
         self.frequencies = frequencies
         self.device = device
+        self.dtype = dtype
         rows = torch.arange(num_rows).repeat_interleave(num_columns)
         columns = torch.arange(num_columns).repeat(num_rows)
         turns = torch.cat((_turns(rows, frequencies.height), _turns(columns, frequencies.width)), dim=-1)
-        self._spatial = turns.to(torch.complex64).to(device)
+        self._spatial = turns.to(dtype).to(device)
         self.frames = lru_cache(maxsize=num_kept)(self._frames)
 
     def phases(self, positions: tuple[float, ...] | Tensor) -> Tensor:
         """Phases of whole frames at temporal positions, or of tokens at (..., tokens, 3) coordinates."""
         if isinstance(positions, Tensor):
-            return token_phases(positions.to(self.device), frequencies=self.frequencies)
+            return token_phases(positions.to(self.device), frequencies=self.frequencies, dtype=self.dtype)
         return self.frames(positions)
 
     def _frames(self, positions: tuple[float, ...]) -> Tensor:
-        """Phases of frames at temporal ``positions``: (frames * rows * columns, head_dim / 2) complex64."""
+        """Phases of frames at temporal ``positions``: (frames * rows * columns, head_dim / 2)."""
         if not all(map(math.isfinite, positions)):
             raise ValueError(f"temporal positions must be finite numbers, not {positions}.")
         temporal = _turns(torch.tensor(positions, dtype=torch.float64), self.frequencies.temporal)
-        temporal = temporal.to(torch.complex64).to(self.device)
+        temporal = temporal.to(self.dtype).to(self.device)
         num_tokens, num_temporal = self._spatial.shape[0], temporal.shape[1]
         phases = self._spatial.new_empty(len(positions), num_tokens, self.frequencies.num_pairs)
         phases[..., :num_temporal] = temporal[:, None]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -21,10 +22,12 @@ class Sampler(ABC):
     Class attributes:
         name: Key in YAML and on the command line.
         source: Paper or repository.
+        is_renoising: Whether it goes from level to level by ``renoised`` alone, so that latents may be half precision.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    is_renoising: ClassVar[bool] = False
 
     @abstractmethod
     def sample(self, denoise: Denoise, x: Tensor, *, renoise: Renoise, block_index: int) -> Tensor:
@@ -58,6 +61,22 @@ class Sampler(ABC):
         """The sampler as its YAML mapping: name and fields."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def renoised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Clean latents at noise share ``sigma``: (1 - sigma) x0 + sigma noise.
+
+    Half precision is computed in float32 with the share rounded to float32, and rounded once, as Self-Forcing does.
+
+    Args:
+        x0: Clean latents.
+        noise: Same shape and dtype.
+        sigma: Noise share.
+    """
+    if torch.finfo(x0.dtype).bits >= 32:
+        return (1.0 - sigma) * x0 + sigma * noise
+    sigma = torch.tensor(sigma, dtype=torch.float32).item()
+    return ((1.0 - sigma) * x0.float() + sigma * noise.float()).to(x0.dtype)
 
 
 def shifted(share: float, shift: float) -> float:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from longtake.samplers.base import Denoise, Renoise, Sampler, shifted
+from longtake.samplers.base import Denoise, Renoise, Sampler, renoised, shifted
 
 
 def few_step(denoise: Denoise, x: Tensor, *, sigmas: Sequence[float], renoise: Renoise) -> Tensor:
@@ -25,8 +25,7 @@ def few_step(denoise: Denoise, x: Tensor, *, sigmas: Sequence[float], renoise: R
     for step_index, sigma in enumerate(sigmas):
         x0 = denoise(x, 1000.0 * sigma)
         if step_index + 1 < len(sigmas):
-            following = sigmas[step_index + 1]
-            x = (1.0 - following) * x0 + following * renoise(step_index)
+            x = renoised(x0, renoise(step_index), sigmas[step_index + 1])
     return x0
 
 
@@ -44,6 +43,7 @@ class FewStep(Sampler):
 
     name: ClassVar[str] = "few_step"
     source: ClassVar[str] = "Self-Forcing, arXiv:2506.08009"
+    is_renoising: ClassVar[bool] = True
 
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
     flow_shift: float = 5.0

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from longtake.samplers.base import Denoise, Renoise, Sampler, shifted
+from longtake.samplers.base import Denoise, Renoise, Sampler, renoised, shifted
 from longtake.samplers.few_step import check_flow_shift, check_timesteps, few_step
 
 DenoiseTogether = Callable[[list[Tensor], list[float]], list[Tensor]]
@@ -37,8 +37,7 @@ def rolling_window(
     following = []
     for place, (x0, level) in enumerate(zip(estimates, levels, strict=True)):
         if level + 1 < len(sigmas):
-            sigma = sigmas[level + 1]
-            x0 = (1.0 - sigma) * x0 + sigma * renoise(place)
+            x0 = renoised(x0, renoise(place), sigmas[level + 1])
         following.append(x0)
     return following
 
@@ -57,6 +56,7 @@ class RollingWindow(Sampler):
 
     name: ClassVar[str] = "rolling_window"
     source: ClassVar[str] = "Rolling Forcing, arXiv:2509.25161"
+    is_renoising: ClassVar[bool] = True
 
     timesteps: tuple[float, ...] = (1000, 800, 600, 400, 200)
     flow_shift: float = 5.0

@@ -116,10 +116,11 @@ def check_settings(config: RunConfig) -> None:
 
     from longtake.samplers import make_sampler
 
-    make_sampler(config.sampler)
+    sampler = make_sampler(config.sampler)
 
-    from longtake.pipelines.checks import checked_attention
+    from longtake.pipelines.checks import check_rounding, checked_attention
 
+    check_rounding(sampler, config.model.numerics)
     checked_attention(policy, config.attention)
 
     if config.start is not None:
@@ -149,8 +150,10 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
     import transformers
     from safetensors import SafetensorError
 
+    from longtake.models import load_tiny_vae
     from longtake.pipelines import LongVideoPipeline
 
+    tiny_vae = None if model.fast_vae is None else load_tiny_vae(Path(model.fast_vae))
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -164,6 +167,8 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the model: {error}") from error
+    pipe.numerics = model.numerics
+    pipe.use_fast_vae(tiny_vae)
     if family.restriction is not None:
         err.print(f"licence of {model.family}: {family.licence}, {family.restriction}", style="yellow", markup=False)
     return place(pipe, model, device)
@@ -172,12 +177,13 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
 def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
     """Return what ``run.json`` says of versions, machine and weights."""
     from longtake.models.offload import execution_device
-    from longtake.pipelines.provenance import machine, versions, weights_hash
+    from longtake.pipelines.provenance import file_hash, machine, versions, weights_hash
 
     return {
         "versions": versions(),
         "machine": machine(execution_device(pipe.transformer)),
         "weights": weights_hash(model_folder(model)),
+        "fast_vae": file_hash(model.fast_vae),
     }
 
 
@@ -278,12 +284,12 @@ def use_recorded_setup(folder: "RunFolder") -> None:
     """Compute as the run's first process did, or refuse.
 
     Raises:
-        ValueError: If the weights are not those that the run began with, or it needs the file it goes on from and that
-            is another one.
+        ValueError: If the weights, or the fast VAE's, are not those that the run began with, or it needs the file it
+            goes on from and that is another one.
     """
     import torch
 
-    from longtake.pipelines.provenance import weights_hash
+    from longtake.pipelines.provenance import file_hash, weights_hash
     from longtake.pipelines.start_files import start_arguments
 
     start_arguments(folder.config, folder)
@@ -292,6 +298,10 @@ def use_recorded_setup(folder: "RunFolder") -> None:
     record = folder.record
     if weights_hash(weights) != record["weights"]:
         raise ValueError(f"{weights} holds other weights than {folder.path} began with: restore them")
+    fast_vae = folder.config.model.fast_vae
+    # Runs of earlier versions have no such entry.
+    if file_hash(fast_vae) != record.get("fast_vae"):
+        raise ValueError(f"{fast_vae} is another fast VAE than {folder.path} began with: restore it")
     # Another number of threads adds up in another order, and frames would differ in their last bits.
     torch.set_num_threads(record["machine"]["num_threads"])
 

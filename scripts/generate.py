@@ -1,6 +1,7 @@
 """Make a video from a prompt, or one from each line of a file."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -62,6 +63,14 @@ def generate(
             help="A model family, NAME=FOLDER for one with its weights, or a FOLDER alone: it runs like Self-Forcing.",
             show_default="mini",
         ),
+    ] = None,
+    numerics: Annotated[
+        str | None,
+        typer.Option(help="upstream rounds bfloat16 where Self-Forcing's code does.", show_default="native"),
+    ] = None,
+    fast_vae: Annotated[
+        Path | None,
+        typer.Option(help="Small decoder in place of the VAE's: taew2_1.safetensors or .pth, for Wan 2.1."),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show; for samplers with guidance.")] = None,
     init_video: Annotated[Path | None, typer.Option(help="Go on from the end of this video.")] = None,
@@ -129,6 +138,8 @@ def generate(
         overrides = [*overrides, f"output.contact_sheet={str(contact_sheet).lower()}"]
     if free_text_encoder:
         overrides = [*overrides, "model.free_text_encoder=true"]
+    given = {"numerics": numerics, "fast_vae": fast_vae and str(fast_vae.absolute())}
+    overrides = [f"model.{key}={json.dumps(value)}" for key, value in given.items() if value is not None] + overrides
     if prompts is not None:
         if texts:
             raise ValueError(f"both a prompt ({texts[0]!r}) and --prompts are given: give one of the two")

@@ -118,6 +118,10 @@ def test_equals_the_authors_code(name, cache):
     assert roll(name, cache) <= TOLERANCE
 
 
+def test_upstream_numerics_equal_it_too():
+    assert roll("sf_window6", {"policy": "sliding_window", "num_context_frames": 6}, numerics="upstream") <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
