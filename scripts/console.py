@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
 
 from longtake.configs.families import load_family
 from longtake.configs.run import ModelConfig, RunConfig
 from longtake.scripts.memory import check_placing, encode_and_free, place
+from longtake.scripts.progress import block_progress
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline
     from longtake.pipelines.run_folder import RunFolder
     from longtake.pipelines.run_take import Outcome
-    from longtake.pipelines.run_take import Progress as TakeProgress
     from longtake.pipelines.take import TakeSession
 
 EXIT_BAD_INPUT = 2
@@ -239,7 +238,7 @@ def run_in_folder(
     from longtake.pipelines.run_take import run_take
 
     try:
-        with _progress(session) as show:
+        with block_progress(session, err) as show:
             outcome = run_take(folder, session, on_block=show, should_stop=should_stop, allow_changes=allow_changes)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -338,41 +337,6 @@ def report_files(folder: "RunFolder") -> None:
     for path in (folder.record.get("deliver") or folder.video_path, folder.path / "contact_sheet.png"):
         if Path(path).exists():
             out.print(str(path), markup=False)
-
-
-@contextmanager
-def _progress(session: "TakeSession") -> Iterator[Callable[["TakeProgress"], None]]:
-    """A bar in a terminal, a line every tenth of the video elsewhere."""
-    columns = (
-        TextColumn("block {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(),
-        TextColumn("{task.fields[speed]:.1f} frames/s"),
-        TextColumn("cache {task.fields[megabytes]:.1f} MB, {task.fields[tokens]} tokens"),
-        TextColumn("{task.fields[left]:.0f} s left"),
-    )
-    num_blocks = session.num_blocks
-    step = -(-num_blocks // 10)
-    bar = Progress(*columns, console=err) if err.is_terminal else None
-    task = bar.add_task("", total=num_blocks, speed=0.0, megabytes=0.0, tokens=0, left=0.0) if bar else None
-
-    def show(done: "TakeProgress") -> None:
-        speed = done.frames_per_second
-        fields = {
-            "speed": speed,
-            "megabytes": done.num_cache_bytes / 1e6,
-            "tokens": done.num_tokens,
-            "left": (session.num_frames - done.num_frames) / speed if speed else 0.0,
-        }
-        if bar is not None:
-            bar.update(task, completed=done.num_done, **fields)
-        elif done.num_done % step == 0 or done.num_done == num_blocks:
-            text = "{speed:.1f} frames/s  cache {megabytes:.1f} MB, {tokens} tokens  {left:.0f} s left".format(
-                **fields
-            )
-            err.print(f"block {done.num_done}/{num_blocks}  {text}")
-
-    with bar or nullcontext():
-        yield show
 
 
 def _device(name: str) -> str:

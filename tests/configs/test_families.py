@@ -177,3 +177,29 @@ def test_a_first_block_like_all_others_is_another_video():
     arguments = {"renoise": lambda step: torch.zeros_like(x), "block_index": 0}
     own = FewStep(timesteps=(1000,), first_block_timesteps=(1000, 500)).sample(lambda x, t: x.tanh(), x, **arguments)
     assert not torch.equal(own, FewStep(timesteps=(1000,)).sample(lambda x, t: x.tanh(), x, **arguments))
+
+
+def documented():
+    """Rows of docs/models.md by preset: size, block, steps, cache, starts, licence, weights."""
+    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return {row[0].strip("`"): row[1:] for row in rows if len(row) == 8}
+
+
+def test_the_documented_table_is_the_presets():
+    table = documented()
+    assert list(table) == family_names()
+    for name, (size, block, steps, own, starts, licence, weights) in table.items():
+        family = load_family(name)
+        sampler, cache = make_sampler(family.sampler), family.cache
+        assert size == (family.size or "own") and int(block) == family.frames_per_block
+        assert int(steps.replace(",", " ").split()[0]) == sampler.num_steps(1)
+        assert (f"first block {sampler.num_steps(0)}" in steps) == (sampler.num_steps(0) != sampler.num_steps(1))
+        assert ("together" in steps) == (sampler.num_window_blocks > 1)
+        assert (f"guidance {sampler.guidance_scale:g}" in steps) == (sampler.guidance_scale != 1.0)
+        counts = [key for key in ("num_context_frames", "num_sink_frames") if key in (cache or {})]
+        sizes = "/".join(str(cache[key]) for key in counts)
+        assert own == (f"`{cache['policy']}` {sizes}" if cache else "full history")
+        assert starts == ", ".join(("text", *family.starts))
+        assert licence == ", ".join(part for part in (family.licence or "not stated", family.restriction) if part)
+        assert weights == "bundled" or family.homepage in weights
