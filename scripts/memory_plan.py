@@ -11,7 +11,6 @@ from longtake.configs.families import ModelFamily, load_family
 from longtake.configs.fields import choose
 from longtake.configs.loader import load_run
 from longtake.scripts.console import err, model_folder, out
-from longtake.scripts.memory_remedies import remedies
 
 if TYPE_CHECKING:
     from longtake.configs.run import RunConfig
@@ -113,6 +112,7 @@ def show_plan(request: "PlanRequest", memory: int | None) -> None:
         memory: Bytes of the machine that is planned for; None: this one.
     """
     from longtake.pipelines.memory_plan import machine_memory, plan_memory
+    from longtake.scripts.memory_remedies import remedies
 
     plan = plan_memory(request)
     out.print(_header(plan), markup=False, style="bold")
@@ -146,10 +146,12 @@ def check_memory(run: "RunConfig") -> None:
     Raises:
         ValueError: If the plan exceeds all of the device's memory by a quarter.
     """
+    import torch
+
     from longtake.pipelines.memory_plan import machine_memory, plan_memory
 
     folder = model_folder(run.model)
-    if not folder.is_dir():
+    if not folder.is_dir() or (device_type(run.model.device) == "cuda" and not torch.cuda.is_available()):
         return  # loading says what is wrong
     request = request_of(run, load_family(run.model.family), folder)
     total, available = machine_memory(request.device_type)
