@@ -16,7 +16,14 @@ import torch
 
 from longtake.cache import CachePolicy, Geometry
 from longtake.cache.allocation import CacheBytes, CachePlay, chosen_policy, play_cache
-from longtake.pipelines.memory_trace import DecodeBytes, ForwardBytes, trace_decode, trace_forward, trace_text
+from longtake.pipelines.memory_trace import (
+    DecodeBytes,
+    ForwardBytes,
+    trace_decode,
+    trace_forward,
+    trace_text,
+    trace_tiled_decode,
+)
 from longtake.pipelines.model_shapes import ModelShapes
 from longtake.pipelines.rollout import MERGE_LIMIT
 from longtake.samplers import Sampler
@@ -46,6 +53,7 @@ class PlanRequest:
         text_encoder: Whether it stays loaded once the text is encoded; freed, a GPU never has it, for the text is
             encoded before the model is moved there.
         offloads: Whether only the part at work is on the device (``enable_model_cpu_offload``).
+        tiles_vae: Whether the VAE decodes in tiles.
     """
 
     shapes: ModelShapes
@@ -62,6 +70,7 @@ class PlanRequest:
     merge_commit: bool | None = None
     text_encoder: Literal["kept", "freed"] = "kept"
     offloads: bool = False
+    tiles_vae: bool = False
 
     @property
     def num_branches(self) -> int:
@@ -179,7 +188,7 @@ class MemoryPlan:
         """Most bytes in the host's memory: everything on the CPU; beside a GPU what is loaded, offloaded or far."""
         if self.request.device_type == "cpu":
             return self.peak
-        on_host = self.request.num_branches * self.cache_bytes.on_host
+        on_host = self.request.num_branches * self.cache_bytes.on_host + self.decode.resting
         waiting = sum(self.weights.values()) if self.request.offloads else 0
         return PROGRAM_BYTES + max(sum(self.weights.values()), waiting + on_host)
 
@@ -211,6 +220,7 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
     )
     latents = (request.batch_size, channels, request.frames_per_block, height, width)
     where = {"dtype": request.dtype, "device_type": request.device_type}
+    decode = _tiled_decode if request.tiles_vae else _decode
     return MemoryPlan(
         request=request,
         policy=policy,
@@ -218,7 +228,7 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
         cache=cache,
         forward=forward,
         modulation=_modulation_bytes(geometry, sampler.num_steps(0) + 1),
-        decode=_decode(_key(request.shapes.configs["vae"]), latents, **where),
+        decode=decode(_key(request.shapes.configs["vae"]), latents, **where),
         text_activations=_text(_key(request.shapes.configs["text_encoder"]), request.num_text_tokens, **where),
     )
 
@@ -250,6 +260,11 @@ def _key(config: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=8)
 def _decode(config: str, latents: tuple[int, ...], *, dtype: torch.dtype, device_type: str) -> DecodeBytes:
     return trace_decode(json.loads(config), latents, dtype=dtype, device_type=device_type)
+
+
+@lru_cache(maxsize=8)
+def _tiled_decode(config: str, latents: tuple[int, ...], *, dtype: torch.dtype, device_type: str) -> DecodeBytes:
+    return trace_tiled_decode(json.loads(config), latents, dtype=dtype, device_type=device_type)
 
 
 @lru_cache(maxsize=8)

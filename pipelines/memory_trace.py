@@ -25,6 +25,8 @@ from longtake.cache.live_bytes import LiveBytes
 from longtake.cache.simulation import PATCH, job_shape
 from longtake.models import StreamingDecoder, use_fast_kernels
 from longtake.models.causal import CausalTransformer, Prompt, Segment
+from longtake.models.streaming_vae import FRAMES_PER_LATENT
+from longtake.models.tiled_vae import Tiling
 from longtake.pipelines.model_shapes import make_transformer, make_vae, meta_text_encoder
 from longtake.pipelines.take import to_bytes, to_pixels
 
@@ -53,10 +55,12 @@ class DecodeBytes:
     Attributes:
         features: The stream's memory of past frames, held all the time.
         activations: Most that exists for a moment, the block's pixels included.
+        resting: Of the features of tiles that wait in host memory beside a GPU.
     """
 
     features: int
     activations: int
+    resting: int = 0
 
 
 class StandIn(TorchFunctionMode):
@@ -234,6 +238,36 @@ def trace_decode(
         live.restart()
         to_bytes(to_pixels(decoder.decode(z)))
     return DecodeBytes(features, live.peak - features)
+
+
+def trace_tiled_decode(
+    config: Mapping[str, Any], latents: tuple[int, int, int, int, int], *, dtype: torch.dtype, device_type: str
+) -> DecodeBytes:
+    """Decode a block in tiles of diffusers' own size: one tile's features are at work, the others' rest.
+
+    Args:
+        config: Of the VAE.
+        latents: (batch, channels, frames, height, width) of a block.
+        dtype: Of the VAE.
+        device_type: Where it will run.
+    """
+    vae = make_vae(config, dtype)
+    vae.enable_tiling()
+    tiling = Tiling.of(vae)
+    batch, channels, frames, height, width = latents
+    rows, columns = tiling.starts(height, width)
+    tile = (batch, channels, frames, min(height, tiling.height), min(width, tiling.width))
+    alone = trace_decode(config, tile, dtype=dtype, device_type=device_type)
+    resting = (len(rows) * len(columns) - 1) * alone.features
+    # Pixels of all tiles are held until they are blended, then the frame as bytes are made of it.
+    ratio = vae.spatial_compression_ratio
+    pixels = 3 * batch * frames * FRAMES_PER_LATENT * ratio * ratio
+    overlapping = len(rows) * len(columns) * tile[3] * tile[4] + height * width
+    blending = pixels * overlapping * dtype.itemsize + pixels * height * width * torch.float32.itemsize
+    activations = max(alone.activations, blending)
+    if device_type == "cpu":
+        return DecodeBytes(alone.features + resting, activations)
+    return DecodeBytes(alone.features, activations, resting)
 
 
 def trace_text(config: Mapping[str, Any], *, num_tokens: int, dtype: torch.dtype, device_type: str) -> int:

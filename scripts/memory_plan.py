@@ -84,6 +84,9 @@ def request_of(
         device_type=device_type(run.model.device if device == "auto" else device),
         batch_size=batch,
         num_text_tokens=family.max_sequence_length,
+        text_encoder="freed" if run.model.free_text_encoder else "kept",
+        offloads=run.model.offload != "none",
+        tiles_vae=run.model.vae_tiling,
     )
 
 
@@ -236,6 +239,7 @@ def _table(plan: "MemoryPlan") -> Table:
     cache, branches = plan.cache_bytes, plan.request.num_branches
     times = f" x {branches} branches" if branches > 1 else ""
     steady = f"the same from block {plan.cache.num_blocks} on" if plan.cache.is_steady else "grows to the end"
+    at_a_time = "one latent frame at a time" + (", one tile" if plan.request.tiles_vae else "")
     rows: list[tuple[str, int, str]] = [("weights: " + part, size, "") for part, size in plan.weights.items()]
     rows += [
         ("keys and values, kept", branches * cache.stored, f"{steady}{times}"),
@@ -245,7 +249,7 @@ def _table(plan: "MemoryPlan") -> Table:
         ("text keys and values", branches * plan.forward.text, f"cross-attention{times}"),
         ("modulation", plan.modulation, "all layers, all timesteps"),
         ("forward, at its largest", plan.denoising_activations, "for a moment"),
-        ("VAE's past frames", plan.decode.features, "one latent frame at a time; there is no tiling"),
+        ("VAE's past frames", plan.decode.features, at_a_time),
         ("decoding, at its largest", plan.decode.activations, "for a moment, the block's pixels included"),
         ("encoding a text", plan.text_activations, "for a moment"),
         ("program", PROGRAM_BYTES, "interpreter, libraries"),

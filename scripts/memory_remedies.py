@@ -48,6 +48,7 @@ def remedies(plan: "MemoryPlan", total: int) -> Iterator[tuple[Remedy, "MemoryPl
         lambda plan, total: _encode(plan, 8),
         lambda plan, total: _encode(plan, 4),
         _offload_cache,
+        _tile,
         _shorten,
         _shrink,
     )
@@ -83,10 +84,7 @@ def _no_warnings() -> Iterator[None]:
 def _free_text(plan: "MemoryPlan", total: int) -> Remedy | None:
     if plan.request.text_encoder == "freed" or plan.request.offloads:
         return None
-    write = (
-        "in Python: embeds = pipe.embed_text([prompt]); pipe.text_encoder = None; pipe.stream(prompt_embeds=embeds)"
-    )
-    return Remedy("free the text encoder", write, replace(plan.request, text_encoder="freed"))
+    return Remedy("free the text encoder", "--free-text-encoder", replace(plan.request, text_encoder="freed"))
 
 
 def _half_precision(plan: "MemoryPlan", total: int) -> Remedy | None:
@@ -101,7 +99,7 @@ def _offload_model(plan: "MemoryPlan", total: int) -> Remedy | None:
     if plan.request.device_type != "cuda" or plan.request.offloads:
         return None
     request = replace(plan.request, offloads=True)
-    return Remedy("only the part at work on the GPU", "in Python: pipe.enable_model_cpu_offload()", request)
+    return Remedy("only the part at work on the GPU", "model.offload=model", request)
 
 
 def _encode(plan: "MemoryPlan", bits: int) -> Remedy | None:
@@ -126,6 +124,13 @@ def _offload_cache(plan: "MemoryPlan", total: int) -> Remedy | None:
     policy = make_policy({"policy": "offloaded", "inner": settings})
     write = f"--cache offloaded {_flags(settings, 'cache.inner')}"
     return Remedy("keys and values in host memory", write, replace(plan.request, policy=policy))
+
+
+def _tile(plan: "MemoryPlan", total: int) -> Remedy | None:
+    # On the CPU the features of all tiles lie in the same memory, and are more than those of the whole frame.
+    if plan.request.device_type != "cuda" or plan.request.tiles_vae:
+        return None
+    return Remedy("decode in tiles", "model.vae_tiling=true", replace(plan.request, tiles_vae=True))
 
 
 def _shorten(plan: "MemoryPlan", total: int) -> Remedy | None:
