@@ -309,9 +309,10 @@ def write_results(out: Path) -> list[RunScores]:
     Raises:
         ValueError: If it holds no runs, or none with a video.
     """
+    folders = ordered_runs(out)
     protocol = load_protocol(out / PROTOCOL_FILE)
     runs, videos = [], {}
-    for folder in ordered_runs(out):
+    for folder in folders:
         run = load_run(folder)
         if run.videos:
             write_json(folder / RESULTS_FILE, results_json(run))
