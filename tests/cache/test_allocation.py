@@ -14,7 +14,12 @@ from longtake.cache.simulation import job_shape
 GEOMETRY = Geometry(num_layers=3, num_heads=2, head_dim=24, num_rows=4, num_columns=6, frames_per_block=3)
 POLICIES = {
     "attention_sink": {"policy": "attention_sink"},
-    "deep_forcing": {"policy": "deep_forcing", "num_context_frames": 15, "num_sink_frames": 6, "num_budget_frames": 12},
+    "deep_forcing": {
+        "policy": "deep_forcing",
+        "num_context_frames": 15,
+        "num_sink_frames": 6,
+        "num_budget_frames": 12,
+    },
     "pack": {"policy": "pack", "num_sink_frames": 3, "num_recent_frames": 3, "num_selected_blocks": 2},
     "encoded pack": {"policy": "pack", "num_sink_frames": 3, "num_selected_blocks": 2, "compressor": "lr"},
     "full": {"policy": "full"},
@@ -23,7 +28,7 @@ POLICIES = {
     "int8": {"policy": "quantized", "bits": 8},
     "int4": {"policy": "quantized", "bits": 4, "inner": {"policy": "full"}},
 }
-NUM_BLOCKS = 11
+NUM_BLOCKS = 8
 
 
 def live_cache(policy, geometry, num_blocks):
@@ -80,7 +85,13 @@ def test_a_wrong_plan_is_noticed():
 def test_published_sizes_at_real_size():
     """Wan2.1-1.3B at 832x480: 287.5 MB a frame, 138.0 GB for two minutes of everything, 6.04 GB for 21 frames."""
     real = Geometry(
-        num_layers=30, num_heads=12, head_dim=128, num_rows=30, num_columns=52, frames_per_block=3, dtype=torch.bfloat16
+        num_layers=30,
+        num_heads=12,
+        head_dim=128,
+        num_rows=30,
+        num_columns=52,
+        frames_per_block=3,
+        dtype=torch.bfloat16,
     )
     window = make_policy({"policy": "sliding_window", "num_context_frames": 21})
     play = play_cache(window, replace(real, max_frames=480), num_blocks=160)
