@@ -175,16 +175,17 @@ def trace_forward(
     """
     causal = CausalTransformer(make_transformer(config, geometry.dtype, num_layers=1), attention=attend_nothing)
     channels, text_dim = causal.transformer.config.in_channels, causal.transformer.config.text_dim
-    played = _filled(policy, geometry, num_blocks, window_blocks=window_blocks, latent_channels=channels)
     text = (geometry.batch_size, num_text_tokens, text_dim)
     prompt = Prompt(torch.empty(text, dtype=geometry.dtype, device=META))
-    merges_commit = merges_commit and played.cache.merges_commit
-    with LiveBytes() as live, standing_in(device_type, played.cache), causal.installed():
-        # The first round makes what stays: text keys and values, modulation, buffers.
-        for _ in range(2):
-            before = live.now
-            live.restart()
-            _run_block(causal, played, prompt, merges_commit=merges_commit, window_blocks=window_blocks)
+    with LiveBytes() as live:
+        played = _filled(policy, geometry, num_blocks, window_blocks=window_blocks, latent_channels=channels)
+        merges_commit = merges_commit and played.cache.merges_commit
+        with standing_in(device_type, played.cache), causal.installed():
+            # The first round makes what stays: text keys and values, modulation, buffers.
+            for _ in range(2):
+                before = live.now
+                live.restart()
+                _run_block(causal, played, prompt, merges_commit=merges_commit, window_blocks=window_blocks)
     per_layer = sum(tensor.nbytes for tensor in prompt.keys_values[0])
     text_bytes = prompt.embeds.nbytes + prompt.projected.nbytes + geometry.num_layers * per_layer
     return ForwardBytes(text_bytes, live.peak - before)

@@ -58,10 +58,10 @@ def measure_block(width: Width, policy: CachePolicy, dtype: torch.dtype) -> dict
     attention = fastest(torch.device("cpu"), dtype)
     rates = _Rates(width, dtype, attention, max(work.attended for work in planned.passes))
     rates.take()
-    _Block(SMALL, make_policy("full"), dtype, attention).sample(sampler)  # loads what the first forward loads
+    Block(SMALL, make_policy("full"), dtype, attention).sample(sampler)  # loads what the first forward loads
     rates.taken.clear()
     start_rss = _memory("VmRSS")
-    block = _Block(width, policy, dtype, attention)
+    block = Block(width, policy, dtype, attention)
     filled_rss = _memory("VmRSS")
     CLEAR.write_text("5")  # the most begins anew
     block.sample(sampler, rates.take)
@@ -81,7 +81,7 @@ def measure_block(width: Width, policy: CachePolicy, dtype: torch.dtype) -> dict
     }
 
 
-class _Block:
+class Block:
     """The block that is measured, behind a full cache: its passes, and the seconds of each."""
 
     def __init__(self, width: Width, policy: CachePolicy, dtype: torch.dtype, attention: Attention) -> None:

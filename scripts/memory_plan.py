@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LATENTS_PER_SECOND = 4  # of 16 pixel frames
 NO_ROOM = 1.25  # times all memory: beyond this nothing but a smaller plan helps, whatever else runs
-SURELY_FITS = 0.1  # of what is available: then nothing is worked out
+SURELY_FITS = 0.5  # of what is available, going by a bound: then nothing is worked out
 
 
 def plan_of_options(
@@ -144,7 +144,7 @@ def show_plan(request: "PlanRequest", memory: int | None) -> None:
 def check_memory(run: "RunConfig") -> None:
     """Warn before anything is loaded if a run needs more memory than is free; refuse what no such machine holds.
 
-    Runs that take a tenth of what is free at most, going by a bound, are not worked out.
+    Runs that take half of what is free at most, going by a bound, are not worked out.
 
     Raises:
         ValueError: If the plan exceeds all of the device's memory by a quarter.
@@ -213,13 +213,15 @@ def said(size: float) -> str:
 
 def _bound(request: "PlanRequest") -> int:
     """More than a run can take, without playing anything: weights, four times all frames' keys and values, pixels."""
+    from longtake.pipelines.memory_plan import PROGRAM_BYTES
+
     geometry = request.geometry()
     token = 2 * geometry.num_layers * geometry.num_heads * geometry.head_dim * request.dtype.itemsize
     cache = 4 * request.num_branches * token * geometry.tokens_per_frame * geometry.max_frames
     base = request.shapes.configs["vae"].get("base_dim", 96)
     pixels = request.height * request.width * base * request.dtype.itemsize
     weights = sum(request.shapes.weight_bytes(request.dtype).values())
-    return request.batch_size * (cache + 64 * pixels) + 2 * weights
+    return PROGRAM_BYTES + request.batch_size * (cache + 64 * pixels) + 2 * weights
 
 
 def _header(plan: "MemoryPlan") -> str:

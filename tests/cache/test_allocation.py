@@ -28,7 +28,7 @@ POLICIES = {
     "int8": {"policy": "quantized", "bits": 8},
     "int4": {"policy": "quantized", "bits": 4, "inner": {"policy": "full"}},
 }
-NUM_BLOCKS = 11
+NUM_BLOCKS = 8
 
 
 def live_cache(policy, geometry, num_blocks):

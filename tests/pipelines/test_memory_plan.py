@@ -1,0 +1,213 @@
+"""What a plan says, against live tensors, loaded weights and published figures."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from longtake.cache import KVCache, Pass, make_policy
+from longtake.cache.allocation import attend_nothing
+from longtake.cache.live_bytes import LiveBytes
+from longtake.configs.families import ModelFamily, load_family
+from longtake.models import StreamingDecoder, use_fast_kernels
+from longtake.models.causal import CausalTransformer, Prompt, Segment
+from longtake.pipelines import LongVideoPipeline
+from longtake.pipelines.memory_plan import PROGRAM_BYTES, PlanRequest, machine_memory, plan_memory
+from longtake.pipelines.memory_trace import trace_decode, trace_forward
+from longtake.pipelines.model_shapes import ModelShapes, make_transformer, make_vae, shapes_of
+from longtake.pipelines.take import to_bytes, to_pixels
+from longtake.samplers import make_sampler
+
+TRANSFORMER = {
+    **{"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4},
+    **{"text_dim": 16, "freq_dim": 32, "ffn_dim": 192, "num_layers": 2},
+}
+VAE = {
+    **{"base_dim": 8, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "z_dim": 4, "temperal_downsample": [True, True]},
+    **{"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 8, "scale_factor_temporal": 4},
+    **{"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+}
+UMT5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+POLICY = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
+
+DEEP = {"policy": "deep_forcing", "num_context_frames": 12, "num_sink_frames": 3, "num_budget_frames": 9}
+
+
+def request(**changes):
+    settings = {
+        "shapes": ModelShapes({"transformer": TRANSFORMER, "vae": VAE, "text_encoder": UMT5}, {}, "tiny"),
+        "policy": make_policy(POLICY),
+        "sampler": make_sampler("few_step"),
+        **{"height": 64, "width": 96, "num_latent_frames": 30, "frames_per_block": 3},
+        **{"dtype": torch.float32, "device_type": "cpu", "num_text_tokens": 8},
+    }
+    return PlanRequest(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    numbers = {"transformer": {"a": 1000}, "text_encoder": {"b": 10_000}, "vae": {"c": 100}}
+    shapes = replace(request().shapes, numbers=numbers)
+    return plan_memory(request(shapes=shapes))
+
+
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("policy", [POLICY, DEEP, {"policy": "quantized", "inner": POLICY}])
+@pytest.mark.parametrize("merges", [True, False])
+def test_a_forwards_moment_is_that_of_live_tensors(policy, dtype, batch, merges):
+    """The real forward, counted on the CPU, with what attention allocates in its place.
+
+    Within 5 %: policies that choose tokens by their content handle indices that nobody knows beforehand.
+    """
+    policy = make_policy(policy)
+    geometry = request(dtype=dtype, batch_size=batch).geometry()
+    traced = trace_forward(
+        TRANSFORMER, policy, geometry, num_blocks=4, device_type="cpu", num_text_tokens=8, merges_commit=merges
+    )
+    causal = CausalTransformer(
+        make_transformer(TRANSFORMER, dtype, num_layers=2, device="cpu"), attention=attend_nothing
+    )
+    cache = KVCache(policy, replace(geometry, device=torch.device("cpu")), attention=attend_nothing)
+    prompt = Prompt(torch.zeros(batch, 8, 16, dtype=dtype))
+    with torch.no_grad(), LiveBytes("cpu") as live, causal.installed():
+        for block in range(6):
+            before = live.now
+            live.restart()
+            clean = torch.zeros(batch, 3, 4, 8, 12)
+            commit = Segment(Pass("commit", block, 3 * block, 3), 0.0)
+            denoise = Segment(Pass("denoise", block, 3 * block, 3), 1.0)
+            following = Segment(Pass("denoise", block + 1, 3 * block + 3, 3), 1.0)
+            causal.flow(clean.clone(), segments=[denoise], cache=cache, prompt=prompt)
+            x, segments = (torch.cat((clean, clean), dim=1), [commit, following]) if merges else (clean, [commit])
+            causal.flow(x, segments=segments, cache=cache, prompt=prompt)
+            del clean, x
+    assert traced.activations == pytest.approx(live.peak - before, rel=0.05)
+    layers = sum(tensor.nbytes for pair in prompt.keys_values.values() for tensor in pair)
+    assert traced.text == layers + prompt.embeds.nbytes + prompt.projected.nbytes
+
+
+def test_a_wrong_forward_is_noticed():
+    geometry = request().geometry()
+    settings = {"num_blocks": 4, "device_type": "cpu", "num_text_tokens": 8}
+    right, merged = (
+        trace_forward(TRANSFORMER, make_policy(POLICY), geometry, merges_commit=merges, **settings).activations
+        for merges in (False, True)
+    )
+    wider = trace_forward(
+        TRANSFORMER | {"ffn_dim": 384}, make_policy(POLICY), geometry, merges_commit=False, **settings
+    ).activations
+    assert merged > 1.2 * right and wider > 1.2 * right
+
+
+def test_a_forward_on_a_gpu_keeps_what_the_cpu_fuses():
+    geometry = request(dtype=torch.bfloat16).geometry()
+    settings = {"num_blocks": 4, "num_text_tokens": 8, "merges_commit": False}
+    cpu, cuda = (
+        trace_forward(TRANSFORMER | {"ffn_dim": 960}, make_policy(POLICY), geometry, device_type=kind, **settings)
+        for kind in ("cpu", "cuda")
+    )
+    assert cuda.activations > cpu.activations or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_is_that_of_live_tensors(dtype):
+    traced = trace_decode(VAE, (1, 4, 3, 8, 12), dtype=dtype, device_type="cpu")
+    vae = make_vae(VAE, dtype, device="cpu")
+    use_fast_kernels(vae)
+    decoder = StreamingDecoder(vae)
+    z = torch.zeros(1, 4, 3, 8, 12, dtype=dtype)
+    with LiveBytes("cpu") as live:
+        decoder.decode(z[:, :, :1])
+        decoder.decode(z[:, :, :1])
+        before = live.now
+        live.restart()
+        to_bytes(to_pixels(decoder.decode(z)))
+    held = sum(tensor.nbytes for tensor in decoder.state_dict()[0].values())
+    assert traced.features == before == held
+    assert traced.activations == pytest.approx(live.peak - before, rel=0.02)
+
+
+def test_the_wan_vae_remembers_what_is_published():
+    """1.76 GiB in half precision at 832x480 (the demo of Self-Forcing)."""
+    traced = trace_decode({}, (1, 16, 1, 60, 104), dtype=torch.float16, device_type="cuda")
+    assert traced.features / 2**30 == pytest.approx(1.76, abs=0.005)
+
+
+def test_published_shapes_are_the_published_models():
+    shapes = shapes_of(load_family("self_forcing"))
+    assert len(shapes.numbers["transformer"]) == 825
+    assert sum(shapes.numbers["transformer"].values()) == 1_418_996_800
+    assert sum(shapes.numbers["text_encoder"].values()) == pytest.approx(5.68e9, rel=0.001)
+    assert sum(shapes.numbers["vae"].values()) == sum(p.numel() for p in make_vae({}, torch.float32).parameters())
+    with pytest.raises(ValueError, match="says no size"):
+        shapes_of(ModelFamily())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folders_weights_are_those_that_are_loaded(tiny_folder, dtype):
+    planned = shapes_of(load_family("mini"), tiny_folder).weight_bytes(dtype)
+    pipe = LongVideoPipeline.from_pretrained(tiny_folder, family="mini", dtype=dtype)
+    parts = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder, "vae": pipe.vae}
+    assert planned == {part: sum(p.nbytes for p in model.parameters()) for part, model in parts.items()}
+
+
+def test_phases_add_up(plan):
+    assert plan.weights == {"transformer": 4000, "text_encoder": 40_000, "vae": 400}
+    assert plan.phases["text encoding"] == PROGRAM_BYTES + 44_400 + plan.text_activations
+    assert plan.phases["denoising"] == PROGRAM_BYTES + 44_400 + plan.held + plan.denoising_activations
+    assert plan.phases["decoding"] == PROGRAM_BYTES + 44_400 + plan.held + plan.decode.activations
+    assert plan.held == plan.cache_bytes.on_device + plan.forward.text + plan.modulation + plan.decode.features
+    assert plan.peak == plan.host_peak == max(plan.phases.values())
+
+
+def test_parts_leave_the_device(plan):
+    freed = replace(plan, request=replace(plan.request, text_encoder="freed"))
+    assert plan.phases["denoising"] - freed.phases["denoising"] == 40_000
+    assert freed.phases["text encoding"] == plan.phases["text encoding"]
+    gpu = replace(plan, request=replace(plan.request, text_encoder="freed", device_type="cuda"))
+    assert "text encoding" not in gpu.phases and gpu.host_peak > PROGRAM_BYTES
+    one_by_one = replace(plan, request=replace(plan.request, offloads=True, device_type="cuda"))
+    assert one_by_one.weights_in("denoising") == 4000 and one_by_one.weights_in("decoding") == 400
+
+
+def test_guidance_takes_a_cache_for_each_branch(plan):
+    sampler = make_sampler({"name": "multi_step", "guidance_scale": 3.0})
+    guided = plan_memory(request(sampler=sampler, shapes=plan.request.shapes))
+    assert guided.cache_bytes == plan.cache_bytes
+    assert guided.held - guided.modulation - guided.decode.features == 2 * (
+        plan.held - plan.modulation - plan.decode.features
+    )
+
+
+def test_length_matters_to_a_cache_that_grows_alone():
+    short, long = (plan_memory(request(num_latent_frames=n)).held for n in (60, 120))
+    assert short == long
+    short, long = (plan_memory(request(num_latent_frames=n, policy=make_policy("full"))).held for n in (60, 120))
+    assert long > 1.5 * short
+
+
+def test_windows_of_blocks_take_a_larger_forward():
+    window = make_sampler("rolling_window")
+    policy = make_policy({"policy": "sliding_window", "num_context_frames": 21, "positions": "absolute"})
+    alone = plan_memory(request(policy=policy, merge_commit=False))
+    joint = plan_memory(request(policy=make_policy("rolling_forcing"), sampler=window, merge_commit=False))
+    assert joint.forward.activations > 2 * alone.forward.activations
+
+
+def test_what_does_not_fit_the_blocks_is_refused():
+    with pytest.raises(ValueError, match="num_context_frames=3"):
+        plan_memory(request(policy=make_policy({**POLICY, "num_context_frames": 3})))
+
+
+def test_this_machine_has_memory():
+    total, available = machine_memory("cpu")
+    assert 0 < available <= total
+
+
+def test_meta_models_are_loaded_ones_in_shape_and_dtype(tiny_folder):
+    loaded = AutoencoderKLWan.from_pretrained(tiny_folder / "vae", dtype=torch.bfloat16)
+    made = make_vae(dict(loaded.config), torch.bfloat16)
+    assert {n: (p.shape, p.dtype) for n, p in made.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in loaded.named_parameters()
+    }

@@ -1,0 +1,150 @@
+"""``info --plan`` and the check before a video, as a user meets them."""
+
+import re
+
+import pytest
+import torch
+
+from longtake.cache import make_policy
+from longtake.configs.loader import load_run
+from longtake.pipelines import memory_plan as plans
+from longtake.scripts import memory_plan
+from longtake.scripts.console import run_app
+from longtake.scripts.main import app
+from longtake.scripts.memory_remedies import remedies
+
+GB = 10**9
+
+
+def call(capfd, *words):
+    code = run_app(app, [str(word) for word in words])
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this machine have another memory."""
+
+    def have(total, available):
+        monkeypatch.setattr(plans, "machine_memory", lambda kind: (total, available))
+
+    return have
+
+
+def small_request(folder, *words, **options):
+    return memory_plan.plan_of_options(
+        str(folder), family="mini", overrides=words, options={"dtype": None, "seconds": 10} | options
+    )
+
+
+def test_a_plan_names_everything_and_says_that_it_fits(capfd):
+    code, text, _ = call(capfd, "info", "mini", "--plan", "--seconds", "20", "--memory", "8GB")
+    assert code == 0
+    for row in ("transformer", "text_encoder", "vae", "keys and values", "read sets", "text keys", "forward", "VAE's"):
+        assert row in text
+    assert all(f"peak while {phase}" in text for phase in ("text encoding", "denoising", "decoding"))
+    assert "2 guidance branches" in text and "it fits" in text and "planned for 8.00 GB" in text
+
+
+def test_what_does_not_fit_gets_remedies_in_order(capfd):
+    words = ("--cache", "deep_forcing", "--seconds", "120", "--device", "cuda", "--memory", "12GB")
+    code, text, _ = call(capfd, "info", "self_forcing", "--plan", *words)
+    assert code == 0 and "it does not fit" in text
+    order = ["free the text encoder", "bfloat16", "in 8 bits"]
+    places = [text.index(f"{what}: saves") for what in order]
+    assert places == sorted(places)
+    assert "model.dtype=bfloat16" in text and "--cache quantized cache.bits=8 cache.inner.policy=deep_forcing" in text
+    peaks = [float(size) for size in re.findall(r"saves .* GB, ([\d.]+) GB", text)]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] <= 12.0
+
+
+def test_flags_of_remedies_are_the_policies_they_plan(tiny_folder):
+    """What a remedy tells to write gives the very policy that its bytes are of."""
+    request = small_request(tiny_folder, "cache.num_context_frames=15", cache="attention_sink")
+    found = 0
+    for remedy, _ in remedies(plans.plan_memory(request), 0):
+        if not remedy.write.startswith("--cache"):
+            continue
+        _, name, *overrides = remedy.write.split()
+        options = {"prompt": "plan", "model": "mini", "cache": name}
+        assert make_policy(load_run(options=options, overrides=overrides).cache) == remedy.request.policy
+        found += 1
+    large = plans.PlanRequest(
+        **{**vars(request), "height": 640, "width": 640, "num_latent_frames": 60, "device_type": "cuda"}
+    )
+    for remedy, _ in remedies(plans.plan_memory(large), 0):
+        if remedy.write.startswith("--cache"):
+            _, name, *overrides = remedy.write.split()
+            options = {"prompt": "plan", "model": "mini", "cache": name}
+            assert make_policy(load_run(options=options, overrides=overrides).cache) == remedy.request.policy
+            found += 1
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nosuch", "--plan"), "unknown model family or folder 'nosuch'"),
+        (("mini", "--plan", "--memory", "8X"), "--memory '8X' is no size"),
+        (("mini", "--plan", "--memory", "0GB"), "is no size"),
+        (("mini", "--plan", "--batch", "0"), "--batch 0"),
+        (("mini", "--plan", "--device", "tpu"), "--device 'tpu'"),
+        (("mini", "--plan", "cache.num_sink_frame=3"), "Did you mean 'num_sink_frames'"),
+        (("mini", "--plan", "--height", "65"), "height=65"),
+        (("mini", "cache.num_sink_frames=3"), "settings are for --plan"),
+    ],
+)
+def test_bad_words_are_one_line(capfd, words, message):
+    code, _, stderr = call(capfd, "info", *words)
+    assert code == 2 and len(stderr.strip().splitlines()) == 1 and message in stderr
+
+
+def test_sizes_are_read_with_their_units():
+    assert memory_plan.parse_memory("8GB") == 8 * GB
+    assert memory_plan.parse_memory(" 1.5 GiB") == 3 * 2**29
+    assert memory_plan.parse_memory("1000") == 1000
+
+
+def run_of(folder):
+    model = {"family": "mini", "path": str(folder), "device": "cpu"}
+    return load_run(options={"prompt": "a red circle", "model": model, "seconds": 10})
+
+
+def test_a_small_run_is_not_worked_out(tiny_folder, machine, monkeypatch, capfd):
+    machine(64 * GB, 32 * GB)
+    monkeypatch.setattr(plans, "plan_memory", lambda request: pytest.fail("planned"))
+    memory_plan.check_memory(run_of(tiny_folder))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_that_needs_more_than_is_free_is_warned_of(tiny_folder, machine, capfd):
+    machine(8 * GB, GB // 10)
+    memory_plan.check_memory(run_of(tiny_folder))
+    text = capfd.readouterr().err
+    assert len(text.strip().splitlines()) == 1 and "0.10 GB are free" in text and "--plan" in text
+
+
+def test_a_run_that_no_such_machine_holds_is_refused_before_loading(
+    tiny_folder, machine, monkeypatch, capfd, tmp_path
+):
+    machine(GB // 10, GB // 10)
+    monkeypatch.setattr("longtake.scripts.generate.load_pipeline", lambda model: pytest.fail("loaded"))
+    words = ("a red circle", "--model", tiny_folder, "--seconds", 2, "model.family=mini", "--out", tmp_path / "x")
+    code, _, stderr = call(capfd, "generate", *words)
+    assert code == 2 and len(stderr.strip().splitlines()) == 1
+    assert "0.10 GB in all" in stderr and "--plan" in stderr
+
+
+def test_the_bound_is_above_the_plan(tiny_folder):
+    """What is not worked out must not be what does not fit."""
+    for words in ((), ("cache.policy=full",), ("cache.policy=pack",)):
+        request = small_request(tiny_folder, *words)
+        plan = plans.plan_memory(request)
+        assert memory_plan._bound(request) > plan.peak
+
+
+def test_options_reach_the_plan(tiny_folder):
+    request = small_request(tiny_folder, "sampler.guidance_scale=1.0", dtype="bfloat16", height=96, width=128)
+    assert (request.dtype, request.height, request.width) == (torch.bfloat16, 96, 128)
+    assert request.num_branches == 1 and request.num_latent_frames == 41
