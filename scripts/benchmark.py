@@ -2,7 +2,7 @@
 
 Six parts: how busy the transformer keeps the processor, a minute of video end to end, whether a thousand blocks stay
 flat, what each cache policy costs, what sparse attention saves, and what measuring videos costs. Run it on an idle
-machine with ``OMP_WAIT_POLICY=PASSIVE`` (``make bench``).
+machine with ``OMP_WAIT_POLICY=PASSIVE`` (``make bench``). A seventh, a block at true width, runs when it is named.
 """
 
 import json
@@ -26,6 +26,7 @@ class Part(StrEnum):
     POLICIES = "policies"
     ATTENTION = "attention"
     EVALUATION = "evaluation"
+    WIDTH = "width"
 
 
 def benchmark(
@@ -39,7 +40,8 @@ def benchmark(
     **transformer**: share of the processor's matmul rate that a rollout reaches. **video**: the mini model from text
     to closed file. **flat**: time and memory per block over a long rollout. **policies**: time per block of every
     policy beside the sliding window that attends to as much. **attention**: gathered sparse attention beside dense
-    attention. **evaluation**: speed and peak memory of the metrics that need no weights.
+    attention. **evaluation**: speed and peak memory of the metrics that need no weights. **width**: a block at
+    Wan2.1-1.3B's true width against what is computed beforehand; ten minutes and 3 GB, not among all.
     """
     from longtake.scripts import measure
     from longtake.scripts.measure_attention import measure_attention
@@ -59,6 +61,10 @@ def benchmark(
     for name, take in parts.items():
         if part in (Part.ALL, name):
             record[name.value] = take()
+    if part is Part.WIDTH:
+        from longtake.scripts.measure_width import measure_width
+
+        record[part.value] = measure_width()
     if json_file is not None:
         json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
