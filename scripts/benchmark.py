@@ -37,11 +37,12 @@ def benchmark(
 ) -> None:
     """Measure speed and memory on this machine.
 
+    **width**: a block at Wan2.1-1.3B's true width against what is computed beforehand; ten minutes, not among all.
+
     **transformer**: share of the processor's matmul rate that a rollout reaches. **video**: the mini model from text
     to closed file. **flat**: time and memory per block over a long rollout. **policies**: time per block of every
     policy beside the sliding window that attends to as much. **attention**: gathered sparse attention beside dense
-    attention. **evaluation**: speed and peak memory of the metrics that need no weights. **width**: a block at
-    Wan2.1-1.3B's true width against what is computed beforehand; ten minutes and 3 GB, not among all.
+    attention. **evaluation**: speed and peak memory of the metrics that need no weights.
     """
     from longtake.scripts import measure
     from longtake.scripts.measure_attention import measure_attention
