@@ -2,7 +2,7 @@
 
 Six parts: how busy the transformer keeps the processor, a minute of video end to end, whether a thousand blocks stay
 flat, what each cache policy costs, what sparse attention saves, and what measuring videos costs. Run it on an idle
-machine with ``OMP_WAIT_POLICY=PASSIVE`` (``make bench``).
+machine with ``OMP_WAIT_POLICY=PASSIVE`` (``make bench``). A seventh, a block at true width, runs when it is named.
 """
 
 import json
@@ -26,6 +26,7 @@ class Part(StrEnum):
     POLICIES = "policies"
     ATTENTION = "attention"
     EVALUATION = "evaluation"
+    WIDTH = "width"
 
 
 def benchmark(
@@ -35,6 +36,8 @@ def benchmark(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Measure speed and memory on this machine.
+
+    **width**: a block at Wan2.1-1.3B's true width against what is computed beforehand; ten minutes, not among all.
 
     **transformer**: share of the processor's matmul rate that a rollout reaches. **video**: the mini model from text
     to closed file. **flat**: time and memory per block over a long rollout. **policies**: time per block of every
@@ -61,6 +64,10 @@ def benchmark(
     for name, take in parts.items():
         if part in (Part.ALL, name):
             record[name.value] = take()
+    if part is Part.WIDTH:
+        from longtake.scripts.measure_width import measure_width
+
+        record[part.value] = measure_width()
     if json_file is not None:
         json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
