@@ -257,14 +257,17 @@ def trace_tiled_decode(
     tiling = Tiling.of(vae)
     batch, channels, frames, height, width = latents
     rows, columns = tiling.starts(height, width)
-    tile = (batch, channels, frames, min(height, tiling.height), min(width, tiling.width))
-    alone = trace_decode(config, tile, dtype=dtype, device_type=device_type)
-    resting = (len(rows) * len(columns) - 1) * alone.features
-    # Pixels of all tiles are held until they are blended, then the frame as bytes are made of it.
+    tile = (min(height, tiling.height), min(width, tiling.width))
+    alone = trace_decode(config, (batch, channels, frames, *tile), dtype=dtype, device_type=device_type)
+    # The last row and column of tiles are as large as what is left.
+    positions = sum(min(tile[0], height - row) for row in rows) * sum(min(tile[1], width - left) for left in columns)
+    resting = alone.features * positions // (tile[0] * tile[1]) - alone.features
+    # Pixels of all tiles are held until they are blended, then the frame as bytes is made of them.
     ratio = vae.spatial_compression_ratio
     pixels = 3 * batch * frames * FRAMES_PER_LATENT * ratio * ratio
-    overlapping = len(rows) * len(columns) * tile[3] * tile[4] + height * width
-    blending = pixels * overlapping * dtype.itemsize + pixels * height * width * torch.float32.itemsize
+    blending = (
+        pixels * (positions + height * width) * dtype.itemsize + pixels * height * width * torch.float32.itemsize
+    )
     activations = max(alone.activations, blending)
     if device_type == "cpu":
         return DecodeBytes(alone.features + resting, activations)
