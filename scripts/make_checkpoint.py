@@ -163,7 +163,7 @@ def make_checkpoint(
 
     **Example**
 
-    `python -m longtake.scripts.make_checkpoint /tmp/wan --family wan --size 1.3B`
+    `python -m longtake.scripts.make_checkpoint ./wan --family wan --size 1.3B`
     """
     for name, value, known in (("family", family, FAMILIES), ("size", size, SIZES), ("dtype", dtype, (None, *DTYPES))):
         if value not in known:
