@@ -20,12 +20,16 @@ MAX_HEADER_BYTES = 100_000_000
 
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model family, a diffusers folder, or a checkpoint file.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A model family, a diffusers folder, or a checkpoint file.", show_default=False
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="With --plan: settings, as of generate.")
     ] = None,
     *,
+    named: Annotated[str | None, typer.Option("--model", help="The same as MODEL.", show_default=False)] = None,
     family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="How much memory a video takes, and whether it fits.")] = False,
     cache: Annotated[str | None, typer.Option(help="Of the plan: cache policy.")] = None,
@@ -51,6 +55,12 @@ def info(
 
     `longtake info self_forcing --plan --cache deep_forcing --seconds 120 --dtype bfloat16 --device cuda --memory 24GB`
     """
+    if named is not None:
+        # What stands before the settings is a setting too, where the model has a name of its own.
+        overrides = [*([model] if model is not None else []), *(overrides or [])]
+        model = named
+    if model is None:
+        raise ValueError("no model is named: longtake info MODEL, a family, a folder or a checkpoint file")
     if plan:
         from longtake.scripts.memory_plan import parse_memory, plan_of_options, show_plan
 

@@ -47,6 +47,15 @@ def test_a_plan_names_everything_and_says_that_it_fits(capfd):
     assert "2 guidance branches" in text and "it fits" in text and "planned for 8.00 GB" in text
 
 
+def test_the_model_may_be_an_option(capfd):
+    settings = ("--cache", "pack", "--seconds", "20", "--memory", "8GB")
+    assert call(capfd, "info", "--plan", "--model", "mini", *settings, "cache.num_sink_frames=4") == call(
+        capfd, "info", "mini", "cache.num_sink_frames=4", "--plan", *settings
+    )
+    code, _, stderr = call(capfd, "info", "--plan")
+    assert code == 2 and "no model is named" in stderr
+
+
 def test_what_does_not_fit_gets_remedies_in_order(capfd):
     words = ("--cache", "deep_forcing", "--seconds", "120", "--device", "cuda", "--memory", "12GB")
     code, text, _ = call(capfd, "info", "self_forcing", "--plan", *words)
