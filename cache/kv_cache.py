@@ -218,8 +218,9 @@ class KVCache:
         num_context = sum(read.stored.num_tokens for read in source.reads)
         num_tokens = num_context + num_own
         if scratch is None or scratch.keys.shape[1] < num_tokens or scratch.heads != heads:
-            # A bounded policy says how far its context grows; doubling keeps an unbounded one's allocations few.
-            bound = source.capacity + num_own if source.capacity else 2 * (scratch.keys.shape[1] if scratch else 0)
+            # A bounded policy says how far its context grows; doubling keeps an unbounded one's allocations few, up to
+            # the whole video.
+            bound = source.capacity + num_own if source.capacity else self._doubled(scratch)
             num_heads = self.geometry.num_heads if heads is None else len(heads)
             scratch = _Scratch(*(self._empty(max(num_tokens, bound), num_heads) for _ in range(2)), heads)
         scratch.num_context_tokens = num_context
@@ -234,6 +235,11 @@ class KVCache:
             scratch.values[:, start:end] = stored.values
             start = end
         return scratch
+
+    def _doubled(self, scratch: _Scratch | None) -> int:
+        doubled = 2 * scratch.keys.shape[1] if scratch is not None else 0
+        longest = self.geometry.max_frames
+        return doubled if longest is None else min(doubled, longest * self.geometry.tokens_per_frame)
 
     def _bias(self, scratch: _Scratch, source: Context | HeadGroup) -> Tensor | None:
         if all(read.bias is None for read in source.reads):

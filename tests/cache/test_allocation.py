@@ -152,3 +152,15 @@ def test_sizes_extend_by_a_layer():
     one, two = CacheBytes(1, 2, 0, 4, 5), CacheBytes(2, 4, 0, 8, 5)
     assert one.extended(two, 2) == CacheBytes(3, 6, 0, 12, 5)
     assert one.on_device == 11
+
+
+def test_unbounded_read_sets_end_with_the_video():
+    num_blocks = 5  # doubling would go to eight
+    geometry = replace(GEOMETRY, max_frames=3 * num_blocks)
+    whole = 2 * geometry.num_layers * geometry.num_heads * geometry.head_dim * geometry.dtype.itemsize
+    whole *= 3 * num_blocks * geometry.tokens_per_frame
+    known, unknown = (
+        live_cache(make_policy("full"), g, num_blocks).num_scratch_bytes
+        for g in (geometry, replace(geometry, max_frames=None))
+    )
+    assert known <= whole < unknown
