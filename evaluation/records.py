@@ -10,6 +10,8 @@ from typing import Any
 from longtake.evaluation.metric import MetricSpec, Score, Segment, VideoInfo, Window
 
 SCHEMA = 1
+NUM_SHOWN_PROMPTS = 3
+"""The report shows frames of so many prompts: the first ones, their first seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,11 @@ class ManifestLine:
     chunk_starts: tuple[int, ...] = ()
     encoder: Mapping[str, Any] = field(default_factory=dict)
     sha256: str = ""
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the report of a whole evaluation has frames of it."""
+        return self.prompt_index < NUM_SHOWN_PROMPTS and self.seed_index == 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values."""

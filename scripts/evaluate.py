@@ -79,7 +79,11 @@ def run(
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one per core", min=1)] = None,
     launcher: Annotated[str, typer.Option(help="local, torchrun or ray; numbers do not depend on it.")] = "local",
     keep_videos: Annotated[
-        bool, typer.Option("--keep-videos/--no-keep-videos", help="Keep generated videos when they are measured.")
+        bool,
+        typer.Option(
+            "--keep-videos/--no-keep-videos",
+            help="Keep generated videos when they are measured; without, only those that the report shows stay.",
+        ),
     ] = True,
 ) -> None:
     """Make videos under several cache policies and measure them, or measure videos that exist.
@@ -174,7 +178,13 @@ class _Display:
         self._is_begun = False
         num_videos = sum(len(unit.lines) for unit in evaluation.units)
         self._title = f"{num_videos} videos in {len(evaluation.runs)} runs: {', '.join(evaluation.labels)}"
-        self._shown = 0
+        if num_finished := num_videos - sum(len(unit.lines) for unit in evaluation.todo()):
+            self._title += f"; {num_finished} are finished"
+        if num_again := sum(len(unit.lines) for unit in evaluation.made_again()):
+            self._title += (
+                f"\n{num_again} were measured and not kept, and are made again: --no-keep-videos does without"
+            )
+        self._shown = int(10 * self._begun / self._total)
         self._bar = bar
         self._task = None if bar is None else bar.add_task("", total=self._total, completed=self._begun, left="")
 

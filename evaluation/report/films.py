@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from longtake.evaluation.records import ManifestLine
+from longtake.evaluation.records import NUM_SHOWN_PROMPTS, ManifestLine
 from longtake.evaluation.report.data import ReportData
 from longtake.evaluation.report.markup import Markup, tag
 from longtake.evaluation.report.pieces import swatch
@@ -17,7 +17,6 @@ from longtake.evaluation.video import VideoSource
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FRAME = (144, 128)
 """Width and height that a frame fits into, in pixels."""
-NUM_PROMPTS = 3
 QUALITY = 62
 GAP = 3
 """Pixels between two frames of a strip, in the page's background: the image is transparent there."""
@@ -73,7 +72,7 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/webp;base64," + b64encode(buffer.getvalue()).decode("ascii")
 
 
-def shared_prompts(data: ReportData, *, count: int = NUM_PROMPTS) -> list[int]:
+def shared_prompts(data: ReportData, *, count: int = NUM_SHOWN_PROMPTS) -> list[int]:
     """The first prompts that most policies have a video of: in the order of the list, not chosen by what they show."""
     counts: dict[int, int] = {}
     for label in data.labels:

@@ -28,7 +28,7 @@ class Setup:
 
     Attributes:
         protocol: Resolved, as plain values.
-        keep_videos: Whether generated videos stay when they are measured.
+        keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
         checked: One unit of each policy, to be checked before any work.
         threads: Of each worker.
     """

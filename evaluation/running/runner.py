@@ -51,7 +51,7 @@ class Order:
     Attributes:
         protocol: As it was given; it is resolved here.
         out: Folder of the evaluation.
-        keep_videos: Whether generated videos stay when they are measured.
+        keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
     """
 
     protocol: Protocol
@@ -123,6 +123,10 @@ class Evaluation:
         """Units that are not finished."""
         return [unit for unit in self.units if not unit.is_done(keep_videos=self.keep_videos)]
 
+    def made_again(self) -> list[Unit]:
+        """Units that are measured, and whose videos were not kept and are now wanted."""
+        return [unit for unit in self.todo() if unit.is_done(keep_videos=False)]
+
     def setup(self, units: Sequence[Unit]) -> Setup:
         """What workers are told before they do some units: paths are made to work from any folder."""
         values = self.protocol.as_mapping()
@@ -148,8 +152,9 @@ class Evaluation:
             if known is None:
                 write_json(run.folder / RUN_FILE, record)
             elif known != record:
-                # Another version of the program may go on; the results name the one that began.
-                keys = [key for key in record if _without_tool(known[key]) != _without_tool(record[key])]
+                # Another version of the program may go on, or a protocol of another name that asks for the same; the
+                # results name those that began.
+                keys = [key for key in record if _deciding(known[key]) != _deciding(record[key])]
                 if not keys:
                     continue
                 raise ValueError(
@@ -374,8 +379,10 @@ def write_comparison(
     )
 
 
-def _without_tool(value: Any) -> Any:
-    return {key: item for key, item in value.items() if key != "tool"} if isinstance(value, Mapping) else value
+def _deciding(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: item for key, item in value.items() if key not in ("tool", "protocol")}
 
 
 def _take(lock: IO[bytes], out: Path) -> None:

@@ -34,7 +34,7 @@ class Worker:
     Args:
         protocol: Resolved.
         device: Where networks run.
-        keep_videos: Whether generated videos stay when they are measured.
+        keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
 
     Raises:
         ValueError: If a backbone cannot be loaded.
@@ -93,7 +93,8 @@ class Worker:
             on_steps(steps)
         if unit.is_generated and not self.keep_videos:
             for line in lines:
-                (unit.folder / line.file).unlink(missing_ok=True)
+                if not line.is_shown:
+                    (unit.folder / line.file).unlink(missing_ok=True)
 
     def measure(self, unit: Unit, line: ManifestLine) -> VideoScores:
         """Every metric on one video's file.

@@ -175,10 +175,26 @@ def test_finished_work_is_not_done_again(generated, study):
     gone = copy / CACHES[1] / "scores" / "p0002-0.json"
     gone.unlink()
     (copy / CACHES[1] / "results.json").unlink()
-    stderr = run(*words, "--workers", 1, "--out", "again", cwd=folder)
+    # What a protocol is called decides nothing.
+    (folder / "renamed.yaml").write_text(json.dumps(json.loads((folder / "study.yaml").read_text()) | {"name": "b"}))
+    stderr = run("run", "--protocol", "renamed.yaml", "--workers", 1, "--out", "again", cwd=folder)
+    assert "6 videos in 2 runs" in stderr and "; 5 are finished" in stderr and "made again" not in stderr
     assert "100 %" in stderr
     assert {path for path, before in files.items() if path.stat().st_mtime_ns != before} == {gone}
     assert results(copy / CACHES[1]) == results(generated / CACHES[1])
+
+
+def test_of_videos_that_are_not_kept_those_that_the_report_shows_stay(study):
+    folder, words = study
+    words = (*words, "--cache", CACHES[0], "--samples", 2, "--workers", 1, "--out", "not_kept")
+    run(*words, "--no-keep-videos", cwd=folder)
+    videos = folder / "not_kept" / CACHES[0] / "videos"
+    assert sorted(path.name for path in videos.iterdir()) == ["p0000-0.mp4", "p0001-0.mp4", "p0002-0.mp4"]
+    assert "is not there any more" not in (folder / "not_kept" / "report.html").read_text()
+    assert "made again" not in run(*words, "--no-keep-videos", cwd=folder)
+    stderr = run(*words, cwd=folder)
+    assert "4 were measured and not kept, and are made again: or use --no-keep-videos" in stderr
+    assert len(list(videos.iterdir())) == 6
 
 
 def test_another_protocol_does_not_mix(generated, study, capfd, monkeypatch):
