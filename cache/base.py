@@ -250,6 +250,11 @@ class CachePolicy(ABC):
         return False
 
     @property
+    def breaks_frames(self) -> bool:
+        """Whether reads may hold tokens that are no frame's: chosen, averaged or compressed ones."""
+        return False
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it needs something trained or measured for a model: a compressor, a map of heads."""
         return False

@@ -68,6 +68,11 @@ class DeepForcing(CachePolicy):
                 f"{self.num_sink_frames} and num_recent_frames={self.num_recent_frames}: use {needed} or more."
             )
 
+    @property
+    def breaks_frames(self) -> bool:
+        """Tokens are chosen one by one."""
+        return self.compression == "participative"
+
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse blocks that do not fit behind the sink, or are longer than what is recent."""
         if self.compression == "participative" and self.num_recent_frames < frames_per_block:

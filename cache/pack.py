@@ -85,6 +85,11 @@ class Pack(CachePolicy):
         return self.is_count_biased
 
     @property
+    def breaks_frames(self) -> bool:
+        """Compressed blocks are read beside whole ones."""
+        return self.compressor != "none"
+
+    @property
     def needs_weights(self) -> bool:
         """The network of ``hr`` is trained for its model."""
         return "hr" in self.compressor

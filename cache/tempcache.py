@@ -31,6 +31,7 @@ class TempCache(CachePolicy):
     """
 
     name: ClassVar[str] = "tempcache"
+    breaks_frames: ClassVar[bool] = True  # merged tokens are no frame's
     source: ClassVar[str] = "FAST-AR, arXiv:2602.01801"
     weighs_tokens: ClassVar[bool] = True  # a merged token counts for those it stands for
 

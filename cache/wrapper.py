@@ -63,6 +63,11 @@ class Wrapper(CachePolicy):
         return self.inner.splits_heads
 
     @property
+    def breaks_frames(self) -> bool:
+        """Whether reads may hold tokens that are no frame's: the inner policy's."""
+        return self.inner.breaks_frames
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it works with trained weights only: the inner policy's."""
         return self.inner.needs_weights

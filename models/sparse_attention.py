@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from longtake.attention import (
     sparse_attention,
 )
 from longtake.attention.density import DensityMeter
+from longtake.attention.geometry import Role
 from longtake.cache import Call, Geometry, Run
 from longtake.configs.fields import choose
 
@@ -152,16 +153,18 @@ class _Block:
 def _segments(
     runs: tuple[Run, ...], frames: tuple[int, ...], positions: tuple[float, ...], frame_tokens: int
 ) -> tuple[Segment, ...]:
-    """Whole frames one by one; anything else (chosen tokens, averages, compressed cells) as a memory read whole."""
+    """Whole frames one by one; anything else (chosen tokens, averages, compressed cells) as a memory read whole.
+
+    A role that only the cache policy knows is history.
+    """
     segments: list[Segment] = []
     start = 0
     for run in runs:
         is_whole = len(run.frames) == len(run.positions) and run.num_tokens == len(run.positions) * frame_tokens
-        if is_whole and run.role != "memory":
+        role = run.role if run.role in get_args(Role) else "mid"
+        if is_whole and role != "memory":
             for frame, position in zip(run.frames, run.positions, strict=True):
-                segments.append(
-                    Segment(frame=frame, position=position, start=start, length=frame_tokens, role=run.role)
-                )
+                segments.append(Segment(frame=frame, position=position, start=start, length=frame_tokens, role=role))
                 start += frame_tokens
         elif run.num_tokens:
             position = sum(run.positions) / len(run.positions) if run.positions else 0.0

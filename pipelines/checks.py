@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longtake.attention import BackendUnavailable, SparsePolicy
+from longtake.attention.policies import POLICIES as SPARSE_POLICIES
 from longtake.cache import POLICIES, CachePolicy
 from longtake.models.sparse_attention import AttentionSetting
 from longtake.models.upstream import check_numerics
@@ -79,7 +80,7 @@ def checked_attention(policy: CachePolicy, settings: SparsePolicy | Mapping[str,
 
 
 def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
-    """Refuse sparse attention over a cache that weights its tokens, or whose heads differ where all are looked at.
+    """Refuse sparse attention over a cache that weights its tokens, breaks frames or gives heads different ones.
 
     Raises:
         ValueError: With the remedy.
@@ -88,6 +89,12 @@ def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
         raise ValueError(
             f"cache policy {policy.name!r} weights its tokens with these settings, which attention "
             f"{attention.policy.name!r} does not take: use attention 'dense', or another cache policy."
+        )
+    if policy.breaks_frames and not attention.is_dense and attention.policy.needs_frames:
+        known = [name for name, kind in SPARSE_POLICIES.items() if not kind.needs_frames]
+        raise ValueError(
+            f"cache policy {policy.name!r} reads tokens that are no whole frames with these settings, which attention "
+            f"{attention.policy.name!r} has no place for: use another cache policy, or one of {', '.join(known)}."
         )
     if policy.splits_heads and not attention.is_dense and not attention.policy.is_static:
         raise ValueError(

@@ -29,12 +29,14 @@ class SparsePolicy(ABC):
         name: Key in YAML and on the command line.
         source: Paper or repository.
         needs_values: Whether ``plan`` has to be given the values.
+        needs_frames: Whether every key has to be of a whole frame.
         has_bidirectional_form: Whether it means anything where every frame asks every frame.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     needs_values: ClassVar[bool] = False
+    needs_frames: ClassVar[bool] = False
     has_bidirectional_form: ClassVar[bool] = True
 
     @property

@@ -24,6 +24,7 @@ class Svg(BlockPolicy):
     """
 
     name: ClassVar[str] = "svg"
+    needs_frames: ClassVar[bool] = True
     source: ClassVar[str] = "Sparse VideoGen, arXiv:2502.01776"
     needs_values: ClassVar[bool] = True
 

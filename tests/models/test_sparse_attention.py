@@ -4,15 +4,18 @@ import pytest
 import torch
 
 from longtake.attention import BackendUnavailable
-from longtake.cache import Call, Geometry, Pass, Run
+from longtake.cache import POLICIES, Call, Geometry, Pass, Run, make_policy
 from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
-from longtake.pipelines import rollout_latents
+from longtake.pipelines import checks, rollout_latents
+from longtake.pipelines.checks import checked_attention
 from longtake.pipelines.rollout import LatentRollout
 from longtake.samplers import SeededNoise
 
 FRAME_SHAPE = (4, 8, 8)  # 4 x 4 tokens
 RADIAL = {"policy": "radial", "block_size": 4, "thin_below": 8}
 HEADS = {"policy": "forcing_kv", "heads": [[0], [1]], "num_plain_layers": 0}
+WRAPPERS = {"quantized", "offloaded", "commit_reads", "budget"}
+WHOLE = ({"policy": "pack", "compressor": "none"}, {"policy": "deep_forcing", "compression": "none"})
 SPARSE = {"dense_blocks": 1, "dense_layers": 0, "dense_steps": 0}
 
 
@@ -114,6 +117,26 @@ def test_every_kind_of_cache_takes_a_mask(model, cache, attention):
     assert video.isfinite().all() and video.shape[1] == 30
 
 
+@pytest.mark.parametrize("cache", [*sorted(POLICIES.keys() - WRAPPERS), *WHOLE], ids=str)
+def test_frames_that_a_cache_breaks_are_refused_before_any_work(model, cache, monkeypatch):
+    """An attention policy without a place for them runs to the end, or does not begin."""
+    settings = {"policy": "svg", **SPARSE, "block_size": 16}
+    if cache == "forcing_kv":
+        cache = HEADS
+    try:
+        checked_attention(make_policy(cache), settings)
+    except ValueError as error:
+        refusal = error
+    else:
+        assert roll(model, settings, frames=36, cache=cache).isfinite().all()
+        return
+    assert cache not in WHOLE and ("no whole frames" in str(refusal) or "weights its tokens" in str(refusal))
+    # Not refused for nothing: it would have failed in the middle.
+    monkeypatch.setattr(checks, "check_attention", lambda *_: None)
+    with pytest.raises(ValueError, match="whole frames|weights its tokens|gives heads different"):
+        roll(model, settings, frames=36, cache=cache)
+
+
 def test_a_saved_rollout_continues_with_the_same_plans(model):
     transformer, prompt = model
     options = {
@@ -186,6 +209,6 @@ def test_what_does_not_go_together_is_refused_before_any_work(model):
     with pytest.raises(ValueError, match="block_size"):
         roll(model, {"policy": "radial", "blok_size": 4})
     with pytest.raises(ValueError, match="gives heads different tokens"):
-        roll(model, {"policy": "svg", **SPARSE}, cache=HEADS)
+        roll(model, {"policy": "svg2", **SPARSE}, cache=HEADS)
     with pytest.raises(BackendUnavailable, match="flash"):
         roll(model, {**RADIAL, **SPARSE, "backend": "flash"})
