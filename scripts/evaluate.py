@@ -181,9 +181,7 @@ class _Display:
         if num_finished := num_videos - sum(len(unit.lines) for unit in evaluation.todo()):
             self._title += f"; {num_finished} are finished"
         if num_again := sum(len(unit.lines) for unit in evaluation.made_again()):
-            self._title += (
-                f"\n{num_again} were measured and not kept, and are made again: --no-keep-videos does without"
-            )
+            self._title += f"\n{num_again} were measured and not kept, and are made again: or use --no-keep-videos"
         self._shown = int(10 * self._begun / self._total)
         self._bar = bar
         self._task = None if bar is None else bar.add_task("", total=self._total, completed=self._begun, left="")
