@@ -27,8 +27,8 @@ class ForcingKV(CachePolicy):
     """
 
     name: ClassVar[str] = "forcing_kv"
-    breaks_frames: ClassVar[bool] = True  # dynamic heads keep segments of frames
     source: ClassVar[str] = "Forcing-KV, arXiv:2605.09681"
+    breaks_frames: ClassVar[bool] = True  # dynamic heads keep segments of frames
     splits_heads: ClassVar[bool] = True  # static heads read other tokens than dynamic ones
 
     num_sink_frames: int = 1

@@ -32,8 +32,8 @@ class MemRoPE(AveragingPolicy):
     """
 
     name: ClassVar[str] = "memrope"
-    breaks_frames: ClassVar[bool] = True  # averages have a place in the picture, and none in time
     source: ClassVar[str] = "MemRoPE, arXiv:2603.12513"
+    breaks_frames: ClassVar[bool] = True  # averages have a place in the picture, and none in time
 
     num_context_frames: int = 12  # everything attended: sinks, two memories, last frames and the block itself
     num_sink_frames: int = 3

@@ -26,8 +26,8 @@ class SlowFast(FramePolicy):
     """
 
     name: ClassVar[str] = "slow_fast"
-    breaks_frames: ClassVar[bool] = True  # slow frames are read as one memory
     source: ClassVar[str] = "Context Forcing, arXiv:2602.06028"
+    breaks_frames: ClassVar[bool] = True  # slow frames are read as one memory
 
     num_context_frames: int = 21  # everything attended: sinks, slow, fast and the block itself
     num_sink_frames: int = 3

@@ -31,8 +31,8 @@ class TempCache(CachePolicy):
     """
 
     name: ClassVar[str] = "tempcache"
-    breaks_frames: ClassVar[bool] = True  # merged tokens are no frame's
     source: ClassVar[str] = "FAST-AR, arXiv:2602.01801"
+    breaks_frames: ClassVar[bool] = True  # merged tokens are no frame's
     weighs_tokens: ClassVar[bool] = True  # a merged token counts for those it stands for
 
     num_context_frames: int = 21  # everything attended, in frames' worth of tokens: history and the block itself

@@ -90,16 +90,16 @@ def check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
             f"cache policy {policy.name!r} weights its tokens with these settings, which attention "
             f"{attention.policy.name!r} does not take: use attention 'dense', or another cache policy."
         )
+    if policy.splits_heads and not attention.is_dense and not attention.policy.is_static:
+        raise ValueError(
+            f"cache policy {policy.name!r} gives heads different tokens, and attention {attention.policy.name!r} "
+            "chooses by the tokens of all heads: use one that looks at positions alone, such as 'radial'."
+        )
     if policy.breaks_frames and not attention.is_dense and attention.policy.needs_frames:
         known = [name for name, kind in SPARSE_POLICIES.items() if not kind.needs_frames]
         raise ValueError(
             f"cache policy {policy.name!r} reads tokens that are no whole frames with these settings, which attention "
             f"{attention.policy.name!r} has no place for: use another cache policy, or one of {', '.join(known)}."
-        )
-    if policy.splits_heads and not attention.is_dense and not attention.policy.is_static:
-        raise ValueError(
-            f"cache policy {policy.name!r} gives heads different tokens, and attention {attention.policy.name!r} "
-            "chooses by the tokens of all heads: use one that looks at positions alone, such as 'radial'."
         )
 
 

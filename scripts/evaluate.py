@@ -168,19 +168,20 @@ class _Display:
     """Shows how far the work is: a bar in a terminal, a line every tenth elsewhere."""
 
     def __init__(self, evaluation: "Evaluation", bar: Progress | None) -> None:
-        todo = {(unit.label, unit.number) for unit in evaluation.todo()}
+        todo = evaluation.todo()
+        names = {(unit.label, unit.number) for unit in todo}
         self._total = sum(unit.num_steps for unit in evaluation.units)
         self._finished = self._begun = sum(
-            unit.num_steps for unit in evaluation.units if (unit.label, unit.number) not in todo
+            unit.num_steps for unit in evaluation.units if (unit.label, unit.number) not in names
         )
         self._partial: dict[tuple[str, int], float] = {}
         self._begin = time.perf_counter()
         self._is_begun = False
         num_videos = sum(len(unit.lines) for unit in evaluation.units)
         self._title = f"{num_videos} videos in {len(evaluation.runs)} runs: {', '.join(evaluation.labels)}"
-        if num_finished := num_videos - sum(len(unit.lines) for unit in evaluation.todo()):
+        if num_finished := num_videos - sum(len(unit.lines) for unit in todo):
             self._title += f"; {num_finished} are finished"
-        if num_again := sum(len(unit.lines) for unit in evaluation.made_again()):
+        if num_again := sum(len(unit.lines) for unit in todo if unit.is_done(keep_videos=False)):
             self._title += f"\n{num_again} were measured and not kept, and are made again: or use --no-keep-videos"
         self._shown = int(10 * self._begun / self._total)
         self._bar = bar

@@ -24,9 +24,9 @@ class Svg(BlockPolicy):
     """
 
     name: ClassVar[str] = "svg"
-    needs_frames: ClassVar[bool] = True
     source: ClassVar[str] = "Sparse VideoGen, arXiv:2502.01776"
     needs_values: ClassVar[bool] = True
+    needs_frames: ClassVar[bool] = True
 
     density: float = 0.3  # share of the pairs in the band; what the source's scripts call sparsity
     num_sampled_rows: int = 64  # queries that decide on the layout of every head

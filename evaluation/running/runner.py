@@ -123,10 +123,6 @@ class Evaluation:
         """Units that are not finished."""
         return [unit for unit in self.units if not unit.is_done(keep_videos=self.keep_videos)]
 
-    def made_again(self) -> list[Unit]:
-        """Units that are measured, and whose videos were not kept and are now wanted."""
-        return [unit for unit in self.todo() if unit.is_done(keep_videos=False)]
-
     def setup(self, units: Sequence[Unit]) -> Setup:
         """What workers are told before they do some units: paths are made to work from any folder."""
         values = self.protocol.as_mapping()

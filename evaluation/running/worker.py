@@ -147,7 +147,7 @@ def main() -> None:
         say(error=str(error))
     except OSError as error:
         say(error=_describe(error), is_disk_full=error.errno in (errno.ENOSPC, errno.EDQUOT))
-    except Exception:
+    except Exception:  # the process that drives this one raises it, with its traceback
         say(error=traceback.format_exc().strip().splitlines()[-1], traceback=traceback.format_exc())
 
 

@@ -191,7 +191,7 @@ def test_bad_values_are_named(options, message):
         ({"caches": ["x={policy: full, attention: radal}"]}, "attention policy 'radal'.*Did you mean 'radial'"),
         ({"caches": ["x={policy: full, attention: {policy: radial, blok_size: 4}}"]}, "cache 'x': .*block_size"),
         ({"caches": ["x={policy: tempcache, attention: radial}"]}, "cache 'x': .*weights its tokens"),
-        ({"caches": ["x={policy: forcing_kv, attention: svg2}"]}, "cache 'x': .*gives heads different tokens"),
+        ({"caches": ["x={policy: forcing_kv, attention: svg}"]}, "cache 'x': .*gives heads different tokens"),
         ({"caches": ["x={policy: full, attention: {policy: radial, backend: gather}}"]}, "cache 'x': .*gather_sdpa"),
         ({"caches": ["x={policy: full, attention: {policy: radial, backend: flash3}}"]}, "cache 'x': .*cannot run"),
     ],
