@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from policy_driver import Player, make_geometry, spans
 
 from longtake.cache import Pass, make_policy, tempcache
-from longtake.cache.correspondence import merge_repeats, random_projection
+from longtake.cache.correspondence import directions, merge_repeats, random_projection
+from longtake.cache.storage import KeysValues
 
 GRID = (2, 2)
 SIZE = 4
@@ -94,6 +95,14 @@ def slow_merge(keys, values, counts, cells, least):
     return values, counts
 
 
+def merge(keys, values, counts, cells, projection=None, **settings):
+    """Of all tokens, the last of which are new."""
+    num_old = counts.shape[1]
+    old = KeysValues(keys[:, :num_old], values[:, :num_old])
+    new = keys[:, num_old:], values[:, num_old:]
+    return merge_repeats(old, *new, directions(keys, projection), counts, cells, **settings)
+
+
 @pytest.mark.parametrize("least", [0.9, 0.3])
 @pytest.mark.parametrize("num_old", [0, 3, 10])
 def test_equals_the_slow_version(num_old, least):
@@ -105,7 +114,7 @@ def test_equals_the_slow_version(num_old, least):
     keys = base[content] + 0.3 * noise
     values = torch.randn(keys.shape, generator=generator)
     counts = torch.randint(0, 4, (2, num_old), generator=generator).float()
-    ours, ours_counts = merge_repeats(keys, values.clone(), counts, cells, tokens_per_frame=SIZE, min_similarity=least)
+    ours, ours_counts = merge(keys, values, counts, cells, tokens_per_frame=SIZE, min_similarity=least)
     num_merged = 0
     for sample in range(2):
         theirs, their_counts = slow_merge(
@@ -132,7 +141,7 @@ def test_neighbours_are_found_in_random_directions_too():
         order = torch.randperm(size, generator=generator)
         new = base[:, order] + noise * torch.randn(base.shape, generator=generator)
         settings = {"tokens_per_frame": size, "min_similarity": 0.9, "projection": projection}
-        _, counts = merge_repeats(torch.cat((base, new), 1), values.clone(), torch.ones(1, size), cells, **settings)
+        _, counts = merge(torch.cat((base, new), 1), values, torch.ones(1, size), cells, **settings)
         merged[noise] = (counts[0, size:] == 2).sum().item()
     assert merged[0.0] == size and merged[0.3] > 0.95 * size and merged[3.0] == 0
 
