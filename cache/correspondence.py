@@ -64,6 +64,8 @@ def merge_repeats(
     Source: lemma and "last key" of TempCache, arXiv:2602.01801.
     """
     batch, num_old, values = keys.shape[0], counts.shape[1], values.clone()
+    if keys.device.type == "meta":  # played for sizes alone, which merging does not change
+        return values, counts.new_empty((batch, num_old + keys.shape[1]))
     old = KeysValues(old.keys, old.values)  # decoded once, where they are encoded
     own = torch.arange(tokens_per_frame, device=keys.device).expand(batch, -1)
     for start in range(0, keys.shape[1], tokens_per_frame):

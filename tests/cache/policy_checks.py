@@ -150,11 +150,12 @@ class Watcher:
         assert not lost, f"frames {lost} are not all there for the block at {start}"
 
 
-def check_a_thousand_blocks(row, block, wrap=plain, *, num_blocks=None, first=None):
+def check_a_thousand_blocks(row, block, wrap=plain, *, num_blocks=None, first=None, layers=None):
     """Budget, sinks, window, positions, and nothing that grows."""
     if num_blocks is None:
         num_blocks = 40 if row.limit is None else 1000
-    geometry = make_geometry(block, grid=row.grid)
+    # Whether a wrapper keeps layers apart shows in the shorter checks, too.
+    geometry = make_geometry(block, grid=row.grid, layers=layers or (2 if wrap is plain else row.layers))
     far = {frame // block for frame in (1023, 1024, 10_000)}
     looked_at = {*range(min(30, 120 // block)), *range(0, num_blocks, 97), num_blocks - 1, *far}
     watcher = Watcher(row, geometry, looked_at.__contains__)
@@ -180,7 +181,7 @@ def check_far_frames(row, block, wrap=plain):
     """Frames 1,023, 1,024 and 10,000 are like any other."""
     if row.limit is None:
         block = 128
-    check_a_thousand_blocks(row, block, wrap, num_blocks=10_000 // block + 2)
+    check_a_thousand_blocks(row, block, wrap, num_blocks=10_000 // block + 2, layers=row.layers)
 
 
 def check_frame_first(row, block, wrap=plain):

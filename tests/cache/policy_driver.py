@@ -43,9 +43,14 @@ def _table(size, summary):
 def marked(layer, pass_, geometry, samples):
     """Queries, keys and values that say which token they are: (batch, tokens, heads, channels) each."""
     size = pass_.grid[0] * pass_.grid[1] if pass_.grid else geometry.tokens_per_frame
-    table = _table(size, POOLED if pass_.grid else PLAIN)[pass_.start_frame : pass_.start_frame + pass_.num_frames]
-    keys = table.flatten(0, 1).repeat(len(samples), 1, 1, 1)
-    keys[..., SAMPLE] = torch.arange(len(samples))[:, None, None]
+    return _marks(size, POOLED if pass_.grid else PLAIN, pass_.start_frame, pass_.num_frames, len(samples))
+
+
+@lru_cache(maxsize=4)  # the same in all layers, and in a block's denoising and its commit
+def _marks(size, summary, start_frame, num_frames, num_samples):
+    table = _table(size, summary)[start_frame : start_frame + num_frames]
+    keys = table.flatten(0, 1).repeat(num_samples, 1, 1, 1)
+    keys[..., SAMPLE] = torch.arange(num_samples)[:, None, None]
     values = keys.clone()
     values[..., KIND] = 2
     return keys, keys, values

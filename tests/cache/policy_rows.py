@@ -37,6 +37,7 @@ class Row:
         positions: Lowest and highest temporal position, ever; None: 0 to the newest frame's index.
         grid: Token rows and columns of a frame.
         settles: Blocks after which the number of tokens and bytes repeats itself.
+        layers: Fewest layers that show all that the policy does.
         is_per_sample: What a video reads does not depend on the others in its batch.
         is_same_in_commits: Commit passes read what denoising does; False: they may read less.
     """
@@ -50,6 +51,7 @@ class Row:
     positions: tuple[float, float] | None = None
     grid: tuple[int, int] = (1, 2)
     settles: int = 100
+    layers: int = 1
     is_per_sample: bool = True
     is_same_in_commits: bool = True
 
@@ -276,6 +278,7 @@ POLICY_ROWS = {
         sinks=1,
         recent=1,
         full_until=3,
+        layers=2,
     ),
     "forcing_kv.contiguous": Row(
         settings={
@@ -290,6 +293,7 @@ POLICY_ROWS = {
         sinks=2,
         recent=2,
         full_until=4,
+        layers=2,
     ),
     "rolling_forcing": Row(
         settings={"policy": "rolling_forcing", "num_context_frames": 12, "num_sink_frames": 3},
