@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import isnan, nan
 from typing import Any
 
@@ -14,7 +13,7 @@ from longtake.evaluation.intervals import Interval
 from longtake.evaluation.metric import MetricSpec, Score
 from longtake.evaluation.paired import NUM_RESAMPLES, Paired, column_intervals, column_pairs, holm
 from longtake.evaluation.records import RunScores
-from longtake.evaluation.scores import quality6_long, quality7, semantic, total
+from longtake.evaluation.scores import TOTALS
 
 SCHEMA = 1
 LEVEL = 0.05
@@ -27,15 +26,8 @@ REACH_SECONDS = 1.0
 """A video counts at a moment if it ends no earlier than this before it: rollouts are whole blocks."""
 CURVE_RESAMPLES = 2_000
 """Bands of curves are to look at, and there are thousands of points: a fifth of the resamples is enough."""
-TOTALS = {"quality7": quality7, "quality6_long": quality6_long, "total": total}
-"""Always there, if only with the reason why they have no value."""
-OTHER_TOTALS = {
-    "semantic": semantic,
-    "quality7_long": partial(quality7, variant="long"),
-    "quality7_long_dev": partial(quality7, variant="long_dev"),
-    "quality6_long_dev": partial(quality6_long, variant="long_dev"),
-}
-"""There only where they have a value."""
+ALWAYS = ("quality7", "quality6_long", "total")
+"""Scores that are there if only with the reason why they have no value; the others where they have one."""
 NO_INTERVAL = "an interval needs two prompts"
 
 
@@ -334,8 +326,8 @@ def _curves(
 def _totals(table: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, dict[str, Any]]:
     means = {name: cells["runs"][label]["mean"] for name, cells in table.items() if "mean" in cells["runs"][label]}
     totals = {}
-    for name, compute in {**TOTALS, **OTHER_TOTALS}.items():
+    for name, compute in TOTALS.items():
         value, reason = compute(means)
-        if name in TOTALS or value is not None:
+        if name in ALWAYS or value is not None:
             totals[name] = {"value": value, "reason": reason}
     return totals

@@ -16,6 +16,7 @@ from longtake.evaluation.metric import Metric, Score, VideoInfo
 from longtake.evaluation.metrics import make_metrics
 from longtake.evaluation.metrics.dimensions import DIMENSIONS
 from longtake.evaluation.metrics.vbench import imaging
+from longtake.evaluation.running.video_folder import prompt_of_name
 from longtake.evaluation.sampling import clip_ranges, middle
 from longtake.evaluation.scores import quality7, semantic, total
 from longtake.evaluation.video import VideoSource, measure
@@ -63,7 +64,7 @@ def check_golden(folder: Path, backbones: Backbones) -> list[Check]:
     try:
         golden = json.loads(path.read_text(encoding="utf-8"))
         videos = _videos(folder, golden.get("videos", {}), backbones)
-        checks = [*videos, *_samplings(golden), *_scores(golden), *_fusions(golden)]
+        checks = [*videos, *_samplings(golden), *_prompts(golden), *_scores(golden), *_fusions(golden)]
     except (OSError, AttributeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as golden numbers: {error!r}") from error
     if not checks:
@@ -154,6 +155,11 @@ def _samplings(golden: Mapping[str, Any]) -> Iterator[Check]:
         # A clip of the whole video does not tell the rate; the only one there is has 16 frames a second.
         fps = 16 if any(name.endswith("_full.mp4") for name in clips) else expected[0][1] / 2
         yield _equal(f"clips of {video}", expected, clip_ranges(num_frames, fps, 2))
+
+
+def _prompts(golden: Mapping[str, Any]) -> Iterator[Check]:
+    for name, expected in golden.get("get_prompt_from_filename_short", {}).items():
+        yield _equal(f"prompt of {name}", expected, prompt_of_name(Path(name).stem)[0])
 
 
 def _scores(golden: Mapping[str, Any]) -> Iterator[Check]:

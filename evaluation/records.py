@@ -1,5 +1,6 @@
 """What an evaluation writes: a manifest line and a score file per video, and the results of a run (schema 1)."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,9 @@ from typing import Any
 from longtake.evaluation.metric import MetricSpec, Score, Segment, VideoInfo, Window
 
 SCHEMA = 1
+OTHER_NAMES = {"n_frames": "num_frames", "H": "height", "W": "width"}
+LONGEST_NAME = 255 - len(".json")
+"""Bytes of a file's name that file systems take."""
 NUM_SHOWN_PROMPTS = 3
 """The report shows frames of so many prompts: the first ones, their first seed."""
 
@@ -20,7 +24,7 @@ class ManifestLine:
 
     Attributes:
         id: Unique within the run; the file name's stem. No underscore: the official VBench stumbles over it.
-        file: Path of the video, relative to the manifest.
+        file: Path of the video, relative to the manifest; empty: the one named after ``id``.
         prompt: The text it is judged by.
         prompt_index: Of the prompt within its list; videos of one prompt are not independent.
         seed_index: 0, 1, ... within the prompt.
@@ -37,6 +41,7 @@ class ManifestLine:
         chunk_starts: First frame of each block.
         encoder: Codec settings.
         sha256: Of the file; empty if unknown.
+        dimensions: Of VBench, those that its list has this prompt for; empty: any.
     """
 
     id: str
@@ -57,6 +62,7 @@ class ManifestLine:
     chunk_starts: tuple[int, ...] = ()
     encoder: Mapping[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    dimensions: tuple[str, ...] = ()
 
     @property
     def is_shown(self) -> bool:
@@ -65,23 +71,26 @@ class ManifestLine:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values."""
-        return asdict(self)
+        values = asdict(self)
+        return values if self.dimensions else {name: value for name, value in values.items() if name != "dimensions"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ManifestLine":
-        """Inverse of :meth:`to_json`.
+        """Inverse of :meth:`to_json`; ``n_frames``, ``H`` and ``W`` are understood, too.
 
         Raises:
             ValueError: If a key is unknown or a needed one is missing.
         """
+        values = {OTHER_NAMES.get(name, name): value for name, value in values.items()}
         unknown = values.keys() - {item.name for item in fields(cls)}
-        missing = {"id", "file"} - values.keys()
+        missing = {"id"} - values.keys()
         if unknown or missing:
             raise ValueError(
                 f"manifest line {values.get('id', '?')!r}: unknown {sorted(unknown)}, missing {sorted(missing)}"
             )
         segments = tuple(Segment(**segment) for segment in values.get("segments", ()))
-        return cls(**{**values, "segments": segments, "chunk_starts": tuple(values.get("chunk_starts", ()))})
+        tuples = {name: tuple(values.get(name, ())) for name in ("chunk_starts", "dimensions")}
+        return cls(**{"file": "", **values, **tuples, "segments": segments})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +198,18 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def score_name(video_id: str) -> str:
+    """File name of a video's scores; what would be too long for one ends in a hash."""
+    text = video_id.encode()
+    if len(text) <= LONGEST_NAME:
+        return f"{video_id}.json"
+    return f"{text[: LONGEST_NAME - 17].decode(errors='ignore')}-{_hash(video_id)}.json"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by a text and see it on disk; a kill leaves the old file or the new one.
 
@@ -196,7 +217,8 @@ def write_atomically(path: Path, text: str) -> None:
         OSError: If it cannot be written, for example because the disk is full; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the whole name, which may be as long as names can be.
+    temporary = path.with_name(f".{_hash(path.name)}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -16,15 +16,14 @@ from longtake import __version__
 from longtake.evaluation.drift_scores import drift_scores, drift_specs
 from longtake.evaluation.metric import MetricSpec, Score
 from longtake.evaluation.paired import mean_interval
-from longtake.evaluation.records import SCHEMA, RunScores, VideoScores, read_manifest
+from longtake.evaluation.records import SCHEMA, RunScores, VideoScores, read_manifest, score_name
 from longtake.evaluation.running.plan import MANIFEST, SCORES, read_json
-from longtake.evaluation.scores import quality6_long, quality7, semantic, total
+from longtake.evaluation.scores import TOTALS
 from longtake.evaluation.vbench_io import merge_imported, read_imported
 
 RUN_FILE = "run.json"
 COSTS_FILE = "costs.json"
 RESULTS_FILE = "results.json"
-TOTALS = {"quality7": quality7, "quality6_long": quality6_long, "semantic": semantic, "total": total}
 
 
 def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
@@ -102,17 +101,19 @@ def results_json(run: RunScores) -> dict[str, Any]:
         run: From :func:`load_run`.
 
     Returns:
-        ``schema``, ``tool``, ``run`` (its header), ``metrics`` and ``scores``. A metric that was not computed has
-        ``skipped`` and no value; a score whose members are not all there has a reason and no value. Never NaN.
+        ``schema``, ``tool``, ``run`` (its header), ``metrics`` and ``scores``. Every metric has the same keys; one
+        that was not computed has ``skipped`` and no value. ``scores`` has every score's value, None where members are
+        missing; ``reasons`` says which, ``reason`` of ``quality7`` alone. Never NaN.
     """
     metrics = {name: _metric(run, spec) for name, spec in run.specs.items()}
     means = {name: entry["value"] for name, entry in metrics.items() if entry["value"] is not None}
     for name, reason in run.skipped.items():
-        metrics.setdefault(name, {"value": None, "skipped": reason})
-    scores = {}
-    for name, compute in TOTALS.items():
-        value, reason = compute(means)
-        scores[name] = {"value": value, "reason": reason}
+        metrics.setdefault(name, _skipped(run, name, reason))
+    totals = {name: compute(means) for name, compute in TOTALS.items()}
+    # Every member is one of vbench/.
+    reasons = {name: reason.replace("vbench/", "") for name, (_, reason) in totals.items() if reason is not None}
+    scores = {name: value for name, (value, _) in totals.items()}
+    scores |= {"reason": reasons.get("quality7"), "reasons": reasons}
     header = dict(run.header)
     return {
         "schema": SCHEMA,
@@ -144,7 +145,7 @@ def _score_files(folder: Path) -> list[Any]:
     """What the files of scores hold, in the order of the manifest, else of prompts and seeds."""
     manifest = folder / MANIFEST
     if manifest.is_file():
-        paths = [folder / SCORES / f"{line.id}.json" for line in read_manifest(manifest)]
+        paths = [folder / SCORES / score_name(line.id) for line in read_manifest(manifest)]
         return [values for path in paths if (values := read_json(path)) is not None]
     values = [read_json(path) for path in sorted((folder / SCORES).glob("[!.]*.json"))]
     return sorted(values, key=lambda v: (v["video"]["prompt_index"], v["video"]["seed_index"], v["video"]["id"]))
@@ -171,22 +172,54 @@ def _metric(run: RunScores, spec: MetricSpec) -> dict[str, Any]:
         "n_prompts": interval.num_prompts,
         "n_clips": int(sum(score.weight for _, score in present)) if spec.grouping == "clip" else None,
         "higher_is_better": spec.higher_is_better,
-        "unit": spec.unit,
-        "range": list(spec.range),
+        "unit": _unit(spec),
+        "range": [limit if limit is None else limit * spec.scale for limit in spec.range],
+        "per_video_range": list(spec.range),
         "description": spec.description,
-        "provenance": {
-            "formula": spec.formula,
-            "backbone": spec.backbone,
-            "weights_sha256": spec.weights_sha256,
-            "transform": spec.transform,
-            "clip_seconds": spec.clip_seconds,
-            "grouping": spec.grouping,
-            "scale": spec.scale,
-            "codec": _codec(run),
-        },
+        "provenance": _provenance(run, spec),
         "comparable_to_published": spec.comparable_to_published,
         "per_video": [_per_video(line.id, score) for line, score in scores],
         "skipped": None if present else skipped or "no video has been measured",
+    }
+
+
+def _skipped(run: RunScores, name: str, reason: str) -> dict[str, Any]:
+    """A metric that nothing is known of but why it is not there: all keys, no numbers."""
+    spec = MetricSpec(name=name, higher_is_better=None)
+    nothing = {"clip_seconds": None, "grouping": None, "scale": None}
+    return {
+        **_metric(replace(run, videos=()), spec),
+        "provenance": _provenance(run, spec) | nothing,
+        "comparable_to_published": False,
+        "skipped": reason,
+    }
+
+
+def _unit(spec: MetricSpec) -> str:
+    """Of the mean; a metric whose mean is on another scale than its videos says both in numbers."""
+    low, high = spec.range
+    if spec.scale == 1 or low is None or high is None:
+        return spec.unit
+    return f"{low * spec.scale:g}..{high * spec.scale:g}"
+
+
+def _provenance(run: RunScores, spec: MetricSpec) -> dict[str, Any]:
+    """Where a number comes from. ``formula`` is a commit of VBench's or ``ours``, ``source`` says more."""
+    _, _, stem = spec.name.removeprefix("drift/").partition("/")
+    is_vbench, is_long = spec.name.startswith(("vbench/", "vbench_form/")), stem.startswith(("long/", "long_dev/"))
+    return {
+        "formula": spec.formula.split(" ")[0].rstrip(",") if spec.formula.startswith("vbench") else "ours",
+        "source": spec.formula,
+        "backbone": spec.backbone,
+        "weights_sha256": spec.weights_sha256,
+        "transform": spec.transform,
+        "clip_seconds": spec.clip_seconds,
+        "grouping": spec.grouping,
+        "scale": spec.scale,
+        # VBench-Long's switches, which change numbers and are not told in tables.
+        "dev_flag": stem.startswith("long_dev/") if is_long else None,
+        "static_filter": False if is_vbench else None,
+        "codec": _codec(run),
     }
 
 
@@ -198,6 +231,7 @@ def _per_video(name: str, score: Score) -> dict[str, Any]:
 
 
 def _codec(run: RunScores) -> Mapping[str, Any]:
-    """What the measured files were encoded with, where all of them say the same."""
-    encoders = [video.video.encoder for video in run.videos]
-    return encoders[0] if encoders and all(encoder == encoders[0] for encoder in encoders) else {}
+    """What the measured files were encoded with; where they differ, every way that occurs."""
+    known = {json.dumps(video.video.encoder, sort_keys=True) for video in run.videos}
+    encoders = [json.loads(text) for text in sorted(known)]
+    return encoders[0] if len(encoders) == 1 else {"mixed": encoders} if encoders else {}

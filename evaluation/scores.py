@@ -8,8 +8,9 @@ Source: VBench, ``scripts/constant.py`` and ``cal_final_score.py`` (commit 45e79
 long videos: Forcing-KV's evaluation.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 Variant = Literal["short", "long", "long_dev"]
@@ -97,6 +98,18 @@ def total(values: Mapping[str, float | None]) -> Value:
         return None, reason
     (quality, _), (meaning, _) = quality7(values), semantic(values)
     return (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * meaning) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT), None
+
+
+TOTALS: Mapping[str, Callable[[Mapping[str, float | None]], Value]] = {
+    "quality7": quality7,
+    "quality7_long": partial(quality7, variant="long"),
+    "quality7_long_dev": partial(quality7, variant="long_dev"),
+    "quality6_long": quality6_long,
+    "quality6_long_dev": partial(quality6_long, variant="long_dev"),
+    "semantic": semantic,
+    "total": total,
+}
+"""All of them; what papers print as 60-second Quality is one of the five qualities, and they seldom say which."""
 
 
 def member_name(dimension: str, variant: Variant) -> str:

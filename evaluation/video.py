@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +34,7 @@ class VideoSource:
         fps: Frames per second.
         height: Pixels.
         width: Pixels.
+        encoder: Codec and pixel format of a file; empty for others.
         path: The file or the folder of frames; None for an array.
     """
 
@@ -42,6 +44,7 @@ class VideoSource:
         self.fps = facts.fps
         self.height = facts.height
         self.width = facts.width
+        self.encoder = {"codec": facts.codec, "pixels": facts.pixels} if facts.codec else {}
         self.path = path
 
     @classmethod
@@ -242,7 +245,7 @@ def _read_image(path: Path) -> np.ndarray:
 def _with_fps(facts: StreamFacts, fps: float | None, path: Path) -> StreamFacts:
     if fps is None:
         raise ValueError(f"{path} does not state its frames per second: give fps")
-    return StreamFacts(num_frames=facts.num_frames, fps=fps, height=facts.height, width=facts.width)
+    return replace(facts, fps=fps)
 
 
 def _check_fps(fps: float) -> None:

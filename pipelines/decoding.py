@@ -33,12 +33,16 @@ class StreamFacts:
         fps: Average frames per second; None if the file does not say.
         height: Pixels, after the rotation the file asks for.
         width: Pixels, after the rotation the file asks for.
+        codec: As ffmpeg calls it; empty if there is none.
+        pixels: Pixel format of the coded frames, likewise.
     """
 
     num_frames: int
     fps: float | None
     height: int
     width: int
+    codec: str = ""
+    pixels: str = ""
 
 
 def probe(path: Path) -> StreamFacts:
@@ -65,8 +69,14 @@ def probe(path: Path) -> StreamFacts:
         raise ValueError(f"{path} has no frames: {_reason(log)}")
     if is_cut_off:
         raise ValueError(f"{path} is cut off or damaged after frame {num_frames}: copy or make it again")
+    pixels = re.search(r"Video: \w+(?: \([^)]*\))*, (\w+)", line)
     return StreamFacts(
-        num_frames=num_frames, fps=_rate(line, num_frames, seconds), height=int(size[2]), width=int(size[1])
+        num_frames=num_frames,
+        fps=_rate(line, num_frames, seconds),
+        height=int(size[2]),
+        width=int(size[1]),
+        codec=codec,
+        pixels=pixels[1] if pixels else "",
     )
 
 

@@ -60,7 +60,7 @@ def run(
         typer.Option(
             "--mixed-rates/--one-rate",
             help="Whether videos of a run may differ in frame rate.",
-            show_default="clips for given networks may",
+            show_default="with --backbones they may",
         ),
     ] = None,
     backbones: Annotated[

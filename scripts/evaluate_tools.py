@@ -14,7 +14,10 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a ru
 
 def compare(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or of evaluations.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs or of evaluations, or their results.json.", show_default=False
+        ),
     ],
     *,
     out_folder: OutOption,

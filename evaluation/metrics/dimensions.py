@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from longtake.evaluation.metric import MetricSpec
+from longtake.evaluation.metric import MetricSpec, Score
 from longtake.evaluation.metrics.spans import CLIP_SECONDS
 
 VBENCH = "vbench@45e79ec"
@@ -22,6 +22,7 @@ class Dimension:
         description: One sentence.
         grouping: What VBench's mean over whole videos is taken over.
         transform: Before the network.
+        dev_transform: Before the network for clips' first frames, with VBench-Long's development flag.
         scale: From the mean over videos to VBench's score.
         highest: Greatest possible value of a video.
     """
@@ -30,6 +31,7 @@ class Dimension:
     description: str
     grouping: Literal["video", "frame"] = "video"
     transform: str | None = None
+    dev_transform: str | None = None
     scale: float = 1.0
     highest: float = 1.0
 
@@ -39,12 +41,14 @@ SUBJECT = Dimension(
     description="Likeness of each frame's DINO features to the frame before and to the first.",
     grouping="frame",
     transform="dino224",
+    dev_transform="dinov2_256bicubic_antialias",
 )
 BACKGROUND = Dimension(
     name="background_consistency",
     description="Likeness of each frame's CLIP features to the frame before and to the first.",
     grouping="frame",
     transform="clip224",
+    dev_transform="dreamsim_224bicubic_antialias",
 )
 FLICKERING = Dimension(
     name="temporal_flickering",
@@ -112,19 +116,37 @@ def metric_name(dimension: Dimension, variant: Variant, networks: Sequence[tuple
     return f"vbench_form/{stem}[{inside}]"
 
 
+def of_own_prompts(scores: Mapping[str, Score], dimensions: Sequence[str]) -> dict[str, Score]:
+    """A video's scores without those of dimensions that VBench's list does not have its prompt for.
+
+    Args:
+        scores: By metric name.
+        dimensions: Of the prompt; none: it is of no such list, and nothing is left out.
+    """
+    kept = dict(scores)
+    for name in scores if dimensions else ():
+        prefix, _, stem = name.partition("/")
+        dimension = stem.removeprefix("long/").removeprefix("long_dev/").partition("[")[0]
+        if prefix in ("vbench", "vbench_form") and dimension not in dimensions:
+            kept[name] = Score.none(f"VBench has other prompts for {dimension}")
+    return kept
+
+
 def metric_spec(dimension: Dimension, variant: Variant, networks: Sequence[tuple[str, Any]] = ()) -> MetricSpec:
     """The spec of a dimension measured with some networks (arguments as in :func:`metric_name`)."""
     hashes = [network.weights_sha256 for _, network in networks]
     grouping = dimension.grouping if variant == "short" else "clip"
+    low = -1.0 if dimension is OVERALL else 0.0
+    transforms = (dimension.transform, dimension.dev_transform if variant == "long_dev" else None)
     return MetricSpec(
         name=metric_name(dimension, variant, networks),
         higher_is_better=True,
-        unit=f"0..{dimension.highest:g}",
-        range=(-1.0 if dimension is OVERALL else 0.0, dimension.highest),
+        unit=f"{low:g}..{dimension.highest:g}",
+        range=(low, dimension.highest),
         formula=VBENCH if variant == "short" else f"{VBENCH} long, clips cut without encoding them again",
         backbone="+".join(network.name for _, network in networks) or None,
         weights_sha256="+".join(hashes) if hashes and all(hashes) else None,
-        transform=dimension.transform,
+        transform="+".join(name for name in transforms if name) or None,
         clip_seconds=None if variant == "short" else float(CLIP_SECONDS),
         grouping=grouping,
         scale=dimension.scale,

@@ -218,8 +218,8 @@ class ConsistencyMeter(SpanMeter):
             self.clips,
             scores.fused if fuse else scores.inclip,
             reason=self.reason,
-            per_clip=[{"inclip": value} for value in inclip],
-            details={"clip2clip": scores.clip_to_clip, "mapped_clip2clip": scores.mapped},
+            per_clip=[{"inclip_score": value} for value in inclip],
+            details={"clip2clip_score": scores.clip_to_clip, "mapped_clip2clip_score": scores.mapped},
         )
 
 

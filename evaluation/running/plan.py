@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.evaluation.metric import Segment
-from longtake.evaluation.records import ManifestLine
+from longtake.evaluation.records import ManifestLine, score_name
 from longtake.evaluation.running.protocol import Protocol
 from longtake.evaluation.running.suites import Change, Prompt, video_seed
 
@@ -58,7 +58,7 @@ class Unit:
 
     def score_path(self, line: ManifestLine) -> Path:
         """Where a video's scores go."""
-        return self.folder / SCORES / f"{line.id}.json"
+        return self.folder / SCORES / score_name(line.id)
 
     def finished_lines(self) -> tuple[ManifestLine, ...]:
         """The videos' lines, as their record has them; empty while they are not whole."""
@@ -204,6 +204,7 @@ def _planned(protocol: Protocol, label: str, prompt: Prompt, prompt_index: int, 
         policy=label,
         prompt_extended=prompt.extended,
         segments=_segments(prompt, protocol.seconds),
+        dimensions=prompt.dimensions,
         config_hash=protocol.config_hash(label),
         checkpoint=f"{protocol.family} {(protocol.model_sha256 or '')[:16]}",
     )

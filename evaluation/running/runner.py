@@ -271,11 +271,13 @@ def num_cores(threads: int = 1) -> int:
 
 
 def run_folders(out: Path) -> list[Path]:
-    """The folders of an evaluation's runs: its own, or those below it.
+    """The folders of an evaluation's runs: its own, or those below it; of a run's results, that run's.
 
     Raises:
         ValueError: If there are none.
     """
+    if out.name == RESULTS_FILE:
+        out = out.parent
     if (out / RUN_FILE).is_file():
         return [out]
     folders = [path.parent for path in sorted(out.glob(f"*/{RUN_FILE}"))]

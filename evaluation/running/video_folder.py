@@ -54,9 +54,8 @@ def plan_videos(
         prompt_file: JSON mapping of file names, relative to the folder, to prompts; without it and without a manifest,
             ``prompt_file.json`` or ``prompts.json`` in the folder, if there is one.
         fps: Frames per second of folders of frames, which do not say it.
-        mixed_rates: Whether a run may hold videos of different frame rates. None: VBench measures every clip at its
-            own rate, so a folder of clips for given networks may; runs that are compared, or that a manifest
-            describes, may not, since their curves over time would not line up.
+        mixed_rates: Whether a run may hold videos of different frame rates. None: with given networks, because VBench
+            measures every clip at its own rate.
         has_backbones: Whether the networks are given.
 
     Raises:
@@ -79,10 +78,7 @@ def plan_videos(
     runs = [
         _run(label, videos, groups[label], out if single else out / label, fps=fps) for label, videos in found.items()
     ]
-    if mixed_rates is None:
-        has_manifest = manifest is not None or any((path / MANIFEST).is_file() for path in groups.values())
-        mixed_rates = has_backbones and len(runs) == 1 and not has_manifest
-    if not mixed_rates:
+    if not (has_backbones if mixed_rates is None else mixed_rates):
         for run in runs:
             _check_rates(run)
     return runs
@@ -137,7 +133,7 @@ def _lines(folder: Path, root: Path, prompts: Mapping[str, str] | None, manifest
         if prompts is None:
             prompt, _ = prompt_of_name(path.stem)
         else:
-            keys = (path.relative_to(root).as_posix(), path.name)
+            keys = (path.relative_to(root).as_posix(), path.name, path.stem)
             prompt = next((prompts[key] for key in keys if key in prompts), None)
             if prompt is None:
                 raise ValueError(f"the file of prompts has none for {keys[0]}: give one for every video")
@@ -153,7 +149,12 @@ def _from_manifest(manifest: Path, folder: Path) -> list[_Found]:
     lines = read_manifest(manifest)
     if not lines:
         raise ValueError(f"{manifest} names no videos: give a line for each")
-    found = [_Found(manifest.parent / line.file, line) for line in lines]
+    by_stem = {path.stem: path for path in find_videos(manifest.parent)}
+    paths = [manifest.parent / line.file if line.file else by_stem.get(line.id) for line in lines]
+    if None in paths:
+        strange = lines[paths.index(None)].id
+        raise ValueError(f"{manifest}: {strange!r} has no 'file', and {manifest.parent} no video of that name")
+    found = [_Found(path, line) for path, line in zip(paths, lines, strict=True)]
     missing = [str(item.path) for item in found if not item.path.exists()]
     if missing:
         raise ValueError(f"{manifest} names {len(missing)} videos that are not there, the first is {missing[0]}")
@@ -183,7 +184,8 @@ def _check_all_used(
     prompts: Mapping[str, str], found: Mapping[str, Sequence[_Found]], path: Path | None, root: Path
 ) -> None:
     items = [item for videos in found.values() for item in videos]
-    names = {name for item in items for name in (item.path.name, item.path.relative_to(root).as_posix())}
+    paths = [item.path for item in items]
+    names = {name for path in paths for name in (path.name, path.stem, path.relative_to(root).as_posix())}
     unused = sorted(prompts.keys() - names)
     if unused:
         raise ValueError(f"{path} has prompts for {len(unused)} videos that are not there, the first is {unused[0]!r}")
@@ -241,5 +243,6 @@ def _measurable(item: _Found, folder: Path, fps: float | None) -> ManifestLine:
         fps=source.fps,
         height=source.height,
         width=source.width,
+        encoder=item.line.encoder or source.encoder,
         sha256=source.sha256(),
     )

@@ -102,6 +102,7 @@ class Worker:
         Raises:
             ValueError: If the file cannot be read, or is not what its line says.
         """
+        from longtake.evaluation.metrics.dimensions import of_own_prompts
         from longtake.evaluation.video import VideoSource, measure
 
         path = unit.folder / line.file
@@ -114,7 +115,7 @@ class Worker:
         info = video_info(
             line, num_frames=source.num_frames, fps=source.fps, height=source.height, width=source.width, path=path
         )
-        return VideoScores(video=line, scores=measure(source, info, self.metrics))
+        return VideoScores(video=line, scores=of_own_prompts(measure(source, info, self.metrics), line.dimensions))
 
     def _make_generator(self) -> "Generator":
         if self._generator is None:

@@ -8,6 +8,7 @@ import pytest
 from longtake.evaluation.metric import MetricSpec, Score, Window
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores, write_json, write_manifest
 from longtake.evaluation.results import load_run, results_json, run_record, with_drift
+from longtake.evaluation.scores import QUALITY, TOTALS, quality7
 
 SPECS = {
     spec.name: spec
@@ -99,12 +100,50 @@ def test_what_is_missing_has_a_reason_and_never_a_number(tmp_path):
     never = values["metrics"]["proxy/never"]
     assert never["value"] is None and never["ci95"] is None and never["skipped"] == "this video has no object"
     assert never["n_videos"] == 0 and never["per_video"][0]["skipped"] == "this video has no object"
-    assert values["metrics"]["vbench/color"] == {"value": None, "skipped": "official"}
-    for name in ("quality7", "quality6_long", "semantic", "total"):
-        assert values["scores"][name]["value"] is None
-        assert "missing: " in values["scores"][name]["reason"]
-    assert "aesthetic_quality" in values["scores"]["quality7"]["reason"]
-    assert "imaging_quality" not in values["scores"]["quality7"]["reason"]
+    color = values["metrics"]["vbench/color"]
+    assert (color["value"], color["skipped"], color["n_videos"], color["per_video"]) == (None, "official", 0, [])
+    assert all(entry.keys() == never.keys() for entry in values["metrics"].values())
+    assert all(entry["provenance"].keys() == color["provenance"].keys() for entry in values["metrics"].values())
+    scores, reasons = values["scores"], values["scores"]["reasons"]
+    assert scores.keys() - {"reason", "reasons"} == reasons.keys() == set(TOTALS)
+    assert all(scores[name] is None and "missing: " in reasons[name] for name in TOTALS)
+    assert scores["reason"] == reasons["quality7"]
+    assert "aesthetic_quality" in scores["reason"] and "vbench/" not in scores["reason"]
+    assert "imaging_quality" not in scores["reason"] and "long/imaging_quality" in reasons["quality6_long"]
+
+
+def test_a_score_is_a_number_where_all_members_are_there(tmp_path):
+    specs = {f"vbench/{name}": MetricSpec(name=f"vbench/{name}", higher_is_better=True) for name in QUALITY}
+    videos = [VideoScores(video=v.video, scores={name: Score(value=0.9) for name in specs}) for v in VIDEOS]
+    scores = results_json(load_run(write_run(tmp_path, videos, specs=specs)))["scores"]
+    assert scores["quality7"] == pytest.approx(quality7(dict.fromkeys(specs, 0.9))[0]) and scores["reason"] is None
+    assert scores["total"] is None and "color" in scores["reasons"]["total"]
+
+
+@pytest.mark.parametrize(
+    ("name", "formula", "expected"),
+    [
+        ("vbench/long_dev/subject_consistency", "vbench@45e79ec long", ("vbench@45e79ec", True, False)),
+        ("vbench_form/long/subject_consistency[enc=X]", "vbench@45e79ec long", ("vbench@45e79ec", False, False)),
+        ("vbench/temporal_flickering", "vbench@45e79ec", ("vbench@45e79ec", None, False)),
+        ("vbench/scene", "vbench, commit not recorded", ("vbench", None, False)),
+        ("drift/proxy/level/helios", "Helios", ("ours", None, None)),
+    ],
+)
+def test_provenance_tells_the_switches_of_vbench(tmp_path, name, formula, expected):
+    specs = {name: MetricSpec(name=name, higher_is_better=True, formula=formula)}
+    videos = [VideoScores(video=VIDEOS[0].video, scores={name: Score(value=0.5)})]
+    entry = results_json(load_run(write_run(tmp_path, videos, specs=specs)))["metrics"][name]["provenance"]
+    assert (entry["formula"], entry["dev_flag"], entry["static_filter"]) == expected
+    assert entry["source"] == formula
+
+
+def test_ranges_and_units_are_those_of_the_value(tmp_path):
+    spec = MetricSpec(name="vbench/i", higher_is_better=True, scale=0.01, unit="0..100", range=(0.0, 100.0))
+    videos = [VideoScores(video=VIDEOS[0].video, scores={spec.name: Score(value=60.0)})]
+    entry = results_json(load_run(write_run(tmp_path, videos, specs={spec.name: spec})))["metrics"][spec.name]
+    assert (entry["value"], entry["range"], entry["unit"]) == (0.6, [0.0, 1.0], "0..1")
+    assert (entry["per_video"][0]["value"], entry["per_video_range"]) == (60.0, [0.0, 100.0])
 
 
 def test_one_prompt_has_a_mean_and_no_interval(tmp_path):
@@ -131,7 +170,7 @@ def test_the_tool_and_the_codec_are_named(tmp_path):
     assert values["metrics"]["proxy/level"]["provenance"]["codec"] == {"codec": "h264", "crf": 12}
     other = replace(VIDEOS[5], video=replace(VIDEOS[5].video, encoder={}))
     mixed = results_json(load_run(write_run(tmp_path / "mixed", [*VIDEOS[:5], other])))
-    assert mixed["metrics"]["proxy/level"]["provenance"]["codec"] == {}
+    assert mixed["metrics"]["proxy/level"]["provenance"]["codec"] == {"mixed": [{"codec": "h264", "crf": 12}, {}]}
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path):

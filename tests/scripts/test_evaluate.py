@@ -123,7 +123,7 @@ def test_generated_videos_are_measured_and_described(generated):
         assert values["run"]["settings"]["caches"][name]["policy"] == name
         metric = values["metrics"]["proxy/chunk_seam_ratio"]
         assert [video["id"] for video in metric["per_video"]] == ["p0000-0", "p0001-0", "p0002-0"]
-        assert values["scores"]["quality7"]["value"] is None and "missing" in values["scores"]["quality7"]["reason"]
+        assert values["scores"]["quality7"] is None and "missing" in values["scores"]["reason"]
         lines = [json.loads(line) for line in (generated / name / "manifest.jsonl").read_text().splitlines()]
         assert [line["prompt"] for line in lines] == PROMPTS.splitlines()
         assert all(line["num_frames"] == 25 and line["chunk_starts"] == [0, 9, 21] for line in lines)
@@ -299,6 +299,11 @@ def test_runs_are_compared_and_reported_from_their_folders(measured, tmp_path, c
     assert code == 0, stderr
     comparison = json.loads((tmp_path / "both" / "comparison.json").read_text())
     assert comparison["baseline"] == "still" and comparison["moments"] == [1, 2]
+    results = [folder / "results.json" for folder in both]
+    words = ("compare", *results, "--baseline", "still", "--moments", "1,2", "--out", tmp_path / "again")
+    code, stderr = call(capfd, *words)
+    assert code == 0, stderr
+    assert json.loads((tmp_path / "again" / "comparison.json").read_text()) == comparison
     copy = tmp_path / "copy"
     shutil.copytree(measured, copy)
     before = (copy / "still" / "results.json").read_bytes()

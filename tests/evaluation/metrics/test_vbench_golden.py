@@ -70,7 +70,7 @@ def test_every_video_is_checked_for_it(checks, golden, part):
     assert sum(check.name.endswith(part) for check in checks) == len(golden["videos"]) == 8
 
 
-@pytest.mark.parametrize("part", ["middle frames", "clips of", "score: ", "fusion of"])
+@pytest.mark.parametrize("part", ["middle frames", "clips of", "prompt of", "score: ", "fusion of"])
 def test_what_is_no_video_is_checked_too(checks, part):
     assert sum(check.name.startswith(part) for check in checks) >= 3
 
@@ -118,14 +118,14 @@ def test_a_run_of_vbench_long_whose_names_had_underscores(golden, backbones, bui
             id=name, num_frames=len(frames), fps=fps, height=frames.shape[1], width=frames.shape[2], prompt=name
         )
         dev = golden_scores(measure(source, about, metrics), "long_dev/")["subject_consistency"]
-        by_video = {f"vid_{number}.mp4": dev.details["clip2clip"]}
+        by_video = {f"vid_{number}.mp4": dev.details["clip2clip_score"]}
         for index, clip in enumerate(dev.details["clips"]):
             lost = official_clip_to_clip(f"vid_{number}_{index:03d}.mp4", by_video)
-            ours.append(fused(clip["inclip"], lost, "subject_consistency"))
+            ours.append(fused(clip["inclip_score"], lost, "subject_consistency"))
         drifted.append(dev)
     np.testing.assert_allclose(sorted(ours), sorted(row["video_results"] for row in rows), atol=TOLERANCE, rtol=0)
     assert np.mean(ours) == pytest.approx(score, abs=TOLERANCE)
     assert {row["clip2clip_score"] for row in rows} == {0}
     # What the names had hidden: the first frames of the clips drift apart.
-    assert drifted[1].details["clip2clip"] == pytest.approx(0.35, abs=0.01)
-    assert drifted[1].details["mapped_clip2clip"] == pytest.approx(0.90, abs=0.005)
+    assert drifted[1].details["clip2clip_score"] == pytest.approx(0.35, abs=0.01)
+    assert drifted[1].details["mapped_clip2clip_score"] == pytest.approx(0.90, abs=0.005)

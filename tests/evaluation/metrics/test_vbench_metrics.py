@@ -15,7 +15,9 @@ import vbench_formulas as slow
 from vbench_stubs import ROLES, Stub, info, moving_squares, scores, stubs
 
 from longtake.evaluation.golden_check import golden_scores
+from longtake.evaluation.metric import Score
 from longtake.evaluation.metrics import GROUPS, make_metrics
+from longtake.evaluation.metrics.dimensions import of_own_prompts
 from longtake.evaluation.metrics.vbench import flickering
 from longtake.evaluation.metrics.vbench_motion import dynamics
 from longtake.evaluation.transforms import clip_transform, dino_transform, musiq_transform
@@ -270,3 +272,17 @@ def test_an_unknown_group_is_refused():
     with pytest.raises(ValueError, match="unknown group of metrics 'short'; known: vbench, long"):
         make_metrics(stubs(), groups=("short",))
     assert GROUPS[:2] == BOTH
+
+
+def test_a_prompt_counts_for_its_own_dimensions_alone():
+    names = (
+        "vbench/long_dev/subject_consistency",
+        "vbench_form/long/scene[x=Y]",
+        "vbench/temporal_flickering",
+        "proxy/sharpness",
+    )
+    scores = {name: Score(value=0.5) for name in names}
+    assert of_own_prompts(scores, ()) == scores
+    own = of_own_prompts(scores, ("subject_consistency", "dynamic_degree"))
+    assert [own[name].value for name in names] == [0.5, None, None, 0.5]
+    assert own["vbench/temporal_flickering"].skipped == "VBench has other prompts for temporal_flickering"

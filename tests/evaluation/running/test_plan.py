@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from longtake.evaluation.records import ManifestLine, write_json, write_manifest
+from longtake.evaluation.records import ManifestLine, score_name, write_json, write_manifest
 from longtake.evaluation.running.plan import Unit, interleaved, plan_generation
 from longtake.evaluation.running.protocol import Protocol
 from longtake.evaluation.running.suites import Change, Prompt
@@ -209,6 +209,50 @@ def test_videos_and_prompts_that_do_not_match_are_refused(tmp_path):
         plan_videos(tmp_path / "empty", tmp_path / "out")
 
 
+def test_prompts_may_go_by_the_name_without_its_ending(tmp_path):
+    write_video(tmp_path / "clips" / "one-0.mp4")
+    (tmp_path / "clips" / "prompts.json").write_text('{"one-0": "a cat on a mat"}')
+    (run,) = plan_videos(tmp_path / "clips", tmp_path / "out")
+    assert run.units[0].lines[0].prompt == "a cat on a mat"
+
+
+def test_a_manifest_in_the_words_of_others_is_understood(tmp_path):
+    write_video(tmp_path / "clips" / "one-0.mp4")
+    words = {"id": "one-0", "prompt": "a cat", "n_frames": 5, "fps": 8, "H": 32, "W": 32, "policy": "pack"}
+    manifest = tmp_path / "clips" / "manifest.jsonl"
+    manifest.write_text(json.dumps(words))
+    (run,) = plan_videos(tmp_path / "clips", tmp_path / "out")
+    line = run.units[0].lines[0]
+    assert (line.id, line.prompt, line.num_frames, line.height, line.policy) == ("one-0", "a cat", 5, 32, "pack")
+    assert line.file == "../clips/one-0.mp4" and line.encoder == {"codec": "h264", "pixels": "yuv420p"}
+    manifest.write_text(json.dumps(words | {"id": "two-0"}))
+    with pytest.raises(ValueError, match="'two-0' has no 'file', and .*clips no video of that name"):
+        plan_videos(tmp_path / "clips", tmp_path / "out")
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=251))
+def test_scores_of_any_name_have_a_file(name):
+    own = score_name(name)
+    assert len(own.encode()) <= 255 and own.endswith(".json")
+    assert own == f"{name}.json" or len(name.encode()) > 250
+    assert len({score_name("猫" * 82 + end) for end in "abc"}) == 3
+
+
+def test_the_longest_name_is_written(tmp_path):
+    """Its temporary file, too."""
+    write_json(tmp_path / score_name("猫" * 82 + "-0"), {})
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_prompts_of_vbench_bring_their_dimensions():
+    prompts = [Prompt(text="a", dimensions=("scene", "background_consistency")), Prompt(text="b")]
+    (unit,) = plan_generation(make_protocol(caches={"full": {"policy": "full"}}), prompts, Path("out"))[0].units
+    assert [line.dimensions for line in unit.lines] == [("scene", "background_consistency"), ()]
+    assert ManifestLine.from_json(json.loads(json.dumps(unit.lines[0].to_json()))) == unit.lines[0]
+    assert "dimensions" not in unit.lines[1].to_json()
+
+
 @pytest.mark.parametrize("name", ["prompt_file.json", "prompts.json"])
 def test_prompts_beside_the_videos_are_found(tmp_path, name):
     write_video(tmp_path / "clips" / "one.mp4")
@@ -228,11 +272,11 @@ def test_a_run_has_one_frame_rate_and_readable_videos(tmp_path):
     write_video(tmp_path / "two" / "a" / "one.mp4", fps=8)
     write_video(tmp_path / "two" / "a" / "two.mp4", fps=16)
     write_video(tmp_path / "two" / "b" / "one.mp4", fps=8)
-    for refused in ({"mixed_rates": False, "has_backbones": True}, {}):
-        with pytest.raises(ValueError, match="mixes frame rates"):
-            plan_videos(tmp_path / "clips", tmp_path / "out", **refused)
-    with pytest.raises(ValueError, match="mixes frame rates"):
-        plan_videos(tmp_path / "two", tmp_path / "out", has_backbones=True)
+    assert len(plan_videos(tmp_path / "two", tmp_path / "out", has_backbones=True)) == 2
+    for folder in ("clips", "two"):
+        for refused in ({"mixed_rates": False, "has_backbones": True}, {}):
+            with pytest.raises(ValueError, match="mixes frame rates"):
+                plan_videos(tmp_path / folder, tmp_path / "out", **refused)
     (tmp_path / "clips" / "two.mp4").write_bytes(b"no video at all")
     with pytest.raises(ValueError, match="two.mp4"):
         plan_videos(tmp_path / "clips", tmp_path / "out")
