@@ -21,6 +21,7 @@ class DeepForcing(CachePolicy):
     compressed (every second block at the published sizes) and stays a block's length short of what follows it; kept
     tokens stay at their own frames; a token is kept seven times at most. ``positions: contiguous`` closes the gap,
     ``unify_top`` lays the kept tokens out between the sink and the recent frames, as the paper describes.
+    Where the budget has no room beside sink and recent frames, nothing is chosen and both are kept all the same.
     ``compression: none`` is the deep sink alone: the window slides, and the sink moves with every block.
 
     Different from the released code: positions are given when keys are read, so nothing is rotated twice; nothing
@@ -43,13 +44,9 @@ class DeepForcing(CachePolicy):
     max_reuse: int = 7  # compressions that a token can survive; 0: any number
 
     def __post_init__(self) -> None:
-        known = {
-            "compression": ("participative", "none"),
-            "positions": ("released", "contiguous"),
-            "fusion": ("sum", "max"),
-        }
-        for field, values in known.items():
-            if getattr(self, field) not in values:
+        known = {"compression": "participative none", "positions": "released contiguous", "fusion": "sum max"}
+        for field, words in known.items():
+            if getattr(self, field) not in (values := words.split()):
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown: use {values[0]!r} or {values[1]!r}.")
         for field in ("num_sink_frames", "max_reuse"):
             if getattr(self, field) < 0:
@@ -62,11 +59,16 @@ class DeepForcing(CachePolicy):
                 f"num_context_frames={self.num_context_frames}: use {self.num_context_frames} or fewer."
             )
         needed = self.num_sink_frames + self.num_recent_frames
-        if self.num_budget_frames < needed:
+        if self.num_context_frames < needed:
             raise ValueError(
-                f"num_budget_frames={self.num_budget_frames} leaves no room for num_sink_frames="
+                f"num_context_frames={self.num_context_frames} leaves no room for num_sink_frames="
                 f"{self.num_sink_frames} and num_recent_frames={self.num_recent_frames}: use {needed} or more."
             )
+
+    @property
+    def num_kept_frames(self) -> int:
+        """Frames' worth of tokens that a compression chooses: what the budget has beside sink and recent frames."""
+        return max(self.num_budget_frames - self.num_sink_frames - self.num_recent_frames, 0)
 
     @property
     def breaks_frames(self) -> bool:
@@ -106,7 +108,8 @@ class DeepForcing(CachePolicy):
         """
         left = self.num_context_frames if self.compression == "none" else self.num_budget_frames
         if self.positions == "contiguous":
-            return elapsed + num_frames - left
+            least = 0 if self.compression == "none" else self.num_sink_frames + self.num_recent_frames
+            return elapsed + num_frames - max(left, least)
         # The released code starts to count at the first block that did not fit, wherever that was.
         since = (elapsed + num_frames - self.num_context_frames - 1) // num_frames * num_frames
         return self.num_context_frames - left + since

@@ -25,7 +25,7 @@ class Settings(Protocol):
 
     num_context_frames: int
     num_sink_frames: int
-    num_budget_frames: int
+    num_kept_frames: int
     num_recent_frames: int
     unify_top: bool
     fusion: str
@@ -82,7 +82,7 @@ class ParticipativeState(PolicyState):
         self.geometry = geometry
         self.size = geometry.tokens_per_frame
         self.buffer = geometry.storage.buffer(geometry, settings.num_context_frames * self.size)
-        self.num_top = settings.num_budget_frames - settings.num_sink_frames - settings.num_recent_frames
+        self.num_top = settings.num_kept_frames
         self._layers = [_Layer() for _ in range(geometry.num_layers)]
         self._rotary = GridRotary(
             axis_frequencies(geometry.head_dim),

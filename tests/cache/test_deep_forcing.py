@@ -65,6 +65,8 @@ def both(settings, block, num_blocks, *, first=None, samples=(0, 1), reuse=7, gi
         ({"fusion": "max"}, 3),
         ({"num_context_frames": 8, "num_sink_frames": 1, "num_recent_frames": 3}, 3),
         ({"num_budget_frames": 6}, 3),
+        ({"num_budget_frames": 4}, 3),
+        ({"num_sink_frames": 4, "num_budget_frames": 5}, 1),
         ({"num_sink_frames": 0}, 3),
         ({"compression": "none"}, 3),
         ({"compression": "none", "num_context_frames": 8, "num_sink_frames": 3}, 3),
@@ -182,8 +184,8 @@ def test_every_layer_and_every_video_chooses_for_itself():
 def test_bad_settings_name_the_remedy():
     with pytest.raises(ValueError, match="num_budget_frames=22 .* use 21 or fewer"):
         make_policy({"policy": "deep_forcing", "num_budget_frames": 22})
-    with pytest.raises(ValueError, match="num_budget_frames=12 leaves no room .* use 14 or more"):
-        make_policy({"policy": "deep_forcing", "num_budget_frames": 12})
+    with pytest.raises(ValueError, match="num_context_frames=21 leaves no room for num_sink_frames=18 .* use 22 or"):
+        make_policy({"policy": "deep_forcing", "num_sink_frames": 18})
     with pytest.raises(ValueError, match="num_recent_frames=4 counts the block itself.* use 5 or more"):
         make_policy("deep_forcing").check(5)
     with pytest.raises(ValueError, match="num_sink_frames=19 and a block of 3 frames: use 22 or more"):

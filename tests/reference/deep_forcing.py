@@ -68,7 +68,7 @@ class DeepForcingReference:
             last = total - self.recent * self.size
             allowed = [i for i in range(first, last) if not self.max_reuse or self.uses[i] < self.max_reuse]
             best = sorted(allowed, key=lambda i: -self.score(self.keys[i]).item())
-            chosen = sorted(best[: (self.budget - self.sinks - self.recent) * self.size])
+            chosen = sorted(best[: max(self.budget - self.sinks - self.recent, 0) * self.size])
             for i in chosen:
                 self.uses[i] += 1
             self.kept = [(self.frames[i], self.uses[i]) for i in chosen]
