@@ -20,7 +20,7 @@ from longtake.evaluation.metrics.dimensions import (
 )
 from longtake.evaluation.metrics.vbench import aesthetic, consistency, flickering, imaging
 from longtake.evaluation.metrics.vbench_motion import dynamics, smoothness
-from longtake.evaluation.metrics.vbench_text import agreement
+from longtake.evaluation.metrics.vbench_text import SegmentAlignment, agreement
 from longtake.evaluation.transforms import dinov2_transform, dreamsim_transform
 
 Maker = Callable[..., Metric]
@@ -77,6 +77,11 @@ def vbench_metrics(backbones: Backbones, *, short: bool, long: bool) -> tuple[li
         if not missing(dimension, roles, variants):
             metrics.append(make(variants, *(backbones.get(role) for role in roles)))
     if short:
+        text = backbones.get("viclip")
+        if text is None:
+            skipped["proxy/segment_alignment"] = backbones.why_missing("viclip")
+        else:
+            metrics.append(SegmentAlignment(text))
         skipped.update(
             {
                 f"vbench/{name}": f"left to the official tool ({needs}): see evaluate export-vbench and import-vbench"

@@ -74,11 +74,11 @@ def test_the_development_branch_compares_first_frames(name, transform, cells):
     firsts = frames[[start for start, _ in slow.clips(28, 4.0)]]
     between = slow.consistency(Stub("s", cells=cells).encode(transform(firsts)).double().numpy())
     assert len(firsts) == 4
-    assert dev.details["clip2clip"] == pytest.approx(between, abs=1e-6)
+    assert dev.details["clip2clip_score"] == pytest.approx(between, abs=1e-6)
     mapped = np.interp(between, np.arange(101) / 100, quantile_table(name))
-    assert dev.details["mapped_clip2clip"] == pytest.approx(mapped, abs=1e-6)
+    assert dev.details["mapped_clip2clip_score"] == pytest.approx(mapped, abs=1e-6)
     for row, inclip in zip(dev.details["clips"], long.details["clips"], strict=True):
-        assert row["inclip"] == inclip["value"]
+        assert row["inclip_score"] == inclip["value"]
         assert row["value"] == pytest.approx(0.5 * inclip["value"] + 0.5 * mapped, abs=1e-6)
     assert dev.value == pytest.approx(0.5 * long.value + 0.5 * mapped, abs=1e-6)
 
@@ -87,8 +87,8 @@ def test_without_the_flag_the_clip_to_clip_value_is_told_and_not_used():
     frames = moving_squares(20)
     frames[8:] = 255 - frames[8:]
     score = golden_scores(measure(frames), "long/")[SUBJECT]
-    assert score.details["clip2clip"] < 0.6
-    assert score.value == pytest.approx(np.mean([row["inclip"] for row in score.details["clips"]]))
+    assert score.details["clip2clip_score"] < 0.6
+    assert score.value == pytest.approx(np.mean([row["inclip_score"] for row in score.details["clips"]]))
 
 
 @pytest.mark.parametrize("num_frames", [5, 8])
@@ -96,7 +96,7 @@ def test_a_single_clip_has_no_clip_to_clip_term(num_frames):
     found = measure(moving_squares(num_frames))
     for name in (SUBJECT, BACKGROUND):
         dev = golden_scores(found, "long_dev/")[name]
-        assert dev.details["clip2clip"] == dev.details["mapped_clip2clip"] == 0.0
+        assert dev.details["clip2clip_score"] == dev.details["mapped_clip2clip_score"] == 0.0
         assert dev.value == golden_scores(found, "long/")[name].value
 
 

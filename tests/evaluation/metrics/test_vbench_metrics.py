@@ -15,18 +15,20 @@ import vbench_formulas as slow
 from vbench_stubs import ROLES, Stub, info, moving_squares, scores, stubs
 
 from longtake.evaluation.golden_check import golden_scores
-from longtake.evaluation.metric import Score
+from longtake.evaluation.metric import Score, Segment
 from longtake.evaluation.metrics import GROUPS, make_metrics
 from longtake.evaluation.metrics.dimensions import of_own_prompts
 from longtake.evaluation.metrics.vbench import flickering
 from longtake.evaluation.metrics.vbench_motion import dynamics
+from longtake.evaluation.metrics.vbench_text import SegmentAlignment
 from longtake.evaluation.transforms import clip_transform, dino_transform, musiq_transform
 
 BOTH = ("vbench", "long")
 
 
 def all_metrics(**kwargs):
-    return make_metrics(stubs(**kwargs), groups=BOTH)[0]
+    """VBench's own."""
+    return [m for m in make_metrics(stubs(**kwargs), groups=BOTH)[0] if not isinstance(m, SegmentAlignment)]
 
 
 def short_scores(frames, **about):
@@ -242,6 +244,8 @@ def test_official_networks_earn_the_official_name():
 def test_a_missing_network_skips_its_dimension_only_and_says_what_it_needs(role):
     backbones = stubs(official=True, without=(role,))
     metrics, skipped = make_metrics(backbones, groups=BOTH)
+    assert ("proxy/segment_alignment" in skipped) == (role == "viclip")
+    skipped.pop("proxy/segment_alignment", None)
     made = {spec.name for metric in metrics for spec in metric.specs}
     everything = {spec.name for metric in all_metrics(official=True) for spec in metric.specs}
     lost = {name for name in everything - made if f"vbench_form/{name.partition('/')[2]}" not in str(made)}
@@ -286,3 +290,24 @@ def test_a_prompt_counts_for_its_own_dimensions_alone():
     own = of_own_prompts(scores, ("subject_consistency", "dynamic_degree"))
     assert [own[name].value for name in names] == [0.5, None, None, 0.5]
     assert own["vbench/temporal_flickering"].skipped == "VBench has other prompts for temporal_flickering"
+
+
+def test_prompts_that_change_are_each_held_against_their_own_frames():
+    frames = np.concatenate([moving_squares(9, seed=seed) for seed in range(3)])
+    texts = ("a red square", "a green square", "a blue square")
+    segments = tuple(Segment(start_s=9 * i / 4, end_s=9 * (i + 1) / 4, prompt=text) for i, text in enumerate(texts))
+    metrics = [SegmentAlignment(Stub("s"))]
+    assert any(isinstance(metric, SegmentAlignment) for metric in make_metrics(stubs(), groups=("vbench",))[0])
+    (score,) = scores(metrics, frames, segments=segments).values()
+    # Each stretch as a video of its own, with its own prompt.
+    alone = [
+        short_scores(frames[9 * i : 9 * i + 9], prompt=text)["overall_consistency"].value
+        for i, text in enumerate(texts)
+    ]
+    assert [window.value for window in score.windows] == pytest.approx(alone)
+    assert [(window.start_frame, window.num_frames) for window in score.windows] == [(0, 9), (9, 9), (18, 9)]
+    assert score.value == pytest.approx(sum(alone) / 3) and len({round(value, 4) for value in alone}) == 3
+    late = (*segments[:2], Segment(start_s=90.0, end_s=99.0, prompt="never"))
+    assert len(next(iter(scores(metrics, frames, segments=late).values())).windows) == 2
+    assert next(iter(scores(metrics, frames).values())).skipped == "the video has one prompt"
+    assert "proxy/segment_alignment" in make_metrics(stubs(without=("viclip",)), groups=("vbench",))[1]

@@ -77,10 +77,9 @@ def moving_squares(num_frames, height=24, width=36, seed=0):
     return video
 
 
-def info(frames, fps=4.0, prompt="a red square", name="v"):
-    return VideoInfo(
-        id=name, num_frames=len(frames), fps=fps, height=frames.shape[1], width=frames.shape[2], prompt=prompt
-    )
+def info(frames, fps=4.0, prompt="a red square", name="v", **about):
+    size = {"num_frames": len(frames), "height": frames.shape[1], "width": frames.shape[2]}
+    return VideoInfo(id=name, fps=fps, prompt=prompt, **size, **about)
 
 
 def scores(metrics, frames, cuts=(), **about):
