@@ -69,10 +69,6 @@ class Unit:
             return ()
         return tuple(ManifestLine.from_json(values) for values in record["lines"])
 
-    def costs(self) -> Mapping[str, float]:
-        """What the making of the videos cost; empty if they were not made here."""
-        return (read_json(self.record_path) or {"costs": {}})["costs"] if self.is_generated else {}
-
     def videos_exist(self, lines: Sequence[ManifestLine]) -> bool:
         """Whether every video's file is there."""
         return bool(lines) and all((self.folder / line.file).exists() for line in lines)

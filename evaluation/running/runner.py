@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import IO, Any, Literal
 
 from longtake.evaluation.records import RunScores, write_json, write_manifest
 from longtake.evaluation.results import COSTS_FILE, RESULTS_FILE, RUN_FILE, load_run, results_json, run_record
 from longtake.evaluation.running.launchers import Setup, Watcher, run_local
-from longtake.evaluation.running.plan import MANIFEST, RunPlan, Unit, interleaved, plan_generation, read_json
+from longtake.evaluation.running.plan import MANIFEST, UNITS, RunPlan, Unit, interleaved, plan_generation, read_json
 from longtake.evaluation.running.protocol import (
     PROTOCOL_FILE,
     Protocol,
@@ -168,10 +169,6 @@ class Evaluation:
             lines = [line for unit in run.units for line in unit.finished_lines()]
             lines.sort(key=lambda line: (line.prompt_index, line.seed_index, line.id))
             write_manifest(run.folder / MANIFEST, lines)
-            costs = [cost for unit in run.units if (cost := unit.costs())]
-            if costs:
-                means = {name: sum(cost[name] for cost in costs) / len(costs) for name in costs[0]}
-                write_json(run.folder / COSTS_FILE, means)
         return write_results(self.out)
 
     def _existing(self, protocol: Protocol) -> list[RunPlan]:
@@ -316,6 +313,7 @@ def write_results(out: Path) -> list[RunScores]:
     protocol = load_protocol(out / PROTOCOL_FILE)
     runs, videos = [], {}
     for folder in folders:
+        _write_costs(folder)
         run = load_run(folder)
         if run.videos:
             write_json(folder / RESULTS_FILE, results_json(run))
@@ -330,6 +328,13 @@ def write_results(out: Path) -> list[RunScores]:
         out, runs, baseline=baseline, moments=protocol.moments, protocol=protocol, videos=videos, commands=[command]
     )
     return runs
+
+
+def _write_costs(folder: Path) -> None:
+    """Medians over the units of a run: one made on a slower machine, or beside other work, moves none of them."""
+    costs = [read_json(path)["costs"] for path in sorted((folder / UNITS).glob("[!.]*.json"))]
+    if costs:
+        write_json(folder / COSTS_FILE, {name: median(cost[name] for cost in costs) for name in costs[0]})
 
 
 def write_comparison(

@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -130,6 +131,8 @@ def test_generated_videos_are_measured_and_described(generated):
         assert all((generated / name / line["file"]).is_file() and line["encoder"]["crf"] == 12 for line in lines)
         costs = json.loads((generated / name / "costs.json").read_text())
         assert costs["ms_per_block"] > 0 and costs["kv_mb"] > 0 and costs["first_frame_s"] > 0
+        units = [json.loads(path.read_text())["costs"] for path in (generated / name / "units").iterdir()]
+        assert costs == {key: median(unit[key] for unit in units) for key in units[0]} and len(units) == 2
     comparison = json.loads((generated / "comparison.json").read_text())
     assert comparison["baseline"] == "sliding_window" and comparison["labels"] == list(CACHES)
     assert "<html" in (generated / "report.html").read_text()
