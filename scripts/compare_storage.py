@@ -55,7 +55,7 @@ def compare(
         make_missing(
             LongVideoPipeline.from_pretrained(model),
             policies=policies,
-            seconds=dict.fromkeys(policies, seconds),
+            seconds=seconds,
             results=results,
             prompts=prompts,
             seeds=seeds,

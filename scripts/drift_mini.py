@@ -56,7 +56,7 @@ def run(
     make_missing(
         LongVideoPipeline.from_pretrained(model),
         policies=policies,
-        seconds=dict.fromkeys(policies, seconds),
+        seconds=seconds,
         results=results,
         prompts=prompts,
         seeds=seeds,

@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,14 @@ from longtake.evaluation.mini_world.drift_study import (
     read_results,
     run_study,
     study_fingerprint,
-    video_name,
 )
 from longtake.evaluation.mini_world.drift_truth import truth_levels
 from longtake.evaluation.mini_world.judge import load_judge
 from longtake.evaluation.mini_world.moving_scenes import FPS, held_back_scenes
 from longtake.evaluation.running.suites import PROMPT_SEED
 from longtake.pipelines.long_video import LongVideoPipeline
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
 
 console = Console(width=max(120, Console().width))
-VIDEO_CRF = 12  # visually lossless: the files are there to be measured again
 
 
 class Precision(StrEnum):
@@ -44,7 +40,7 @@ def make_missing(
     pipe: LongVideoPipeline,
     *,
     policies: Mapping[str, Any],
-    seconds: Mapping[str, float],
+    seconds: float,
     results: Path,
     prompts: int,
     seeds: int,
@@ -53,14 +49,13 @@ def make_missing(
     dtype: Precision,
     sampler: str,
     stop_after: float,
-    videos: Path | None = None,
 ) -> None:
     """Make and measure what is missing of a study, and say how far it is.
 
     Args:
         pipe: The model.
         policies: {label: cache, as the pipeline takes it}.
-        seconds: {label: length of its videos}.
+        seconds: Length of every video.
         results: JSON lines, one per finished video; a run goes on where it ended.
         prompts: Held-back prompts.
         seeds: Videos per prompt and policy.
@@ -69,7 +64,6 @@ def make_missing(
         dtype: Of the transformer's matmuls and the whole VAE.
         sampler: A mapping as text instead of the model's own.
         stop_after: Start no new batch after this many minutes.
-        videos: Folder to keep the videos in, as ``LABEL/pPROMPT-SEED.mp4``.
     """
     part, parts = parse_share(share)
     pipe.vae.to(torch.bfloat16 if dtype is Precision.bfloat16 else torch.float32)
@@ -78,16 +72,13 @@ def make_missing(
     common = {"sampler": str(solver), "dtype": dtype, "prompt_seed": PROMPT_SEED}
     modules = [pipe.transformer, pipe.vae, pipe.text_encoder, judge]
     prints = {
-        name: study_fingerprint(modules, {**common, "seconds": seconds[name], "cache": repr(make_policy(cache))})
+        name: study_fingerprint(modules, {**common, "seconds": seconds, "cache": repr(make_policy(cache))})
         for name, cache in policies.items()
     }
-    # A policy stands for its length too: run_study hands it on as it is.
-    jobs = {name: (name, cache, seconds[name]) for name, cache in policies.items()}
     costs = CostMeter()
 
-    def frames_of(texts: list[str], noise_seeds: list[int], job: tuple[str, Any, float]) -> Iterator[Tensor]:
-        _, cache, length = job
-        chunks = pipe.stream(prompt=texts, seconds=length, cache=cache, seed=noise_seeds, sampler=solver)
+    def frames_of(texts: list[str], noise_seeds: list[int], cache: Any) -> Iterator[Tensor]:
+        chunks = pipe.stream(prompt=texts, seconds=seconds, cache=cache, seed=noise_seeds, sampler=solver)
         while True:
             begin = time.process_time()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is Precision.bfloat16):
@@ -103,20 +94,14 @@ def make_missing(
             )
             yield chunk.frames
 
-    def kept(texts: list[str], noise_seeds: list[int], job: tuple[str, Any, float]) -> Iterator[Tensor]:
-        stream = frames_of(texts, noise_seeds, job)
-        return (
-            stream if videos is None else keep_videos(stream, [videos / job[0] / video_name(s) for s in noise_seeds])
-        )
-
     begin = last = time.perf_counter()
     mine = range(part - 1, prompts, parts)
     total = len(mine) * seeds * len(policies)
     for finished in run_study(
-        kept,
+        frames_of,
         judge,
         scenes=held_back_scenes(prompts, seed=PROMPT_SEED),
-        policies=jobs,
+        policies=policies,
         num_seeds=seeds,
         batch_size=batch,
         fingerprints=prints,
@@ -126,36 +111,13 @@ def make_missing(
     ):
         now = time.perf_counter()
         name = finished[0].policy
-        rate = len(finished) * seconds[name] * FPS / (now - last)
+        rate = len(finished) * seconds * FPS / (now - last)
         last = now
         done = sum(row.policy in policies for row in read_results(results))
         console.print(f"{name:>20s}: {done}/{total} videos, {rate:.0f} frames/s, {now - begin:.0f} s")
         if now - begin > 60.0 * stop_after:
             console.print(f"stopped after {stop_after:g} minutes; run the same command again to go on")
             break
-
-
-def keep_videos(stream: Iterator[Tensor], paths: Sequence[Path]) -> Iterator[Tensor]:
-    """Hand a batch's frames on and write each video of it to its own file, over what a killed run left there.
-
-    Args:
-        stream: (batch, F, 3, H, W) in [0, 1], in order.
-        paths: One per video of the batch.
-    """
-    with ExitStack() as stack:
-        writers: list[VideoWriter] = []
-        for frames in stream:
-            if not writers:
-                height, width = frames.shape[-2:]
-                form = VideoFormat(height=height, width=width, fps=FPS, crf=VIDEO_CRF)
-                for path in paths:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.unlink(missing_ok=True)
-                    writers.append(stack.enter_context(VideoWriter(path, video_format=form)))
-            pixels = (frames.float() * 255.0).round().byte().movedim(2, -1).numpy()
-            for writer, video in zip(writers, pixels, strict=True):
-                writer.write(video)
-            yield frames
 
 
 def reference_levels(folder: Path, prompts: list[int]) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from longtake.evaluation.mini_world.drift import MEASURES, WINDOW_FRAMES, WindowMeter
 from longtake.evaluation.mini_world.judge import ClipJudge
 from longtake.evaluation.mini_world.moving_scenes import Scene, describe
-from longtake.evaluation.running.suites import SEED_STEP, video_seed
+from longtake.evaluation.running.suites import video_seed
 
 StreamFrames = Callable[[list[str], list[int], Any], Iterable[Tensor]]
 """(prompts, seeds, cache) -> tensors (batch, F, 3, H, W) in [0, 1], in order."""
@@ -116,12 +116,6 @@ def append_results(path: Path, results: Sequence[VideoResult]) -> None:
         file.write("".join(f"{result.to_json()}\n" for result in results).encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def video_name(seed: int) -> str:
-    """File name of the video of a noise seed: no underscore, unique within a policy."""
-    seed_index, prompt_index = divmod(seed, SEED_STEP)
-    return f"p{prompt_index:04d}-{seed_index}.mp4"
 
 
 def study_fingerprint(modules: Iterable[torch.nn.Module], settings: Mapping[str, Any]) -> str:

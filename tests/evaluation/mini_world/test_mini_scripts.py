@@ -1,18 +1,15 @@
 """The two commands, as a user types them, with a model that answers every prompt with its true scene."""
 
-import itertools
 import json
 from types import SimpleNamespace
 
-import imageio.v3
 import numpy as np
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes, render
-from longtake.scripts import compare_policies, drift_mini, judge_mini, mini_study
+from longtake.scripts import drift_mini, judge_mini
 
 RUNNER = CliRunner()
 SCENES = {
@@ -45,7 +42,7 @@ class TrueScenes:
 
 @pytest.fixture(autouse=True)
 def true_scenes(monkeypatch):
-    for script in (compare_policies, drift_mini, judge_mini):
+    for script in (drift_mini, judge_mini):
         monkeypatch.setattr(script, "LongVideoPipeline", TrueScenes)
 
 
@@ -86,48 +83,6 @@ def test_drift_refuses_what_it_cannot_read(tmp_path):
     assert empty.exit_code == 2
     wrong = RUNNER.invoke(drift_mini.app, ["run", "--cache", "x={num_sink_frames: 3}"])
     assert wrong.exit_code == 2
-
-
-def test_policies_are_compared_in_shares_and_put_into_one_page(tmp_path, monkeypatch):
-    clock = itertools.count(step=2.0)
-    monkeypatch.setattr(mini_study.time, "process_time", lambda: next(clock))
-    app, page, out = typer.Typer(), tmp_path / "docs" / "results.md", tmp_path / "docs" / "results"
-    app.command()(compare_policies.compare)
-    base = ["--out", str(out), "--page", str(page), "--moments", "5,10", "--unbounded", "5", "--prompts", "2"]
-    chosen = ["--cache", "sliding_window", "--cache", "full", "--cache", "deep={policy: attention_sink}"]
-    kept = ["--videos", str(tmp_path / "videos")]
-    for share in ("1/2", "2/2"):
-        made = RUNNER.invoke(app, [*base, *chosen, "--seeds", "1", "--batch", "1", "--share", share, *kept])
-        assert made.exit_code == 0, made.output
-    videos = {str(path.relative_to(tmp_path / "videos")) for path in (tmp_path / "videos").rglob("*.mp4")}
-    assert videos == {f"{name}/p000{i}-0.mp4" for name in ("sliding_window", "full", "deep") for i in range(2)}
-    frames = imageio.v3.imread(tmp_path / "videos" / "deep" / "p0001-0.mp4")
-    assert frames.shape == (161, 64, 64, 3)
-    wanted = render(held_back_scenes(2, seed=mini_study.PROMPT_SEED)[1], np.arange(161))
-    assert np.abs(frames.astype(float) - wanted).mean() < 4
-    assert {path.name for path in out.glob("*.jsonl")} == {"policies-1-of-2.jsonl", "policies-2-of-2.jsonl"}
-    rows = [json.loads(line) for path in out.glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert {(row["policy"], len(row["windows"])) for row in rows} == {("sliding_window", 2), ("deep", 2), ("full", 1)}
-    late = next(row for row in rows if row["policy"] == "deep")["windows"][1]
-    assert late["kv_mb"] == 2.0 and late["ms_per_block"] == 500.0  # a quarter of two seconds
-    text = page.read_text()
-    at_5, at_10 = text.split("### At ")[1:]
-    assert "| full | 2 |" in at_5 and "| full |" not in at_10 and "| deep | 2 |" in at_10
-    assert (out / "curves.png").is_file() and (out / "curves.csv").is_file()
-    page.write_text(text.replace("# Results", "# My reading"))
-    again = RUNNER.invoke(app, [*base, "--no-run"])
-    assert again.exit_code == 0 and page.read_text().startswith("# My reading")
-    wrong = RUNNER.invoke(app, [*base, "--no-run", "--out", str(tmp_path / "none")])
-    assert wrong.exit_code == 2
-
-
-def test_every_preset_is_compared_that_runs_on_the_model(capsys):
-    family = SimpleNamespace(frames_per_block=3)
-    chosen = compare_policies.all_presets(family)
-    assert {"full", "sliding_window", "attention_sink"} <= set(chosen) <= set(compare_policies.POLICIES)
-    assert all("inner" not in settings for settings in chosen.values())
-    seconds = compare_policies.lengths(chosen, family, longest=120.0, unbounded=60.0)
-    assert seconds["full"] == 60.0 and seconds["sliding_window"] == 120.0
 
 
 def test_score_prints_every_pass_line_and_writes_json(tmp_path):
