@@ -61,8 +61,8 @@ demo: $(STAMP) ## generate a 60 s video and a contact sheet from PROMPT into dem
 test: $(STAMP) ## pass all tests
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile $(ARGS)
 
-lint: $(STAMP) ## check style and imports
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(STAMP) ## check style, imports and types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 format: $(STAMP) ## rewrite files in the house style
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .

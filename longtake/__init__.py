@@ -2,12 +2,14 @@
 
 from pathlib import Path as _Path
 
-# In a checkout the sub-packages are the repository's top-level folders; an installed wheel has them here.
-_root = _Path(__file__).resolve().parent.parent
-if not (_Path(__file__).parent / "cache").exists() and (_root / "cache" / "__init__.py").exists():
-    __path__.append(str(_root))
-
 __version__ = "0.1.0"
+
+# In a checkout the sub-packages are relative links; git writes them as small text files where it may not make links.
+if (_Path(__file__).parent / "cache").is_file():
+    raise ImportError(
+        "longtake/cache and its neighbours are text files here, not links: allow links (Windows: developer mode), then "
+        "`git config core.symlinks true` and `git checkout -- longtake`; or install a wheel."
+    )
 
 
 def __getattr__(name: str):

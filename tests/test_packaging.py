@@ -84,4 +84,4 @@ def test_checkout_needs_no_installation():
     code = "from importlib.util import find_spec; print(find_spec('longtake.cache').origin)"
     # -S leaves site-packages out.
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == str(ROOT / "cache" / "__init__.py"), done.stderr[-2000:]
+    assert done.stdout.strip() == str(ROOT / "longtake" / "cache" / "__init__.py"), done.stderr[-2000:]

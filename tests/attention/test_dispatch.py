@@ -3,8 +3,8 @@
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import block_attention as reference
 import pytest
 import torch
 
@@ -27,9 +27,6 @@ from longtake.attention.executors.flex import Flex
 from longtake.attention.lse import attend
 from longtake.attention.plan import split_runs, uniform_edges
 from longtake.attention.requests import CODES, PlanFacts
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
-import block_attention as reference  # noqa: E402
 
 PLAN = PlanFacts(density=0.4, num_heads=1, q_block=128, k_block=128, tile=256)
 CPU = AttentionRequest(num_queries=768, num_keys=5376, num_heads=4, num_kv_heads=4, head_dim=64)

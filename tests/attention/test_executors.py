@@ -2,10 +2,9 @@
 
 import math
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import block_attention as reference
 import pytest
 import torch
 
@@ -14,9 +13,6 @@ from longtake.attention.executors import EXECUTORS, executor, flashinfer, gather
 from longtake.attention.executors.flex import Flex
 from longtake.attention.plan import split_runs, uniform_edges
 from longtake.attention.requests import AttentionRequest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
-import block_attention as reference  # noqa: E402
 
 FRAME = 200
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}

@@ -1,9 +1,8 @@
 """Block plans: every form of a plan against the plan written out token by token, and every mistake refused."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import block_attention as reference
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +10,6 @@ from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry, BlockPlan, Segment
 from longtake.attention.plan import split_runs, uniform_edges
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
-import block_attention as reference  # noqa: E402
 
 FRAME = 200
 

@@ -2,11 +2,11 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import radial as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,10 +17,7 @@ from longtake.attention.policies.radial import Radial
 from longtake.attention.radial_mask import band_width, is_kept
 from longtake.scripts.attention_show import make_geometry
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
-import radial as reference  # noqa: E402
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "radial_masks.safetensors"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "radial_masks.safetensors"
 # (tokens of a frame, decay factor): density by frames, blocks of 128.
 DENSITIES = {
     (256, 1.0): {18: 0.651, 21: 0.601, 42: 0.395, 84: 0.245, 168: 0.147},
@@ -49,8 +46,6 @@ def strip(policy, *args, **options):
 
 @pytest.mark.parametrize("case", ["a", "d"])
 def test_golden_masks_bit_for_bit(case):
-    if not GOLDEN.exists():
-        pytest.skip(f"{GOLDEN.name} is not at hand")
     with safe_open(GOLDEN, "pt") as file:
         values = json.loads(file.metadata()["cases"])[case]
         expected = file.get_tensor(case)

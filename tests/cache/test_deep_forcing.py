@@ -1,13 +1,7 @@
 """Deep Forcing against a slow version of its release, and the published index traces."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
 from deep_forcing import DeepForcingReference
 from policy_driver import Player, make_geometry, random, spans
 

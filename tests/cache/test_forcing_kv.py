@@ -1,14 +1,10 @@
 """Static and dynamic heads against a slow version, and head maps."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
 from forcing_kv import ForcingKVReference
 from policy_driver import Player, make_geometry, random, spans
 

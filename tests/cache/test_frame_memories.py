@@ -1,15 +1,10 @@
 """Policies that average, replay or choose frames, against slow versions of them."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import frame_memories as reference
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
-import frame_memories as reference
 from policy_checks import CHECKS
 from policy_driver import Player, make_geometry, random, spans
 from policy_rows import POLICY_ROWS

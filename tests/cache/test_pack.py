@@ -1,15 +1,11 @@
 """Pack against a slow version of the description, its published numbers, and its parts one by one."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from policy_driver import Player, make_geometry, random, spans
+from safetensors.torch import save_file
 
 from longtake.cache import Geometry, Pass, make_policy
 from longtake.cache.compressors import LatentCompressor, cell_factors, load_compressor, num_cells, pool_tokens

@@ -5,18 +5,14 @@ A stored token is recognisable: its channels say which frame, place, video and h
 
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
 from policy_checks import CHECKS, WRAPPERS, check_far_frames, groups_of, verdict
 from policy_driver import Player, make_geometry, marked, read_marks, spans
 from policy_rows import POLICY_ROWS, Row

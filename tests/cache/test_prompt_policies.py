@@ -1,14 +1,9 @@
 """longlive, infinity_rope and anchor: against slow versions of their releases, published traces, changes of prompt."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
 from policy_driver import Player, make_geometry, marked, random, read_marks, spans
 from slots import CutSlots, Regions, Slots
 

@@ -1,14 +1,10 @@
 """What tokens cost and lose: codecs, buffers, and the policies that wrap a policy."""
 
 import logging
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from policy_driver import Player, make_geometry, spans
 
 from longtake.attention import sdpa

@@ -1,14 +1,9 @@
 """Merging of repeated tokens: exact where keys are equal, and a slow version of it."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
-
-sys.path.insert(0, str(Path(__file__).parent))
 from policy_driver import Player, make_geometry, spans
+from torch.nn.functional import cosine_similarity
 
 from longtake.cache import Pass, make_policy, tempcache
 from longtake.cache.correspondence import directions, merge_repeats, random_projection

@@ -1,17 +1,11 @@
 """VBench-Long: clips score as videos of their own, and what the clip-to-clip branch does in every corner."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import vbench_formulas as slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent / "metrics"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
-import vbench_formulas as slow
 from vbench_stubs import Stub, moving_squares, scores, stubs
 
 from longtake.evaluation.golden_check import golden_scores

@@ -1,10 +1,9 @@
 """Sparse stock pipelines: equal where nothing is left out, right where something is, and stock again afterwards."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
+import radial as reference
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -20,9 +19,6 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from longtake.attention import BackendUnavailable
 from longtake.models.bidirectional import sparse_wan
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
-import radial as reference  # noqa: E402
 
 NUM_FRAMES, GRID = 5, (4, 4)  # 17 frames of 64 x 64 pixels
 NUM_TOKENS = NUM_FRAMES * GRID[0] * GRID[1]

@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import run_fakes
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
 from run_fakes import PROMPT, FakeSession, generate, make_config, resume
 
 from longtake.configs.families import load_family
@@ -119,7 +118,7 @@ path = Path({path!r})
 def test_kills_at_random_moments(tmp_path, whole):
     """Kill the process group, the encoder included, until a run gets through."""
     path = tmp_path / "run"
-    script = KILLED.format(here=str(Path(__file__).parent), path=str(path))
+    script = KILLED.format(here=str(Path(run_fakes.__file__).parent), path=str(path))
     chooser = random.Random(0)
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)

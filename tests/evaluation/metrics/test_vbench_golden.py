@@ -14,7 +14,7 @@ from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.metrics import make_metrics
 from longtake.evaluation.video import VideoSource, measure
 
-FOLDER = Path(__file__).resolve().parents[4] / "shared" / "golden" / "vbench"
+FOLDER = Path(__file__).resolve().parents[2] / "golden" / "vbench"
 pytestmark = pytest.mark.skipif(
     not (FOLDER / "golden.json").exists(), reason="VBench's golden numbers are not at hand"
 )

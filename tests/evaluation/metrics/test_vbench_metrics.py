@@ -1,17 +1,12 @@
 """VBench's dimensions: against slow versions, however the frames come, and under honest names."""
 
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
+import vbench_formulas as slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[2] / "reference"))
-import vbench_formulas as slow
 from vbench_stubs import ROLES, Stub, info, moving_squares, scores, stubs
 
 from longtake.evaluation.golden_check import golden_scores

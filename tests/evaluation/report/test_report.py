@@ -5,14 +5,13 @@ import io
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from report_runs import FROZEN, NASTY, POLICIES, SKIPPED, WITHOUT_OVERALL, build_runs, compare, write_videos
 from rich.console import Console
 
 from longtake.evaluation import report as report_module
@@ -25,9 +24,6 @@ from longtake.evaluation.report.data import Measure, ReportData
 from longtake.evaluation.report.films import find_video, shared_prompts, strip_indices
 from longtake.evaluation.report.markup import VOID
 from longtake.evaluation.report.page import least_prompts
-
-sys.path.insert(0, str(Path(__file__).parent))
-from report_runs import FROZEN, NASTY, POLICIES, SKIPPED, WITHOUT_OVERALL, build_runs, compare, write_videos
 
 COMMANDS = ["longtake evaluate run --cache full,pack --out 'my <out>'", "longtake evaluate report OUT"]
 PROTOCOL = {"name": "standard", "fingerprint": "feedfacecafe0001", "caches": {"pack": {"policy": "pack"}}, "crf": 12}

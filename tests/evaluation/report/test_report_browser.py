@@ -1,18 +1,13 @@
 """The report in a real browser: nothing is fetched, nothing overflows, and its few controls work."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from chromium import Chromium, find_chromium
+from report_runs import NASTY, POLICIES, build_runs, compare, write_videos
 
 from longtake.evaluation import report as report_module
 from longtake.evaluation.published import find_rows, load_published
 from longtake.evaluation.report import write_report
 from longtake.evaluation.report.colours import DARK, DARK_PAGE, LIGHT
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chromium import Chromium, find_chromium
-from report_runs import NASTY, POLICIES, build_runs, compare, write_videos
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium: install chromium or google-chrome, or name one in CHROME"

@@ -1,23 +1,19 @@
 """What reports are made of: escaped markup, axes, labels that keep apart, digits, and colours for every eye."""
 
 import re
-import sys
 from html import unescape
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report_runs import NASTY
 
 from longtake.evaluation.report.axes import clock, place_names, seconds_axis, spread, value_axis
 from longtake.evaluation.report.colours import DARK, DARK_PAGE, LIGHT, LIGHT_PAGE, colour_rules
 from longtake.evaluation.report.data import Estimate, Measure, digits_for, interval, number
 from longtake.evaluation.report.markup import Markup, breakable, escape, join, tag
-
-sys.path.insert(0, str(Path(__file__).parent))
-from report_runs import NASTY
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 

@@ -11,7 +11,7 @@ from longtake.models.checkpoints import ConversionRequest, expected_shapes, plan
 from longtake.scripts.checkpoint_layouts import FAMILIES, SIZES, contents
 from longtake.scripts.make_checkpoint import write_family
 
-SHARED = Path(__file__).resolve().parents[4] / "shared"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 ALPHA = 8.0  # twice the rank, so that a forgotten scale shows
 
 # Written by hand from the families' own loaders: files, the entry that is meant, a name that must be in it.
@@ -120,13 +120,11 @@ def test_dtypes_are_kept_unless_told(family, tmp_path):
 
 
 def test_the_825_true_names_and_shapes():
-    if not (SHARED / "keys").is_dir():
-        pytest.skip("the key lists of the 1.3B checkpoint are not beside this repository")
     (layout,) = FAMILIES["wan"]
     made = contents(layout.entries[""], expected_shapes(SIZES["1.3B"]), rank=256)
-    expected = json.loads((SHARED / "keys" / "wan_1_3b_original_keys.json").read_text())
+    expected = json.loads((GOLDEN / "keys" / "wan_1_3b_original_keys.json").read_text())
     assert {name: list(shape) for name, (_, shape) in made.items()} == expected
-    expected = json.loads((SHARED / "keys" / "wan_1_3b_diffusers_keys.json").read_text())
+    expected = json.loads((GOLDEN / "keys" / "wan_1_3b_diffusers_keys.json").read_text())
     assert {name: list(shape) for name, shape in expected_shapes(SIZES["1.3B"]).items()} == expected
 
 
