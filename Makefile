@@ -68,16 +68,16 @@ format: $(STAMP) ## rewrite files in the house style
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 golden: $(STAMP) ## regenerate the project's own golden numbers under tests/golden/
-	@$(OFFLINE) $(BIN)/python -m longtake.scripts.golden
+	@$(OFFLINE) $(BIN)/python tests/support/golden_cases.py
 
-bench: $(STAMP) ## measure speed and memory on this machine
-	@$(OFFLINE) $(BIN)/python -m longtake.scripts.benchmark
+bench: $(STAMP) ## measure speed and memory on this machine (ARGS="video --seconds 30")
+	@$(OFFLINE) $(BIN)/python -m benchmarks $(ARGS)
 
 bench-gpu: $(STAMP) ## measure the real shapes with random weights on a GPU (ARGS="--seconds 30")
-	@$(OFFLINE) $(BIN)/python -m longtake.scripts.benchmark_gpu $(ARGS)
+	@$(OFFLINE) $(BIN)/python -m benchmarks.gpu $(ARGS)
 
 docs-policies: $(STAMP) ## rewrite docs/policies.md and its pictures
-	@$(OFFLINE) $(BIN)/python -m longtake.scripts.document_policies
+	@$(OFFLINE) $(BIN)/python docs/tools/document_policies.py
 
 train-mini: $(STAMP) ## train the bundled mini model from scratch
-	@$(BIN)/python -m longtake.scripts.train_mini all
+	@$(BIN)/python -m lab.train_mini all

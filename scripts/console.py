@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -364,10 +363,3 @@ def _deliver(video: Path, path: Path) -> None:
 def _describe(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     return f"{error.strerror or error}{where}"
-
-
-def script(command: str) -> None:
-    """Run one command as its own program: ``python scripts/COMMAND.py ...`` is ``longtake COMMAND ...``."""
-    from longtake.scripts.main import app
-
-    sys.exit(run_app(app, [command, *sys.argv[1:]]))

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from longtake.configs.families import load_family
-from longtake.scripts.console import err, out, script
+from longtake.scripts.console import err, out
 
 if TYPE_CHECKING:
     from longtake.models.checkpoints import Conversion, OutputTensor
@@ -154,7 +154,3 @@ def _progress(conversion: "Conversion") -> Iterator[Callable[["OutputTensor"], N
 
     with bar:
         yield show
-
-
-if __name__ == "__main__":
-    script("convert")

@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from longtake.configs.fields import did_you_mean
-from longtake.scripts.console import EXIT_INTERRUPTED, err, script, stop_requests
+from longtake.scripts.console import EXIT_INTERRUPTED, err, stop_requests
 from longtake.scripts.evaluate_tools import TOOLS, show_summary
 
 if TYPE_CHECKING:
@@ -258,7 +258,3 @@ app = typer.Typer(
 app.command("run", no_args_is_help=True)(run)
 for _name, _command in TOOLS.items():
     app.command(_name, no_args_is_help=_name != "list")(_command)
-
-
-if __name__ == "__main__":
-    script("evaluate")

@@ -105,7 +105,8 @@ def _runs(places: Sequence[Path]) -> "list[RunScores]":
 
 def _reference(folder: Path, runs: "Sequence[RunScores]", columns: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
     """Levels of the true scenes under the metrics' names; none where the prompts are not the bundled suite's."""
-    from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes
+    from longtake.evaluation.mini_world.drift import reference_levels
+    from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
     from longtake.evaluation.report.markdown import JUDGE
     from longtake.evaluation.running.suites import PROMPT_SEED
 
@@ -115,7 +116,5 @@ def _reference(folder: Path, runs: "Sequence[RunScores]", columns: Sequence[str]
     scenes = held_back_scenes(max(prompts) + 1, seed=PROMPT_SEED)
     if any(describe(scenes[index]) != text for index, text in prompts.items()):
         return {}
-    from longtake.scripts.mini_study import reference_levels
-
-    levels = reference_levels(folder, sorted(prompts))
+    levels = reference_levels(folder, sorted(prompts), prompt_seed=PROMPT_SEED)
     return {name: {f"{JUDGE}{key}": value for key, value in values.items()} for name, values in levels.items()}

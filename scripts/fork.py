@@ -13,7 +13,6 @@ from longtake.scripts.console import (
     load_pipeline,
     provenance,
     run_in_folder,
-    script,
     start_session,
     stop_requests,
     use_recorded_setup,
@@ -116,7 +115,3 @@ def forked_config(
     else:
         changes = config.prompt_changes
     return replace(config, seconds=length, prompt_changes=changes)
-
-
-if __name__ == "__main__":
-    script("fork")

@@ -1,5 +1,13 @@
 """Make a video from a prompt, or one from each line of a file."""
 
+import sys
+from importlib.util import find_spec
+
+if __name__ == "__main__" and not all(map(find_spec, ("typer", "torch", "longtake"))):
+    sys.exit(
+        "this Python lacks longtake's packages: run `make install`, then `.venv/bin/python scripts/generate.py ...`"
+    )
+
 import hashlib
 import json
 import re
@@ -22,7 +30,6 @@ from longtake.scripts.console import (
     load_pipeline,
     provenance,
     run_in_folder,
-    script,
     start_session,
     stop_requests,
 )
@@ -315,4 +322,6 @@ def _is_finished(run: RunConfig, path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    script("generate")
+    from longtake.scripts.main import app, run_app
+
+    sys.exit(run_app(app, ["generate", *sys.argv[1:]]))

@@ -11,7 +11,7 @@ from rich.table import Table
 from longtake.configs.families import CheckpointRule, ModelFamily, family_names, load_family
 from longtake.configs.fields import did_you_mean
 from longtake.configs.run import ModelConfig
-from longtake.scripts.console import model_folder, out, script
+from longtake.scripts.console import model_folder, out
 from longtake.scripts.info_file import print_file
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -201,7 +201,3 @@ def _header(path: Path) -> dict[str, Any]:
             return json.loads(file.read(length))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
-
-
-if __name__ == "__main__":
-    script("info")

@@ -8,7 +8,6 @@ import typer
 from longtake import __version__
 from longtake.configs.waiting import wait_briefly
 from longtake.scripts.attention import app as attention
-from longtake.scripts.benchmark import benchmark
 from longtake.scripts.console import out, run_app
 from longtake.scripts.convert import convert
 from longtake.scripts.evaluate import app as evaluate
@@ -26,7 +25,6 @@ COMMANDS = {
     "policies": policies,
     "info": info,
     "convert": convert,
-    "benchmark": benchmark,
     "profile-heads": profile_heads,
 }
 
@@ -42,7 +40,7 @@ app = typer.Typer(
     ),
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name, no_args_is_help=_name not in ("policies", "benchmark"))(_command)
+    app.command(_name, no_args_is_help=_name != "policies")(_command)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(attention, name="attention")
 

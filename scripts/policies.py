@@ -9,7 +9,7 @@ import typer
 import yaml
 from rich.text import Text
 
-from longtake.scripts.console import out, script
+from longtake.scripts.console import out
 
 if TYPE_CHECKING:
     from longtake.cache import CachePolicy, Event
@@ -205,7 +205,3 @@ def title(policy: "CachePolicy", events: "Mapping[int, Event] | None" = None) ->
     parts = [f"{key.removeprefix('num_').removesuffix('_frames')} {value}" for key, value in shown.items()]
     parts += [f"{event} at block {block}" for block, event in (events or {}).items()]
     return f"{policy.name}: {', '.join(parts)}" if parts else policy.name
-
-
-if __name__ == "__main__":
-    script("policies")

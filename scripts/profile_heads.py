@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from longtake.scripts.console import out, script
+from longtake.scripts.console import out
 
 DEFAULT_OUT = Path("heads.yaml")
 
@@ -72,7 +72,3 @@ def profile_heads(
         )
         out.print(f"layer {layer:2}: {shares}")
     out.print(f"{found.num_static} static heads of {found.num_layers * found.num_heads}, written to {to}")
-
-
-if __name__ == "__main__":
-    script("profile-heads")

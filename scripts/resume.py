@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from longtake.scripts.console import EXIT_INTERRUPTED, err, finish, go_on, report_files, script, stop_requests
+from longtake.scripts.console import EXIT_INTERRUPTED, err, finish, go_on, report_files, stop_requests
 
 
 def resume(
@@ -36,7 +36,3 @@ def resume(
     with stop_requests() as should_stop:
         if go_on(folder, None, should_stop=should_stop, allow_changes=allow_changes) != FINISHED:
             raise typer.Exit(EXIT_INTERRUPTED)
-
-
-if __name__ == "__main__":
-    script("resume")

@@ -7,12 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from golden_cases import FRAME_SHAPE, TEXT_SHAPE, seeded, tiny_transformer
 
 from longtake.attention import sdpa
 from longtake.cache import POLICIES, CachePolicy, Geometry, KVCache, Pass, make_policy
 from longtake.pipelines import rollout_latents
 from longtake.samplers import SeededNoise
-from longtake.scripts.golden import FRAME_SHAPE, TEXT_SHAPE, seeded, tiny_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "adding_a_policy.md"

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import CASES, golden_rollouts
 from safetensors.torch import load_file
 
 from longtake.cache import POLICIES
 from longtake.samplers import SAMPLERS
-from longtake.scripts.golden import CASES, golden_rollouts
 
 FILE = Path(__file__).parent / "golden" / "rollouts.safetensors"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longtake.cache import POLICIES
-from longtake.evaluation.mini_world.moving_scenes import parse_caption, vocabulary
+from longtake.evaluation.mini_world.scenes import parse_caption, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import torch
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, Window
 from longtake.evaluation.mini_world.drift import ACCURACIES, MAX_PSNR, WINDOW_FRAMES, WindowMeter
 from longtake.evaluation.mini_world.judge import WEIGHTS, ClipJudge, load_judge
-from longtake.evaluation.mini_world.moving_scenes import (
+from longtake.evaluation.mini_world.scenes import (
     CAMERAS,
     EVENT_PERIOD,
     FPS,

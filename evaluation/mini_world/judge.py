@@ -1,6 +1,6 @@
 """The judge: a small classifier that says what a five-second clip of the moving scenes shows.
 
-It is trained on true renders only (:mod:`longtake.evaluation.mini_world.judge_training`), never on generated video, so
+It is trained on true renders only (:mod:`lab.judge.training`), never on generated video, so
 its verdict on a generated clip means: what would this have to be, if it were a true scene?
 """
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtake.evaluation.mini_world.moving_scenes import (
+from longtake.evaluation.mini_world.scenes import (
     BACKGROUNDS,
     CAMERAS,
     COLOURS,
@@ -193,7 +193,7 @@ def expected_verdict(prompt: Mapping[str, Any]) -> dict[str, str]:
     """Turn a parsed caption into the verdict it asks for.
 
     Args:
-        prompt: of :func:`longtake.evaluation.mini_world.moving_scenes.parse_caption`.
+        prompt: of :func:`longtake.evaluation.mini_world.scenes.parse_caption`.
 
     Returns:
         {attribute: name}; attributes the caption does not mention are absent. In a scene of two objects shape,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.configs.fields import choose, did_you_mean
-from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes
+from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
 
 SUITE = "suite:"
 PROMPT_SEED = 64

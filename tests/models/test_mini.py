@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, WanPipeline
 
 import longtake.models
-from longtake.evaluation.mini_world.moving_scenes import held_back_scenes, render
+from longtake.evaluation.mini_world.scenes import held_back_scenes, render
 
 FOLDER = Path(longtake.models.__file__).parent / "mini"
 

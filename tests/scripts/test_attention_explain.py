@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from benchmarks import attention as measure_attention
 from longtake.attention import EXECUTORS
-from longtake.scripts import main, measure_attention
+from longtake.scripts import main
 from longtake.scripts.console import run_app
 
 

@@ -97,6 +97,11 @@ def test_the_script_is_the_same_program():
     assert_one_line(run("x", "--seconds", "0", program=(sys.executable, "scripts/generate.py")), "seconds=0")
 
 
+def test_the_script_without_its_packages_says_what_to_run():
+    bare = subprocess.run([sys.executable, "-S", "scripts/generate.py", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert bare.returncode == 1 and "make install" in bare.stderr and len(bare.stderr.splitlines()) == 1
+
+
 LIGHT = {
     "unknown policy": (["x", "--cache", "atention_sink"], "Did you mean 'attention_sink'"),
     "unknown key": (["x", "secnds=3"], "Did you mean 'seconds'"),

@@ -2,13 +2,13 @@
 
 import json
 
+import make_checkpoint as maker
 import pytest
 import torch
 import typer
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from longtake.scripts import make_checkpoint as maker
-from longtake.scripts import measure_conversion
+from benchmarks import conversion as measure_conversion
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
 

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+import document_policies
+from document_policies import all_pictures, field_comments, picture_name, render
+
 from longtake.cache import POLICIES
-from longtake.scripts import document_policies
-from longtake.scripts.document_policies import all_pictures, field_comments, picture_name, render
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "policies.md"

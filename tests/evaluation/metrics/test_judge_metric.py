@@ -18,7 +18,7 @@ from longtake.evaluation.metrics.judge import (
 )
 from longtake.evaluation.mini_world.drift import MEASURES, WINDOW_FRAMES, WindowMeter
 from longtake.evaluation.mini_world.judge import load_judge
-from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes, parse_caption, render
+from longtake.evaluation.mini_world.scenes import describe, held_back_scenes, parse_caption, render
 from longtake.evaluation.running.suites import moving_scenes
 
 SCENES = held_back_scenes(24, seed=64)

@@ -1,46 +1,26 @@
 """True scenes do not drift; frozen, faded, forgetful and wrong videos do, each in the measure made for it."""
 
-import csv
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from lab.judge.training import without_object
 from longtake.evaluation.mini_world.drift import (
     MAX_PSNR,
-    MEASURES,
     WINDOW_FRAMES,
     WindowMeter,
     masked_psnr,
     median_background,
     motion_share,
+    repeat_frames,
     sampled_scene,
+    truth_levels,
+    with_amnesia,
 )
-from longtake.evaluation.mini_world.drift_report import (
-    Spans,
-    curve,
-    draw_curves,
-    markdown_table,
-    write_csv,
-    write_json,
-)
-from longtake.evaluation.mini_world.drift_study import (
-    VideoResult,
-    append_results,
-    measure_stream,
-    missing_videos,
-    read_results,
-    run_study,
-    study_fingerprint,
-    video_seed,
-    window_values,
-)
-from longtake.evaluation.mini_world.drift_truth import repeat_frames, truth_levels, with_amnesia
 from longtake.evaluation.mini_world.judge import load_judge
-from longtake.evaluation.mini_world.judge_training import without_object
-from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes, render
+from longtake.evaluation.mini_world.scenes import held_back_scenes, render
 
 SECONDS = 20
 NUM_FRAMES = 16 * SECONDS
@@ -209,122 +189,6 @@ def test_truth_levels_separate_memory_from_forgetting(judge, scenes):
     assert levels["true scene"]["background"] > 0.95
 
 
-def test_a_study_killed_between_and_within_batches_goes_on_where_it_was(judge, scenes, tmp_path):
-    path = tmp_path / "deep" / "results.jsonl"
-    made = []
-
-    def stream(prompts, seeds, cache):
-        made.extend((cache, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True))
-        yield torch.cat([_video(_of(scenes, prompt)) for prompt in prompts])[:, :160]
-
-    settings = {
-        "scenes": scenes[:3],
-        "policies": {"a": "full", "b": "sliding_window"},
-        "num_seeds": 2,
-        "batch_size": 2,
-        "fingerprints": {"a": "x", "b": "y"},
-        "path": path,
-    }
-    study = run_study(stream, judge, **settings)
-    first = [next(study), next(study)]
-    study.close()
-    assert {batch[0].policy for batch in first} == {"a", "b"}
-    with open(path, "a") as file:
-        file.write('{"policy": "a", "prompt_ind')
-    rest = [row for batch in run_study(stream, judge, **settings) for row in batch]
-    results = read_results(path)
-    assert len(results) == 12 == len(rest) + 4
-    assert len({(row.policy, row.prompt_index, row.seed_index) for row in results}) == 12
-    assert len(set(made)) == len(made) == 12
-    assert {seed for _, _, seed in made} == {video_seed(p, s) for p in range(3) for s in range(2)}
-    assert all(set(window) == set(MEASURES) for row in results for window in row.windows)
-    only = {**settings, "path": tmp_path / "half.jsonl", "prompts": [1], "policies": {"a": "full"}}
-    assert [(row.prompt_index, row.seed_index) for batch in run_study(stream, judge, **only) for row in batch] == [
-        (1, 0),
-        (1, 1),
-    ]
-    with pytest.raises(ValueError, match="another folder"):
-        list(run_study(stream, judge, **{**settings, "fingerprints": {"a": "z", "b": "y"}}))
-
-
-def test_fingerprint_depends_on_every_weight_and_setting():
-    module = torch.nn.Linear(2, 2)
-    before = study_fingerprint([module], {"cache": "full"})
-    assert before == study_fingerprint([module], {"cache": "full"})
-    assert before != study_fingerprint([module], {"cache": "other"})
-    with torch.no_grad():
-        module.bias[1] += 1.0
-    assert before != study_fingerprint([module], {"cache": "full"})
-
-
-def test_report_shows_a_built_in_drift_and_no_other(tmp_path):
-    results = _made_up_results()
-    points = curve([row for row in results if row.policy == "window"], "background_psnr")
-    assert np.isnan(points[0].mean)
-    assert points[1].mean > points[-1].mean + 5.0
-    table = markdown_table(results, baseline="window", levels={"true scene": {"shape": 0.99}})
-    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in table.splitlines()[2:]}
-    falling = rows["background PSNR to 0-5 s, dB", "window"]
-    assert "**-" in falling
-    assert "**+" in rows["background PSNR to 0-5 s, dB", "sink"].rsplit("|", 2)[1]
-    assert "**" not in rows["shape right", "sink"]
-    assert "0.99" in rows["shape right", "_true scene_"]
-    write_json(results, tmp_path / "drift.json", baseline="window", notes={"n": "x"})
-    document = json.loads((tmp_path / "drift.json").read_text())
-    assert document["num_videos"] == {"window": 40, "sink": 40}
-    assert document["summary"]["sink"]["background_psnr"]["against"]["low"] > 0
-    write_csv(results, tmp_path / "drift.csv")
-    lines = list(csv.DictReader((tmp_path / "drift.csv").read_text().splitlines()))
-    assert {line["policy"] for line in lines} == {"window", "sink"}
-    draw_curves(results, tmp_path / "drift.png", levels={"true scene": {"shape": 0.99}}, title="made up")
-    assert (tmp_path / "drift.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_report_refuses_an_unknown_baseline_measure_or_a_short_video():
-    with pytest.raises(ValueError, match="choose one of window, sink"):
-        markdown_table(_made_up_results(), baseline="full", levels={})
-    with pytest.raises(ValueError, match="unknown measure 'sharpness'"):
-        window_values(_made_up_results(), "sharpness", 0)
-    with pytest.raises(ValueError, match="15 seconds"):
-        Spans.of(2)
-    assert Spans.of(12) == Spans(early=(1, 4), late=(8, 12))
-
-
-def test_results_file_keeps_nan_and_order(tmp_path):
-    results = _made_up_results()[:3]
-    append_results(tmp_path / "r.jsonl", results)
-    again = read_results(tmp_path / "r.jsonl")
-    assert [row.to_json() for row in again] == [row.to_json() for row in results]
-    assert np.isnan(again[0].windows[0]["background_psnr"])
-    assert read_results(tmp_path / "none.jsonl") == []
-    assert missing_videos(again, policy="window", prompts=[0, 1], num_seeds=1, fingerprint="f") == []
-
-
-def _made_up_results():
-    rng = np.random.default_rng(0)
-    results = []
-    for policy, slope in (("window", -1.0), ("sink", 0.0)):
-        for prompt in range(20):
-            for seed in range(2):
-                windows = []
-                for window in range(12):
-                    row = dict.fromkeys(MEASURES, 1.0)
-                    row["shape"] = float(prompt % 2)
-                    row["background_psnr"] = np.nan if window == 0 else 30.0 + slope * window + rng.normal()
-                    windows.append(row)
-                results.append(
-                    VideoResult(
-                        policy=policy,
-                        prompt_index=prompt,
-                        seed_index=seed,
-                        prompt="p",
-                        fingerprint="f",
-                        windows=tuple(windows),
-                    )
-                )
-    return results
-
-
 def _video(scene):
     return torch.from_numpy(render(scene, np.arange(NUM_FRAMES))).permute(0, 3, 1, 2)[None].float() / 255.0
 
@@ -337,7 +201,3 @@ def _measure(judge, scene, video):
 def _values(rows, name):
     values = np.array([row[name] for video in rows for row in video], dtype=float)
     return values[~np.isnan(values)]
-
-
-def _of(scenes, prompt):
-    return next(scene for scene in scenes if describe(scene) == prompt)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.evaluation.mini_world.moving_scenes import (
+from longtake.evaluation.mini_world.scenes import (
     BACKGROUNDS,
     CAMERAS,
     COLOURS,

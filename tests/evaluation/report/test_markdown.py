@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from longtake.evaluation.metric import MetricSpec, Score, Window
-from longtake.evaluation.mini_world.moving_scenes import describe, held_back_scenes
+from longtake.evaluation.mini_world import drift
+from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores, write_json
 from longtake.evaluation.report.markdown import (
     TITLES,
@@ -19,7 +20,6 @@ from longtake.evaluation.report.markdown import (
 )
 from longtake.evaluation.results import run_record
 from longtake.evaluation.running.suites import PROMPT_SEED
-from longtake.scripts import mini_study
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
 
@@ -178,11 +178,11 @@ def test_the_command_takes_several_folders_and_writes_a_page(tmp_path, capfd, mo
     (tmp_path / "first" / "protocol.yaml").write_text(protocol)
     asked = []
 
-    def measured(folder, prompts):
+    def measured(folder, prompts, prompt_seed):
         asked.append((folder, prompts))
         return {name: {"shape": row["judge/shape"]} for name, row in LEVELS.items()}
 
-    monkeypatch.setattr(mini_study, "reference_levels", measured)
+    monkeypatch.setattr(drift, "reference_levels", measured)
 
     def call(*words):
         code = run_app(app, ["evaluate", "table", *map(str, words)])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.evaluation.mini_world.moving_scenes import parse_caption
+from longtake.evaluation.mini_world.scenes import parse_caption
 from longtake.evaluation.running.suites import SEED_STEP, Change, Prompt, load_prompts, prompts_sha256, video_seed
 
 

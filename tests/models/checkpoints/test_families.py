@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_layouts import FAMILIES, SIZES, contents
 from diffusers import WanTransformer3DModel
+from make_checkpoint import write_family
 
 from longtake.models.checkpoints import ConversionRequest, expected_shapes, plan_conversion
-from longtake.scripts.checkpoint_layouts import FAMILIES, SIZES, contents
-from longtake.scripts.make_checkpoint import write_family
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 ALPHA = 8.0  # twice the rank, so that a forgotten scale shows

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from make_checkpoint import write_family
 from safetensors.torch import load_file, save_file
 
 from longtake.models.checkpoints import ConversionRequest, plan_conversion
-from longtake.scripts.make_checkpoint import write_family
 
 RANK, ALPHA = 3, 5.0
 # Original module, its shape (out, in), its name in diffusers; written by hand.

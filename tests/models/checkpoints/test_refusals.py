@@ -6,12 +6,12 @@ import zipfile
 
 import pytest
 import torch
+from make_checkpoint import write_family
 from safetensors.torch import save_file
 
 from longtake.configs.families import CheckpointRule, ModelFamily
 from longtake.models.checkpoints import ConversionRequest, choose_entry, converting, open_checkpoint, plan_conversion
 from longtake.models.checkpoints.checkpoint import TensorInfo
-from longtake.scripts.make_checkpoint import write_family
 
 FAMILIES = ["wan", "self_forcing_ode"]  # a safetensors file and a pickle
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from make_checkpoint import write_family
 from safetensors import safe_open
 
 from longtake.models.checkpoints import (
@@ -19,7 +20,6 @@ from longtake.models.checkpoints import (
     shapes,
     write_weights,
 )
-from longtake.scripts.make_checkpoint import write_family
 
 
 def public(model):

@@ -1,0 +1,1 @@
+"""Measurements of this repository's speed and memory; not part of the wheel."""

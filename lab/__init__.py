@@ -1,0 +1,1 @@
+"""Training of the mini model and of its judge; not part of the wheel."""

@@ -1,0 +1,1 @@
+"""Training and scorecard of the mini world's judge."""

@@ -1,0 +1,1 @@
+"""Stages of lab/train_mini.py: VAE, latents, transformer, export."""

@@ -1,1 +1,0 @@
-"""Stages of scripts/train_mini.py: VAE, latents, transformer, export."""
