@@ -194,8 +194,8 @@ def _video(scene):
 
 
 def _measure(judge, scene, video):
-    (rows,) = measure_stream(judge, [scene], video.split(50, dim=1))
-    return rows
+    meter = WindowMeter(judge, [scene])
+    return [row for piece in video.split(50, dim=1) for (row,) in meter.push(piece)]
 
 
 def _values(rows, name):
