@@ -1,4 +1,4 @@
-"""What a checkpoint does not say of itself: step list, block size, resolution, frame rate."""
+"""Model families: the settings that a checkpoint does not hold, such as step list, block size and frame rate."""
 
 import math
 from collections.abc import Mapping
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+import yaml
 
-from longtake.configs.fields import build, did_you_mean
+from longtake.configs.fields import build, choose
 
 # Wan's VAE makes four pixel frames one latent frame; the first one alone is one.
 PIXELS_PER_LATENT = 4
@@ -16,7 +16,7 @@ PIXELS_PER_LATENT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRule:
-    """What a family's released files hold and which part is the model.
+    """Location of the model in a family's released files.
 
     Attributes:
         file: Path inside the repository that ``homepage`` names.
@@ -35,27 +35,27 @@ class CheckpointRule:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """How a model family is run.
+    """Settings of a model family.
 
     Attributes:
-        folder: Where the bundled weights lie inside the package; null when the user brings them.
+        folder: Bundled weights inside the package; null when the user brings them.
         height: Pixels.
         width: Pixels.
         fps: Frames per second.
-        size: ``1.3B`` or ``14B``: what the transformer's shapes have to be; null for shapes of its own.
+        size: ``1.3B`` or ``14B``, required of the transformer's shapes; null for shapes of its own.
         frames_per_block: Latent frames denoised together.
         first_block_frames: Frames of the first block, where it differs.
         sampler: Mapping for ``make_sampler``.
         context_timestep: Timestep of the commit pass.
         num_trained_frames: Latent frames of the training clips.
         cache: Policy and fields that the model was trained with, as ``make_policy`` takes them; null for full history.
-        starts: What a video may begin from beside text: ``image`` (one frame), ``video`` (whole blocks).
-        checkpoint: Where the released file lies and what in it is meant.
+        starts: Conditioning that the model takes beside text: ``image`` (one frame), ``video`` (whole blocks).
+        checkpoint: Location of the released weights.
         max_sequence_length: Text tokens; shorter prompts are padded to it.
         licence: Of the weights.
-        restriction: What the licence forbids, in a few words; told when the model is loaded.
+        restriction: Uses that the licence forbids, in a few words; printed when the model is loaded.
         source: Paper or repository.
-        homepage: Where to get the weights.
+        homepage: Address of the weights.
     """
 
     folder: str | None = None
@@ -78,12 +78,7 @@ class ModelFamily:
     homepage: str = ""
 
     def num_latent_frames(self, num_pixel_frames: int, *, frames_per_block: int | None = None) -> int:
-        """Latent frames of a video: whole blocks that hold it.
-
-        Args:
-            num_pixel_frames: Its length.
-            frames_per_block: Where it is not the family's.
-        """
+        """Latent frames of the whole blocks that hold a video of ``num_pixel_frames``."""
         block = frames_per_block or self.frames_per_block
         first = self.first_block_frames or block
         wanted = 1 + math.ceil((num_pixel_frames - 1) / PIXELS_PER_LATENT)
@@ -92,8 +87,8 @@ class ModelFamily:
 
 def family_names() -> list[str]:
     """Names of the presets under ``configs/model``."""
-    folder = files("longtake.configs") / "model"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    entries = (files("longtake.configs") / "model").iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
 
 def load_family(name: str) -> ModelFamily:
@@ -102,11 +97,6 @@ def load_family(name: str) -> ModelFamily:
     Raises:
         ValueError: If there is no such preset; names those there are.
     """
-    known = family_names()
-    if name not in known:
-        raise ValueError(f"unknown model family {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}")
+    choose(dict.fromkeys(family_names()), name, what="model family")
     text = (files("longtake.configs") / "model" / f"{name}.yaml").read_text(encoding="utf-8")
-    what = f"model family {name!r}"
-    values = OmegaConf.to_container(OmegaConf.create(text))
-    rule = build(CheckpointRule, values.pop("checkpoint", {}), what=f"checkpoint of {what}")
-    return build(ModelFamily, values | {"checkpoint": rule}, what=what)
+    return build(ModelFamily, yaml.safe_load(text), what=f"model family {name!r}")

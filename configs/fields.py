@@ -1,34 +1,54 @@
-"""Mappings from YAML or Python to frozen dataclasses: unknown keys and wrong types are named, never guessed."""
+"""Schema engine of every YAML file: mappings to frozen dataclasses, with errors that name the nearest valid key.
+
+Declare the schema as a frozen dataclass and call ``build(Schema, mapping, what="the protocol")``. Field types may be
+int, float, bool, str, ``Literal``, ``X | None``, ``tuple[X, ...]``, ``Mapping`` and other such dataclasses; ranges
+are checked by the dataclass's own ``__post_init__``.
+"""
 
 import difflib
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
 
 def build(cls: type[T], values: Mapping[str, Any], *, what: str) -> T:
-    """Make a dataclass from a mapping of its fields.
+    """Make a dataclass from a mapping of its fields, mappings in it included.
 
     Args:
         cls: A dataclass; tuples may be given as lists.
         values: Field names and values.
-        what: How errors call it, e.g. ``cache policy 'attention_sink'``.
+        what: Subject of error messages, e.g. ``cache policy 'attention_sink'``.
 
     Raises:
-        ValueError: If a key is unknown (the nearest known one is offered) or a value has the wrong type.
+        ValueError: If a key is unknown (the nearest known one is offered) or missing, or a value has the wrong type.
     """
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
+    hints, known = get_type_hints(cls), {field.name: field for field in fields(cast(Any, cls))}
     converted = {}
-    for key, value in values.items():
+    for key, value in mapping(values, what).items():
         if key not in known:
             listed = ", ".join(known) or "none"
             raise ValueError(f"unknown key {key!r} for {what}; known: {listed}.{did_you_mean(key, known)}")
-        converted[key] = _converted(value, hints[key], f"{key} of {what}")
+        converted[key] = _converted(value, hints[key], key, what)
+    for key, field in known.items():
+        if key not in converted and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{what} lacks {key!r}")
     return cls(**converted)
+
+
+def mapping(value: Any, what: str) -> dict[str, Any]:
+    """Copy a mapping of texts to values.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} is {value!r}: it must be a mapping of keys to values")
+    if not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{what} has keys that are no text: {', '.join(map(repr, value))}")
+    return dict(value)
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
@@ -54,8 +74,8 @@ def make(table: Mapping[str, type[T]], settings: Mapping[str, Any] | str, *, key
     Args:
         table: Frozen dataclasses by name.
         settings: ``{key: NAME, field: value, ...}``, or a name alone for all defaults.
-        key: Which entry of the mapping holds the name.
-        what: How errors call the thing, e.g. ``cache policy``.
+        key: The mapping's entry that holds the name.
+        what: Subject of error messages, e.g. ``cache policy``.
 
     Raises:
         ValueError: If the name or a field is unknown, with the nearest known one, or a value does not fit.
@@ -67,13 +87,11 @@ def make(table: Mapping[str, type[T]], settings: Mapping[str, Any] | str, *, key
     return build(choose(table, name, what=what), values, what=f"{what} {name!r}")
 
 
-def _converted(value: Any, hint: Any, name: str) -> Any:
-    origin = get_origin(hint)
+def _converted(value: Any, hint: Any, key: str, what: str) -> Any:
+    name, origin = f"{key} of {what}", get_origin(hint)
     if origin in (Union, types.UnionType):
-        options = get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _one_of(value, [option for option in options if option is not type(None)], name)
+        options = [option for option in get_args(hint) if option is not type(None)]
+        return None if value is None and len(options) < len(get_args(hint)) else _one_of(value, options, key, what)
     if origin is Literal:
         if value not in get_args(hint):
             listed = ", ".join(map(repr, get_args(hint)))
@@ -82,22 +100,30 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
     if origin is tuple:
         if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
             raise ValueError(f"{name} is {value!r} but must be a list.")
-        return tuple(_converted(item, get_args(hint)[0], name) for item in value)
+        kind = get_args(hint)[0]
+        return tuple(_entry(item, kind, key, what) for item in value)
+    if is_dataclass(hint):
+        return value if isinstance(value, cast(type, hint)) else build(cast(type, hint), value, what=f"the {name}")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {int: is_number and isinstance(value, int), float: is_number, bool: isinstance(value, bool)}
-    wanted = {int: "a whole number", float: "a number", bool: "true or false"}
+    fits[str] = isinstance(value, str)
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if hint in fits and not fits[hint]:
         raise ValueError(f"{name} is {value!r} but must be {wanted[hint]}.")
-    if hint is str and not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r} but must be text.")
     return value
 
 
-def _one_of(value: Any, hints: list[Any], name: str) -> Any:
+def _entry(value: Any, kind: Any, key: str, what: str) -> Any:
+    if is_dataclass(kind) and not isinstance(value, cast(type, kind)):
+        return build(cast(type, kind), value, what=f"an entry of {key} of {what}")
+    return _converted(value, kind, key, what)
+
+
+def _one_of(value: Any, hints: list[Any], key: str, what: str) -> Any:
     """Take the first type that fits; the error is the last one's."""
     for hint in hints[:-1]:
         try:
-            return _converted(value, hint, name)
+            return _converted(value, hint, key, what)
         except ValueError:
             continue
-    return _converted(value, hints[-1], name)
+    return _converted(value, hints[-1], key, what)

@@ -9,30 +9,27 @@ unless ``family`` says otherwise. Without a cache the model family's own is take
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longtake.configs.families import family_names, load_family
-from longtake.configs.fields import build, did_you_mean
-from longtake.configs.run import ModelConfig, OutputConfig, PromptChange, RunConfig
-from longtake.configs.start import StartConfig
+from longtake.configs.fields import build, choose, mapping
+from longtake.configs.run import ModelConfig, RunConfig
 
-# How a folder is run unless its family is given, here as in ``LongVideoPipeline.from_pretrained``.
+# Family of a model folder that is given without one, here as in ``LongVideoPipeline.from_pretrained``.
 FOLDER_FAMILY = "self_forcing"
 # For models that were trained with full history, and for fields without a policy's name.
-DEFAULT_CACHE = "attention_sink"
-OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+_DEFAULT_CACHE = "attention_sink"
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """A folder of presets and the key by which a mapping names one."""
 
     folder: str
@@ -40,43 +37,28 @@ class _Group:
     what: str
 
 
-GROUPS = (
-    _Group("model", "family", "model family"),
-    _Group("cache", "policy", "cache policy"),
-    _Group("sampler", "name", "sampler"),
-    _Group("attention", "policy", "attention policy"),
-)
+_GROUPS = {
+    "model": _Group("model", "family", "model family"),
+    "cache": _Group("cache", "policy", "cache policy"),
+    "sampler": _Group("sampler", "name", "sampler"),
+    "attention": _Group("attention", "policy", "attention policy"),
+}
 
 
 def preset_names(folder: str) -> list[str]:
-    """List the presets of a group.
-
-    Args:
-        folder: ``cache``, ``sampler``, ``attention`` or ``model``.
-    """
-    if folder == "model":
-        return family_names()
+    """List the presets of ``cache``, ``sampler``, ``attention`` or ``model``."""
     entries = files("longtake.configs").joinpath(folder).iterdir()
     return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
 
 def load_preset(folder: str, name: str) -> dict[str, Any]:
-    """Read one preset.
-
-    Args:
-        folder: ``cache``, ``sampler``, ``attention`` or ``model``.
-        name: One of ``preset_names(folder)``.
+    """Read a preset of ``cache``, ``sampler``, ``attention`` or ``model``.
 
     Raises:
         ValueError: If there is none of that name; offers the nearest.
     """
-    known = preset_names(folder)
-    if name not in known:
-        what = next(group.what for group in GROUPS if group.folder == folder)
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}")
-    if folder == "model":
-        return {"family": name}
-    return _read_bundled(folder, f"{name}.yaml")
+    choose(dict.fromkeys(preset_names(folder)), name, what=_GROUPS[folder].what)
+    return {"family": name} if folder == "model" else _read_bundled(folder, f"{name}.yaml")
 
 
 def load_run(
@@ -113,10 +95,7 @@ def load_run(
 
 
 def load_complete(path: Path) -> RunConfig:
-    """Read a run that was saved whole: no preset and no default is consulted.
-
-    Args:
-        path: A YAML file with what ``RunConfig.as_mapping`` returns.
+    """Read a run that was saved whole, what ``RunConfig.as_mapping`` returns: no preset is consulted.
 
     Raises:
         ValueError: If the file cannot be read or a key is missing or unknown.
@@ -125,56 +104,34 @@ def load_complete(path: Path) -> RunConfig:
 
 
 def from_mapping(values: Mapping[str, Any]) -> RunConfig:
-    """Build a run from a complete mapping, such as ``RunConfig.as_mapping`` returns.
-
-    Args:
-        values: The run's keys.
+    """Build a run from a complete mapping, such as ``RunConfig.as_mapping`` returns; null is the default.
 
     Raises:
-        ValueError: If a key is unknown or a value does not fit.
+        ValueError: If a key is unknown or missing, or a value does not fit.
     """
-    known = [field.name for field in fields(RunConfig)]
-    for key in values:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r} for the run; known: {', '.join(known)}.{did_you_mean(key, known)}")
-    for key in ("model", "cache", "sampler", "prompt"):
-        if key not in values:
-            raise ValueError(f"the run lacks {key!r}")
-    values = dict(values)
-    model = build(ModelConfig, _mapping(values["model"], "model"), what="the model")
-    sampler = _mapping(values["sampler"] or {}, "sampler")
-    if "name" not in sampler:
+    if "sampler" not in values:
+        raise ValueError("the run lacks 'sampler'")
+    given = {key: value for key, value in values.items() if value is not None}
+    sampler = mapping(given.get("sampler", {}), "sampler")
+    if "name" not in sampler and "model" in given:
         # Fields alone go over the sampler that the model family was made for.
-        sampler = {**load_family(model.family).sampler, **sampler}
-    changes, start = values.get("prompt_changes") or [], values.get("start")
-    if isinstance(changes, str | Mapping):
-        raise ValueError("prompt_changes must be a list of mappings with the keys at, prompt and event")
-    groups = {
-        "model": model,
-        "cache": _mapping(values["cache"], "cache"),
-        "sampler": sampler,
-        "attention": _mapping(values.get("attention") or {"policy": "dense"}, "attention"),
-        "prompt_changes": tuple(_build_change(change) for change in changes),
-        "start": _build_start(_mapping(start, "start")) if start else None,
-        "output": build(OutputConfig, _mapping(values.get("output") or {}, "output"), what="the output"),
-    }
-    plain = {key: value for key, value in values.items() if key not in groups}
-    # The plain keys are checked and converted by themselves, then joined with the groups that are built already.
-    return build(RunConfig, plain | groups, what="the run")
+        family = build(ModelConfig, given["model"], what="the model").family
+        given["sampler"] = {**load_family(family).sampler, **sampler}
+    return build(RunConfig, given, what="the run")
 
 
 def is_override(text: str) -> bool:
     """Whether a command line word is ``key=value``."""
-    return OVERRIDE.fullmatch(text) is not None
+    return _OVERRIDE.fullmatch(text) is not None
 
 
 def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     base, layer = dict(base), dict(layer)
-    for group in GROUPS:
+    for group in _GROUPS.values():
         if layer.get(group.folder) is not None:
             base[group.folder] = _merge_group(group, base.get(group.folder) or {}, layer.pop(group.folder))
     try:
-        return OmegaConf.to_container(OmegaConf.merge(base, layer), resolve=True)
+        return mapping(OmegaConf.to_container(OmegaConf.merge(base, layer), resolve=True), "the configuration")
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration: {str(error).splitlines()[0]}") from error
 
@@ -182,7 +139,7 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 def _merge_group(group: _Group, base: Mapping[str, Any], value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         value = _named_model(value) if group.folder == "model" else {group.key: value}
-    value = _mapping(value, group.folder)
+    value = mapping(value, group.folder)
     name = value.get(group.key)
     if group.folder != "model" and name is not None and name != base.get(group.key):
         base = load_preset(group.folder, name)
@@ -211,12 +168,12 @@ def _named_model(name: str) -> dict[str, Any]:
 
 def _cache_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """The cache of a run; without a policy's name its fields go over the model family's own, or the default one."""
-    group = next(group for group in GROUPS if group.folder == "cache")
-    cache = _mapping(run.get("cache") or {}, "cache")
+    group = _GROUPS["cache"]
+    cache = mapping(run.get("cache") or {}, "cache")
     if group.key in cache:
         return cache
-    model = build(ModelConfig, _mapping(run.get("model"), "model"), what="the model")
-    own = load_family(model.family).cache or {group.key: DEFAULT_CACHE}
+    model = build(ModelConfig, mapping(run.get("model"), "model"), what="the model")
+    own = load_family(model.family).cache or {group.key: _DEFAULT_CACHE}
     return _merge_group(group, _merge_group(group, {}, own), cache)
 
 
@@ -250,30 +207,4 @@ def _parse(text: str, *, where: str) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
-    return _mapping({} if values is None else values, where)
-
-
-def _mapping(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {value!r}: it must be a mapping of keys to values")
-    if not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} has keys that are no text: {_listed(value)}")
-    return dict(value)
-
-
-def _build_change(change: Any) -> PromptChange:
-    values = _mapping(change, "an entry of prompt_changes")
-    for key in ("at", "prompt"):
-        if key not in values:
-            raise ValueError(f"an entry of prompt_changes lacks {key!r}: give at (seconds) and prompt")
-    return build(PromptChange, values, what="prompt_changes")
-
-
-def _build_start(values: Mapping[str, Any]) -> StartConfig:
-    start = build(StartConfig, values, what="the start")
-    # Absolute, so that a run is resumed from anywhere.
-    return replace(start, **{start.kind: str(Path(start.path).absolute())})
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(repr(value) for value in values)
+    return mapping({} if values is None else values, where)

@@ -1,12 +1,12 @@
-"""What one run is: frozen, validated dataclasses with the keys of its YAML file."""
+"""Configuration of one run: frozen, validated dataclasses with the keys of its YAML file."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from longtake.configs.families import load_family
-from longtake.configs.start import StartConfig
 
 # Wan's VAE makes 8x8 pixels one latent position, the transformer makes 2x2 of these one token.
 SIZE_MULTIPLE = 16
@@ -83,6 +83,44 @@ class OutputConfig:
         ):
             if value < least:
                 raise ValueError(f"output.{name}={value}: give {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """An image or a clip that the video continues; all times and lengths of a run count from its end.
+
+    Attributes:
+        image: Image file; for models that start from one.
+        video: Video file.
+        seconds: Go on from the last so many seconds of the video; None: from all of it.
+        include: Whether the file begins with what it goes on from, as the VAE decodes it.
+    """
+
+    image: str | None = None
+    video: str | None = None
+    seconds: float | None = None
+    include: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.image is None) == (self.video is None):
+            given = "both an image and a video" if self.image is not None else "neither an image nor a video"
+            raise ValueError(f"start: {given} to go on from: give one of image and video")
+        if self.seconds is not None and self.image is not None:
+            raise ValueError(f"start: seconds={self.seconds:g} is for videos: an image has no length")
+        if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise ValueError(f"start: seconds={self.seconds}: give a length above 0")
+        # Absolute, so that a run is resumed from anywhere.
+        object.__setattr__(self, self.kind, str(Path(self.path).absolute()))
+
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        """Field that is set."""
+        return "video" if self.image is None else "image"
+
+    @property
+    def path(self) -> str:
+        """Image or video file."""
+        return self.image or self.video or ""
 
 
 @dataclass(frozen=True, kw_only=True)

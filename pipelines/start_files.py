@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.configs.families import ModelFamily
-from longtake.configs.run import RunConfig
-from longtake.configs.start import StartConfig
+from longtake.configs.run import RunConfig, StartConfig
 from longtake.pipelines.clips import Clip, Cut, make_clip, make_stills
 from longtake.pipelines.given import TakenLatents
 from longtake.pipelines.run_folder import RunFolder

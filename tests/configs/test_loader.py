@@ -1,10 +1,15 @@
 """Presets, files, options and dotted overrides make one validated run; every mistake is named in one line."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import pytest
 import yaml
 
 from longtake.cache import POLICIES, make_policy
 from longtake.configs.families import load_family
+from longtake.configs.fields import build
 from longtake.configs.loader import from_mapping, is_override, load_preset, load_run, preset_names
 from longtake.configs.run import MAX_PROMPT_WORDS
 from longtake.samplers import SAMPLERS, make_sampler
@@ -170,3 +175,28 @@ def test_a_missing_file_is_named(tmp_path):
 def test_words_of_the_command_line():
     assert is_override("cache.policy=full") and is_override("seed=3")
     assert not is_override(PROMPT) and not is_override("two words=3")
+
+
+def test_nested_dataclasses_are_built_and_named():
+    @dataclass(frozen=True, kw_only=True)
+    class Inner:
+        size: int
+        kind: Literal["a", "b"] = "a"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Outer:
+        one: Inner | None = None
+        many: tuple[Inner, ...] = ()
+        free: Mapping[str, Any] | None = None
+
+    built = build(Outer, {"one": {"size": 3}, "many": [{"size": 1, "kind": "b"}], "free": {"x": [1]}}, what="it")
+    assert built == Outer(one=Inner(size=3), many=(Inner(size=1, kind="b"),), free={"x": [1]})
+    for values, message in (
+        ({"one": {"sise": 3}}, "unknown key 'sise' for the one of it; known: size, kind. Did you mean 'size'?"),
+        ({"many": [{"kind": "b"}]}, "an entry of many of it lacks 'size'"),
+        ({"one": {"size": True}}, "size of the one of it is True but must be a whole number."),
+        ({"one": 3}, "the one of it is 3: it must be a mapping of keys to values"),
+    ):
+        with pytest.raises(ValueError) as error:
+            build(Outer, values, what="it")
+        assert str(error.value) == message
