@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from longtake.evaluation.metric import Meter, Metric, Score, VideoInfo
-from longtake.pipelines.decoding import StreamFacts, probe, read_frames
+from longtake.pipelines.video_file import StreamFacts, probe, read_frames
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")

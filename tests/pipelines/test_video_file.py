@@ -11,8 +11,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from longtake.pipelines import fragments
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines import video_file as fragments
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 FORMAT = VideoFormat(height=32, width=48, crf=4)
 
@@ -112,8 +112,8 @@ def test_pixels_can_be_enlarged(tmp_path):
 SCRIPT = """
 import sys, time, pathlib
 sys.path.insert(0, {tests!r})
-from test_video_writer import FORMAT, make_frames
-from longtake.pipelines.video_writer import VideoWriter
+from test_video_file import FORMAT, make_frames
+from longtake.pipelines.video_file import VideoWriter
 with VideoWriter(pathlib.Path({path!r}), video_format=FORMAT) as writer:
     for start in range(0, 10_000, 12):
         writer.write(make_frames(start, start + 12))
