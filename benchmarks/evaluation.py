@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 
 from longtake.evaluation.running.launchers import THREAD_VARIABLES
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.scripts.console import out
 
 FPS = 16.0

@@ -31,7 +31,7 @@ from longtake.pipelines import LongVideoPipeline
 from longtake.pipelines.memory_plan import PROGRAM_BYTES, PlanRequest, plan_memory
 from longtake.pipelines.model_shapes import TRANSFORMERS, UMT5_XXL, ModelShapes, make_transformer, make_vae
 from longtake.pipelines.take import TakeSession, to_bytes, to_pixels
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.samplers import make_sampler
 from longtake.scripts.console import err, out, run_app
 

@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 from rich.table import Table
 
 from longtake.pipelines import LatentRollout, LongVideoPipeline
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.samplers import SeededNoise
 from longtake.scripts.console import out
 

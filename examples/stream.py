@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from longtake import LongVideoPipeline
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 SECONDS = 60
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from longtake.models.streaming_vae import FRAMES_PER_LATENT
-from longtake.pipelines.decoding import probe, read_frames
+from longtake.pipelines.video_file import probe, read_frames
 
 Frame = Image.Image | Tensor
 """An RGB picture, or (3, height, width) float32 in [0, 1]."""

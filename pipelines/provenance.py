@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-PACKAGES = ("longtake", "torch", "diffusers", "transformers", "safetensors", "numpy", "imageio-ffmpeg")
+PACKAGES = ("longtake", "torch", "diffusers", "transformers", "safetensors", "numpy", "av")
 OPTIONAL_PACKAGES = ("zentorch",)
 FULL_HASH_BYTES = 1 << 28
 NUM_SAMPLES = 256

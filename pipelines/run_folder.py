@@ -19,9 +19,9 @@ import yaml
 
 from longtake.configs.loader import load_complete
 from longtake.configs.run import RunConfig
-from longtake.pipelines import fragments
 from longtake.pipelines.run_files import BlockLog, read_json, write_atomic, write_json
 from longtake.pipelines.run_state import SavedState, StateFolder
+from longtake.pipelines.video_file import copy_frames
 
 RUNNING = "running"
 INTERRUPTED = "interrupted"
@@ -261,7 +261,7 @@ def now() -> str:
 def _copy_beginning(source: RunFolder, folder: RunFolder, state_block: int) -> None:
     state = source.states.load(state_block)
     if state.num_frames:
-        fragments.copy_frames(source.video_path, folder.video_path, num_frames=state.num_frames)
+        copy_frames(source.video_path, folder.video_path, num_frames=state.num_frames)
     log = BlockLog(folder.log_path)
     for entry in BlockLog.read(source.log_path):
         if entry["index"] < state_block:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from longtake.pipelines.fragments import count_frames
 from longtake.pipelines.run_files import BlockLog
 from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, now
 from longtake.pipelines.run_state import SavedState
 from longtake.pipelines.take import Chunk, TakeSession
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter, count_frames
 
 
 @dataclass(frozen=True, kw_only=True)

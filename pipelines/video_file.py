@@ -23,6 +23,8 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
+from longtake.pipelines.run_files import with_temporary
+
 # Encoder pictures per second of video and file fragment: one second, the unit in which a killed run loses video.
 _GROUP_SECONDS = 1.0
 # No B-frames and no look-ahead: a frame leaves the encoder as soon as it is in.
@@ -426,7 +428,7 @@ def _count(path: Path, *, decode: bool) -> tuple[int, float]:
 
 
 def _nominal(rate: float) -> float:
-    """A stated rate, rid of the rounding of millisecond clocks, which blur 24000/1001; the next rate is 1/1000 away."""
+    """A stated rate without the rounding of millisecond clocks, which blur 24000/1001."""
     candidates = (round(rate), round(rate) * 1000 / 1001)
     return next((float(nominal) for nominal in candidates if abs(rate - nominal) <= 4e-4 * nominal), rate)
 
@@ -458,7 +460,7 @@ def write_contact_sheet(video: Path, path: Path, *, fps: float, num_tiles: int =
     for number, tile in enumerate(tiles):
         row, column = divmod(number, columns)
         sheet.paste(tile, (_MARGIN + column * (width + _MARGIN), _MARGIN + row * (height + _MARGIN)))
-    sheet.save(path, format="PNG")
+    with_temporary(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
 def _tile(frame: np.ndarray, label: str) -> Image.Image:

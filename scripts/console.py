@@ -306,7 +306,7 @@ def use_recorded_setup(folder: "RunFolder") -> None:
 
 def finish(folder: "RunFolder") -> None:
     """Make what belongs to a finished run beside its video: the contact sheet, and the file asked for by name."""
-    from longtake.pipelines.contact_sheet import write_contact_sheet
+    from longtake.pipelines.video_file import write_contact_sheet
 
     record = folder.record
     sheet = folder.path / "contact_sheet.png"

@@ -22,7 +22,7 @@ from longtake.evaluation.running.protocol import Protocol, model_folder
 from longtake.pipelines.checks import check_switch
 from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.pipelines.take import Chunk, TakeSession
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -10,7 +10,7 @@ from longtake.evaluation.metric import Score, VideoInfo
 from longtake.evaluation.metrics import COURSE, flicker, shots
 from longtake.evaluation.metrics.track import TrackMetric
 from longtake.evaluation.video import VideoSource
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 FPS = 16
 SIZE = (72, 96)

@@ -19,11 +19,11 @@ from run_fakes import PROMPT, FakeSession, generate, make_config, resume
 from longtake.configs.families import load_family
 from longtake.configs.loader import load_run
 from longtake.pipelines import run_files, run_state
-from longtake.pipelines.fragments import count_frames
 from longtake.pipelines.run_files import BlockLog
 from longtake.pipelines.run_folder import RunFolder, blocks_of, branch_point, fork_run
 from longtake.pipelines.run_state import crowded
 from longtake.pipelines.run_take import run_take
+from longtake.pipelines.video_file import count_frames
 
 
 def hashes(path):

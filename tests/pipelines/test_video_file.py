@@ -10,11 +10,13 @@ import time
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 
-from longtake.pipelines import video_file as fragments
-from longtake.pipelines.video_file import VideoFormat, VideoWriter
+from longtake.pipelines import video_file
+from longtake.pipelines.video_file import VideoFormat, VideoWriter, write_contact_sheet
 
 FORMAT = VideoFormat(height=32, width=48, crf=4)
+FORMAT_32 = VideoFormat(height=32, width=32, crf=4)
 
 
 def make_frames(start, stop, *, height=32, width=48):
@@ -45,7 +47,7 @@ def test_all_frames_arrive_in_order(tmp_path):
     with VideoWriter(path, video_format=FORMAT) as writer:
         for start, stop in ((0, 9), (9, 21), (21, 33)):
             writer.write(make_frames(start, stop))
-    assert fragments.count_frames(path) == 33
+    assert video_file.count_frames(path) == 33
     assert_counts(decode(path), 33)
     writer.close()
 
@@ -56,7 +58,7 @@ def test_flushed_parts_make_one_video(tmp_path):
         for start in range(0, 60, 12):
             writer.write(make_frames(start, start + 12))
             writer.flush()
-            assert fragments.count_frames(path) == start + 12
+            assert video_file.count_frames(path) == start + 12
             writer.flush()
     assert_counts(decode(path), 60)
 
@@ -82,12 +84,12 @@ def test_a_copy_holds_the_first_frames(tmp_path):
         writer.write(make_frames(0, 21))
         writer.flush()
         writer.write(make_frames(21, 33))
-    fragments.copy_frames(path, copy, num_frames=21)
+    video_file.copy_frames(path, copy, num_frames=21)
     assert_counts(decode(copy), 21)
     with pytest.raises(FileExistsError):
-        fragments.copy_frames(path, copy, num_frames=21)
+        video_file.copy_frames(path, copy, num_frames=21)
     with pytest.raises(ValueError, match="no fragment ends behind frame 5"):
-        fragments.copy_frames(path, tmp_path / "other.mp4", num_frames=5)
+        video_file.copy_frames(path, tmp_path / "other.mp4", num_frames=5)
     with pytest.raises(ValueError, match="holds 33 frames, 34 are needed"):
         VideoWriter(path, video_format=FORMAT, num_frames=34)
 
@@ -191,3 +193,21 @@ def test_bad_input_is_refused(tmp_path):
         for frames in (make_frames(0, 2).astype(np.float32), make_frames(0, 2)[0], make_frames(0, 2, height=48)):
             with pytest.raises(ValueError, match="this video takes uint8"):
                 writer.write(frames)
+
+
+@pytest.mark.parametrize("num_tiles", [4, 12])
+def test_a_contact_sheet_shows_the_frames_of_its_times(tmp_path, num_tiles):
+    """The video was written in two parts; two rows of two pictures, the middle of each tells its time."""
+    video, sheet = tmp_path / "video.mp4", tmp_path / "sheet.png"
+    frames = np.zeros((61, 32, 32, 3), np.uint8) + np.arange(61, dtype=np.uint8)[:, None, None, None] * 4
+    with VideoWriter(video, video_format=FORMAT_32) as writer:
+        writer.write(frames[:33])
+    with VideoWriter(video, video_format=FORMAT_32, num_frames=33) as writer:
+        writer.write(frames[33:])
+    write_contact_sheet(video, sheet, fps=16, num_tiles=num_tiles, num_columns=num_tiles // 2)
+    with Image.open(sheet) as image:
+        pixels = np.asarray(image.convert("L")).astype(int)
+    height, width = pixels.shape
+    across = (np.arange(num_tiles // 2) + 0.5) / (num_tiles // 2)
+    centres = [pixels[int(height * y), int(width * x)] for y in (0.2, 0.7) for x in across]
+    assert np.abs(np.array(centres) - 4 * np.linspace(0, 60, num_tiles).round()).max() < 4

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from longtake.pipelines import run_state
-from longtake.pipelines.fragments import count_frames
 from longtake.pipelines.run_folder import RunFolder, blocks_of
+from longtake.pipelines.video_file import count_frames
 from longtake.scripts.console import run_app
 from longtake.scripts.fork import parse_time
 from longtake.scripts.generate import folder_names, read_prompts, slug

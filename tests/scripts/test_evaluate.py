@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
 

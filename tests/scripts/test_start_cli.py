@@ -9,12 +9,11 @@ import pytest
 from PIL import Image
 
 from longtake.configs.loader import load_run
-from longtake.pipelines import decoding, run_state
-from longtake.pipelines.fragments import count_frames
+from longtake.pipelines import run_state, video_file
 from longtake.pipelines.run_files import BlockLog
 from longtake.pipelines.run_folder import RunFolder, blocks_of
 from longtake.pipelines.run_take import run_take
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter, count_frames
 from longtake.scripts.console import load_pipeline, run_app, start_session
 from longtake.scripts.main import app
 
@@ -85,7 +84,7 @@ def test_the_video_begins_with_its_start_and_the_run_says_so(whole):
     entries = blocks_of(RunFolder(whole))
     assert [(e["index"], e["start_frame"], e["num_frames"]) for e in entries] == [(i, 9 + 3 * i, 12) for i in range(4)]
     assert count_frames(whole / "video.mp4") == NUM_START + NUM_MADE
-    facts = decoding.probe(whole / "video.mp4")
+    facts = video_file.probe(whole / "video.mp4")
     assert (facts.num_frames, facts.height, facts.width) == (NUM_START + NUM_MADE, 64, 64)
     assert RunFolder(whole).states.blocks() == [0, 2]
     config = RunFolder(whole).config

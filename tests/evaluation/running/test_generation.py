@@ -11,7 +11,7 @@ from longtake.evaluation.running.generation import Generator
 from longtake.evaluation.running.plan import plan_generation, read_json
 from longtake.evaluation.running.protocol import Protocol, resolve_generation
 from longtake.evaluation.running.suites import Change, Prompt
-from longtake.pipelines.video_writer import VideoWriter
+from longtake.pipelines.video_file import VideoWriter
 
 CACHES = {"window": {"policy": "sliding_window"}, "long": {"policy": "longlive"}}
 SAMPLER = {"name": "few_step", "timesteps": [1000, 500]}

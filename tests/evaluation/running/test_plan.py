@@ -14,7 +14,7 @@ from longtake.evaluation.running.plan import Unit, interleaved, plan_generation
 from longtake.evaluation.running.protocol import Protocol
 from longtake.evaluation.running.suites import Change, Prompt
 from longtake.evaluation.running.video_folder import plan_videos, prompt_of_name
-from longtake.pipelines.video_writer import VideoFormat, VideoWriter
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 CACHES = {"full": {"policy": "full"}, "pack": {"policy": "pack"}, "other": {"policy": "pack"}}
 
