@@ -1,7 +1,7 @@
 """This tree beside an earlier revision: equal outputs, the same capabilities, the ratio of times.
 
-``python -m benchmarks.against_revision REVISION [outputs|capabilities|speed]`` checks the revision out into a temporary
-folder and runs the same probe in both trees, one process after the other, with the same Python.
+``python -m benchmarks.against_revision REVISION [outputs|capabilities|speed]`` checks the revision out into a
+temporary folder and runs the same probe in both trees, one process after the other, with the same Python.
 """
 
 import json

@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longtake.configs.run import PromptChange, RunConfig
-from longtake.scripts.console import (
-    EXIT_INTERRUPTED,
-    load_pipeline,
-    provenance,
-    run_in_folder,
-    start_session,
-    stop_requests,
-    use_recorded_setup,
-)
+from longtake.scripts.console import EXIT_INTERRUPTED, stop_requests
 from longtake.scripts.generate import free_place
+from longtake.scripts.running import load_pipeline, provenance, run_in_folder, start_session, use_recorded_setup
 
 if TYPE_CHECKING:
     from longtake.pipelines.run_folder import RunFolder

@@ -22,19 +22,17 @@ import typer
 
 from longtake.configs.loader import is_override, load_run
 from longtake.configs.run import RunConfig, check_prompt
-from longtake.scripts.console import (
-    EXIT_INTERRUPTED,
+from longtake.scripts.console import EXIT_INTERRUPTED, err, stop_requests
+from longtake.scripts.memory_plan import check_memory
+from longtake.scripts.running import (
     check_settings,
-    err,
+    encode_and_free,
     go_on,
     load_pipeline,
     provenance,
     run_in_folder,
     start_session,
-    stop_requests,
 )
-from longtake.scripts.memory import encode_and_free
-from longtake.scripts.memory_plan import check_memory
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline

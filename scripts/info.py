@@ -11,8 +11,9 @@ from rich.table import Table
 from longtake.configs.families import CheckpointRule, ModelFamily, family_names, load_family
 from longtake.configs.fields import did_you_mean
 from longtake.configs.run import ModelConfig
-from longtake.scripts.console import model_folder, out
+from longtake.scripts.console import out
 from longtake.scripts.info_file import print_file
+from longtake.scripts.running import model_folder
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER_BYTES = 100_000_000

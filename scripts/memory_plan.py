@@ -10,7 +10,8 @@ from rich.table import Table
 from longtake.configs.families import ModelFamily, load_family
 from longtake.configs.fields import choose
 from longtake.configs.loader import load_run
-from longtake.scripts.console import err, model_folder, out
+from longtake.scripts.console import err, out
+from longtake.scripts.running import model_folder
 
 if TYPE_CHECKING:
     from longtake.configs.run import RunConfig

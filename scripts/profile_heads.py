@@ -41,8 +41,8 @@ def profile_heads(
     from longtake.configs.run import ModelConfig
     from longtake.evaluation.head_profile import HeadProfile
     from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
-    from longtake.scripts.console import load_pipeline
     from longtake.scripts.generate import read_prompts
+    from longtake.scripts.running import load_pipeline
 
     if to.exists():
         raise ValueError(f"{to} exists already: choose another --out, nothing is written over.")

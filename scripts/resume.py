@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from longtake.scripts.console import EXIT_INTERRUPTED, err, finish, go_on, report_files, stop_requests
+from longtake.scripts.console import EXIT_INTERRUPTED, err, stop_requests
+from longtake.scripts.running import finish, go_on, report_files
 
 
 def resume(

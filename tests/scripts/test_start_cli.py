@@ -14,8 +14,9 @@ from longtake.pipelines.run_files import BlockLog
 from longtake.pipelines.run_folder import RunFolder, blocks_of
 from longtake.pipelines.run_take import run_take
 from longtake.pipelines.video_file import VideoFormat, VideoWriter, count_frames
-from longtake.scripts.console import load_pipeline, run_app, start_session
+from longtake.scripts.console import run_app
 from longtake.scripts.main import app
+from longtake.scripts.running import load_pipeline, start_session
 
 PROMPT = "a red circle moving left"
 # 2 s of the model's 16 frames a second, as 1 + 4 k frames, are 33: three blocks.
