@@ -2,7 +2,7 @@
 
 Only the decoder: latents come from the transformer, and whatever needs an encoder keeps the real VAE.
 
-Source: TAEHV's published weights and documentation (github.com/madebyollin/taehv); docs/fast_vae.md.
+Source: TAEHV's published weights and documentation (github.com/madebyollin/taehv); docs/models.md.
 """
 
 import math

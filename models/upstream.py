@@ -3,7 +3,7 @@
 The published code holds the whole model in the activation dtype and computes in it, except where noted here. In
 float32 nothing is rounded, and every hook below is the stock arithmetic up to the order of sums.
 
-Source: Self-Forcing, 33593df; docs/numerics.md has the list.
+Source: Self-Forcing, 33593df; docs/models.md has the list.
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ class TakeOptions:
     """Mixed into a Wan pipeline.
 
     Attributes:
-        numerics: Where half precision is rounded in the transformer and between steps; see docs/numerics.md.
+        numerics: Where half precision is rounded in the transformer and between steps; see docs/models.md.
         tiny_vae: Decodes in place of ``vae`` where it is set, by ``use_fast_vae``; encoding stays with ``vae``.
     """
 

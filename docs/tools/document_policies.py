@@ -4,7 +4,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,6 @@ import typer
 
 from longtake.cache import POLICIES, CachePolicy, Event
 from longtake.cache.simulation import SimulatedBlock
-from longtake.configs.loader import preset_names
 from longtake.scripts.console import out
 from longtake.scripts.policies import title
 from longtake.scripts.policy_facts import events, facts, needs, preset_policy
@@ -106,9 +104,6 @@ def section(name: str, shown: Pictures) -> str:
     described = list(field_rows(cls))
     if described:
         parts.append("\n".join(["| field | default | what |", "|---|---|---|", *described]))
-    if name in preset_names("cache"):
-        preset = (files("longtake.configs") / "cache" / f"{name}.yaml").read_text(encoding="utf-8")
-        parts.append(f"```yaml\n{preset.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,6 +1,6 @@
 """In what form each model family publishes its weights: files, entries, prefixes, naming, dtypes, adapters.
 
-Source: the loaders of the families' own repositories; see docs/converting.md for the table.
+Source: the loaders of the families' own repositories; see docs/models.md for the table.
 """
 
 from collections.abc import Mapping
