@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.rollouts import BLOCK, Size
 from longtake.cache import POLICIES, CachePolicy, Geometry, make_policy
 from longtake.cache.simulation import simulate
-from longtake.cache.wrapper import Wrapper
+from longtake.cache.wrappers.wrapper import Wrapper
 from longtake.configs.loader import load_preset
 from longtake.pipelines import LatentRollout
 from longtake.samplers import SeededNoise

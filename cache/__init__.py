@@ -13,9 +13,8 @@ from longtake.cache.base import (
     PolicyState,
     Read,
 )
-from longtake.cache.calls import Call, Run, SparseAttention
 from longtake.cache.frames import FramePlan, FramePolicy
-from longtake.cache.kv_cache import KVCache
+from longtake.cache.kv_cache import Call, KVCache, Run, SparseAttention
 from longtake.cache.registry import DEFAULT_POLICY, EXACT_POLICY, POLICIES, make_policy
 from longtake.cache.storage import KeysValues, PlainStorage, Storage, Stored, TokenBuffer
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import BlockTrace, CachePolicy, Geometry, Pass
-from longtake.cache.budget import Budget
 from longtake.cache.kv_cache import KVCache
 from longtake.cache.live_bytes import LiveBytes
 from longtake.cache.simulation import PATCH, job_shape
 from longtake.cache.storage import TokenBuffer
-from longtake.cache.wrapper import Wrapper
+from longtake.cache.wrappers.budget import Budget
+from longtake.cache.wrappers.wrapper import Wrapper
 
 STEADY_BLOCKS = 12  # without a change: the rest is alike
 PLAYED_LAYERS = (1, 2)

@@ -6,53 +6,16 @@ speaks of positions only in ``select``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from longtake.cache.storage import PlainStorage, Storage, Stored
+from longtake.cache.storage import Geometry, Stored
 
 Number = int | float | str | bool | None
 Event = Literal["keep", "recache", "flush", "cut"]
 """What a change of prompt does to the cache."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Shapes of one rollout.
-
-    Attributes:
-        num_layers: Self-attention layers of the transformer.
-        num_heads: Heads per layer.
-        head_dim: Channels per head.
-        num_rows: Token rows per latent frame.
-        num_columns: Token columns per latent frame.
-        frames_per_block: Latent frames denoised together.
-        batch_size: Videos rolled out together.
-        max_frames: Length of the rollout, when it is known.
-        dtype: Of the stored keys and values.
-        device: Of the stored keys and values.
-        storage: How a policy's tokens are kept: plain, quantised, in host memory.
-    """
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    num_rows: int
-    num_columns: int
-    frames_per_block: int
-    batch_size: int = 1
-    max_frames: int | None = None
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
-    storage: Storage = field(default_factory=PlainStorage, compare=False)
-
-    @property
-    def tokens_per_frame(self) -> int:
-        """Tokens of one latent frame."""
-        return self.num_rows * self.num_columns
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from longtake.cache.base import Geometry
 
 
 class Stored(Protocol):
@@ -193,3 +190,39 @@ def take_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     # Whole rows at a time: several times as fast as gathering single channels.
     rows = [one.index_select(0, places) for one, places in zip(tensor, index, strict=True)]
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of one rollout.
+
+    Attributes:
+        num_layers: Self-attention layers of the transformer.
+        num_heads: Heads per layer.
+        head_dim: Channels per head.
+        num_rows: Token rows per latent frame.
+        num_columns: Token columns per latent frame.
+        frames_per_block: Latent frames denoised together.
+        batch_size: Videos rolled out together.
+        max_frames: Length of the rollout, when it is known.
+        dtype: Of the stored keys and values.
+        device: Of the stored keys and values.
+        storage: How a policy's tokens are kept: plain, quantised, in host memory.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    num_rows: int
+    num_columns: int
+    frames_per_block: int
+    batch_size: int = 1
+    max_frames: int | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    storage: Storage = field(default_factory=PlainStorage, compare=False)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        return self.num_rows * self.num_columns

@@ -19,7 +19,7 @@ from longtake.cache import (
     make_policy,
 )
 from longtake.cache.base import Number
-from longtake.cache.head_map import HeadMap
+from longtake.cache.policies.forcing_kv import HeadMap
 from longtake.rope import GridRotary, apply_phases, axis_frequencies
 
 MAX_QUERIES = 256  # of a block, evenly spread: a share of attention needs no more

@@ -18,7 +18,7 @@ from lab.mini.compressor import (
 )
 from lab.mini.compressor_clips import encode_clips
 from lab.mini.runtime import console
-from longtake.cache.compressors import load_compressor
+from longtake.cache.policies.pack import load_compressor
 from longtake.pipelines import LongVideoPipeline
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)

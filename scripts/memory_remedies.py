@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from longtake.cache import budget
+from longtake.cache.wrappers import budget
 
 if TYPE_CHECKING:
     from longtake.pipelines.memory_plan import MemoryPlan, PlanRequest

@@ -36,7 +36,7 @@ def profile_heads(
     `longtake generate "a red circle bouncing quickly over a navy striped background" --cache forcing_kv
     cache.head_map=heads.yaml`
     """
-    from longtake.cache.head_map import format_head_map
+    from longtake.cache.policies.forcing_kv import format_head_map
     from longtake.configs.families import family_names
     from longtake.configs.run import ModelConfig
     from longtake.evaluation.head_profile import HeadProfile

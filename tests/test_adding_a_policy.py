@@ -55,9 +55,9 @@ def _cache(policy: CachePolicy, *, size: int = 3) -> KVCache:
 @pytest.mark.parametrize(
     ("language", "index", "path"),
     [
-        ("python", 0, "cache/dilated_window.py"),
+        ("python", 0, "cache/policies/dilated_window.py"),
         ("yaml", 0, "configs/cache/dilated_window.yaml"),
-        ("python", 1, "tests/cache/policy_rows.py"),
+        ("python", 1, "tests/support/policy_rows.py"),
         ("python", 2, "tests/reference/frame_memories.py"),
         ("python", 3, "tests/cache/test_frame_memories.py"),
     ],

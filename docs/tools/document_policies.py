@@ -94,8 +94,8 @@ def section(name: str, shown: Pictures) -> str:
     """What the page says of one policy."""
     cls = POLICIES[name]
     parts = [f"## {name}", docstring(cls)]
-    source = inspect.getsourcefile(cls)
-    parts.append(f"Source: {cls.source}. Code: [cache/{Path(source).name}](../cache/{Path(source).name}).")
+    code = cls.__module__.removeprefix("longtake.").replace(".", "/") + ".py"
+    parts.append(f"Source: {cls.source}. Code: [{code}](../{code}).")
     if shown.twin is not None:
         parts.append(f"With its preset a block reads what it reads with [{shown.twin}](#{shown.twin}).")
     for event in shown.events:

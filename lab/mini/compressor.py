@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from lab.mini.compressor_clips import CELL
 from lab.mini.runtime import StageLog, autocast, console, save_atomically
-from longtake.cache.compressors import LatentCompressor, cell_factors, num_cells, pool_tokens
+from longtake.cache.policies.pack import LatentCompressor, cell_factors, num_cells, pool_tokens
 from longtake.rope import apply_phases, axis_frequencies, cell_coordinates, pack_backward, token_phases
 
 CHANNELS = (32, 64, 128, 128)

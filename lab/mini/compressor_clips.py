@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lab.mini.runtime import StageLog, autocast
 from lab.mini.vae import encode_stream, to_model
-from longtake.cache.compressors import cell_factors
+from longtake.cache.policies.pack import cell_factors
 from longtake.evaluation.mini_world.scenes import describe, render, training_scene
 from longtake.models import VaePixels
 

@@ -6,7 +6,7 @@ from deep_forcing import DeepForcingReference
 from policy_driver import Player, make_geometry, random, spans
 
 from longtake.cache import Pass, make_policy
-from longtake.cache.participative import ParticipativeState
+from longtake.cache.policies.deep_forcing import ParticipativeState
 
 SMALL = {"num_context_frames": 9, "num_sink_frames": 2, "num_budget_frames": 7, "num_recent_frames": 4}
 GRID = (2, 2)

@@ -9,7 +9,7 @@ from forcing_kv import ForcingKVReference
 from policy_driver import Player, make_geometry, random, spans
 
 from longtake.cache import Pass, make_policy
-from longtake.cache.head_map import HeadMap, find_head_map, format_head_map, shipped_maps
+from longtake.cache.policies.forcing_kv import HeadMap, find_head_map, format_head_map, shipped_maps
 
 GRID = (3, 4)
 HEADS = ((), (1,), ())

@@ -10,7 +10,7 @@ from policy_driver import Player, make_geometry, random, spans
 from policy_rows import POLICY_ROWS
 
 from longtake.cache import Geometry, Pass, make_policy
-from longtake.cache.rolling_sink import shown
+from longtake.cache.policies.rolling_sink import shown
 
 SAMPLES = (0, 1, 2)
 GRID = (2, 2)

@@ -8,8 +8,7 @@ from policy_driver import Player, make_geometry, random, spans
 from safetensors.torch import save_file
 
 from longtake.cache import Geometry, Pass, make_policy
-from longtake.cache.compressors import LatentCompressor, cell_factors, load_compressor, num_cells, pool_tokens
-from longtake.cache.pack_bank import Bank
+from longtake.cache.policies.pack import Bank, LatentCompressor, cell_factors, load_compressor, num_cells, pool_tokens
 from longtake.cache.simulation import simulate
 from longtake.rope import axis_frequencies, cell_coordinates, pack_backward, rotate
 

@@ -18,9 +18,9 @@ from policy_driver import Player, make_geometry, marked, read_marks, spans
 from policy_rows import POLICY_ROWS, Row
 
 from longtake.cache import POLICIES, FramePlan, FramePolicy, make_policy
-from longtake.cache.attention_sink import AttentionSink
 from longtake.cache.frames import FrameState
-from longtake.cache.sliding_window import SlidingWindow
+from longtake.cache.policies.attention_sink import AttentionSink
+from longtake.cache.policies.sliding_window import SlidingWindow
 
 BLOCKS = (1, 3, 4)
 # Wrappers change how tokens are kept, not which: one row of each policy stands for its variants.

@@ -8,8 +8,8 @@ from policy_driver import Player, make_geometry, marked, random, read_marks, spa
 from slots import CutSlots, Regions, Slots
 
 from longtake.cache import Pass, make_policy
-from longtake.cache.infinity_rope import InfinityRope
-from longtake.cache.longlive import LongLive
+from longtake.cache.policies.infinity_rope import InfinityRope
+from longtake.cache.policies.longlive import LongLive
 from longtake.cache.recache import RecacheState
 
 GRID = (2, 2)

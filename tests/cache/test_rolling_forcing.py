@@ -2,7 +2,7 @@
 
 import pytest
 
-from longtake.cache.rolling_forcing import RollingForcing
+from longtake.cache.policies.rolling_forcing import RollingForcing
 
 
 def windows(policy, *, num_blocks, num_levels, block=3):

@@ -9,9 +9,8 @@ from policy_driver import Player, make_geometry, spans
 
 from longtake.attention import sdpa
 from longtake.cache import Geometry, KVCache, Pass, PlainStorage, make_policy
-from longtake.cache.codecs import Int4, Int8, Raw, codec_of
-from longtake.cache.coded import CodedStorage
-from longtake.cache.footprint import num_cache_bytes
+from longtake.cache.coded import CodedStorage, Int4, Int8, Raw, codec_of
+from longtake.cache.wrappers.budget import num_cache_bytes
 from longtake.rope import axis_frequencies, rotate
 
 SINK = {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3}

@@ -5,8 +5,9 @@ import torch
 from policy_driver import Player, make_geometry, spans
 from torch.nn.functional import cosine_similarity
 
-from longtake.cache import Pass, make_policy, tempcache
-from longtake.cache.correspondence import directions, merge_repeats, random_projection
+from longtake.cache import Pass, make_policy
+from longtake.cache.policies import tempcache
+from longtake.cache.policies.tempcache import directions, merge_repeats, random_projection
 from longtake.cache.storage import KeysValues
 
 GRID = (2, 2)

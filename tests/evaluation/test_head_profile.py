@@ -5,7 +5,7 @@ import torch
 
 from longtake.attention import sdpa
 from longtake.cache import Geometry, KVCache, Pass
-from longtake.cache.head_map import find_head_map
+from longtake.cache.policies.forcing_kv import find_head_map
 from longtake.evaluation.head_profile import HeadProfile
 from longtake.rope import axis_frequencies, rotate
 

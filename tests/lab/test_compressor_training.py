@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from lab.mini import compressor
 from lab.mini.compressor import Distillation, Forward, Lessons, Reader, Task, causal_mask
-from longtake.cache.compressors import LatentCompressor, load_compressor
+from longtake.cache.policies.pack import LatentCompressor, load_compressor
 from longtake.models import VaePixels
 from longtake.pipelines import LatentRollout, LongVideoPipeline
 

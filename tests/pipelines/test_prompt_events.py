@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from longtake.cache import Context, EncodeJob, KeysValues, Read
-from longtake.cache.attention_sink import AttentionSink
 from longtake.cache.frames import FrameState
+from longtake.cache.policies.attention_sink import AttentionSink
 from longtake.models.causal import CausalTransformer
 from longtake.pipelines import LatentRollout, PromptSwitch, rollout_latents
 

@@ -13,8 +13,7 @@ from policy_rows import POLICY_ROWS
 
 from longtake.cache import make_policy
 from longtake.cache.base import HeadGroup
-from longtake.cache.budget import Budget
-from longtake.cache.footprint import num_cache_bytes
+from longtake.cache.wrappers.budget import Budget, num_cache_bytes
 
 
 def plain(settings):

@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 from longtake.cache.base import Event, Geometry
 from longtake.cache.frames import FramePlan, FramePolicy
+from longtake.cache.policies.sliding_window import check_positions
 from longtake.cache.recache import RecacheState
-from longtake.cache.sliding_window import check_positions
 
 
 @dataclass(frozen=True, kw_only=True)

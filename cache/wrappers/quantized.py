@@ -4,9 +4,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from longtake.cache.base import Geometry, PolicyState
-from longtake.cache.codecs import Raw, codec_of
-from longtake.cache.coded import CodedStorage
-from longtake.cache.wrapper import Wrapper, start_coded
+from longtake.cache.coded import CodedStorage, Raw, codec_of
+from longtake.cache.wrappers.wrapper import Wrapper, start_coded
 
 BITS = (4, 8, 16)
 

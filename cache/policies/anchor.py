@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longtake.cache.attention_sink import SinkWindow
 from longtake.cache.base import BlockTrace, EncodeJob, Event, Geometry, Number
 from longtake.cache.frames import FramePlan
+from longtake.cache.policies.attention_sink import SinkWindow
 from longtake.cache.recache import RecacheState
 
 

@@ -1,21 +1,119 @@
-"""Sink, recent frames and chosen segments, in buffers of the heads that read them.
-
-Every group of heads has a buffer of its own: [sink | chosen segments | recent frames], with room behind for a block.
-A new block is stored behind the recent frames; then what stays is moved up as it is encoded.
-"""
+"""Heads that look only at the near past get only that; the others also what moved most."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+import yaml
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from longtake.cache.base import CacheStats, Context, Geometry, HeadGroup, Number, Pass, PolicyState, Read
-from longtake.cache.head_map import HeadMap
+from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, HeadGroup, Number, Pass, PolicyState, Read
 from longtake.cache.storage import TokenBuffer
 from longtake.cache.tokens import coordinates, token_numbers
+
+PROFILER = "make one with 'longtake profile-heads MODEL'"
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Heads by what they need.
+
+    Attributes:
+        static: Per layer the heads to which the near past is enough; all others are dynamic.
+        num_heads: Heads per layer.
+    """
+
+    static: tuple[tuple[int, ...], ...]
+    num_heads: int
+
+    @property
+    def num_layers(self) -> int:
+        """Self-attention layers."""
+        return len(self.static)
+
+    @property
+    def num_static(self) -> int:
+        """Static heads of all layers."""
+        return sum(map(len, self.static))
+
+    def __post_init__(self) -> None:
+        for layer, heads in enumerate(self.static):
+            if len(set(heads)) != len(heads) or not all(0 <= head < self.num_heads for head in heads):
+                raise ValueError(
+                    f"static heads {list(heads)} of layer {layer} have to differ and lie in 0 to {self.num_heads - 1}."
+                )
+
+    def dynamic(self, layer: int) -> tuple[int, ...]:
+        """The other heads of a layer."""
+        return tuple(head for head in range(self.num_heads) if head not in self.static[layer])
+
+
+def shipped_maps() -> dict[str, HeadMap]:
+    """Maps that come with the package, by name."""
+    folder = files("longtake.configs").joinpath("heads")
+    texts = {entry.name: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+    return {name.removesuffix(".yaml"): parse_head_map(yaml.safe_load(texts[name]), name) for name in sorted(texts)}
+
+
+def find_head_map(name: str, num_layers: int, num_heads: int) -> HeadMap:
+    """Look a map up.
+
+    Args:
+        name: ``auto`` for the shipped map of a model of this shape, a shipped map's name, or a YAML or JSON file.
+        num_layers: Self-attention layers of the model.
+        num_heads: Heads per layer.
+
+    Raises:
+        ValueError: If there is none, or it belongs to a model of another shape.
+    """
+    shape = f"{num_layers} layers of {num_heads} heads"
+    shipped = shipped_maps()
+    if name == "auto":
+        fitting = [
+            known for known in shipped.values() if (known.num_layers, known.num_heads) == (num_layers, num_heads)
+        ]
+        if not fitting:
+            raise ValueError(
+                f"no head map is shipped for a model of {shape}: {PROFILER} and set head_map to the file."
+            )
+        return fitting[0]
+    if name in shipped:
+        found = shipped[name]
+    elif Path(name).is_file():
+        found = parse_head_map(yaml.safe_load(Path(name).read_text(encoding="utf-8")), name)
+    else:
+        raise ValueError(f"head_map={name!r} is no file and none of: auto, {', '.join(shipped)}; {PROFILER}.")
+    if (found.num_layers, found.num_heads) != (num_layers, num_heads):
+        raise ValueError(
+            f"head_map={name!r} is of {found.num_layers} layers of {found.num_heads} heads, this model has {shape}: "
+            f"{PROFILER}."
+        )
+    return found
+
+
+def parse_head_map(content: Any, name: str) -> HeadMap:
+    """Read ``num_heads`` and ``static_heads`` (a list per layer), or the file format of the Forcing-KV repository.
+
+    Raises:
+        ValueError: If the content is neither.
+    """
+    if isinstance(content, Mapping) and isinstance(content.get("static_heads"), list) and "num_heads" in content:
+        return HeadMap(tuple(map(tuple, content["static_heads"])), int(content["num_heads"]))
+    if isinstance(content, Mapping) and isinstance(content.get("layers"), list) and "num_heads" in content:
+        layers = sorted(content["layers"], key=lambda layer: layer["layer_idx"])
+        return HeadMap(tuple(tuple(layer["local_head"]) for layer in layers), int(content["num_heads"]))
+    raise ValueError(f"{name} is no head map: it needs num_heads and static_heads, a list of heads per layer.")
+
+
+def format_head_map(found: HeadMap, comment: str) -> str:
+    """A map as YAML, under a comment."""
+    lines = [f"# {line}" for line in comment.splitlines()]
+    lines += [f"num_heads: {found.num_heads}", "static_heads:"]
+    return "\n".join([*lines, *(f"  - {list(heads)}" for heads in found.static)]) + "\n"
 
 
 class Settings(Protocol):
@@ -248,3 +346,80 @@ class HeadGroupState(PolicyState):
         within = torch.arange(length, device=kept.device)
         self._chosen = (first, (kept[..., None] * length + within).flatten(1))
         return self._chosen[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcingKV(CachePolicy):
+    """Static and dynamic heads, told apart by a head map (Forcing-KV, arXiv:2605.09681).
+
+    A static head reads the sink and the last frame. A dynamic head also reads a frame's worth of the frames that have
+    just become older: each is cut into segments of neighbouring tokens, and those stay whose keys are least like the
+    same tokens' one frame later, since that is where something moves. The first layer with dynamic heads chooses, the
+    others follow. The first layer of all is not split: its heads read the sink and the last frame.
+
+    ``head_map`` says which heads are static: ``auto`` is the shipped map of a model of this shape (``mini``, and the
+    published one of Self-Forcing, which also fits Causal-Forcing); ``longtake profile-heads`` makes one for any other.
+    ``heads`` gives the static heads of each layer here, in place of a map.
+
+    Different from the released code: a segment count that does not divide a frame's tokens is lowered to one that
+    does; the sink is never a candidate; ``positions: contiguous`` moves the sink up to the oldest frame that can be
+    read, where the release leaves it at its own. The release's sparse and quantised kernels are backends here.
+    """
+
+    name: ClassVar[str] = "forcing_kv"
+    source: ClassVar[str] = "Forcing-KV, arXiv:2605.09681"
+    breaks_frames: ClassVar[bool] = True  # dynamic heads keep segments of frames
+    splits_heads: ClassVar[bool] = True  # static heads read other tokens than dynamic ones
+
+    num_sink_frames: int = 1
+    num_recent_frames: int = 1  # before the block
+    num_dynamic_frames: int = 1  # frames' worth of segments that dynamic heads keep
+    num_segments: int = 6  # of neighbouring tokens, per frame, at most
+    num_plain_layers: int = 1  # first layers that are not split
+    head_map: str = "auto"  # or a shipped map's name, or a file
+    heads: tuple[tuple[int, ...], ...] = ()  # static heads of each layer, in place of head_map
+    positions: Literal["absolute", "contiguous"] = "absolute"
+
+    def __post_init__(self) -> None:
+        for field, least in (("num_sink_frames", 0), ("num_dynamic_frames", 0), ("num_plain_layers", 0)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}={getattr(self, field)} must be {least} or more.")
+        for field in ("num_recent_frames", "num_segments"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be 1 or more.")
+        if self.positions not in ("absolute", "contiguous"):
+            raise ValueError(f"positions={self.positions!r} is unknown: use 'absolute' or 'contiguous'.")
+        if not self.head_map and not self.heads:
+            raise ValueError(f"forcing_kv needs a head_map or heads: {PROFILER}, or use head_map: auto.")
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it needs something measured for a model: a map of its heads, unless they are listed."""
+        return not self.heads
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse blocks that give dynamic heads fewer frames to choose from than they are to keep."""
+        if self.num_dynamic_frames > frames_per_block:
+            raise ValueError(
+                f"num_dynamic_frames={self.num_dynamic_frames} are chosen from as many frames as a block has, which "
+                f"is {frames_per_block}: use {frames_per_block} or fewer."
+            )
+
+    def start(self, geometry: Geometry) -> HeadGroupState:
+        """Make the empty state of one rollout."""
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return HeadGroupState(self, geometry, self.map_for(geometry))
+
+    def map_for(self, geometry: Geometry) -> HeadMap:
+        """The head map of a rollout's model.
+
+        Raises:
+            ValueError: If there is none, or it belongs to a model of another shape.
+        """
+        if not self.heads:
+            return find_head_map(self.head_map, geometry.num_layers, geometry.num_heads)
+        if len(self.heads) != geometry.num_layers:
+            raise ValueError(
+                f"heads lists {len(self.heads)} layers, this model has {geometry.num_layers}: give one list per layer."
+            )
+        return HeadMap(self.heads, geometry.num_heads)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longtake.cache.attention_sink import AttentionSink
 from longtake.cache.base import CachePolicy, Event, Geometry, PolicyState
 from longtake.cache.coded import CodedStorage
+from longtake.cache.policies.attention_sink import AttentionSink
 from longtake.cache.storage import PlainStorage
 
 

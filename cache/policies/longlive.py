@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from longtake.cache.attention_sink import AttentionSink
 from longtake.cache.base import Geometry
+from longtake.cache.policies.attention_sink import AttentionSink
 from longtake.cache.recache import RecacheState
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from longtake.cache.base import Geometry, PolicyState
-from longtake.cache.wrapper import Wrapper, start_coded
+from longtake.cache.wrappers.wrapper import Wrapper, start_coded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from longtake.cache.attention_sink import SinkWindow
 from longtake.cache.base import BlockTrace, EncodeJob, Event, Geometry, Number
 from longtake.cache.frames import FramePlan, FrameState
+from longtake.cache.policies.attention_sink import SinkWindow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from longtake.cache.base import (
     Read,
 )
 from longtake.cache.storage import Stored
-from longtake.cache.wrapper import Wrapper
+from longtake.cache.wrappers.wrapper import Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Wrappers: policies that change how another policy stores or commits."""
