@@ -28,9 +28,9 @@ from longtake.configs.loader import load_preset
 from longtake.configs.waiting import wait_briefly
 from longtake.models import StreamingDecoder, VaePixels, use_fast_kernels
 from longtake.pipelines import LongVideoPipeline
+from longtake.pipelines.long_video import VideoRollout, to_bytes, to_pixels
 from longtake.pipelines.memory_plan import PROGRAM_BYTES, PlanRequest, plan_memory
 from longtake.pipelines.model_shapes import TRANSFORMERS, UMT5_XXL, ModelShapes, make_transformer, make_vae
-from longtake.pipelines.take import TakeSession, to_bytes, to_pixels
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.samplers import make_sampler
 from longtake.scripts.console import err, out, run_app
@@ -158,7 +158,7 @@ def measure(
     embeds = torch.zeros(1, shape.num_text_tokens, pipe.transformer.config.text_dim, dtype=pipe.transformer.dtype)
     settings = {"height": shape.height, "width": shape.width, "cache": load_preset("cache", policy)}
 
-    def start() -> TakeSession:
+    def start() -> VideoRollout:
         return pipe.start(prompt_embeds=embeds.to(device), seconds=seconds, decode=False, **settings)
 
     warm = start()
@@ -175,7 +175,7 @@ def measure(
     return {**taken, "planned_gb": planned / 1e9, "attention": attention_name(session, device)}
 
 
-def _run(pipe: LongVideoPipeline, session: TakeSession, shape: Shape, device: torch.device) -> dict[str, Any]:
+def _run(pipe: LongVideoPipeline, session: VideoRollout, shape: Shape, device: torch.device) -> dict[str, Any]:
     """From noise to a closed file; events before and after the transformer and the VAE."""
     rollout, decoder, pixels = session.rollout, StreamingDecoder(pipe.vae), VaePixels(pipe.vae)
     marks, memory, first_frame = Marks(device), [], 0.0
@@ -212,7 +212,7 @@ def _run(pipe: LongVideoPipeline, session: TakeSession, shape: Shape, device: to
     }
 
 
-def attention_name(session: TakeSession, device: torch.device) -> str:
+def attention_name(session: VideoRollout, device: torch.device) -> str:
     """Which function attends, and on a GPU which of PyTorch's kernels may."""
     name = session.rollout.causal.attention.__name__
     if device.type != "cuda":
@@ -228,7 +228,7 @@ def attention_name(session: TakeSession, device: torch.device) -> str:
     return f"{name} ({', '.join(kernel for kernel, can in kernels.items() if can(params)) or 'math'})"
 
 
-def _planned(pipe: LongVideoPipeline, shape: Shape, session: TakeSession, device_type: str) -> int:
+def _planned(pipe: LongVideoPipeline, shape: Shape, session: VideoRollout, device_type: str) -> int:
     """What the memory plan says of the same, the program's own memory left out on a GPU, as PyTorch counts there."""
     parts = {"transformer": pipe.transformer, "vae": pipe.vae}
     numbers = {part: {n: p.numel() for n, p in model.named_parameters()} for part, model in parts.items()}

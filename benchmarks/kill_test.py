@@ -77,9 +77,9 @@ def kill_test(
 
 def hashes(path: Path) -> list[str]:
     """Read the frame hashes of a run's finished blocks."""
-    from longtake.pipelines.run_folder import RunFolder, blocks_of
+    from longtake.pipelines.run_folder import RunFolder
 
-    return [entry["sha256"] for entry in blocks_of(RunFolder(path))]
+    return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 def decoded_frames(video: Path) -> int:

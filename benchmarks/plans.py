@@ -79,7 +79,7 @@ def measure_plans(seconds: float = 60.0) -> dict[str, Any]:
         session = pipe.start([PROMPT], seconds=seconds, cache=cache, attention=policy, seed=[0], decode=False)
         begin = time.process_time()
         with torch.no_grad():
-            while session.next_chunk() is not None:
+            while session.next_block() is not None:
                 pass
         total = time.process_time() - begin
         rest = clock.seconds["plan"] - clock.seconds["build"]

@@ -209,10 +209,10 @@ def _operator_shares(pipe: LongVideoPipeline) -> dict[str, float]:
         "a red circle bouncing quickly over a navy striped background", seconds=8, seed=0, decode=False
     )
     for _ in range(5):
-        session.next_chunk()
+        session.next_block()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(4):
-            session.next_chunk()
+            session.next_block()
     events = profile.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
 

@@ -1,6 +1,8 @@
-"""Text to minutes of video, as a diffusers pipeline."""
+"""Text to minutes of video: a diffusers pipeline, and the video under way that it starts."""
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +14,358 @@ from diffusers import WanPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from longtake.attention import SparsePolicy
-from longtake.cache import DEFAULT_POLICY, CachePolicy, Event, make_policy
+from longtake.cache import DEFAULT_POLICY, CacheStats, Event
 from longtake.models import VaePixels
-from longtake.pipelines.arguments import GivenNoise, chosen_sampler, noise_seeds, prompt_texts
-from longtake.pipelines.given import GivenLatents
+from longtake.pipelines.conditioning import ClipEncoder
 from longtake.pipelines.loading import ModelLoading
-from longtake.pipelines.rollout import LatentRollout
-from longtake.pipelines.take import Chunk, TakeSession
-from longtake.pipelines.take_options import TakeOptions
-from longtake.pipelines.video_start import make_start
-from longtake.samplers import Sampler, SeededNoise
+from longtake.pipelines.rollout import Block, LatentRollout
+from longtake.pipelines.settings import PromptSwitch, RolloutSettings, VideoSettings, takes_fields_of
+from longtake.samplers import SeededNoise
+
+logger = logging.getLogger(__name__)
 
 StepCallback = Callable[["LongVideoPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
-Schedule = Sequence[tuple[float, str | Sequence[str]] | tuple[float, str | Sequence[str], Event]]
-"""(seconds, prompt) or (seconds, prompt, event) of later prompts, in order of time."""
+
+@dataclass(frozen=True)
+class VideoBlock:
+    """A finished block as pixels.
+
+    Attributes:
+        index: From 0; blocks of conditioning frames come before, and the last of them is -1.
+        start_frame: First latent frame, conditioning latents counted.
+        frames: (batch, frames, channels, height, width) float32 in [0, 1].
+        latents: (batch, latent frames, channels, height, width), normalised.
+        stats: Contents of the cache.
+        num_cache_bytes: Storage and read sets of all guidance branches.
+        seconds: Time spent in ``denoise`` and ``decode``; ``observe`` where conditioning frames were taken in.
+        is_last: Whether the video ends here.
+        prompt: The prompts in force, one per sample.
+    """
+
+    index: int
+    start_frame: int
+    frames: Tensor
+    latents: Tensor
+    stats: CacheStats
+    num_cache_bytes: int
+    seconds: Mapping[str, float]
+    is_last: bool
+    prompt: tuple[str, ...]
+
+    def uint8(self) -> np.ndarray:
+        """Frames as (batch, frames, height, width, channels) bytes, rounded."""
+        return to_bytes(self.frames).cpu().numpy()
+
+
+def to_bytes(frames: Tensor) -> Tensor:
+    """(batch, frames, channels, height, width) in [0, 1] to bytes, rounded, channels last."""
+    return frames.mul(255.0).round_().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """(batch, channels, frames, height, width) in [-1, 1], as the VAE has it, to frames of float32 in [0, 1]."""
+    return video.float().mul(0.5).add(0.5).clamp_(0.0, 1.0).transpose(1, 2)
+
+
+class PositionUse:
+    """Watches the positions of every block's reads, and warns once when they leave the trained range.
+
+    Attention sees distances only, so the largest distance within one read is what counts.
+
+    Args:
+        policy: Name of the cache policy, for the warning.
+        num_trained_frames: Latent frames of the training clips: distances up to one less are known to the model.
+    """
+
+    def __init__(self, policy: str, num_trained_frames: int) -> None:
+        self.policy = policy
+        self.num_trained_frames = num_trained_frames
+        self.last: tuple[float, float] | None = None
+        self.reach = 0.0
+
+    def see(self, positions: tuple[float, float] | None) -> None:
+        """Take note of the lowest and highest position of a block's read."""
+        if positions is None:
+            return
+        trained = self.num_trained_frames - 1
+        was_within = self.reach <= trained
+        self.last = positions
+        self.reach = max(self.reach, positions[1] - positions[0])
+        if was_within and self.reach > trained:
+            logger.warning(
+                "cache policy %r reads positions %g apart, this model was trained on clips of %d latent frames, which "
+                "are at most %d apart: use a smaller context, or positions that do not grow.",
+                self.policy,
+                self.reach,
+                self.num_trained_frames,
+                trained,
+            )
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The last read's lowest and highest position, the largest distance so far, and the largest in training."""
+        lowest, highest = self.last or (None, None)
+        return {
+            "lowest": lowest,
+            "highest": highest,
+            "largest_distance": self.reach,
+            "trained_distance": self.num_trained_frames - 1,
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a mapping of ``as_mapping``."""
+        self.last = None if saved["lowest"] is None else (saved["lowest"], saved["highest"])
+        self.reach = saved["largest_distance"]
+
+
+class VideoRollout:
+    """A video under way: iterate for blocks, save and load between them.
+
+    Made by ``LongVideoPipeline.start``.
+
+    Args:
+        pipe: Owner of the VAE and the text encoder.
+        rollout: The latents.
+        prompts: One per sample.
+        num_frames: Pixel frames to make; the last block's rest is dropped. Time 0 is where they begin.
+        decode: Whether blocks carry pixels; without, ``frames`` has none.
+        include_start: Whether iterating gives the conditioning frames too, before the rest.
+    """
+
+    def __init__(
+        self,
+        pipe: "LongVideoPipeline",
+        rollout: LatentRollout,
+        prompts: Sequence[str],
+        *,
+        num_frames: int,
+        decode: bool = True,
+        include_start: bool = True,
+    ) -> None:
+        self.pipe = pipe
+        self.rollout = rollout
+        self.num_frames = num_frames
+        self.fps = pipe.family.fps
+        self.decode = decode
+        self.include_start = include_start
+        self.num_emitted_frames = 0
+        self.positions = PositionUse(rollout.policy.name, pipe.family.num_trained_frames)
+        self._prompts = [tuple(prompts)]
+        stream, self._pixels = pipe.pixel_stream()
+        self._decoder = stream if decode else None
+
+    @property
+    def attention_density(self) -> float:
+        """Share of self-attention that was computed so far; 1 where it is dense."""
+        return self.rollout.attention_density
+
+    @property
+    def num_start_frames(self) -> int:
+        """Conditioning frames, in pixel frames; 0 where the video begins with the prompt."""
+        return self._place(self.rollout.num_given_frames)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks to make."""
+        r = self.rollout
+        return r.next_index + max(0, -(-(r.end_frame - r.next_frame) // r.frames_per_block))
+
+    @property
+    def next_block_index(self) -> int:
+        """Index of the block that comes next."""
+        return self.rollout.next_index
+
+    def __iter__(self) -> Iterator[VideoBlock]:
+        """Yield the blocks that are still to be made."""
+        while (block := self.next_block()) is not None:
+            yield block
+
+    def next_block(self) -> VideoBlock | None:
+        """Make the next block, or None at the end."""
+        for block in self.observe():
+            if self.include_start:
+                return block
+        start = time.perf_counter()
+        latents = self.rollout.next_block()
+        if latents is None:
+            return None
+        block = self._decoded(latents, "denoise", start, num_frames=self.num_frames - self.num_emitted_frames)
+        self.num_emitted_frames += block.frames.shape[1]
+        return block
+
+    def observe(self) -> Iterator[VideoBlock]:
+        """Take in the conditioning frames, block by block, and yield them; nothing once all of them are in.
+
+        They are decoded whether they are shown or not: the decoder goes on from them as the rollout does.
+        """
+        start = time.perf_counter()
+        while (latents := self.rollout.next_given()) is not None:
+            yield self._decoded(latents, "observe", start)
+            start = time.perf_counter()
+
+    def _decoded(self, block: Block, work: str, start: float, *, num_frames: int | None = None) -> VideoBlock:
+        made = time.perf_counter()
+        frames = self._decode(block.latents, num_frames)
+        decoded = time.perf_counter()
+        stats = self.rollout.stats()
+        self.positions.see(stats.positions)
+        return VideoBlock(
+            index=block.index,
+            start_frame=block.start_frame,
+            frames=frames,
+            latents=block.latents,
+            stats=stats,
+            num_cache_bytes=self.rollout.num_cache_bytes,
+            seconds={work: made - start, "decode": decoded - made},
+            is_last=self.rollout.next_frame >= self.rollout.end_frame,
+            prompt=self._prompts[block.prompt_index + 1],
+        )
+
+    def check_change(self, prompt: str | Sequence[str], *, event: str = "keep") -> None:
+        """Refuse a change of prompt that ``change_prompt`` would refuse whenever it comes.
+
+        Raises:
+            ValueError: If the text is empty or too long, or the policy or the sampler does not know the event.
+        """
+        self.rollout.settings.check_event(event)
+        self.pipe.embed_text([prompt] if isinstance(prompt, str) else prompt)
+
+    def change_prompt(self, prompt: str | Sequence[str], *, event: Event = "keep", at: float | None = None) -> int:
+        """Switch to another prompt from the next block on, or later.
+
+        Args:
+            prompt: One text for all samples, or one per sample.
+            event: Effect on the cache; see the policy.
+            at: Seconds: the first block that starts at or after this time; None is the next one.
+
+        Returns:
+            Index of the block at which it takes effect.
+
+        Raises:
+            ValueError: If the text is empty or too long, the policy does not know the event, or ``at`` is before the
+                next block or another change.
+        """
+        r = self.rollout
+        r.settings.check_event(event)
+        start = r.next_open_frame if at is None else self._latent_frame(at)
+        # Between the starts of two blocks any time means the second.
+        earliest = max([r.next_open_frame - r.frames_per_block + 1, *(switch.start_frame for switch in r.schedule)])
+        if start < earliest:
+            seconds = (self._place(earliest) - self.num_start_frames) / self.fps
+            raise ValueError(f"a prompt change at {at} s is too late or out of order: {seconds:g} s is the earliest.")
+        prompts = [prompt] * r.batch_size if isinstance(prompt, str) else list(prompt)
+        index = r.add_switch(PromptSwitch(start, self.pipe.embed_text(prompts), event))
+        self._prompts.append(tuple(prompts))
+        return index
+
+    def is_due(self, at: float) -> bool:
+        """Whether making the next block begins the first block that starts at or after a time, in seconds."""
+        return self._latent_frame(at) <= self.rollout.last_opening_frame
+
+    @property
+    def num_ahead(self) -> int:
+        """Blocks that are begun, at most, beyond the one that comes next."""
+        return self.rollout.sampler.num_window_blocks - 1
+
+    @property
+    def prompt_changes(self) -> list[dict[str, Any]]:
+        """Every change of prompt, those to come included, and the block at which it takes effect.
+
+        ``{"block", "start_frame", "prompt", "event"}``, plain values; ``start_frame`` is the block's first latent
+        frame.
+        """
+        r = self.rollout
+        switches = zip(r.schedule, self._prompts[1:], strict=True)
+        return [
+            {
+                "block": r.switch_index(switch),
+                "start_frame": r.start_of(r.switch_index(switch)),
+                "prompt": prompts[0] if len(set(prompts)) == 1 else list(prompts),
+                "event": switch.event,
+            }
+            for switch, prompts in switches
+        ]
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a continuation needs beside the arguments of ``LongVideoPipeline.start``.
+
+        Returns:
+            Tensors, and plain values that fit into JSON. Valid between blocks.
+        """
+        tensors, numbers = self.rollout.state_dict()
+        tensors = {f"rollout.{key}": value for key, value in tensors.items()}
+        state: dict[str, Any] = {
+            "rollout": numbers,
+            "num_emitted_frames": self.num_emitted_frames,
+            "positions": self.positions.as_mapping(),
+        }
+        switches = zip(self.rollout.schedule, self._prompts[1:], strict=True)
+        state["prompts"] = [{"frame": s.start_frame, "prompt": list(p), "event": s.event} for s, p in switches]
+        if self._decoder is not None:
+            vae_tensors, state["decoder"] = self._decoder.state_dict()
+            tensors |= {f"decoder.{key}": value for key, value in vae_tensors.items()}
+        return tensors, state
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue a video that was started with the same arguments.
+
+        Raises:
+            ValueError: If the state does not belong to such a video.
+        """
+        for key in ("rollout", "num_emitted_frames", "positions", "prompts"):
+            if key not in numbers:
+                raise ValueError(f"the saved state has no {key!r}: it was not written by a video's rollout.")
+        self.rollout.schedule.clear()
+        del self._prompts[1:]
+        for switch in numbers["prompts"]:
+            embeds = self.pipe.embed_text(switch["prompt"])
+            self.rollout.schedule.append(PromptSwitch(switch["frame"], embeds, switch["event"]))
+            self._prompts.append(tuple(switch["prompt"]))
+        self.rollout.load_state_dict(_under("rollout.", tensors), numbers["rollout"])
+        if self._decoder is not None:
+            if "decoder" not in numbers:
+                raise ValueError("the saved state has no 'decoder': it was written without pixels.")
+            self._decoder.load_state_dict(_under("decoder.", tensors), numbers["decoder"])
+        self.num_emitted_frames = numbers["num_emitted_frames"]
+        self.positions.load(numbers["positions"])
+
+    def _latent_frame(self, seconds: float) -> int:
+        """First latent frame whose pixels start at or after a time; the very first alone is one pixel frame."""
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise ValueError(f"a prompt change at {seconds} s: give a time of 0 or more.")
+        num_given, step = self.rollout.num_given_frames, self.pipe.vae_scale_factor_temporal
+        if num_given:
+            return num_given + math.ceil((seconds * self.fps - 1e-6) / step)
+        return 0 if seconds == 0 else max(1, math.ceil((seconds * self.fps - 1e-6 - 1) / step) + 1)
+
+    def _place(self, latent_frame: int) -> int:
+        """Its first pixel frame, conditioning frames counted."""
+        return 0 if latent_frame == 0 else 1 + (latent_frame - 1) * self.pipe.vae_scale_factor_temporal
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor, num_frames: int | None) -> Tensor:
+        """(batch, frames, channels, height, width) latents to float32 pixels in [0, 1], the first so many of them."""
+        if self._decoder is None:
+            return latents.new_empty(latents.shape[0], 0, 3, 0, 0)
+        video = self._decoder.decode(self._pixels.denormalise(latents))
+        return to_pixels(video[:, :, :num_frames])
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+class _GivenNoise(SeededNoise):
+    """Initial noise from the caller, (batch, channels, latent frames, height, width); fresh noise from seeds."""
+
+    def __init__(self, latents: Tensor, seeds: Sequence[int], first_frame: int) -> None:
+        super().__init__(seeds)
+        self.first_frame = first_frame
+        self.latents = latents.transpose(1, 2).cpu().float()
+
+    def initial(self, block_index: int, start_frame: int, shape: Sequence[int]) -> Tensor:
+        start = start_frame - self.first_frame
+        return self.latents[:, start : start + shape[1]]
 
 
 @dataclass
@@ -43,14 +381,14 @@ class LongVideoPipelineOutput(BaseOutput):
     frames: Any
 
 
-class LongVideoPipeline(ModelLoading, TakeOptions, WanPipeline):
+class LongVideoPipeline(ModelLoading):
     """Rolls a causal Wan transformer out over minutes, block by block, with a cache policy.
 
     A ``WanPipeline`` with the same components, so folders, LoRA, offload and quantisation are diffusers' own.
-    ``family`` holds what the checkpoint does not say of itself.
+    ``family`` holds what the checkpoint does not.
     """
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a stock ``WanPipeline`` folder that any diffusers tool opens.
 
         Raises:
@@ -60,134 +398,74 @@ class LongVideoPipeline(ModelLoading, TakeOptions, WanPipeline):
             raise ValueError("the text encoder is freed, and no folder opens without one: load the model again.")
         WanPipeline(**self.components).save_pretrained(save_directory, **kwargs)
 
-    def start(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        seconds: float | None = None,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        cache: CachePolicy | Mapping[str, Any] | str | None = None,
-        sampler: Sampler | Mapping[str, Any] | str | None = None,
-        seed: int | Sequence[int] = 0,
-        guidance_scale: float | None = None,
-        num_inference_steps: int | None = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        frames_per_block: int | None = None,
-        schedule: Schedule = (),
-        attention: SparsePolicy | Mapping[str, Any] | str = "dense",
-        decode: bool = True,
-        image: Any = None,
-        video: Any = None,
-        video_latents: Tensor | GivenLatents | None = None,
-        include_start: bool = True,
-    ) -> TakeSession:
+    @takes_fields_of(VideoSettings)
+    def start(self, prompt: str | Sequence[str] | None = None, **settings: Any) -> VideoRollout:
         """Prepare a video without making any of it.
 
         Args:
             prompt: One text, or one per sample.
-            negative_prompt: Used by samplers with guidance.
-            seconds: Length; or give ``num_frames``. Rounded up to 1 + 4 k pixel frames.
-            num_frames: Length in pixel frames.
-            height: Pixels; the family's unless given.
-            width: Pixels.
-            cache: Policy, its mapping, or its name; the one that the family was trained with unless given, else
-                the default one.
-            sampler: Sampler, its mapping, or its name; the family's unless given.
-            seed: One for all samples, or one per sample. A sample's video depends on its own prompt and seed alone.
-            guidance_scale: Overrides the sampler's.
-            num_inference_steps: Overrides a multi-step sampler's.
-            latents: (batch, channels, latent frames, height, width) noise to start from instead of the seed's.
-            prompt_embeds: (batch, text_len, text_dim) instead of ``prompt``.
-            negative_prompt_embeds: Same shape, instead of ``negative_prompt``.
-            frames_per_block: Overrides the family's.
-            schedule: Later prompts, in order of time: (seconds, prompt) or (seconds, prompt, event), from the first
-                block on that starts at or after that time; event: keep, recache, flush, cut, as far as the policy
-                knows it.
-            attention: Attention policy, its mapping (``backend`` may name an executor), or its name.
-            decode: Whether chunks carry pixels.
-            image: Go on from an image, or one per sample, with models that start from one; see ``clips.make_stills``.
-            video: Go on from the end of a video, or of one per sample: a path, PIL images, an array or a tensor; see
-                ``clips.make_clips``. It fills the cache under the policy; time, seeds and lengths count from its end.
-            video_latents: Go on from latents: (batch, channels, latent frames, height, width), normalised.
-            include_start: Whether what it goes on from comes out too, as the VAE decodes it, before the rest.
+            **settings: Fields of ``longtake.pipelines.VideoSettings``.
 
         Raises:
             ValueError: For any setting that does not fit, before any forward.
         """
-        family = self.family
-        block = frames_per_block or family.frames_per_block
-        policy = make_policy((family.cache or DEFAULT_POLICY) if cache is None else cache)
-        solver = chosen_sampler(family if sampler is None else sampler, guidance_scale, num_inference_steps)
-        height, width = height or family.height, width or family.width
+        s, family = VideoSettings(**settings), self.family
+        block = s.frames_per_block or family.frames_per_block
+        solver = s.solver(family.sampler)
+        height, width = s.height or family.height, s.width or family.width
         frame_shape = self._frame_shape(height, width)
-        first = family.first_block_frames or block
-        prompts = prompt_texts(prompt, prompt_embeds)
-        given = make_start(
-            image=image,
-            video=video,
-            video_latents=video_latents,
-            family=family,
-            frames_per_block=block,
-            vae=self.vae,
-            processor=self.video_processor,
-            height=height,
-            width=width,
-            batch_size=len(prompts),
+        prompts = s.prompts(prompt)
+        batch_size = len(prompts)
+        clips = ClipEncoder(
+            vae=self.vae, processor=self.video_processor, height=height, width=width, batch_size=batch_size
         )
-        num_given = 0 if given is None else given.num_frames
-        num_frames = self.num_pixel_frames(seconds=seconds, num_frames=num_frames, goes_on=num_given > 0)
+        given = {"image": s.image, "video": s.video, "video_latents": s.video_latents}
+        conditioning = clips.conditioning(given, family=family, frames_per_block=block)
+        num_given = 0 if conditioning is None else conditioning.num_frames
+        num_frames = self.num_pixel_frames(seconds=s.seconds, num_frames=s.num_frames, goes_on=num_given > 0)
         wanted = 1 + (num_frames - 1) // self.vae_scale_factor_temporal
-        begun = block if num_given else first
-        num_latent_frames = begun + max(0, math.ceil((wanted - begun) / block)) * block
-        policy.check(max(first, block), num_given + num_latent_frames)
-
-        embeds = self.embed_text(prompts) if prompt_embeds is None else prompt_embeds
-        if solver.guidance_scale != 1.0 and negative_prompt_embeds is None:
-            negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt or [""])
-            negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-            negative_prompt_embeds = self.embed_text(negatives, is_negative=True)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt.")
-        rollout = LatentRollout(
-            self.transformer,
-            embeds,
-            num_frames=num_latent_frames,
+        first = block if num_given else family.first_block_frames or block
+        rollout_settings = RolloutSettings(
+            num_frames=first + max(0, math.ceil((wanted - first) / block)) * block,
             frame_shape=frame_shape,
             frames_per_block=block,
             first_block_frames=family.first_block_frames,
-            cache=policy,
+            cache=(family.cache or DEFAULT_POLICY) if s.cache is None else s.cache,
             sampler=solver,
-            noise=SeededNoise(seeds) if latents is None else GivenNoise(latents, seeds, num_given),
-            initial_latents=given,
             context_timestep=family.context_timestep,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pixels=VaePixels(self.vae),
-            attention=attention,
+            attention=s.attention,
             numerics=self.numerics,
         )
-        session = TakeSession(
-            self,
-            rollout,
-            prompts,
-            num_frames=num_frames,
-            fps=family.fps,
-            decode=decode,
-            include_start=include_start,
+        rollout_settings.check_length(num_given=num_given)
+        seeds = s.seeds(batch_size)
+        negative_embeds = s.negative_prompt_embeds
+        if solver.guidance_scale != 1.0 and negative_embeds is None:
+            negative = s.negative_prompt
+            negatives = [negative] if isinstance(negative, str) else list(negative or [""])
+            negatives = negatives * batch_size if len(negatives) == 1 else negatives
+            negative_embeds = self.embed_text(negatives, is_negative=True)
+        rollout = LatentRollout(
+            self.transformer,
+            self.embed_text(prompts) if s.prompt_embeds is None else s.prompt_embeds,
+            settings=rollout_settings,
+            noise=SeededNoise(seeds) if s.latents is None else _GivenNoise(s.latents, seeds, num_given),
+            initial_latents=conditioning,
+            negative_prompt_embeds=negative_embeds,
+            pixels=VaePixels(self.vae),
         )
-        for at, text, *event in schedule:
-            session.change_prompt(text, event=event[0] if event else "keep", at=at)
-        return session
+        video = VideoRollout(
+            self, rollout, prompts, num_frames=num_frames, decode=s.decode, include_start=s.include_start
+        )
+        for at, text, *event in s.schedule:
+            video.change_prompt(text, event=event[0] if event else "keep", at=at)
+        return video
 
-    def stream(self, prompt: str | Sequence[str] | None = None, **settings) -> Iterator[Chunk]:
-        """Yield chunks as they are made; takes what ``start`` takes."""
+    @takes_fields_of(VideoSettings)
+    def stream(self, prompt: str | Sequence[str] | None = None, **settings: Any) -> Iterator[VideoBlock]:
+        """Yield blocks as they are made; takes the arguments of ``start``."""
         return iter(self.start(prompt, **settings))
 
+    @takes_fields_of(VideoSettings)
     @torch.no_grad()
     def __call__(
         self,
@@ -208,29 +486,20 @@ class LongVideoPipeline(ModelLoading, TakeOptions, WanPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
-        seconds: float | None = None,
         seed: int | Sequence[int] | None = None,
-        cache: CachePolicy | Mapping[str, Any] | str | None = None,
-        sampler: Sampler | Mapping[str, Any] | str | None = None,
-        frames_per_block: int | None = None,
-        schedule: Schedule = (),
-        attention: SparsePolicy | Mapping[str, Any] | str = "dense",
-        image: Any = None,
-        video: Any = None,
-        video_latents: Tensor | GivenLatents | None = None,
-        include_start: bool = True,
+        **settings: Any,
     ) -> LongVideoPipelineOutput | tuple:
         """Make a whole video and return it; for anything longer than memory holds, use ``stream``.
 
         Args:
-            prompt: See ``start``, as are all arguments not listed here.
+            prompt: One text, or one per sample; for arguments not listed here see ``VideoSettings``.
             num_videos_per_prompt: Videos per prompt, with seeds seed, seed + 1, ...
             generator: Instead of ``seed``: one, or one per sample; each is asked for a seed.
             output_type: ``np``, ``pt``, ``pil`` or ``latent``.
             return_dict: Whether to return an output object or a tuple.
             callback_on_step_end: Called as (pipe, step_index, timestep, {"latents": x0}) after every denoising step,
-                with x0 (batch, frames, channels, height, width); what it returns under "latents" replaces x0.
-            callback_on_step_end_tensor_inputs: Which tensors the callback gets.
+                with x0 (batch, frames, channels, height, width); its result under "latents" replaces x0.
+            callback_on_step_end_tensor_inputs: Tensors that the callback gets.
 
         Raises:
             ValueError: For any setting that does not fit, before any forward.
@@ -244,62 +513,48 @@ class LongVideoPipeline(ModelLoading, TakeOptions, WanPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known: latents, prompt_embeds."
             )
-        prompts = None if prompt_embeds is not None else prompt_texts(prompt, None)
-        if prompts is not None:
-            prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
-        batch = len(prompts) if prompts is not None else prompt_embeds.shape[0]
-        session = self.start(
+        prompts = None
+        if prompt_embeds is None:
+            prompts = [text for text in VideoSettings().prompts(prompt) for _ in range(num_videos_per_prompt)]
+        batch_size = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
+        video = self.start(
             prompts,
             negative_prompt=negative_prompt,
-            seconds=seconds,
-            num_frames=num_frames,
             height=height,
             width=width,
-            cache=cache,
-            sampler=sampler,
-            seed=noise_seeds(seed, generator, batch, num_videos_per_prompt),
-            guidance_scale=guidance_scale,
+            num_frames=num_frames,
             num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             latents=latents,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
-            frames_per_block=frames_per_block,
-            schedule=schedule,
-            attention=attention,
+            seed=_seeds(seed, generator, batch_size, num_videos_per_prompt),
             decode=output_type != "latent",
-            image=image,
-            video=video,
-            video_latents=video_latents,
-            include_start=include_start,
+            **settings,
         )
         if callback_on_step_end is not None:
-            session.rollout.on_step_end = self._on_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
+            video.rollout.on_step_end = self._on_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
         parts = []
-        with self.progress_bar(total=session.num_blocks) as bar:
-            for chunk in session:
-                parts.append(chunk.latents if output_type == "latent" else chunk.frames)
-                bar.update(chunk.index >= 0)
+        with self.progress_bar(total=video.num_blocks) as bar:
+            for block in video:
+                parts.append(block.latents if output_type == "latent" else block.frames)
+                bar.update(block.index >= 0)
         self.maybe_free_model_hooks()
-        video = self._output(torch.cat(parts, dim=1), output_type)
-        return LongVideoPipelineOutput(frames=video) if return_dict else (video,)
+        frames = self._output(torch.cat(parts, dim=1), output_type)
+        return LongVideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def num_pixel_frames(
         self, *, seconds: float | None = None, num_frames: int | None = None, goes_on: bool = False
     ) -> int:
-        """Length in pixel frames: 1 + 4 k, or 4 k behind a start, rounded up; 81 or 84 when nothing is given.
+        """Length in pixel frames: 1 + 4 k, or 4 k behind conditioning frames, rounded up; 81 or 84 by default.
 
         Raises:
             ValueError: If both lengths are given, or one is not positive.
         """
-        if seconds is not None and num_frames is not None:
-            raise ValueError(f"seconds={seconds} and num_frames={num_frames}: give one of the two.")
+        VideoSettings(seconds=seconds, num_frames=num_frames)
         if seconds is not None:
-            if not (seconds > 0 and math.isfinite(seconds)):
-                raise ValueError(f"seconds={seconds} must be a number above 0.")
             num_frames = max(1, round(seconds * self.family.fps))
         num_frames = 81 if num_frames is None else num_frames
-        if num_frames < 1:
-            raise ValueError(f"num_frames={num_frames} must be 1 or more.")
         step = self.vae_scale_factor_temporal
         first = 0 if goes_on else 1
         return first + math.ceil((num_frames - first) / step) * step
@@ -356,3 +611,22 @@ class LongVideoPipeline(ModelLoading, TakeOptions, WanPipeline):
         if output_type == "np":
             return array
         return [self.video_processor.numpy_to_pil(np.ascontiguousarray(sample)) for sample in array]
+
+
+def _seeds(
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    batch_size: int,
+    num_videos_per_prompt: int,
+) -> list[int]:
+    """One seed per video: given, asked of generators, or drawn."""
+    if seed is not None and generator is not None:
+        raise ValueError("give either seed or generator.")
+    if generator is not None:
+        generators = [generator] * batch_size if isinstance(generator, torch.Generator) else list(generator)
+        return [int(torch.randint(2**62, (1,), generator=g, device=g.device)) for g in generators]
+    if seed is None:
+        return [int(torch.randint(2**62, (1,))) for _ in range(batch_size)]
+    if isinstance(seed, int):
+        return [seed + index % num_videos_per_prompt for index in range(batch_size)]
+    return list(seed)

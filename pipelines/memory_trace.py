@@ -27,8 +27,8 @@ from longtake.models import StreamingDecoder, use_fast_kernels
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.streaming_vae import FRAMES_PER_LATENT
 from longtake.models.tiled_vae import Tiling
+from longtake.pipelines.long_video import to_bytes, to_pixels
 from longtake.pipelines.model_shapes import make_transformer, make_vae, meta_text_encoder
-from longtake.pipelines.take import to_bytes, to_pixels
 
 META = torch.device("meta")
 _DEVICE_OF = torch.Tensor.device.__get__

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.configs.families import ModelFamily
-from longtake.pipelines.model_folder import check_model_folder
+from longtake.pipelines.loading import check_model_folder
 
 # Wan2.1's transformers; everything else of their configs is the class's default.
 TRANSFORMERS: Mapping[str, Mapping[str, int]] = MappingProxyType(

@@ -3,25 +3,20 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from longtake.attention import SparsePolicy
 from longtake.attention.density import DensityMeter
-from longtake.cache import EXACT_POLICY, BlockTrace, CachePolicy, CacheStats, Geometry, Pass, make_policy
-from longtake.models.causal import CausalTransformer, Segment
-from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
+from longtake.cache import BlockTrace, CacheStats, EncodeJob, Event, KVCache, Pass
+from longtake.models.causal import CausalTransformer, Prompt, Segment
+from longtake.models.sparse_attention import SparseSelfAttention
 from longtake.models.threads import fitting_threads
-from longtake.models.upstream import Numerics
-from longtake.pipelines.branches import Branches, Pending, Pixels, unshared
-from longtake.pipelines.checks import check_attention, check_blocks, check_policy, check_rounding, check_switch
-from longtake.pipelines.given import GivenLatents, given_latents
-from longtake.pipelines.prompts import PromptSwitch, strongest
-from longtake.pipelines.window import OpenBlock, RollingBlocks
-from longtake.samplers import NoiseSource, Sampler, make_sampler
+from longtake.pipelines.conditioning import ConditioningLatents, as_conditioning
+from longtake.pipelines.settings import EVENTS, PromptSwitch, RolloutSettings, takes_fields_of
+from longtake.samplers import NoiseSource, Sampler
 
 StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
 """(step_index, timestep, x0, prompt_embeds) -> x0, after every denoising step."""
@@ -31,15 +26,31 @@ StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
 MERGE_LIMIT = 4096
 
 
+class Pixels(Protocol):
+    """The part of a VAE that a rollout needs."""
+
+    def pool(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
+        """Decode (batch, frames, channels, height, width) latents as a clip of their own, average, encode again.
+
+        Args:
+            latents: Normalised.
+            size: Pixel frames, rows and columns that become one.
+
+        Returns:
+            Normalised latents of the smaller clip.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Block:
     """A finished block.
 
     Attributes:
-        index: From 0; blocks of given latents come before, -1 the last of them.
-        start_frame: First latent frame in the video, given latents counted.
+        index: From 0; blocks of conditioning latents come before, -1 the last of them.
+        start_frame: First latent frame in the video, conditioning latents counted.
         latents: (batch, frames, channels, height, width), clean, normalised.
-        prompt_index: Which entry of the schedule it was made with; -1 is the first prompt.
+        prompt_index: Entry of the schedule that it was made with; -1 is the first prompt.
     """
 
     index: int
@@ -51,10 +62,10 @@ class Block:
 class LatentRollout:
     """A rollout that can be stopped between blocks, saved, and continued.
 
-    Takes the arguments of ``rollout_latents``; ``schedule`` holds ``PromptSwitch`` entries and is extended by
-    ``add_switch`` while the rollout runs. A block's commit shares one forward with the next block's first denoising
-    pass where that pays (``merge_commit``); the last block is never committed. ``on_step_end`` may be set to watch or
-    change every estimate of a clean block.
+    A block's commit pass shares one forward with the next block's first denoising pass where that pays
+    (``merge_commit``); the last block is never committed. ``on_step_end`` may be set to watch or change every estimate
+    of a clean block. The arguments are those of ``rollout_latents``, but ``schedule`` holds ``PromptSwitch`` entries
+    and is extended by ``add_switch`` while the rollout runs, and ``settings`` may come in one piece.
     """
 
     def __init__(
@@ -62,69 +73,57 @@ class LatentRollout:
         transformer: WanTransformer3DModel,
         prompt_embeds: Tensor,
         *,
-        num_frames: int,
-        frame_shape: Sequence[int],
-        frames_per_block: int = 3,
-        first_block_frames: int | None = None,
-        cache: CachePolicy | Mapping[str, Any] | str = EXACT_POLICY,
-        sampler: Sampler | Mapping[str, Any] | str = "few_step",
         noise: NoiseSource,
-        initial_latents: Tensor | GivenLatents | None = None,
-        context_timestep: float = 0,
+        initial_latents: Tensor | ConditioningLatents | None = None,
         schedule: Sequence[PromptSwitch] = (),
         negative_prompt_embeds: Tensor | None = None,
         pixels: Pixels | None = None,
-        merge_commit: bool | None = None,
-        attention: AttentionSetting | SparsePolicy | Mapping[str, Any] | str = "dense",
-        numerics: Numerics = "native",
+        settings: RolloutSettings | None = None,
+        **fields: Any,
     ) -> None:
-        self.causal = CausalTransformer(transformer, numerics=numerics)
-        self.policy, self.sampler = make_policy(cache), make_sampler(sampler)
-        self.attention = attention if isinstance(attention, AttentionSetting) else AttentionSetting(attention)
-        self._meter = DensityMeter(self.attention.policy)
-        self.frames_per_block = frames_per_block
-        self.first_block_frames = first_block_frames or frames_per_block
-        self.frame_shape = tuple(frame_shape)
+        self.settings = settings or RolloutSettings(**fields)
+        self.policy, self.sampler = self.settings.policy, self.settings.solver
+        self.frames_per_block = self.settings.frames_per_block
+        self.causal = CausalTransformer(transformer, numerics=self.settings.numerics)
         self.noise = noise
-        self.context_timestep = float(context_timestep)
         self.schedule = list(schedule)
         self.batch_size = prompt_embeds.shape[0]
-        self._given = given_latents(initial_latents, batch_size=self.batch_size, frame_shape=self.frame_shape)
-        self._num_given = 0 if self._given is None else self._given.num_frames
-        check_blocks(num_frames, frames_per_block, first_block_frames, self._num_given)
-        check_policy(self.policy, self.sampler, has_pixels=pixels is not None)
-        check_attention(self.policy, self.attention)
-        check_rounding(self.sampler, numerics)
-        for switch in self.schedule:
-            check_switch(self.policy, self.sampler, switch.event)
-        self.end_frame = self._num_given + num_frames
-        geometry = self.causal.geometry(
-            frame_shape, frames_per_block=frames_per_block, batch_size=self.batch_size, max_frames=self.end_frame
+        self._frame_shape = tuple(self.settings.frame_shape)
+        self._conditioning = as_conditioning(
+            initial_latents, batch_size=self.batch_size, frame_shape=self._frame_shape
         )
-        self.policy.check(self._num_joint_frames, self.end_frame)
-        tokens = geometry.tokens_per_frame * frames_per_block
-        self.merge_commit = 2 * tokens <= MERGE_LIMIT if merge_commit is None else merge_commit
-
+        self.num_given_frames = 0 if self._conditioning is None else self._conditioning.num_frames
+        self.settings.check_length(num_given=self.num_given_frames)
+        if self.policy.needs_vae and pixels is None:
+            raise ValueError(
+                f"cache policy {self.policy.name!r} pools pixels with these settings and needs a VAE: "
+                "give pixels, or use LongVideoPipeline."
+            )
+        for switch in self.schedule:
+            self.settings.check_event(switch.event)
+        self.end_frame = self.num_given_frames + self.settings.num_frames
+        self._geometry = self.causal.geometry(
+            self._frame_shape,
+            frames_per_block=self.frames_per_block,
+            batch_size=self.batch_size,
+            max_frames=self.end_frame,
+        )
+        merge = self.settings.merge_commit
+        tokens = self._geometry.tokens_per_frame * self.frames_per_block
+        self.merge_commit = 2 * tokens <= MERGE_LIMIT if merge is None else merge
         embeds = [prompt_embeds]
         if self.sampler.guidance_scale != 1.0:
-            if negative_prompt_embeds is None:
-                negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-            embeds.append(negative_prompt_embeds)
-        self.branches = Branches(
-            self.causal,
-            self.policy,
-            geometry,
-            embeds=embeds,
-            guidance_scale=self.sampler.guidance_scale,
-            pixels=pixels,
-            context_timestep=self.context_timestep,
-            sparse=lambda: self._sparse_attention(geometry),
-        )
-        self.window = RollingBlocks(self.sampler) if self.sampler.num_window_blocks > 1 else None
+            negative = negative_prompt_embeds
+            embeds.append(torch.zeros_like(prompt_embeds) if negative is None else negative)
+        self._meter = DensityMeter(self.settings.sparsity.policy)
+        kernels = {"attention": self.causal.attention, "phase_dtype": self.causal.phase_dtype}
+        caches = [KVCache(self.policy, self._geometry, sparse=self._sparse_attention(), **kernels) for _ in embeds]
+        self.branches = _Branches(self.causal, caches, embeds, settings=self.settings, pixels=pixels)
+        self.window = _Window(self.sampler) if self.sampler.num_window_blocks > 1 else None
         self._first_prompt = prompt_embeds
         self._next_given_frame = 0
-        self._next_frame = self._num_given
-        self._next_index = 0
+        self.next_frame = self.num_given_frames
+        self.next_index = 0
         self._prompt_index = -1
         self.on_step_end: StepHook | None = None
 
@@ -136,41 +135,44 @@ class LatentRollout:
     @torch.no_grad()
     def next_block(self) -> Block | None:
         """Make the next block, or None at the end of the rollout."""
-        if self._next_frame >= self.end_frame:
+        if self.next_frame >= self.end_frame:
             return None
-        with self._at_work():
-            block = self._one_block() if self.window is None else self._leaving_block(self.window)
+        with self._installed():
+            block = self._single_block() if self.window is None else self._window_block(self.window)
         if block is None:
             return None
         trace = BlockTrace(self._block_id(block.start_frame), block.start_frame, block.latents)
-        self.branches.pending = Pending(trace, self.context_timestep)
-        self._next_frame, self._next_index = block.start_frame + block.latents.shape[1], block.index + 1
+        self.branches.pending = _Pending(trace, self.branches.context_timestep)
+        self.next_frame, self.next_index = block.start_frame + block.latents.shape[1], block.index + 1
         return block
 
     @torch.no_grad()
     def next_given(self) -> Block | None:
-        """Take in the next block of the given latents, or None once all are in; ``next_block`` takes in the rest."""
-        with self._at_work():
+        """Take in the next block of the conditioning latents, or None once all are in.
+
+        ``next_block`` takes in those that are left.
+        """
+        with self._installed():
             return self._take_given()
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        geometry = self.branches.caches[0].geometry
+    def _installed(self) -> Iterator[None]:
+        geometry = self._geometry
+        num_tokens = self.batch_size * self.settings.num_joint_frames * geometry.tokens_per_frame
         width = geometry.num_heads * geometry.head_dim
-        num_tokens = self.batch_size * self._num_joint_frames * geometry.tokens_per_frame
         with (
             self.causal.installed(),
             fitting_threads(width=width, num_tokens=num_tokens, device=self.causal.device),
         ):
             yield
 
-    def _one_block(self) -> Block | None:
+    def _single_block(self) -> Block | None:
         """Denoise the next block by itself."""
-        start, index = self._next_frame, self._next_index
+        start, index = self.next_frame, self.next_index
         x = self._noise(index, start)
         if x is None:
             return None
-        num_frames = x.shape[1]
+        num_frames, block_id = x.shape[1], self._block_id(start)
         self._fill()
         self._switch_prompt(start)
         if not (self.merge_commit and self.branches.can_merge(num_frames)):
@@ -179,19 +181,19 @@ class LatentRollout:
 
         def denoise(x: Tensor, timestep: float) -> Tensor:
             nonlocal step_index
-            pass_ = Pass("denoise", self._block_id(start), start, num_frames, step_index)
+            pass_ = Pass("denoise", block_id, start, num_frames, step_index)
             flow = self.branches.guided_flow(x, Segment(pass_, float(timestep)))
             x0 = self._step_ended(step_index, timestep, self.causal.clean(x, flow, timestep))
             step_index += 1
             return x0
 
         def renoise(step: int) -> Tensor:
-            return self._checked_noise(self.noise.renoise(index, start, step, x.shape), tuple(x.shape))
+            return self._checked(self.noise.renoise(index, start, step, x.shape), tuple(x.shape), "the noise source")
 
         latents = self.sampler.sample(denoise, x, renoise=renoise, block_index=index)
         return Block(index, start, latents, self._prompt_index)
 
-    def _leaving_block(self, window: RollingBlocks) -> Block | None:
+    def _window_block(self, window: "_Window") -> Block | None:
         """Denoise the window until its first block is clean, letting a block in before every forward."""
 
         def denoise(parts: list[Tensor], timesteps: list[float]) -> list[Tensor]:
@@ -202,28 +204,30 @@ class LatentRollout:
             steps = zip(window.blocks, parts, timesteps, flows, strict=True)
             return [self._step_ended(b.level, t, self.causal.clean(part, f, t)) for b, part, t, f in steps]
 
-        def renoise(block: OpenBlock) -> Tensor:
+        def renoise(block: _OpenBlock) -> Tensor:
             shape = tuple(block.latents.shape)
-            return self._checked_noise(self.noise.renoise(block.index, block.start_frame, block.level, shape), shape)
+            noise = self.noise.renoise(block.index, block.start_frame, block.level, shape)
+            return self._checked(noise, shape, "the noise source")
 
         self._fill()
         done = None
         while done is None:
-            start, index = self.next_open_frame, self._next_index + len(window.blocks)
+            start, index = self.next_open_frame, self.next_index + len(window.blocks)
             x = self._noise(index, start) if start < self.end_frame and not window.is_full else None
             if x is not None:
                 self._switch_prompt(start)
-                window.enter(OpenBlock(index, start, x, 0, self._prompt_index))
+                window.blocks.append(_OpenBlock(index, start, x, 0, self._prompt_index))
             if not window.blocks:
                 return None
             self.branches.commit_pending()
             done = window.advance(denoise, renoise)
         return Block(done.index, done.start_frame, done.latents, done.prompt_index)
 
-    def _sparse_attention(self, geometry: Geometry) -> SparseSelfAttention | None:
-        if self.attention.is_dense:
+    def _sparse_attention(self) -> SparseSelfAttention | None:
+        setting = self.settings.sparsity
+        if setting.is_dense:
             return None
-        return SparseSelfAttention(self.attention, geometry, num_steps=self.sampler.num_steps(0), meter=self._meter)
+        return SparseSelfAttention(setting, self._geometry, num_steps=self.sampler.num_steps(0), meter=self._meter)
 
     @property
     def attention_density(self) -> float:
@@ -236,13 +240,14 @@ class LatentRollout:
         return self.on_step_end(step_index, timestep, x0, self.branches.prompts[0].embeds)
 
     def _noise(self, index: int, start: int) -> Tensor | None:
-        """What a block starts from; None where the source ends, and the rollout with it."""
-        shape = (self.batch_size, self.frames_per_block if start else self.first_block_frames, *self.frame_shape)
+        """Initial noise of a block; None where the source ends, and the rollout with it."""
+        num_frames = self.frames_per_block if start else self.settings.num_first_frames
+        shape = (self.batch_size, num_frames, *self._frame_shape)
         x = self.noise.initial(index, start, shape)
         if x.shape[1] == 0:
             self.end_frame = start
             return None
-        return self._checked_noise(x, shape)
+        return self._checked(x, shape, "the noise source")
 
     def add_switch(self, switch: PromptSwitch) -> int:
         """Extend the schedule.
@@ -253,22 +258,23 @@ class LatentRollout:
         Raises:
             ValueError: If the policy does not know the event.
         """
-        check_switch(self.policy, self.sampler, switch.event)
+        self.settings.check_event(switch.event)
         self.schedule.append(switch)
         return self.switch_index(switch)
 
     def switch_index(self, switch: PromptSwitch) -> int:
-        """Index of the block at which a switch takes effect, given latents not counted."""
-        index = self._block_id(max(switch.start_frame, self._num_given)) - self._block_id(self._num_given)
+        """Index of the block at which a switch takes effect, conditioning latents not counted."""
+        given = self.num_given_frames
+        index = self._block_id(max(switch.start_frame, given)) - self._block_id(given)
         return index + (self.start_of(index) < switch.start_frame)
 
     def start_of(self, index: int) -> int:
-        """First latent frame of a block, given latents not counted in ``index``."""
-        block = index + self._block_id(self._num_given)
-        return self.first_block_frames + (block - 1) * self.frames_per_block if block else 0
+        """First latent frame of a block, conditioning latents not counted in ``index``."""
+        block = index + self._block_id(self.num_given_frames)
+        return self.settings.num_first_frames + (block - 1) * self.frames_per_block if block else 0
 
     def stats(self) -> CacheStats:
-        """What the conditional branch's cache holds."""
+        """Contents of the conditional branch's cache."""
         return self.branches.caches[0].stats()
 
     @property
@@ -277,20 +283,10 @@ class LatentRollout:
         return sum(cache.stats().num_bytes + cache.num_scratch_bytes for cache in self.branches.caches)
 
     @property
-    def num_given_frames(self) -> int:
-        """Latent frames that were given."""
-        return self._num_given
-
-    @property
-    def next_frame(self) -> int:
-        """First latent frame of the next block."""
-        return self._next_frame
-
-    @property
     def next_open_frame(self) -> int:
         """First latent frame of the next block that is not begun: a new prompt shows from here on."""
         if self.window is None or not self.window.blocks:
-            return self._next_frame
+            return self.next_frame
         last = self.window.blocks[-1]
         return last.start_frame + last.num_frames
 
@@ -299,12 +295,7 @@ class LatentRollout:
         """First latent frame of the last block that is begun in making the next one."""
         if self.window is None or self.window.blocks:
             return self.next_open_frame
-        return self.start_of(self._next_index + self.sampler.num_window_blocks - 1)
-
-    @property
-    def next_index(self) -> int:
-        """Index of the next block."""
-        return self._next_index
+        return self.start_of(self.next_index + self.sampler.num_window_blocks - 1)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a continuation needs beside the constructor's arguments.
@@ -313,19 +304,20 @@ class LatentRollout:
             Tensors, each with memory of its own, and plain numbers that fit into JSON. Valid between blocks.
 
         Raises:
-            ValueError: If some of the given latents are taken in and others not.
+            ValueError: If some of the conditioning latents are taken in and others not.
         """
-        if 0 < self._next_given_frame < self._num_given:
+        if 0 < self._next_given_frame < self.num_given_frames:
             raise ValueError(
-                f"{self._next_given_frame} of {self._num_given} given latents are taken in: save before or after."
+                f"{self._next_given_frame} of {self.num_given_frames} given latents are taken in: "
+                "save before or after."
             )
         tensors, numbers = self.branches.state_dict()
-        numbers["next_frame"], numbers["next_index"] = self._next_frame, self._next_index
+        numbers["next_frame"], numbers["next_index"] = self.next_frame, self.next_index
         numbers["next_given_frame"], numbers["prompt_index"] = self._next_given_frame, self._prompt_index
         if self.window is not None:
             latents, numbers["window"] = self.window.state_dict()
             tensors |= {f"window.{place}": tensor for place, tensor in latents.items()}
-        return unshared(tensors), numbers
+        return _unshared(tensors), numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue where another rollout with the same arguments was saved.
@@ -337,7 +329,7 @@ class LatentRollout:
             if key not in numbers:
                 raise ValueError(f"the saved state has no {key!r}: it was not written by a rollout.")
         self.branches.load_state_dict(tensors, numbers)
-        self._next_frame, self._next_index = numbers["next_frame"], numbers["next_index"]
+        self.next_frame, self.next_index = numbers["next_frame"], numbers["next_index"]
         self._next_given_frame = numbers["next_given_frame"]
         if self.window is not None:
             if "window" not in numbers:
@@ -346,24 +338,24 @@ class LatentRollout:
             self.window.load_state_dict(latents, numbers["window"], self.causal.device)
         self._prompt_index = numbers["prompt_index"]
         embeds = self._first_prompt if self._prompt_index < 0 else self.schedule[self._prompt_index].prompt_embeds
-        self.branches.take_prompt(embeds)
+        self.branches.set_prompt(embeds)
 
     def _fill(self) -> None:
         while self._take_given() is not None:
             pass
 
     def _take_given(self) -> Block | None:
-        """Take in one block of the given latents; it waits for its commit at timestep 0 as any other block does."""
+        """Take in one block of the conditioning latents; like any block it waits for its commit, at timestep 0."""
         start = self._next_given_frame
-        if start >= self._num_given:
+        if self._conditioning is None or start >= self.num_given_frames:
             return None
         self.branches.commit_pending()
-        num_frames = self.frames_per_block if start else self.first_block_frames
-        shape = (self.batch_size, num_frames, *self.frame_shape)
-        latents = self._checked(self._given.take(num_frames), shape, "the given latents")
-        self.branches.pending = Pending(BlockTrace(self._block_id(start), start, latents), 0.0)
+        num_frames = self.frames_per_block if start else self.settings.num_first_frames
+        shape = (self.batch_size, num_frames, *self._frame_shape)
+        latents = self._checked(self._conditioning.take(num_frames), shape, "the given latents")
+        self.branches.pending = _Pending(BlockTrace(self._block_id(start), start, latents), 0.0)
         self._next_given_frame += num_frames
-        return Block(self._block_id(start) - self._block_id(self._num_given), start, latents)
+        return Block(self._block_id(start) - self._block_id(self.num_given_frames), start, latents)
 
     def _switch_prompt(self, start_frame: int) -> None:
         """Take the prompt in force at a frame; the block before belongs to the old one and is committed with it."""
@@ -372,25 +364,317 @@ class LatentRollout:
             due += 1
         switches = self.schedule[self._prompt_index + 1 : due]
         if switches:
-            event = strongest([switch.event for switch in switches])
+            # Of several switches before one block the last prompt counts, and the event that does most to the cache.
+            event = max((switch.event for switch in switches), key=EVENTS.index)
             self.branches.commit_pending(event=event, embeds=switches[-1].prompt_embeds)
             self._prompt_index = due - 1
 
-    @property
-    def _num_joint_frames(self) -> int:
-        """Most frames that are denoised together."""
-        rest = (self.sampler.num_window_blocks - 1) * self.frames_per_block
-        return max(self.first_block_frames, self.frames_per_block) + rest
-
     def _block_id(self, start_frame: int) -> int:
-        """Index of a block in the video, given latents counted."""
-        first = self.first_block_frames
+        """Index of a block in the video, conditioning latents counted."""
+        first = self.settings.num_first_frames
         return 0 if start_frame < first else 1 + (start_frame - first) // self.frames_per_block
-
-    def _checked_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return self._checked(x, shape, "the noise source")
 
     def _checked(self, x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
         if tuple(x.shape) != shape:
             raise ValueError(f"{what} gave shape {tuple(x.shape)} where {shape} was asked for.")
         return x.to(self.causal.device, self.causal.latent_dtype)
+
+
+@takes_fields_of(RolloutSettings)
+def rollout_latents(
+    transformer: WanTransformer3DModel,
+    prompt_embeds: Tensor,
+    *,
+    noise: NoiseSource,
+    initial_latents: Tensor | ConditioningLatents | None = None,
+    schedule: Sequence[tuple[int, Tensor, str]] = (),
+    negative_prompt_embeds: Tensor | None = None,
+    pixels: Pixels | None = None,
+    **settings: Any,
+) -> Iterator[Block]:
+    """Roll a transformer out over latent frames, without text and pixels.
+
+    Args:
+        transformer: Any ``WanTransformer3DModel``; stock again whenever a block is yielded.
+        prompt_embeds: (batch, text_len, text_dim), fed to the transformer's text embedder as they are.
+        noise: A source that ends (zero frames) ends the rollout.
+        initial_latents: (batch, frames, channels, height, width): they fill the cache at timestep 0, block by block;
+            or a stream that makes them as they are taken, so that their number has no limit.
+        schedule: (start_frame, prompt_embeds, event) prompt switches; event: keep, recache, flush, cut.
+        negative_prompt_embeds: For samplers with guidance; zeros when not given.
+        pixels: Pools latents by way of pixels, for policies that ask for it; ``models.VaePixels`` does.
+        **settings: Fields of ``RolloutSettings``.
+
+    Yields:
+        Blocks in order.
+
+    Raises:
+        ValueError: For settings that do not fit each other, before any forward.
+    """
+    switches = [PromptSwitch(*entry) for entry in schedule]
+    return iter(
+        LatentRollout(
+            transformer,
+            prompt_embeds,
+            noise=noise,
+            initial_latents=initial_latents,
+            schedule=switches,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pixels=pixels,
+            **settings,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A finished block that is not committed yet, and the timestep it is committed at."""
+
+    trace: BlockTrace
+    timestep: float
+
+    @property
+    def segment(self) -> Segment:
+        """Its commit pass."""
+        pass_ = Pass("commit", self.trace.block_index, self.trace.start_frame, self.trace.latents.shape[1])
+        return Segment(pass_, self.timestep)
+
+
+class _Branches:
+    """The conditional branch of a rollout and, with guidance, the unconditional one: caches, prompts, encode jobs.
+
+    Args:
+        causal: The transformer; has to be installed whenever something is run.
+        caches: By branch, the conditional one first.
+        embeds: (batch, text_len, text_dim) by branch.
+        settings: Of the rollout.
+        pixels: For jobs with ``pooling``.
+    """
+
+    def __init__(
+        self,
+        causal: CausalTransformer,
+        caches: Sequence[KVCache],
+        embeds: Sequence[Tensor],
+        *,
+        settings: RolloutSettings,
+        pixels: Pixels | None,
+    ) -> None:
+        self.causal = causal
+        self.caches = caches
+        self.prompts = [self._prompt(e) for e in embeds]
+        self.guidance_scale = settings.solver.guidance_scale
+        self.context_timestep = float(settings.context_timestep)
+        self.pixels = pixels
+        self.pending: _Pending | None = None
+
+    def can_merge(self, num_frames: int) -> bool:
+        """Whether the waiting commit may share a forward of ``num_frames``: equal lengths, nothing in between."""
+        is_equal = self.pending is not None and self.pending.trace.latents.shape[1] == num_frames
+        return is_equal and self.caches[0].merges_commit
+
+    def set_prompt(self, embeds: Tensor) -> None:
+        self.prompts[0] = self._prompt(embeds)
+
+    def guided_flow(self, x: Tensor, segment: Segment) -> Tensor:
+        """Predict the guided flow; a block that waits for its commit is committed in the same forward."""
+        flows = [self._flow(branch, x, segment) for branch in range(len(self.prompts))]
+        if self.pending is not None:
+            self._run(*self._end_block(self.pending.trace, "keep"))
+        if len(flows) == 1:
+            return flows[0]
+        cond, uncond = flows
+        return uncond + self.guidance_scale * (cond - uncond)
+
+    def commit_pending(self, *, event: Event = "keep", embeds: Tensor | None = None) -> None:
+        """Commit the waiting block by itself under the prompt it was made with; then jobs, under the next one.
+
+        Args:
+            event: Effect of the next prompt on the cache.
+            embeds: The next prompt, if it is a new one.
+        """
+        done = None
+        if self.pending is not None:
+            for branch in range(len(self.prompts)):
+                self._forward(branch, self.pending.trace.latents, [self.pending.segment])
+            done = self._end_block(self.pending.trace, event)
+        if embeds is not None:
+            self.set_prompt(embeds)
+        if done is not None:
+            self._run(*done)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Contents of the caches and the block that waits: tensors, and plain numbers."""
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        if self.pending is not None:
+            tensors["pending.latents"] = self.pending.trace.latents
+            numbers["pending.block_index"] = self.pending.trace.block_index
+            numbers["pending.start_frame"] = self.pending.trace.start_frame
+            numbers["pending.timestep"] = self.pending.timestep
+        for branch, cache in enumerate(self.caches):
+            for key, value in cache.state_dict().items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"cache.{branch}.{key}"] = value
+        return tensors, numbers
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        merged = {**tensors, **numbers}
+        for branch, cache in enumerate(self.caches):
+            prefix = f"cache.{branch}."
+            cache.load_state_dict({k.removeprefix(prefix): v for k, v in merged.items() if k.startswith(prefix)})
+        self.pending = None
+        if "pending.latents" in tensors:
+            latents = tensors["pending.latents"].to(self.causal.device)
+            trace = BlockTrace(numbers["pending.block_index"], numbers["pending.start_frame"], latents)
+            self.pending = _Pending(trace, numbers["pending.timestep"])
+
+    def _prompt(self, embeds: Tensor) -> Prompt:
+        return Prompt(embeds.to(self.causal.device, self.causal.dtype))
+
+    def _flow(self, branch: int, x: Tensor, segment: Segment) -> Tensor:
+        if self.pending is None:
+            return self._forward(branch, x, [segment])
+        joined = torch.cat((self.pending.trace.latents, x), dim=1)
+        return self._forward(branch, joined, [self.pending.segment, segment])[:, -x.shape[1] :]
+
+    def _forward(self, branch: int, x: Tensor, segments: Sequence[Segment], tokens: Tensor | None = None) -> Tensor:
+        cache, prompt = self.caches[branch], self.prompts[branch]
+        return self.causal.flow(x, segments=segments, cache=cache, prompt=prompt, tokens=tokens)
+
+    def _end_block(self, done: BlockTrace, event: Event) -> tuple[BlockTrace, list[list[EncodeJob]]]:
+        """Let the policy work on the block that has just been committed in all layers; its jobs by branch."""
+        trace = BlockTrace(done.block_index, done.start_frame, done.latents, event)
+        self.pending = None
+        return trace, [cache.end_block(trace) for cache in self.caches]
+
+    def _run(self, trace: BlockTrace, jobs: Sequence[Sequence[EncodeJob]]) -> None:
+        pooled: dict[tuple, Tensor] = {}  # by what was pooled: the branches' jobs are mostly the same latents
+        for branch, jobs_of_branch in enumerate(jobs):
+            for job in jobs_of_branch:
+                latents, grid = job.latents.to(self.causal.device), None
+                if job.pooling is not None:
+                    key = (latents.data_ptr(), tuple(latents.shape), latents.stride(), job.pooling)
+                    if key not in pooled:
+                        pooled[key] = self._pooled(latents, job.pooling)
+                    latents = pooled[key]
+                rows, columns = self._grid(latents)
+                geometry = self.caches[branch].geometry
+                if (rows, columns) != (geometry.num_rows, geometry.num_columns):
+                    grid = (rows, columns)
+                pass_ = Pass(
+                    "encode", trace.block_index, job.start_frame, latents.shape[1], label=job.label, grid=grid
+                )
+                timestep = self.context_timestep if job.timestep is None else float(job.timestep)
+                self._forward(branch, latents, [Segment(pass_, timestep)], job.tokens)
+
+    def _pooled(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
+        """A smaller clip, its right and lower rest that fills no patch left out."""
+        if self.pixels is None:
+            raise ValueError("a job wants its pixels pooled and this rollout has no VAE: give pixels.")
+        small = self.pixels.pool(latents, size).to(self.causal.device, latents.dtype)
+        rows, columns = self._grid(small)
+        if not rows or not columns:
+            raise ValueError(
+                f"latents of {latents.shape[-2]}x{latents.shape[-1]} pooled by {size[1]}x{size[2]} are "
+                f"{small.shape[-2]}x{small.shape[-1]}, less than one patch: use a larger video or less pooling."
+            )
+        _, height, width = self.causal.transformer.config.patch_size
+        return small[..., : rows * height, : columns * width]
+
+    def _grid(self, latents: Tensor) -> tuple[int, int]:
+        _, height, width = self.causal.transformer.config.patch_size
+        return latents.shape[-2] // height, latents.shape[-1] // width
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what shares memory or has gaps, which files of tensors do not take: branches keep the same latents."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if place in seen else tensor.contiguous()
+        seen.add(result[key].untyped_storage().data_ptr())
+    return result
+
+
+@dataclass(frozen=True)
+class _OpenBlock:
+    """A block in the window of those that are denoised together.
+
+    Attributes:
+        index: From 0, conditioning latents not counted.
+        start_frame: First latent frame in the video.
+        latents: (batch, frames, channels, height, width), as noisy as ``level`` says.
+        level: Denoising steps it has been through.
+        prompt_index: The prompt it entered under.
+    """
+
+    index: int
+    start_frame: int
+    latents: Tensor
+    level: int
+    prompt_index: int
+
+    @property
+    def num_frames(self) -> int:
+        return self.latents.shape[1]
+
+
+class _Window:
+    """Blocks that are denoised together, cleanest first, one block further per finished block."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.blocks: list[_OpenBlock] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next forward finishes a block, so that no other may enter before it."""
+        return len(self.blocks) >= self.sampler.num_window_blocks
+
+    def frame_timesteps(self, timesteps: Sequence[float]) -> tuple[float, ...]:
+        """Timesteps of equal parts of the window: of blocks, or of frames where blocks differ in length."""
+        lengths = [block.num_frames for block in self.blocks]
+        if len(set(lengths)) == 1:
+            return tuple(timesteps)
+        return tuple(t for t, length in zip(timesteps, lengths, strict=True) for _ in range(length))
+
+    def advance(
+        self,
+        denoise: Callable[[list[Tensor], list[float]], list[Tensor]],
+        renoise: Callable[[_OpenBlock], Tensor],
+    ) -> _OpenBlock | None:
+        """Denoise the window once.
+
+        Args:
+            denoise: (blocks, their timesteps) -> x0 of each.
+            renoise: Fresh noise of a block after its level.
+
+        Returns:
+            The first block, if it is clean now; it has left the window.
+        """
+        following = self.sampler.advance(
+            denoise,
+            [block.latents for block in self.blocks],
+            levels=[block.level for block in self.blocks],
+            renoise=lambda place: renoise(self.blocks[place]),
+        )
+        self.blocks = [
+            _OpenBlock(b.index, b.start_frame, latents, b.level + 1, b.prompt_index)
+            for b, latents in zip(self.blocks, following, strict=True)
+        ]
+        is_clean = self.blocks[0].level == self.sampler.num_steps(self.blocks[0].index)
+        return self.blocks.pop(0) if is_clean else None
+
+    def state_dict(self) -> tuple[dict[str, Tensor], list[dict[str, int]]]:
+        """Latents by place, and plain numbers of every block."""
+        tensors = {str(place): block.latents for place, block in enumerate(self.blocks)}
+        names = ("index", "start_frame", "level", "prompt_index")
+        return tensors, [{name: getattr(block, name) for name in names} for block in self.blocks]
+
+    def load_state_dict(
+        self, tensors: Mapping[str, Tensor], numbers: Sequence[Mapping[str, Any]], device: torch.device
+    ) -> None:
+        self.blocks = [
+            _OpenBlock(latents=tensors[str(place)].to(device), **values) for place, values in enumerate(numbers)
+        ]

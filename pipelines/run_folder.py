@@ -1,16 +1,17 @@
-"""A run on disk: configuration, video, log of blocks and saved states, so that it can be resumed and forked.
+"""A run on disk: configuration, video, log of blocks and checkpoints, so that it can be resumed and forked.
 
 config.yaml          everything that decided the video; `--config` takes it
 video.mp4            fragmented MP4, playable while it grows
 blocks.jsonl         one line per finished block: hash of its frames, timings, cache size
 run.json             seed, versions, machine, weights hash, start, status; the blocks too once the run has stopped
-state.safetensors    the newest saved state; `states/` holds it and some earlier ones
+state.safetensors    the latest checkpoint; `states/` holds it and some earlier ones
 """
 
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -19,8 +20,7 @@ import yaml
 
 from longtake.configs.loader import load_complete
 from longtake.configs.run import RunConfig
-from longtake.pipelines.run_files import BlockLog, read_json, write_atomic, write_json
-from longtake.pipelines.run_state import SavedState, StateFolder
+from longtake.pipelines.checkpoint import Checkpoint, CheckpointFolder, read_json, with_temporary, write_json
 from longtake.pipelines.video_file import copy_frames
 
 RUNNING = "running"
@@ -28,15 +28,89 @@ INTERRUPTED = "interrupted"
 FINISHED = "finished"
 
 
-class RunFolder:
-    """One run's files. Open it with ``create`` or ``open``; both keep other processes out until ``close``."""
+class BlockLog:
+    """One JSON line for every finished block, appended as it is finished.
+
+    A line that a kill cut short is dropped when the log is opened. A block that is made again, after a resume, must
+    come out as its line says.
+
+    Args:
+        path: ``blocks.jsonl``; made if it is missing.
+
+    Raises:
+        ValueError: If a line is damaged or a block is missing.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Name the files; nothing is read or written.
+        self.path = path
+        self.num_blocks = 0
+        for entry in self.read(path):
+            if entry["index"] != self.num_blocks:
+                raise ValueError(f"{path}: line {self.num_blocks + 1} is block {entry['index']}: the log is damaged")
+            self.num_blocks += 1
+        self._file = path.open("ab", buffering=0)
+        # A line that a kill cut short.
+        self.cut(self.num_blocks)
 
-        Args:
-            path: The folder.
+    @staticmethod
+    def read(path: Path) -> Iterator[dict[str, Any]]:
+        """Yield a log's blocks in order, none for a missing file; a line that is being written is left out.
+
+        Raises:
+            ValueError: If a line is no JSON.
         """
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}: line {number} is damaged: {error}") from error
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add a block, a JSON-able mapping with ``index`` and ``sha256``, or check one that has been made again.
+
+        Raises:
+            ValueError: If the block is known and came out different.
+        """
+        index = entry["index"]
+        if index < self.num_blocks:
+            before = next(known for known in self.read(self.path) if known["index"] == index)
+            if before["sha256"] != entry["sha256"]:
+                raise ValueError(
+                    f"block {index} came out different from before the interruption: another machine, thread count or "
+                    "library version? Resume where it was made, or with --allow-changes"
+                )
+            return
+        self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+        self.num_blocks += 1
+
+    def cut(self, num_blocks: int) -> None:
+        """Keep ``num_blocks`` blocks and forget the others, so that they may come out differently."""
+        with self.path.open("rb") as file:
+            end = sum(len(line) for line, _ in zip(file, range(num_blocks), strict=False))
+        self._file.truncate(end)
+        self.num_blocks = min(self.num_blocks, num_blocks)
+
+    def sync(self) -> None:
+        """Bring the log to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class RunFolder:
+    """One run's files; naming it reads and writes nothing.
+
+    Open it with ``create`` or ``open``; both keep other processes out until ``close``.
+    """
+
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.config_path = path / "config.yaml"
         self.record_path = path / "run.json"
@@ -50,7 +124,7 @@ class RunFolder:
 
         Args:
             path: Must not exist, or be an empty folder.
-            config: What decides the video.
+            config: Decides the video.
             record: Versions, machine and weights; goes into ``run.json``.
 
         Raises:
@@ -62,8 +136,12 @@ class RunFolder:
         draft = cls(path.with_name(f".{path.name}.{os.getpid()}.part"))
         draft.path.mkdir()
         try:
-            draft._write_config(config)
-            write_json(draft.record_path, _new_record(config, record))
+            values = config.as_mapping()
+            values["output"]["folder"] = None
+            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+            with_temporary(draft.config_path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            first = {"status": RUNNING, "created": now(), "prompt": config.prompt, "seed": config.seed}
+            write_json(draft.record_path, first | {"parent": None, "start": None} | dict(record) | {"sessions": []})
             draft.path.rename(path)
         except BaseException:
             shutil.rmtree(draft.path, ignore_errors=True)
@@ -73,9 +151,6 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """Open an existing run for work.
-
-        Args:
-            path: The folder.
 
         Raises:
             ValueError: If it is no run's folder or another process works in it.
@@ -113,7 +188,7 @@ class RunFolder:
 
     @property
     def config(self) -> RunConfig:
-        """What decides the video, as it was saved."""
+        """Configuration as it was saved."""
         return load_complete(self.config_path)
 
     @property
@@ -127,34 +202,24 @@ class RunFolder:
         return self.record["status"]
 
     @property
-    def states(self) -> StateFolder:
-        """The saved states."""
+    def checkpoints(self) -> CheckpointFolder:
+        """Saved states."""
         num_kept = self.config.output.num_kept_states
-        return StateFolder(self.path / "states", newest=self.path / "state.safetensors", num_kept=num_kept)
+        return CheckpointFolder(self.path / "states", newest=self.path / "state.safetensors", num_kept=num_kept)
 
     def update_record(self, **changes: Any) -> None:
         """Change keys of ``run.json``."""
         write_json(self.record_path, self.record | changes)
 
-    def latest_state(self) -> SavedState | None:
-        """Read the newest saved state, or None where there is none yet."""
-        states = self.states
-        blocks = states.blocks()
-        return states.load(blocks[-1]) if blocks else None
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """Read the latest checkpoint, or None where there is none yet."""
+        checkpoints = self.checkpoints
+        blocks = checkpoints.blocks()
+        return checkpoints.load(blocks[-1]) if blocks else None
 
-    def discard_after(self, state: SavedState | None) -> None:
-        """Drop the video's frames when there is no state to go on from; otherwise the writer cuts it.
-
-        Args:
-            state: Where the run goes on.
-        """
-        if state is None or not state.num_frames:
-            self.video_path.unlink(missing_ok=True)
-
-    def _write_config(self, config: RunConfig) -> None:
-        values = config.as_mapping()
-        values["output"]["folder"] = None
-        write_atomic(self.config_path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+    def blocks(self) -> list[dict[str, Any]]:
+        """Finished blocks, as the log has them."""
+        return list(BlockLog.read(self.log_path))
 
     def _take_lock(self) -> None:
         self._lock = (self.path / "run.lock").open("ab")
@@ -167,10 +232,7 @@ class RunFolder:
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse a place where something is.
-
-    Args:
-        path: Where a new run's folder is to be.
+    """Refuse a new run's place.
 
     Raises:
         ValueError: If something other than an empty folder is there.
@@ -189,8 +251,8 @@ def fork_run(
 ) -> RunFolder:
     """Make a new run that shares the beginning of another one.
 
-    The newest state at or before the block where ``at`` falls is copied with its part of the video; blocks between
-    that state and ``at`` are made again, and come out the same.
+    The latest checkpoint at or before the block where ``at`` falls is copied with its part of the video; blocks
+    between that checkpoint and ``at`` are made again, and come out the same.
 
     Args:
         source: The run to branch from; may be unfinished.
@@ -198,14 +260,14 @@ def fork_run(
         config: The new run's configuration: the source's up to ``at``.
         at: Seconds; the branch begins with the first block that starts at or after it.
         record: Versions, machine and weights.
-        num_ahead: Blocks that a state has begun already beyond the next one.
+        num_ahead: Blocks that a checkpoint has begun already beyond the next one.
 
     Raises:
         ValueError: If the source has not come that far, or ``path`` exists.
     """
     fps = source.record["video"]["fps"]
     block, frame = branch_point(source, at=at)
-    starts = [number for number in source.states.blocks() if number <= max(0, block - num_ahead)]
+    starts = [number for number in source.checkpoints.blocks() if number <= max(0, block - num_ahead)]
     parent = {"folder": str(source.path), "at": at, "block": block, "frame": frame, "seconds": frame / fps}
     folder = RunFolder.create(path, config=config, record={**record, "parent": parent})
     try:
@@ -248,37 +310,19 @@ def starts_at(frame: int, *, at: float, fps: float) -> bool:
     return frame >= at * fps - 1e-6
 
 
-def blocks_of(folder: RunFolder) -> list[dict[str, Any]]:
-    """Read the log of a run's blocks."""
-    return list(BlockLog.read(folder.log_path))
-
-
 def now() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _copy_beginning(source: RunFolder, folder: RunFolder, state_block: int) -> None:
-    state = source.states.load(state_block)
-    if state.num_frames:
-        copy_frames(source.video_path, folder.video_path, num_frames=state.num_frames)
+def _copy_beginning(source: RunFolder, folder: RunFolder, next_block: int) -> None:
+    checkpoint = source.checkpoints.load(next_block)
+    if checkpoint.num_frames:
+        copy_frames(source.video_path, folder.video_path, num_frames=checkpoint.num_frames)
     log = BlockLog(folder.log_path)
     for entry in BlockLog.read(source.log_path):
-        if entry["index"] < state_block:
+        if entry["index"] < next_block:
             log.append(entry)
     log.sync()
     log.close()
-    folder.states.save(state)
-
-
-def _new_record(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "status": RUNNING,
-        "created": now(),
-        "prompt": config.prompt,
-        "seed": config.seed,
-        "parent": None,
-        "start": None,
-        **record,
-        "sessions": [],
-    }
+    folder.checkpoints.save(checkpoint)

@@ -23,7 +23,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
-from longtake.pipelines.run_files import with_temporary
+from longtake.pipelines.checkpoint import with_temporary
 
 # Encoder pictures per second of video and file fragment: one second, the unit in which a killed run loses video.
 _GROUP_SECONDS = 1.0

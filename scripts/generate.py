@@ -258,8 +258,8 @@ def _make(
     should_stop: Callable[[], bool],
     deliver: Path | None = None,
 ) -> str:
+    from longtake.pipelines.conditioning import start_record
     from longtake.pipelines.run_folder import RunFolder
-    from longtake.pipelines.start_files import start_record
 
     session = start_session(pipe, run)
     start = start_record(run, pipe.family)

@@ -17,10 +17,10 @@ from longtake.scripts.console import err, out
 
 if TYPE_CHECKING:
     from longtake.pipelines import LongVideoPipeline
+    from longtake.pipelines.long_video import VideoRollout
     from longtake.pipelines.run_folder import RunFolder
-    from longtake.pipelines.run_take import Outcome
-    from longtake.pipelines.run_take import Progress as TakeProgress
-    from longtake.pipelines.take import TakeSession
+    from longtake.pipelines.run_video import Outcome
+    from longtake.pipelines.run_video import Progress as RunProgress
 
 
 def check_settings(config: RunConfig) -> None:
@@ -29,24 +29,23 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         ValueError: With the value, the limit and the remedy.
     """
-    from longtake.cache import make_policy
+    from longtake.pipelines.settings import RolloutSettings
 
     family = load_family(config.model.family)
-    policy = make_policy(config.cache)
-    num_frames = family.num_latent_frames(max(1, round(config.seconds * family.fps)))
-    policy.check(max(family.frames_per_block, family.first_block_frames or 1), num_frames)
-
-    from longtake.samplers import make_sampler
-
-    sampler = make_sampler(config.sampler)
-
-    from longtake.pipelines.checks import check_rounding, checked_attention
-
-    check_rounding(sampler, config.model.numerics)
-    checked_attention(policy, config.attention)
+    settings = RolloutSettings(
+        num_frames=family.num_latent_frames(max(1, round(config.seconds * family.fps))),
+        frames_per_block=family.frames_per_block,
+        first_block_frames=family.first_block_frames,
+        cache=config.cache,
+        sampler=config.sampler,
+        attention=config.attention,
+        numerics=config.model.numerics,
+    )
+    settings.check_length()
+    settings.check_backend()
 
     if config.start is not None:
-        from longtake.pipelines.start_files import check_start
+        from longtake.pipelines.conditioning import check_start
 
         check_start(config, family)
 
@@ -169,7 +168,7 @@ def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def start_session(pipe: "LongVideoPipeline", config: RunConfig, source: "RunFolder | None" = None) -> "TakeSession":
+def start_session(pipe: "LongVideoPipeline", config: RunConfig, source: "RunFolder | None" = None) -> "VideoRollout":
     """Prepare a run's video; refuses what the model does not take.
 
     Args:
@@ -181,8 +180,7 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig, source: "RunFold
     Raises:
         ValueError: With the value, the limit and the remedy.
     """
-    from longtake.pipelines.checks import check_switch
-    from longtake.pipelines.start_files import start_arguments
+    from longtake.pipelines.conditioning import start_arguments
 
     encode_and_free(pipe, [config])
     session = pipe.start(
@@ -199,13 +197,12 @@ def start_session(pipe: "LongVideoPipeline", config: RunConfig, source: "RunFold
     )
     for change in config.prompt_changes:
         # Now, not when its time has come: a text that is too long must not end a video in the middle.
-        check_switch(session.rollout.policy, session.rollout.sampler, change.event)
-        pipe.embed_text([change.prompt])
+        session.check_change(change.prompt, event=change.event)
     return session
 
 
 def run_in_folder(
-    folder: "RunFolder", session: "TakeSession", *, should_stop: Callable[[], bool], allow_changes: bool = False
+    folder: "RunFolder", session: "VideoRollout", *, should_stop: Callable[[], bool], allow_changes: bool = False
 ) -> "Outcome":
     """Make what a run lacks, with a progress bar, and say where it is and how fast it was.
 
@@ -218,11 +215,11 @@ def run_in_folder(
     Raises:
         ValueError: If a block comes out different, or the disk is full.
     """
-    from longtake.pipelines.run_take import run_take
+    from longtake.pipelines.run_video import run_video
 
     try:
         with block_progress(session, err) as show:
-            outcome = run_take(folder, session, on_block=show, should_stop=should_stop, allow_changes=allow_changes)
+            outcome = run_video(folder, session, on_block=show, should_stop=should_stop, allow_changes=allow_changes)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -237,7 +234,7 @@ def run_in_folder(
 
 
 @contextmanager
-def block_progress(session: "TakeSession", console: Console) -> Iterator[Callable[["TakeProgress"], None]]:
+def block_progress(session: "VideoRollout", console: Console) -> Iterator[Callable[["RunProgress"], None]]:
     """A bar in a terminal, a line every tenth of the video elsewhere."""
     columns = (
         TextColumn("block {task.completed:.0f}/{task.total:.0f}"),
@@ -251,7 +248,7 @@ def block_progress(session: "TakeSession", console: Console) -> Iterator[Callabl
     bar = Progress(*columns, console=console) if console.is_terminal else None
     task = bar.add_task("", total=num_blocks, speed=0.0, megabytes=0.0, tokens=0, left=0.0) if bar else None
 
-    def show(done: "TakeProgress") -> None:
+    def show(done: "RunProgress") -> None:
         speed = done.frames_per_second
         fields = {
             "speed": speed,
@@ -306,8 +303,8 @@ def use_recorded_setup(folder: "RunFolder") -> None:
     """
     import torch
 
+    from longtake.pipelines.conditioning import start_arguments
     from longtake.pipelines.provenance import file_hash, weights_hash
-    from longtake.pipelines.start_files import start_arguments
 
     start_arguments(folder.config, folder)
 

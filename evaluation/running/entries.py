@@ -32,18 +32,17 @@ def resolve_entry(label: str, entry: Any, *, frames_per_block: int) -> dict[str,
     Raises:
         ValueError: If a name or a value is unknown, or the policies do not fit the model or each other.
     """
-    from longtake.cache import make_policy
-    from longtake.pipelines.checks import checked_attention
+    from longtake.pipelines.settings import RolloutSettings
 
     cache, attention = split_entry(entry)
     run = load_run(options={"cache": cache, ATTENTION: attention, "prompt": "any"})
     try:
-        policy = make_policy(run.cache)
-        policy.check(frames_per_block)
-        setting = checked_attention(policy, run.attention)
+        settings = RolloutSettings(cache=run.cache, attention=run.attention)
+        settings.policy.check(frames_per_block)
+        settings.check_backend()
     except ValueError as error:
         raise ValueError(f"cache {label!r}: {error}") from error
-    return dict(run.cache) if setting.is_dense else {**run.cache, ATTENTION: dict(run.attention)}
+    return dict(run.cache) if settings.sparsity.is_dense else {**run.cache, ATTENTION: dict(run.attention)}
 
 
 def is_sparse(entry: Any) -> bool:

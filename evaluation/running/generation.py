@@ -19,9 +19,7 @@ from longtake.evaluation.records import ManifestLine, write_json
 from longtake.evaluation.running.entries import is_sparse, split_entry
 from longtake.evaluation.running.plan import Unit
 from longtake.evaluation.running.protocol import Protocol, model_folder
-from longtake.pipelines.checks import check_switch
-from longtake.pipelines.long_video import LongVideoPipeline
-from longtake.pipelines.take import Chunk, TakeSession
+from longtake.pipelines.long_video import LongVideoPipeline, VideoBlock, VideoRollout
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -141,7 +139,7 @@ class Generator:
         write_json(unit.record_path, {"lines": [line.to_json() for line in lines], "costs": costs.summary()})
         return lines
 
-    def _start(self, unit: Unit) -> TakeSession:
+    def _start(self, unit: Unit) -> VideoRollout:
         protocol = self.protocol
         changes = zip(*(prompt.changes for prompt in unit.prompts), strict=True)
         schedule = [
@@ -158,15 +156,15 @@ class Generator:
             schedule=schedule,
         )
         if schedule:
-            check_switch(session.rollout.policy, session.rollout.sampler, protocol.segment_event)
+            session.rollout.settings.check_event(protocol.segment_event)
         return session
 
-    def _chunks(self, session: TakeSession) -> Iterator[tuple[Chunk, float]]:
+    def _chunks(self, session: VideoRollout) -> Iterator[tuple[VideoBlock, float]]:
         """Chunks with the processor time of their denoising, so that other work on the machine does not count."""
         while True:
             begin = time.process_time()
             with torch.no_grad():
-                chunk = session.next_chunk()
+                chunk = session.next_block()
             if chunk is None:
                 return
             share = chunk.seconds["denoise"] / sum(chunk.seconds.values())

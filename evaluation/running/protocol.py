@@ -273,7 +273,7 @@ def model_folder(model: str) -> Path:
     Raises:
         ValueError: If there is no such folder, or the family has no bundled weights.
     """
-    from longtake.pipelines.model_folder import check_model_folder
+    from longtake.pipelines.loading import check_model_folder
 
     if model in family_names():
         family = load_family(model)

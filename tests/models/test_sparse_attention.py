@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from longtake.attention import BackendUnavailable
-from longtake.cache import POLICIES, Call, Geometry, Pass, Run, make_policy
+from longtake.cache import POLICIES, Call, Geometry, Pass, Run
 from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
-from longtake.pipelines import checks, rollout_latents
-from longtake.pipelines.checks import checked_attention
+from longtake.pipelines import RolloutSettings, rollout_latents
+from longtake.pipelines import settings as pipeline_settings
 from longtake.pipelines.rollout import LatentRollout
 from longtake.samplers import SeededNoise
 
@@ -126,7 +126,7 @@ def test_frames_that_a_cache_breaks_are_refused_before_any_work(model, cache, mo
     if cache == "forcing_kv":
         cache = HEADS
     try:
-        checked_attention(make_policy(cache), settings)
+        RolloutSettings(cache=cache, attention=settings)
     except ValueError as error:
         refusal = error
     else:
@@ -134,7 +134,7 @@ def test_frames_that_a_cache_breaks_are_refused_before_any_work(model, cache, mo
         return
     assert cache not in WHOLE and re.search("no whole frames|weights its tokens|gives heads different", str(refusal))
     # Not refused for nothing: it would have failed in the middle.
-    monkeypatch.setattr(checks, "check_attention", lambda *_: None)
+    monkeypatch.setattr(pipeline_settings, "_check_attention", lambda *_: None)
     with pytest.raises(ValueError, match="whole frames|weights its tokens|gives heads different"):
         roll(model, settings, frames=36, cache=cache)
 

@@ -6,7 +6,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from longtake.pipelines.clips import check_crop, cut_clip, make_clip, make_clips, make_stills, to_pixels
+from longtake.pipelines.conditioning import check_crop, cut_clip, make_clip, make_clips, make_stills, to_pixels
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 BLOCKS = {"first_block_frames": 3, "frames_per_block": 3}

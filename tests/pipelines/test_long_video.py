@@ -111,10 +111,10 @@ def test_merging_the_commit_changes_nothing(tiny_pipe):
 def test_prompt_change_takes_effect_and_seed_generator_callback(tiny_pipe):
     session = tiny_pipe.start(PROMPT, num_frames=45, cache=SINK, seed=3)
     plain = run(tiny_pipe)
-    first = session.next_chunk()
+    first = session.next_block()
     assert session.change_prompt(OTHER) == 1
     assert torch.equal(first.frames, plain[:, :9])
-    assert not torch.equal(session.next_chunk().frames, plain[:, 9:21])
+    assert not torch.equal(session.next_block().frames, plain[:, 9:21])
 
     generator = torch.Generator().manual_seed(7)
     a, b = (run(tiny_pipe, generator=generator, seed=None, num_frames=9) for _ in range(2))
@@ -238,7 +238,7 @@ def test_blocks_denoised_together_come_out_one_by_one(tiny_pipe):
     assert video.shape[1] == 57
     for stop in (1, 3):
         first = tiny_pipe.start(PROMPT, num_frames=57, seed=3, **ROLLING)
-        parts = [first.next_chunk().frames for _ in range(stop)]
+        parts = [first.next_block().frames for _ in range(stop)]
         second = tiny_pipe.start(PROMPT, num_frames=57, seed=3, **ROLLING)
         second.load_state_dict(*first.state_dict())
         assert torch.equal(video, torch.cat([*parts, *(chunk.frames for chunk in second)], 1))
@@ -250,7 +250,7 @@ def test_a_change_is_due_before_its_block_enters_the_window(tiny_pipe):
     assert session.num_ahead == 2
     fps = session.fps
     assert [session.is_due(frame / fps) for frame in (9, 21, 22)] == [True, True, False]
-    session.next_chunk()
+    session.next_block()
     assert [session.is_due(frame / fps) for frame in (33, 34)] == [True, False]
     assert session.change_prompt(OTHER, at=25 / fps) == 3
     with pytest.raises(ValueError, match="too late"):

@@ -102,7 +102,7 @@ def test_a_video_decoded_in_tiles_is_diffusers_tiled_decode_and_continues(tiny_p
     whole = run(tiny_pipe)
     tile(tiny_pipe)
     session = tiny_pipe.start(PROMPT, **SETTINGS)
-    chunks = [session.next_chunk()]
+    chunks = [session.next_block()]
     tensors, numbers = session.state_dict()
     tensors = {key: value.clone() for key, value in tensors.items()}
     assert {key.split(".")[1] for key in tensors if key.startswith("decoder.")} >= {"tile_0_0", "tile_3_1"}
@@ -157,7 +157,7 @@ def test_the_text_encoder_goes_and_its_prompts_stay(tiny_pipe):
 def test_a_video_continues_without_the_text_encoder(tiny_pipe, tiny_folder, tiny_family):
     schedule = [(1.0, OTHER)]
     session = tiny_pipe.start(PROMPT, schedule=schedule, **SETTINGS)
-    session.next_chunk()
+    session.next_block()
     tensors, numbers = session.state_dict()
     tensors = {key: value.clone() for key, value in tensors.items()}
     expected = torch.cat([chunk.frames for chunk in session], 1)

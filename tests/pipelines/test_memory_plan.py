@@ -13,10 +13,10 @@ from longtake.configs.families import ModelFamily, load_family
 from longtake.models import StreamingDecoder, use_fast_kernels
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.pipelines import LongVideoPipeline
+from longtake.pipelines.long_video import to_bytes, to_pixels
 from longtake.pipelines.memory_plan import PROGRAM_BYTES, PlanRequest, machine_memory, plan_memory
 from longtake.pipelines.memory_trace import trace_decode, trace_forward
 from longtake.pipelines.model_shapes import ModelShapes, make_transformer, make_vae, shapes_of
-from longtake.pipelines.take import to_bytes, to_pixels
 from longtake.samplers import make_sampler
 
 TRANSFORMER = {

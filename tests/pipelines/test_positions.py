@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from longtake.pipelines.positions import PositionUse
+from longtake.pipelines.long_video import PositionUse
 
 PROMPT = "a red circle moving left over a navy plain background"
 

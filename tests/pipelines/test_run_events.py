@@ -6,7 +6,7 @@ import pytest
 
 from longtake.configs.loader import load_run
 from longtake.pipelines.run_folder import RunFolder, fork_run
-from longtake.pipelines.run_take import run_take
+from longtake.pipelines.run_video import run_video
 
 PROMPT, OTHER = "a red circle moving left", "a blue square moving right"
 SETTINGS = {
@@ -30,7 +30,7 @@ def start(pipe, run, settings):
 
 def make(pipe, path, run, settings):
     with RunFolder.create(path, config=run, record={}) as folder:
-        run_take(folder, start(pipe, run, settings))
+        run_video(folder, start(pipe, run, settings))
     return RunFolder(path)
 
 
@@ -47,7 +47,7 @@ def test_a_fork_with_a_new_prompt_equals_a_run_that_had_it(tiny_pipe, tmp_path, 
     source = make(tiny_pipe, tmp_path / "source", config(), settings)
     session = start(tiny_pipe, changed, settings)
     with fork_run(source, tmp_path / "fork", config=changed, at=2.5, record={}, num_ahead=session.num_ahead) as folder:
-        run_take(folder, session)
+        run_video(folder, session)
     assert hashes(RunFolder(tmp_path / "fork")) == hashes(direct)
     assert hashes(source)[4:] != hashes(direct)[4:]
     change = {"block": 4, "start_frame": 12, "prompt": OTHER, "event": event}

@@ -18,16 +18,15 @@ from run_fakes import PROMPT, FakeSession, generate, make_config, resume
 
 from longtake.configs.families import load_family
 from longtake.configs.loader import load_run
-from longtake.pipelines import run_files, run_state
-from longtake.pipelines.run_files import BlockLog
-from longtake.pipelines.run_folder import RunFolder, blocks_of, branch_point, fork_run
-from longtake.pipelines.run_state import crowded
-from longtake.pipelines.run_take import run_take
+from longtake.pipelines import checkpoint
+from longtake.pipelines.checkpoint import crowded
+from longtake.pipelines.run_folder import BlockLog, RunFolder, branch_point, fork_run
+from longtake.pipelines.run_video import run_video
 from longtake.pipelines.video_file import count_frames
 
 
 def hashes(path):
-    return [entry["sha256"] for entry in blocks_of(RunFolder(path))]
+    return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def test_a_finished_run_has_everything(whole):
 
 def test_the_hash_is_of_the_pixels(whole):
     session = FakeSession(make_config())
-    expected = [hashlib.sha256(session.next_chunk().uint8().tobytes()).hexdigest() for _ in range(13)]
+    expected = [hashlib.sha256(session.next_block().uint8().tobytes()).hexdigest() for _ in range(13)]
     assert hashes(whole) == expected
 
 
@@ -67,7 +66,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, whole, stop_after
     done = []
     config = make_config()
     with RunFolder.create(path, config=config, record={}) as folder:
-        outcome = run_take(
+        outcome = run_video(
             folder, FakeSession(config), on_block=done.append, should_stop=lambda: len(done) + 1 == stop_after
         )
     assert (outcome.status, outcome.progress.num_done) == ("interrupted", stop_after)
@@ -94,10 +93,10 @@ def test_a_resume_without_its_state_would_differ(tmp_path, whole):
     path = tmp_path / "run"
     with pytest.raises(RuntimeError):
         generate(path, break_at=7)
-    newest = RunFolder(path).states.path(6)
-    state = run_state.load_state(newest)
+    newest = RunFolder(path).checkpoints.path(6)
+    state = checkpoint.Checkpoint.load(newest)
     wrong = dict(vars(state), tensors={"memory": state.tensors["memory"] + 1e-9})
-    RunFolder(path).states.save(run_state.SavedState(**wrong))
+    RunFolder(path).checkpoints.save(checkpoint.Checkpoint(**wrong))
     with pytest.raises(ValueError, match="block 6 came out different"):
         resume(path)
     assert resume(path, allow_changes=True).status == "finished"
@@ -174,18 +173,18 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, whole, monkeypatch, place):
 
     with monkeypatch.context() as patch:
         if place == "state":
-            patch.setattr(run_state, "save_file", failing(run_state.save_file, 2))
+            patch.setattr(checkpoint, "save_file", failing(checkpoint.save_file, 2))
         elif place == "log":
             patch.setattr(BlockLog, "append", failing(BlockLog.append, 7))
         else:
-            patch.setattr(run_files, "_sync", failing(run_files._sync, 12))
+            patch.setattr(checkpoint, "_sync", failing(checkpoint._sync, 12))
         with pytest.raises(OSError) as error, RunFolder.create(path, config=config, record={}) as folder:
-            run_take(folder, FakeSession(config))
+            run_video(folder, FakeSession(config))
         assert error.value.errno == errno.ENOSPC
-    kept = RunFolder(path).states.blocks()
+    kept = RunFolder(path).checkpoints.blocks()
     assert kept
     for block in kept:
-        RunFolder(path).states.load(block)
+        RunFolder(path).checkpoints.load(block)
     assert resume(path).status == "finished"
     assert_same(path, whole)
 
@@ -194,10 +193,10 @@ def test_states_are_bounded_and_spread(tmp_path):
     path = tmp_path / "run"
     config = make_config("output.state_every_blocks=1", "output.num_kept_states=4", seconds=30)
     generate(path, config=config)
-    blocks = RunFolder(path).states.blocks()
+    blocks = RunFolder(path).checkpoints.blocks()
     assert len(blocks) == 4
     assert blocks[-1] == RunFolder(path).record["video"]["num_blocks"] - 1
-    assert (path / "state.safetensors").samefile(RunFolder(path).states.path(blocks[-1]))
+    assert (path / "state.safetensors").samefile(RunFolder(path).checkpoints.path(blocks[-1]))
 
 
 def test_dropped_states_leave_even_gaps():
@@ -236,11 +235,11 @@ def test_a_fork_shares_its_beginning(tmp_path, whole, at):
     block, frame = branch_point(source, at=at)
     config = make_config(f"prompt_changes=[{{at: {at}, prompt: a blue ring}}]")
     with fork_run(source, tmp_path / "fork", config=config, at=at, record={}) as folder:
-        states = folder.states.blocks()
+        states = folder.checkpoints.blocks()
         started = []
-        run_take(folder, FakeSession(config), on_block=started.append)
+        run_video(folder, FakeSession(config), on_block=started.append)
         assert folder.record["parent"]["block"] == block
-    assert states == ([max(number for number in source.states.blocks() if number <= block)] if block > 1 else [])
+    assert states == ([max(number for number in source.checkpoints.blocks() if number <= block)] if block > 1 else [])
     assert started[0].num_done == (states[0] if states else 0) + 1, "only what the state lacks is made again"
     ours, theirs = hashes(tmp_path / "fork"), hashes(whole)
     assert ours[:block] == theirs[:block]
@@ -255,7 +254,7 @@ def test_a_fork_shares_its_beginning(tmp_path, whole, at):
 def test_a_fork_may_be_longer(tmp_path, whole):
     config = make_config(seconds=12)
     with fork_run(RunFolder(whole), tmp_path / "fork", config=config, at=8, record={}) as folder:
-        run_take(folder, FakeSession(config))
+        run_video(folder, FakeSession(config))
     generate(tmp_path / "direct", config=config)
     assert hashes(tmp_path / "fork") == hashes(tmp_path / "direct")
     assert count_frames(tmp_path / "fork" / "video.mp4") == 193
@@ -311,7 +310,7 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match="the log was cut"):
         resume(path)
     log.write_text("".join(lines))
-    newest = RunFolder(path).states.path(4)
+    newest = RunFolder(path).checkpoints.path(4)
     newest.write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match="delete it to go on from the state before it"):
         resume(path)

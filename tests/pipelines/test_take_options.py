@@ -39,7 +39,7 @@ def test_fast_vae_makes_the_pixels_and_nothing_else(tiny_pipe, tmp_path):
 def test_a_saved_take_goes_on_with_the_fast_vae(tiny_pipe, tmp_path):
     tiny_pipe.use_fast_vae(write(tmp_path / "tiny.safetensors"))
     whole = tiny_pipe.start(PROMPT, **SETTINGS)
-    whole.next_chunk()
+    whole.next_block()
     tensors, numbers = whole.state_dict()
     continued = tiny_pipe.start(PROMPT, **SETTINGS)
     continued.load_state_dict(tensors, numbers)

@@ -10,8 +10,7 @@ from PIL import Image
 
 from longtake.models import VaePixels
 from longtake.pipelines import rollout_latents
-from longtake.pipelines.clips import Clip
-from longtake.pipelines.given import TakenLatents
+from longtake.pipelines.conditioning import Clip, TakenLatents
 from longtake.samplers import SeededNoise
 
 PROMPT = "a red circle moving left over a navy plain background"
@@ -144,7 +143,7 @@ def test_prompt_changes_count_from_the_end_of_the_clip(tiny_pipe):
         assert not torch.equal(changed[:, 12 * block :], plain[:, 12 * block :])
     session = tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, seed=3, video=clip(21))
     list(session.observe())
-    session.next_chunk()
+    session.next_block()
     with pytest.raises(ValueError, match="too late or out of order: 0.25 s is the earliest"):
         session.change_prompt(OTHER, at=0.0)
 
@@ -156,7 +155,7 @@ def test_a_saved_video_goes_on_without_its_clip(tiny_pipe, stop):
     seen = list(session.observe())
     assert torch.equal(begun(seen), begun(whole)) and not list(session.observe())
     for _ in range(stop):
-        session.next_chunk()
+        session.next_block()
     state = session.state_dict()
     resumed = tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, seed=3, video_latents=TakenLatents(9))
     resumed.load_state_dict(*state)
@@ -164,7 +163,7 @@ def test_a_saved_video_goes_on_without_its_clip(tiny_pipe, stop):
     assert [c.index for c in rest] == [0, 1, 2][stop:]
     assert torch.equal(made(rest), made(whole)[:, 12 * stop :])
     with pytest.raises(ValueError, match="in none of its saved states"):
-        tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, video_latents=TakenLatents(9)).next_chunk()
+        tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, video_latents=TakenLatents(9)).next_block()
 
 
 def test_a_state_in_the_middle_of_the_start_is_refused(tiny_pipe):
@@ -210,7 +209,7 @@ def test_long_clips_take_no_more_memory_than_short_ones(tiny_pipe):
     sizes = [(chunk.stats.num_tokens, chunk.num_cache_bytes) for chunk in session.observe()]
     assert len(sizes) == 24 and largest <= 13
     assert sizes[-1] == sizes[5] and sizes[-1][0] <= 9 * 4
-    assert session.next_chunk().index == 0
+    assert session.next_block().index == 0
 
 
 def test_clips_of_a_batch_go_with_their_prompts(tiny_pipe):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from longtake.pipelines import run_state
-from longtake.pipelines.run_folder import RunFolder, blocks_of
+from longtake.pipelines import checkpoint
+from longtake.pipelines.run_folder import RunFolder
 from longtake.pipelines.video_file import count_frames
 from longtake.scripts.console import run_app
 from longtake.scripts.fork import parse_time
@@ -65,7 +65,7 @@ def tiny(folder, *words, seconds=3):
 
 
 def hashes(path):
-    return [entry["sha256"] for entry in blocks_of(RunFolder(path))]
+    return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 @pytest.fixture(scope="module")
@@ -202,17 +202,17 @@ def test_a_finished_run_has_nothing_to_resume(finished, capfd):
 def test_ctrl_c_finishes_the_file_and_says_how_to_go_on(tiny_folder, tmp_path, capfd):
     path, whole = tmp_path / "take", tmp_path / "whole"
     process = start(*tiny(tiny_folder, PROMPT, "--out", path, seconds=40))
-    while process.poll() is None and not list(blocks_of(RunFolder(path))):
+    while process.poll() is None and not list(RunFolder(path).blocks()):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert f"longtake resume {path}" in stderr and "Traceback" not in stderr
     folder = RunFolder(path)
-    done = blocks_of(folder)
+    done = folder.blocks()
     assert folder.status == "interrupted" and 0 < len(done) < 54
     assert count_frames(path / "video.mp4") == sum(entry["num_frames"] for entry in done)
-    assert folder.states.blocks()[-1] == len(done)
+    assert folder.checkpoints.blocks()[-1] == len(done)
     assert call(capfd, "resume", path)[0] == 0
     assert call(capfd, *tiny(tiny_folder, PROMPT, "--out", whole, seconds=40))[0] == 0
     assert hashes(path) == hashes(whole) and len(hashes(path)) == 54
@@ -277,7 +277,7 @@ def test_many_prompts_skip_what_is_finished(tiny_folder, tmp_path, capfd):
 def test_a_full_disk_is_one_line_and_keeps_the_state(tiny_folder, tmp_path, capfd, monkeypatch):
     path = tmp_path / "take"
     saved = {"count": 0}
-    original = run_state.save_file
+    original = checkpoint.save_file
 
     def save_file(*args, **kwargs):
         saved["count"] += 1
@@ -286,11 +286,11 @@ def test_a_full_disk_is_one_line_and_keeps_the_state(tiny_folder, tmp_path, capf
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "save_file", save_file)
+        patch.setattr(checkpoint, "save_file", save_file)
         code, _, stderr = call(capfd, *tiny(tiny_folder, PROMPT, "--out", path, seconds=6))
     assert code == 2 and "Traceback" not in stderr
     assert f"the disk is full; what was saved in {path} stays" in stderr.splitlines()[-1]
-    assert RunFolder(path).states.blocks() == [2]
+    assert RunFolder(path).checkpoints.blocks() == [2]
     assert call(capfd, "resume", path)[0] == 0
     assert count_frames(path / "video.mp4") == 97
 

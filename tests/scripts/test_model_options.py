@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from longtake.configs.loader import load_preset
-from longtake.pipelines.run_folder import RunFolder, blocks_of
+from longtake.pipelines.run_folder import RunFolder
 from longtake.scripts import generate as generate_module
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
@@ -30,7 +30,7 @@ def make(capfd, model, folder, out, *words, seconds=1.5):
 
 
 def hashes(path):
-    return [entry["sha256"] for entry in blocks_of(RunFolder(path))]
+    return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 @pytest.mark.parametrize(

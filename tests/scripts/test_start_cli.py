@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from longtake.configs.loader import load_run
-from longtake.pipelines import run_state, video_file
-from longtake.pipelines.run_files import BlockLog
-from longtake.pipelines.run_folder import RunFolder, blocks_of
-from longtake.pipelines.run_take import run_take
+from longtake.pipelines import checkpoint, video_file
+from longtake.pipelines.run_folder import BlockLog, RunFolder
+from longtake.pipelines.run_video import run_video
 from longtake.pipelines.video_file import VideoFormat, VideoWriter, count_frames
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
@@ -47,7 +46,7 @@ def write_clip(path, *, num_frames=75, fps=25, seed=0):
 
 
 def hashes(path):
-    return [entry["sha256"] for entry in blocks_of(RunFolder(path))]
+    return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 def words(folder, clip, out, *more):
@@ -82,12 +81,12 @@ def test_the_video_begins_with_its_start_and_the_run_says_so(whole):
     assert start["first_file_frame"] == 74 - 32 * 25 / 16 and start["seconds"] == NUM_START / 16
     assert len(start["sha256"]) == len(start["frames_sha256"]) == 64
     assert record["video"] == {"fps": 16, "num_frames": NUM_MADE, "num_blocks": 4, "seconds": 3.0}
-    entries = blocks_of(RunFolder(whole))
+    entries = RunFolder(whole).blocks()
     assert [(e["index"], e["start_frame"], e["num_frames"]) for e in entries] == [(i, 9 + 3 * i, 12) for i in range(4)]
     assert count_frames(whole / "video.mp4") == NUM_START + NUM_MADE
     facts = video_file.probe(whole / "video.mp4")
     assert (facts.num_frames, facts.height, facts.width) == (NUM_START + NUM_MADE, 64, 64)
-    assert RunFolder(whole).states.blocks() == [0, 2]
+    assert RunFolder(whole).checkpoints.blocks() == [0, 2]
     config = RunFolder(whole).config
     assert (config.start.video, config.start.seconds, config.seconds) == (start["file"], 2.0, 3.0)
 
@@ -114,10 +113,10 @@ def test_a_run_killed_before_its_first_state_needs_its_file(whole, tiny_folder, 
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "save_file", kill)
+        patch.setattr(checkpoint, "save_file", kill)
         with pytest.raises(RuntimeError, match="killed"):
             call(capfd, *words(tiny_folder, clip, path))
-    assert not RunFolder(path).states.blocks()
+    assert not RunFolder(path).checkpoints.blocks()
     capfd.readouterr()
     contents = clip.read_bytes()
     write_clip(tmp_path / "other.mp4", seed=1).replace(clip)
@@ -156,9 +155,9 @@ def test_a_stop_while_the_start_is_taken_in_begins_anew(whole, tmp_path, capfd):
     asked = []
     with RunFolder.create(path, config=config, record=record) as new:
         session = start_session(load_pipeline(config.model), config)
-        outcome = run_take(new, session, should_stop=lambda: len(asked) == 1 or asked.append(None))
+        outcome = run_video(new, session, should_stop=lambda: len(asked) == 1 or asked.append(None))
     assert (outcome.status, outcome.progress) == ("interrupted", None)
-    assert count_frames(path / "video.mp4") == 9 and not RunFolder(path).states.blocks()
+    assert count_frames(path / "video.mp4") == 9 and not RunFolder(path).checkpoints.blocks()
     assert call(capfd, "resume", path)[0] == 0
     assert hashes(path) == hashes(whole) and count_frames(path / "video.mp4") == NUM_START + NUM_MADE
 

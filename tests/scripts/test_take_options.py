@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from longtake.configs.loader import load_run
 from longtake.models import TinyVae
 from longtake.models.tiny_vae import TinyLayout
-from longtake.pipelines.run_folder import RunFolder, blocks_of
+from longtake.pipelines.run_folder import RunFolder
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
 
@@ -36,7 +36,7 @@ def tiny(folder, *words):
 
 
 def hashes(path):
-    return [entry["sha256"] for entry in blocks_of(RunFolder(path))]
+    return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 @pytest.fixture

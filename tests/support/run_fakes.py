@@ -1,4 +1,4 @@
-"""A session with the interface of ``TakeSession`` whose frames depend on everything before them, without a model."""
+"""A session with the interface of ``VideoRollout`` whose frames depend on everything before them, without a model."""
 
 import time
 from types import SimpleNamespace
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from longtake.configs.loader import load_run
-from longtake.pipelines.positions import PositionUse
+from longtake.pipelines.long_video import PositionUse
 from longtake.pipelines.run_folder import RunFolder, starts_at
-from longtake.pipelines.run_take import run_take
+from longtake.pipelines.run_video import run_video
 
 PROMPT = "a red circle bouncing"
 SIZE = 32
@@ -47,7 +47,7 @@ class FakeSession:
         self.prompt_changes.append({"block": self.next_block_index, "prompt": prompt, "event": event})
         return self.next_block_index
 
-    def next_chunk(self):
+    def next_block(self):
         index = self.next_block_index
         if index >= self.num_blocks:
             return None
@@ -95,10 +95,10 @@ def generate(path, *, config=None, **session):
     """Make a new run with a fake session."""
     config = config or make_config()
     with RunFolder.create(path, config=config, record={"versions": {}}) as folder:
-        return run_take(folder, FakeSession(config, **session))
+        return run_video(folder, FakeSession(config, **session))
 
 
 def resume(path, *, delay=0.0, break_at=None, **settings):
     """Go on with a run with a fake session."""
     with RunFolder.open(path) as folder:
-        return run_take(folder, FakeSession(folder.config, delay=delay, break_at=break_at), **settings)
+        return run_video(folder, FakeSession(folder.config, delay=delay, break_at=break_at), **settings)

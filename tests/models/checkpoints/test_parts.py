@@ -261,7 +261,7 @@ def test_a_whole_folder_opens_and_runs(request_of_all, tiny_folder, tmp_path, mo
         videos.append(pipe("a red circle", max_sequence_length=16, **settings).frames)
     assert torch.allclose(*videos, atol=1e-5)
     from longtake.models.checkpoints import open_checkpoint
-    from longtake.pipelines.model_folder import check_model_folder
+    from longtake.pipelines.loading import check_model_folder
 
     check_model_folder(out)
     assert len(open_checkpoint(out).entries[""]) == 69  # a pipeline's folder stands for its transformer

@@ -1,28 +1,26 @@
-"""Drive a session into a run's folder: video, log, states; from the start or from the newest state."""
+"""Write a rollout into a run's folder: video, log and checkpoints, from the start or from the latest checkpoint."""
 
 import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from longtake.pipelines.run_files import BlockLog
-from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, RunFolder, now
-from longtake.pipelines.run_state import SavedState
-from longtake.pipelines.take import Chunk, TakeSession
+from longtake.pipelines.checkpoint import Checkpoint
+from longtake.pipelines.long_video import VideoBlock, VideoRollout
+from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, BlockLog, RunFolder, now
 from longtake.pipelines.video_file import VideoFormat, VideoWriter, count_frames
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run is, after a block.
+    """State of a run after a block.
 
     Attributes:
         num_done: Finished blocks, those of earlier processes included.
         num_blocks: Blocks of the whole video.
-        num_frames: Pixel frames made so far; what the video goes on from is not counted.
+        num_frames: Pixel frames made so far, without the conditioning frames.
         num_new_frames: Pixel frames that this process made.
         seconds: Time since this process began to make blocks.
         num_tokens: Tokens in the cache, per layer and sample.
@@ -45,15 +43,15 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: status, and where it was."""
+    """End of a process's part of a run: the run's status, and its progress after the last block."""
 
     status: str
     progress: Progress | None
 
 
-def run_take(
+def run_video(
     folder: RunFolder,
-    session: TakeSession,
+    rollout: VideoRollout,
     *,
     on_block: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -61,16 +59,15 @@ def run_take(
 ) -> Outcome:
     """Make the blocks that a run still lacks and write them.
 
-    What the video goes on from is taken in first and its state saved, so that it is not needed again.
-
-    Before every saved state the video and the log are flushed to the disk, so that a run killed at any moment goes on
-    from its newest state with the frames it would have had.
+    The conditioning frames are taken in first and a checkpoint saved, so that their file is not needed again. Before
+    every checkpoint the video and the log are flushed to the disk, so that a run killed at any moment resumes from
+    its latest checkpoint with the frames it would have had.
 
     Args:
         folder: The run, opened.
-        session: Started with the run's configuration, batch of one; its saved state is loaded here.
+        rollout: Started with the run's configuration, batch of one; the latest checkpoint is loaded here.
         on_block: Called after every block.
-        should_stop: Asked after every block; true saves a state and ends this process's part.
+        should_stop: Asked after every block; true saves a checkpoint and ends this process's part.
         allow_changes: Take blocks that are made again as they come out, on another machine for example.
 
     Returns:
@@ -78,11 +75,11 @@ def run_take(
 
     Raises:
         ValueError: If a block that is made again comes out different.
-        OSError: If the disk is full or cannot be written; the newest saved state stays.
+        OSError: If the disk is full or cannot be written; the latest checkpoint stays.
     """
-    run = _Run(folder, session, allow_changes=allow_changes)
+    run = _Run(folder, rollout, allow_changes=allow_changes)
     try:
-        outcome = run.blocks(on_block, should_stop)
+        outcome = run.make_blocks(on_block, should_stop)
         outcome = run.close_video(outcome)
     finally:
         run.close()
@@ -93,8 +90,8 @@ def run_take(
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, folder: RunFolder, session: TakeSession, *, allow_changes: bool) -> None:
-        self.folder, self.session = folder, session
+    def __init__(self, folder: RunFolder, rollout: VideoRollout, *, allow_changes: bool) -> None:
+        self.folder, self.rollout = folder, rollout
         self.config = folder.config
         self.began = now()
         self.started = time.perf_counter()
@@ -103,119 +100,115 @@ class _Run:
         self.num_changes = self.num_frames = self.num_new_frames = 0
         self.first_block_seconds: float | None = None
         self.is_begun = False
-        self._go_on(allow_changes)
-        self.first_block = session.next_block_index
+        self._resume(allow_changes)
+        self.first_block = rollout.next_block_index
         folder.update_record(
             status=RUNNING,
             video={
-                "fps": session.fps,
-                "num_frames": session.num_frames,
-                "num_blocks": session.num_blocks,
-                "seconds": session.num_frames / session.fps,
+                "fps": rollout.fps,
+                "num_frames": rollout.num_frames,
+                "num_blocks": rollout.num_blocks,
+                "seconds": rollout.num_frames / rollout.fps,
             },
-            prompt_changes=session.prompt_changes,
+            prompt_changes=rollout.prompt_changes,
         )
 
-    def _go_on(self, allow_changes: bool) -> None:
-        state = self.folder.latest_state()
-        self.folder.discard_after(state)
+    def _resume(self, allow_changes: bool) -> None:
+        checkpoint = self.folder.latest_checkpoint()
+        if checkpoint is None or not checkpoint.num_frames:
+            # Otherwise the writer cuts the video.
+            self.folder.video_path.unlink(missing_ok=True)
         if allow_changes:
-            self.log.cut(0 if state is None else state.next_block)
-        if state is None:
+            self.log.cut(0 if checkpoint is None else checkpoint.next_block)
+        if checkpoint is None:
             return
-        if self.log.num_blocks < state.next_block:
+        if self.log.num_blocks < checkpoint.next_block:
             raise ValueError(
                 f"{self.folder.log_path} ends at block {self.log.num_blocks}, the newest state is at block "
-                f"{state.next_block}: the log was cut"
+                f"{checkpoint.next_block}: the log was cut"
             )
-        self.session.load_state_dict(state.tensors, state.numbers)
-        self.num_frames, self.num_changes, self.is_begun = state.num_frames, state.num_changes, True
+        self.rollout.load_state_dict(checkpoint.tensors, checkpoint.numbers)
+        self.num_frames, self.num_changes, self.is_begun = checkpoint.num_frames, checkpoint.num_changes, True
 
-    def blocks(self, on_block: Callable[[Progress], None], should_stop: Callable[[], bool]) -> Outcome:
+    def make_blocks(self, on_block: Callable[[Progress], None], should_stop: Callable[[], bool]) -> Outcome:
         progress = None
-        if self.session.num_start_frames and not self.is_begun and not self._observe(should_stop):
+        if self.rollout.num_start_frames and not self.is_begun and not self._observe(should_stop):
             return Outcome(status=INTERRUPTED, progress=None)
         while True:
             self._change_prompt()
-            chunk = self.session.next_chunk()
-            if chunk is None:
+            block = self.rollout.next_block()
+            if block is None:
                 return Outcome(status=FINISHED, progress=progress)
-            self._write(chunk)
-            progress = self._progress(chunk)
-            stops = should_stop() and not chunk.is_last
-            if stops or (not chunk.is_last and progress.num_done % self.config.output.state_every_blocks == 0):
-                self._save_state()
+            self._write(block)
+            progress = self._progress(block)
+            stops = should_stop() and not block.is_last
+            if stops or (not block.is_last and progress.num_done % self.config.output.state_every_blocks == 0):
+                self._save_checkpoint()
             on_block(progress)
             if stops:
                 return Outcome(status=INTERRUPTED, progress=progress)
 
     def _observe(self, should_stop: Callable[[], bool]) -> bool:
-        """Take in what the video goes on from; false where a stop was asked for before its end."""
+        """Take in the conditioning frames; false where a stop was asked for before their end."""
         digest = hashlib.sha256()
-        for chunk in self.session.observe():
+        for block in self.rollout.observe():
             if should_stop():
                 return False
-            frames = chunk.uint8()[0]
+            frames = block.uint8()[0]
             digest.update(np.ascontiguousarray(frames))
-            if self.session.include_start:
+            if self.rollout.include_start:
                 self._append(frames)
         start = (self.folder.record["start"] or {}) | {"frames_sha256": digest.hexdigest()}
         self.folder.update_record(start=start)
-        self._save_state()
+        self._save_checkpoint()
         return True
 
     def _change_prompt(self) -> None:
-        changes = self.config.prompt_changes
-        while self.num_changes < len(changes):
-            change = changes[self.num_changes]
-            if not self.session.is_due(change.at):
+        for change in self.config.prompt_changes[self.num_changes :]:
+            if not self.rollout.is_due(change.at):
                 return
-            self.session.change_prompt(change.prompt, event=change.event, at=change.at)
+            self.rollout.change_prompt(change.prompt, event=change.event, at=change.at)
             self.num_changes += 1
-            self.folder.update_record(prompt_changes=self.session.prompt_changes)
+            self.folder.update_record(prompt_changes=self.rollout.prompt_changes)
 
-    def _write(self, chunk: Chunk) -> None:
+    def _write(self, block: VideoBlock) -> None:
         started = time.perf_counter()
-        frames = chunk.uint8()[0]
+        frames = block.uint8()[0]
         digest = hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
         self._append(frames)
         self.num_new_frames += len(frames)
         if self.first_block_seconds is None:
             self.first_block_seconds = time.perf_counter() - self.started
-        seconds = {**chunk.seconds, "write": time.perf_counter() - started}
-        entry = {
-            "index": chunk.index,
-            "start_frame": chunk.start_frame,
-            "num_frames": len(frames),
-            "sha256": digest,
-            "seconds": {key: round(value, 5) for key, value in seconds.items()},
-            "num_tokens": chunk.stats.num_tokens,
-            "num_cache_bytes": chunk.num_cache_bytes,
-        }
-        self.log.append(entry)
+        seconds = {**block.seconds, "write": time.perf_counter() - started}
+        self.log.append(
+            {
+                "index": block.index,
+                "start_frame": block.start_frame,
+                "num_frames": len(frames),
+                "sha256": digest,
+                "seconds": {key: round(value, 5) for key, value in seconds.items()},
+                "num_tokens": block.stats.num_tokens,
+                "num_cache_bytes": block.num_cache_bytes,
+            }
+        )
 
     def _append(self, frames: np.ndarray) -> None:
         if self.video is None:
-            self.video = self._open_video(frames)
+            _, height, width, _ = frames.shape
+            fps, output = self.rollout.fps, self.config.output
+            form = VideoFormat(height=height, width=width, fps=fps, crf=output.crf, scale=output.scale)
+            self.video = VideoWriter(self.folder.video_path, video_format=form, num_frames=self.num_frames)
         self.video.write(frames)
         self.num_frames += len(frames)
 
-    def _open_video(self, frames: np.ndarray) -> VideoWriter:
-        _, height, width, _ = frames.shape
-        output = self.config.output
-        video_format = VideoFormat(
-            height=height, width=width, fps=self.session.fps, crf=output.crf, scale=output.scale
-        )
-        return VideoWriter(self.folder.video_path, video_format=video_format, num_frames=self.num_frames)
-
-    def _save_state(self) -> None:
+    def _save_checkpoint(self) -> None:
         if self.video is not None:
             self.video.flush()
         self.log.sync()
-        tensors, numbers = self.session.state_dict()
-        self.folder.states.save(
-            SavedState(
-                next_block=self.session.next_block_index,
+        tensors, numbers = self.rollout.state_dict()
+        self.folder.checkpoints.save(
+            Checkpoint(
+                next_block=self.rollout.next_block_index,
                 num_frames=self.num_frames,
                 num_changes=self.num_changes,
                 tensors=tensors,
@@ -223,27 +216,27 @@ class _Run:
             )
         )
 
-    def _progress(self, chunk: Chunk) -> Progress:
+    def _progress(self, block: VideoBlock) -> Progress:
         return Progress(
-            num_done=chunk.index + 1,
-            num_blocks=self.session.num_blocks,
+            num_done=block.index + 1,
+            num_blocks=self.rollout.num_blocks,
             num_frames=self.num_frames - self.num_shown_frames,
             num_new_frames=self.num_new_frames,
             seconds=time.perf_counter() - self.started,
-            num_tokens=chunk.stats.num_tokens,
-            num_cache_bytes=chunk.num_cache_bytes,
+            num_tokens=block.stats.num_tokens,
+            num_cache_bytes=block.num_cache_bytes,
         )
 
     @property
     def num_shown_frames(self) -> int:
-        """Pixel frames of the file that come from what the video goes on from."""
-        return self.session.num_start_frames if self.session.include_start else 0
+        """Conditioning frames in the file, in pixel frames."""
+        return self.rollout.num_start_frames if self.rollout.include_start else 0
 
     def close_video(self, outcome: Outcome) -> Outcome:
         """Close and count; the outcome's time then includes the last frame's way into the file."""
         if self.video is not None:
             self.video.close()
-        made = self.session.num_frames + self.num_shown_frames
+        made = self.rollout.num_frames + self.num_shown_frames
         expected = made if outcome.status == FINISHED else self.num_frames
         written = count_frames(self.folder.video_path) if self.num_frames else 0
         if written != expected:
@@ -266,16 +259,15 @@ class _Run:
             "ended": now(),
             "status": outcome.status,
             "first_block": self.first_block,
-            "num_blocks": self.session.next_block_index - self.first_block,
+            "num_blocks": self.rollout.next_block_index - self.first_block,
             "num_frames": self.num_new_frames,
             "seconds": round(time.perf_counter() - self.started, 3),
             "first_block_seconds": self.first_block_seconds and round(self.first_block_seconds, 3),
-            "attention_density": round(self.session.attention_density, 4),
+            "attention_density": round(self.rollout.attention_density, 4),
         }
-        record: dict[str, Any] = self.folder.record
         self.folder.update_record(
             status=outcome.status,
-            positions=self.session.positions.as_mapping(),
-            sessions=[*record["sessions"], part],
-            blocks=list(BlockLog.read(self.folder.log_path)),
+            positions=self.rollout.positions.as_mapping(),
+            sessions=[*self.folder.record["sessions"], part],
+            blocks=self.folder.blocks(),
         )

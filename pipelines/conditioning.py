@@ -1,0 +1,574 @@
+"""Conditioning: images, clips or latents that a video continues, encoded as the rollout takes them in.
+
+One rule brings a clip to the model's frame rate: frames are counted back from its last one, and every moment of the
+model's takes the clip's nearest frame. One rule brings it to the model's size: PIL enlarges or shrinks (Lanczos) until
+the picture covers it, and the middle is kept.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.video_processor import VideoProcessor
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from longtake.configs.families import ModelFamily
+from longtake.configs.run import RunConfig, StartConfig
+from longtake.models import StreamingEncoder, VaePixels
+from longtake.models.streaming_vae import FRAMES_PER_LATENT
+from longtake.pipelines.run_folder import RunFolder
+from longtake.pipelines.video_file import probe, read_frames
+
+logger = logging.getLogger(__name__)
+
+Frame = Image.Image | Tensor
+"""An RGB picture, or (3, height, width) float32 in [0, 1]."""
+
+_PIECE_FRAMES = 8
+# A crop that keeps less of the picture than this shows something else.
+_LEAST_KEPT = 0.1
+
+
+class ConditioningLatents(Protocol):
+    """Latents that a rollout continues, as it takes them: from the first frame on, a block at a time, each once.
+
+    Attributes:
+        num_frames: Latent frames in all.
+    """
+
+    num_frames: int
+
+    def take(self, num_frames: int) -> Tensor:
+        """The next latent frames: (batch, frames, channels, height, width), normalised."""
+        ...
+
+
+class TakenLatents:
+    """Stands for conditioning latents that a checkpoint holds already; it has none to give.
+
+    Args:
+        num_frames: Latent frames that the run was given.
+    """
+
+    def __init__(self, num_frames: int) -> None:
+        self.num_frames = num_frames
+
+    def take(self, num_frames: int) -> Tensor:
+        """Refuses.
+
+        Raises:
+            ValueError: Always: the checkpoint has to be loaded first.
+        """
+        raise ValueError(
+            f"the {self.num_frames} latent frames that this video goes on from are in none of its saved states: "
+            "make it anew from its image or clip."
+        )
+
+
+class _TensorLatents:
+    def __init__(self, latents: Tensor) -> None:
+        self.num_frames = latents.shape[1]
+        self._latents = latents
+        self._next_frame = 0
+
+    def take(self, num_frames: int) -> Tensor:
+        start = self._next_frame
+        self._next_frame += num_frames
+        return self._latents[:, start : self._next_frame]
+
+
+def as_conditioning(
+    latents: Tensor | ConditioningLatents | None, *, batch_size: int, frame_shape: Sequence[int]
+) -> ConditioningLatents | None:
+    """Make a stream of given latents.
+
+    Raises:
+        ValueError: If a tensor has another shape than (batch, frames, channels, height, width).
+    """
+    if not isinstance(latents, Tensor):
+        return latents
+    wanted = (batch_size, latents.shape[1] if latents.ndim > 1 else 0, *frame_shape)
+    if tuple(latents.shape) != wanted:
+        raise ValueError(f"initial_latents has shape {tuple(latents.shape)}, expected {wanted}.")
+    return _TensorLatents(latents)
+
+
+class _EncodedClips:
+    """Clips of equal length as conditioning latents: read, resized and encoded a block at a time."""
+
+    def __init__(self, clips: Sequence["Clip"], cuts: Sequence["Cut"], *, encoder: "ClipEncoder") -> None:
+        self.num_frames = cuts[0].num_latent_frames
+        self._settings = encoder
+        self._frames = [clip.take(cut.indices) for clip, cut in zip(clips, cuts, strict=True)]
+        self._encoder = StreamingEncoder(encoder.vae)
+        self._pixels = VaePixels(encoder.vae)
+
+    @torch.no_grad()
+    def take(self, num_frames: int) -> Tensor:
+        s = self._settings
+        num_pictures = FRAMES_PER_LATENT * num_frames - (0 if self._encoder.num_frames else FRAMES_PER_LATENT - 1)
+        pictures = [list(islice(frames, num_pictures)) for frames in self._frames]
+        if any(len(own) != num_pictures for own in pictures):
+            raise ValueError("the clip has fewer frames than when it was opened: was it replaced?")
+        videos = torch.stack([to_pixels(own, s.processor, height=s.height, width=s.width) for own in pictures])
+        latents = self._encoder.encode(videos.to(s.vae.device, s.vae.dtype))
+        if self._encoder.num_frames == self.num_frames:
+            for frames in self._frames:
+                # To its end: that is where a damaged file is found out.
+                next(frames, None)
+        return self._pixels.normalise(latents).expand(s.batch_size, -1, -1, -1, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipEncoder:
+    """Target of conditioning frames: the model's VAE and the video's shape.
+
+    Attributes:
+        vae: Encodes.
+        processor: Brings pictures to the encoder's range.
+        height: Pixels of the video.
+        width: Pixels of the video.
+        batch_size: Samples.
+    """
+
+    vae: AutoencoderKLWan
+    processor: VideoProcessor
+    height: int
+    width: int
+    batch_size: int
+
+    def conditioning(
+        self, given: Mapping[str, Any], *, family: ModelFamily, frames_per_block: int
+    ) -> ConditioningLatents | None:
+        """Turn a pipeline's conditioning arguments into conditioning latents.
+
+        Args:
+            given: ``image`` (see ``make_stills``), ``video`` (see ``make_clips``), or ``video_latents``: (batch,
+                channels, latent frames, height, width), normalised, whole blocks; or a stream. At most one is not
+                None.
+            family: Of the model.
+            frames_per_block: Of the rollout.
+
+        Returns:
+            Latents for ``LatentRollout``; None where nothing is given.
+
+        Raises:
+            ValueError: If several are given, the model starts from none of the kind, or a clip is too short.
+        """
+        kinds = [name for name, value in given.items() if value is not None]
+        if not kinds:
+            return None
+        if len(kinds) > 1:
+            raise ValueError(f"{' and '.join(kinds)} are given: a video goes on from one of them.")
+        (kind,) = kinds
+        if kind == "video_latents":
+            return self._from_latents(given[kind])
+        clips = make_stills(given[kind]) if kind == "image" else make_clips(given[kind])
+        if len(clips) not in (1, self.batch_size):
+            raise ValueError(f"{len(clips)} {kind}s for {self.batch_size} samples: give one, or one per sample.")
+        family = replace(family, frames_per_block=frames_per_block)
+        cuts = [_plan(clip, kind, family=family, height=self.height, width=self.width) for clip in clips]
+        lengths = sorted({cut.num_latent_frames for cut in cuts})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the videos fill {lengths} latent frames: give equally long ones, or make them one by one."
+            )
+        left_out = cuts[0].num_left_out
+        if left_out:
+            logger.warning(
+                "%d frames (%.2f s) at the beginning of the clip fill no block and are left out.",
+                left_out,
+                left_out / family.fps,
+            )
+        return _EncodedClips(clips, cuts, encoder=self)
+
+    def _from_latents(self, latents: Tensor | ConditioningLatents) -> ConditioningLatents:
+        if not isinstance(latents, Tensor):
+            return latents
+        ratio, channels = self.vae.spatial_compression_ratio, self.vae.config.z_dim
+        size, shape = (self.height // ratio, self.width // ratio), tuple(latents.shape)
+        if latents.ndim != 5 or shape[0] not in (1, self.batch_size) or (shape[1], *shape[3:]) != (channels, *size):
+            wanted = f"({self.batch_size}, {channels}, frames, {size[0]}, {size[1]})"
+            raise ValueError(f"video_latents has shape {shape}, expected {wanted}.")
+        return _TensorLatents(latents.transpose(1, 2).expand(self.batch_size, -1, -1, -1, -1))
+
+
+def _plan(clip: "Clip", kind: str, *, family: ModelFamily, height: int, width: int) -> "Cut":
+    """Choose the frames that a model continues, or say why it cannot; no weights are needed."""
+    first = family.first_block_frames or family.frames_per_block
+    if kind == "image" and first > 1:
+        least = 1 + FRAMES_PER_LATENT * (first - 1)
+        raise ValueError(
+            f"a single image is 1 latent frame and this model's first block takes {first}: give a video of {least} "
+            f"frames or more ({least / family.fps:.2f} s), the image repeated if need be, or use a model that starts "
+            "from an image."
+        )
+    if kind not in family.starts:
+        listed = ", ".join(("text", *family.starts))
+        raise ValueError(f"this model does not start from a {kind}; it starts from: {listed}.")
+    check_crop(clip, height=height, width=width)
+    return cut_clip(clip, fps=family.fps, first_block_frames=first, frames_per_block=family.frames_per_block)
+
+
+def check_start(config: RunConfig, family: ModelFamily) -> None:
+    """Refuse a run's image or clip that cannot be read or that the model cannot continue; no weights are needed.
+
+    Raises:
+        ValueError: With the value, the limit and the remedy.
+    """
+    if config.start is not None:
+        _planned(config.start, config, family)
+
+
+def start_arguments(config: RunConfig, source: RunFolder | None = None) -> dict[str, Any]:
+    """Conditioning arguments of ``LongVideoPipeline.start`` for a run; none where it has no start.
+
+    Args:
+        config: The run.
+        source: Its folder, or that of the run it is forked from. With a checkpoint in it the file is not needed any
+            more; without one it has to be the one that the run began with.
+
+    Raises:
+        ValueError: If the file is needed and cannot be read, or is another one now.
+    """
+    start = config.start
+    if start is None:
+        return {}
+    arguments: dict[str, Any] = {"include_start": start.include}
+    record = None if source is None else source.record["start"]
+    if source is not None and source.checkpoints.blocks():
+        return arguments | {"video_latents": TakenLatents(record["num_latent_frames"])}
+    clip = _open_start(start)
+    if record is not None and source is not None and _sha256(start.path) != record["sha256"]:
+        raise ValueError(f"{start.path} is not the file any more that {source.path} began with: restore it")
+    return arguments | {start.kind: clip}
+
+
+def start_record(config: RunConfig, family: ModelFamily) -> dict[str, Any] | None:
+    """Entry ``start`` of ``run.json``; None where the run has none.
+
+    Raises:
+        ValueError: If the file cannot be read, or the model cannot continue it.
+    """
+    start = config.start
+    if start is None:
+        return None
+    clip, cut = _planned(start, config, family)
+    return {
+        "kind": start.kind,
+        "file": start.path,
+        "sha256": _sha256(start.path),
+        "size": [clip.height, clip.width],
+        "num_file_frames": clip.num_frames,
+        "file_fps": clip.fps,
+        "first_file_frame": cut.indices[0],
+        "num_latent_frames": cut.num_latent_frames,
+        "num_frames": len(cut.indices),
+        "seconds": len(cut.indices) / family.fps,
+        "num_left_out": cut.num_left_out,
+        "is_included": start.include,
+    }
+
+
+def _planned(start: StartConfig, config: RunConfig, family: ModelFamily) -> tuple["Clip", "Cut"]:
+    clip = _open_start(start)
+    height, width = config.height or family.height, config.width or family.width
+    return clip, _plan(clip, start.kind, family=family, height=height, width=width)
+
+
+def _open_start(start: StartConfig) -> "Clip":
+    if start.kind == "image":
+        return make_stills(Path(start.path))[0]
+    return make_clip(Path(start.path), seconds=start.seconds)
+
+
+def _sha256(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Frames in order, not read yet.
+
+    Attributes:
+        num_frames: Frames, at least 1.
+        height: Pixels.
+        width: Pixels.
+        read: Starts over from the first frame at every call.
+        fps: Frames per second; None: the model's own.
+        seconds: Only so much of its end counts; None: all of it.
+        path: The file, if it is one.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    read: Callable[[], Iterator[Frame]]
+    fps: float | None = None
+    seconds: float | None = None
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("fps", self.fps), ("seconds", self.seconds)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value} of {self.name}: give a number above 0.")
+
+    @property
+    def name(self) -> str:
+        """Name in error messages."""
+        return "the clip" if self.path is None else str(self.path)
+
+    def take(self, indices: Sequence[int]) -> Iterator[Frame]:
+        """Yield some frames; what lies before, between and behind them is read and dropped.
+
+        Args:
+            indices: Never falling; a frame may be asked for again.
+
+        Raises:
+            ValueError: If the file turns out to be damaged.
+        """
+        place = 0
+        with closing(self.read()) as frames:
+            for index, frame in enumerate(frames):
+                while place < len(indices) and indices[place] == index:
+                    yield frame
+                    place += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The end of a clip that a video continues, in whole blocks of latent frames.
+
+    Attributes:
+        indices: The clip's frames at the model's rate, 1 + 4 k of them; the last is the clip's last.
+        num_latent_frames: Of them.
+        num_left_out: Frames at the model's rate before them that filled no block.
+    """
+
+    indices: tuple[int, ...]
+    num_latent_frames: int
+    num_left_out: int
+
+
+def cut_clip(clip: Clip, *, fps: float, first_block_frames: int, frames_per_block: int) -> Cut:
+    """Choose the frames of a clip that are encoded.
+
+    The encoder makes one latent frame of the first pixel frame and one of every four behind it, so the beginning is
+    chosen before encoding: what is kept ends with the clip's last frame.
+
+    Args:
+        clip: The clip.
+        fps: The model's frames per second.
+        first_block_frames: Latent frames of the very first block.
+        frames_per_block: Latent frames of every other block.
+
+    Raises:
+        ValueError: If the clip does not fill the first block; says how long it has to be.
+    """
+    ratio, step = (clip.fps or fps) / fps, FRAMES_PER_LATENT
+    last = clip.num_frames - 1
+    num_frames = 1 + math.floor(last / ratio + 1e-6)
+    if clip.seconds is not None:
+        num_frames = min(num_frames, 1 + step * math.ceil((max(1, round(clip.seconds * fps)) - 1) / step))
+    num_latents = 1 + (num_frames - 1) // step
+    num_latents -= (num_latents - first_block_frames) % frames_per_block if num_latents >= first_block_frames else 0
+    if num_latents < first_block_frames:
+        least = 1 + step * (first_block_frames - 1)
+        raise ValueError(
+            f"{clip.name} has {num_frames} frames at the model's {fps:g} per second, the first block takes {least}: "
+            f"give {least / fps:.2f} s or more."
+        )
+    num_kept = 1 + step * (num_latents - 1)
+    indices = tuple(max(0, math.floor(last - ratio * back + 0.5)) for back in reversed(range(num_kept)))
+    return Cut(indices=indices, num_latent_frames=num_latents, num_left_out=num_frames - num_kept)
+
+
+def make_clip(video: Any, *, fps: float | None = None, seconds: float | None = None) -> Clip:
+    """Open a video, or wrap frames that are in memory.
+
+    Args:
+        video: A path; a list of PIL images; or one video as an array or a tensor: (frames, height, width, 3) or
+            (frames, 3, height, width), uint8, or floats in [0, 1].
+        fps: Frames per second; a file's own, or the model's for frames in memory, unless given.
+        seconds: Go on from its last seconds alone.
+
+    Raises:
+        ValueError: If it cannot be read, or is none of these.
+    """
+    if isinstance(video, Clip):
+        return replace(video, fps=fps or video.fps, seconds=seconds or video.seconds)
+    if isinstance(video, str | Path):
+        return _open_file(Path(video), fps, seconds)
+    if isinstance(video, list | tuple):
+        frames = [_frame(item) for item in video]
+        if not frames:
+            raise ValueError("the video has no frames.")
+        sizes = {_size(frame) for frame in frames}
+        if len(sizes) > 1:
+            raise ValueError(f"frames of the video differ in size: {sorted(sizes)} (height, width): make them equal.")
+        height, width = sizes.pop()
+    else:
+        array = _channels_last(video, ndim=4, what="a video")
+        frames, (height, width) = array, array.shape[1:3]
+
+    def read() -> Iterator[Frame]:
+        yield from (frame if isinstance(frame, Image.Image) else _frame(frame) for frame in frames)
+
+    return Clip(num_frames=len(frames), height=height, width=width, read=read, fps=fps, seconds=seconds)
+
+
+def make_clips(video: Any) -> list[Clip]:
+    """One clip, or one for each prompt.
+
+    Args:
+        video: What ``make_clip`` takes; a list of such, one per prompt; or an array or a tensor of five dimensions,
+            (batch, frames, channels, height, width) or with the channels last.
+
+    Raises:
+        ValueError: If it is none of these, or cannot be read.
+    """
+    if isinstance(video, list | tuple) and video and not all(_is_picture(item) for item in video):
+        return [make_clip(item) for item in video]
+    if isinstance(video, Tensor | np.ndarray) and video.ndim == 5:
+        return [make_clip(item) for item in video]
+    return [make_clip(video)]
+
+
+def make_stills(image: Any) -> list[Clip]:
+    """Clips of one frame: of an image, or of one image for each prompt.
+
+    Args:
+        image: A path, a PIL image, an array or tensor (height, width, 3) or (3, height, width); a list of such; or
+            arrays and tensors of four dimensions.
+
+    Raises:
+        ValueError: If it is none of these, or cannot be read.
+    """
+    if isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4):
+        if not len(image):
+            raise ValueError("the list of images is empty.")
+        return [still for item in image for still in make_stills(item)]
+    if isinstance(image, Clip):
+        return [image]
+    if isinstance(image, str | Path):
+        return [replace(make_clip([_open_image(Path(image))]), path=Path(image))]
+    return [make_clip([image])]
+
+
+def _open_image(path: Path) -> Image.Image:
+    """Read an image file: RGB, turned the way it says; of several pictures the first.
+
+    Raises:
+        ValueError: If there is none, or it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no image {path}.")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read {path} as an image: {error}") from error
+
+
+def check_crop(clip: Clip, *, height: int, width: int) -> None:
+    """Refuse a picture of which a crop to the video's shape would keep next to nothing.
+
+    Raises:
+        ValueError: With the sizes and the remedy.
+    """
+    shares = sorted((clip.width / clip.height, width / height))
+    if shares[0] / shares[1] < _LEAST_KEPT:
+        raise ValueError(
+            f"{clip.name} is {clip.width}x{clip.height}: cropped to the shape of {width}x{height} it would keep "
+            f"{shares[0] / shares[1]:.1%} of the picture: crop it yourself, or choose another height and width."
+        )
+
+
+def to_pixels(frames: Sequence[Frame], processor: VideoProcessor, *, height: int, width: int) -> Tensor:
+    """Bring frames to the video's size and the encoder's range.
+
+    Frames of the right size are taken as they are; others are resized and cropped in the middle, at eight bits.
+
+    Args:
+        frames: At least one.
+        processor: Of the pipeline.
+        height: Pixels.
+        width: Pixels.
+
+    Returns:
+        (3, frames, height, width) float32 in [-1, 1].
+    """
+    pixels = [_covering(frame, processor, height, width) for frame in frames]
+    return torch.cat(pixels).transpose(0, 1)
+
+
+def _covering(frame: Frame, processor: VideoProcessor, height: int, width: int) -> Tensor:
+    if isinstance(frame, Tensor):
+        if tuple(frame.shape[1:]) == (height, width):
+            return processor.normalize(frame[None])
+        frame = Image.fromarray(frame.mul(255.0).round().byte().permute(1, 2, 0).cpu().numpy())
+    return processor.preprocess(frame, height=height, width=width, resize_mode="crop")
+
+
+def _open_file(path: Path, fps: float | None, seconds: float | None) -> Clip:
+    if not path.is_file():
+        raise ValueError(f"there is no video {path}.")
+    facts = probe(path)
+    if fps is None and facts.fps is None:
+        raise ValueError(f"{path} does not state its frames per second: give fps, or re-encode it.")
+
+    def read() -> Iterator[Frame]:
+        for piece in read_frames(path, facts, length=_PIECE_FRAMES):
+            yield from (Image.fromarray(frame) for frame in piece)
+
+    return Clip(
+        num_frames=facts.num_frames,
+        height=facts.height,
+        width=facts.width,
+        read=read,
+        fps=fps or facts.fps,
+        seconds=seconds,
+        path=path,
+    )
+
+
+def _is_picture(item: Any) -> bool:
+    return isinstance(item, Image.Image) or (isinstance(item, Tensor | np.ndarray) and item.ndim == 3)
+
+
+def _size(frame: Frame) -> tuple[int, int]:
+    return (frame.height, frame.width) if isinstance(frame, Image.Image) else tuple(frame.shape[1:])
+
+
+def _frame(picture: Any) -> Frame:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    array = _channels_last(picture, ndim=3, what="a picture")
+    if array.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(array))
+    return torch.from_numpy(np.ascontiguousarray(array, np.float32)).permute(2, 0, 1)
+
+
+def _channels_last(pixels: Any, *, ndim: int, what: str) -> np.ndarray:
+    """A view of (..., height, width, 3) uint8, or floats in [0, 1]."""
+    if isinstance(pixels, Tensor):
+        pixels = pixels.detach().cpu()
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    if not isinstance(pixels, np.ndarray):
+        raise ValueError(f"{what} is a {type(pixels).__name__}: give a path, PIL images, an array or a tensor.")
+    if pixels.ndim != ndim or not pixels.size or 3 not in (pixels.shape[-1], pixels.shape[-3]):
+        raise ValueError(f"{what} has shape {pixels.shape}: give {ndim} dimensions with 3 channels, first or last.")
+    if pixels.dtype != np.uint8 and not (pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1):
+        raise ValueError(f"{what} is {pixels.dtype} outside [0, 1]: give uint8, or floats in [0, 1].")
+    return pixels if pixels.shape[-1] == 3 else np.moveaxis(pixels, -3, -1)
