@@ -1,6 +1,7 @@
 """One call for every way to compute attention: names are followed to the letter, ``auto`` chooses and can say why."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
@@ -10,13 +11,94 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longtake.attention import trust
-from longtake.attention.dense import fastest
-from longtake.attention.executors import EXECUTORS, executor
+from longtake.attention.backends import BACKENDS, find_backend
+from longtake.attention.backends.base import AttentionRequest, BackendUnavailable, Reason, Verdict
+from longtake.attention.backends.dense import attend, fastest, zentorch
 from longtake.attention.plan import AttentionGeometry, BlockPlan
-from longtake.attention.requests import AttentionRequest, BackendUnavailable, Reason, Verdict
-from longtake.attention.zentorch import zentorch
 from longtake.configs.fields import choose
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 64
+MAX_SCORES = 1 << 24
+"""Scores that a check may hold: fewer rows are compared where keys are many."""
+
+# Largest difference, as a share of the largest value: rounding of the results and of the sums in each precision.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+TF32_TOLERANCE = 5e-3
+# Approximate kernels, by direction and by size of the difference.
+MIN_COSINE = 0.999
+MAX_RELATIVE = 0.05
+
+_seen: dict[tuple[str, AttentionRequest], str] = {}
+
+
+def fault_of(name: str, request: AttentionRequest) -> str | None:
+    """What was wrong with a backend for such a call; empty: nothing; None: not looked at yet."""
+    return _seen.get((name, request.signature))
+
+
+def check(
+    name: str,
+    request: AttentionRequest,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan | None,
+    *,
+    scale: float | None,
+    out: Tensor,
+    lse: Tensor | None,
+    exact: bool,
+) -> str:
+    """Compare evenly spaced rows of a result with PyTorch's attention in float32 or wider, under the plan's mask.
+
+    Args:
+        name: The backend's.
+        request: What the call asks.
+        q: (batch, queries, heads, head_dim).
+        k: (batch, keys, heads of keys, head_dim).
+        v: As ``k``.
+        plan: Which blocks are read; None: all.
+        scale: What scores are multiplied by; None: head_dim ** -0.5.
+        out: What the backend made of them.
+        lse: Its log-sum-exp, if it was asked for.
+        exact: Whether the backend means to be exact.
+
+    Returns:
+        What is wrong, in words; empty if nothing is. It is kept for calls like this one.
+    """
+    with torch.no_grad():
+        rows = max(8, min(MAX_ROWS, MAX_SCORES // (q.shape[0] * q.shape[2] * k.shape[1])))
+        queries = torch.linspace(0, q.shape[1] - 1, min(rows, q.shape[1]), device=q.device).round().long()
+        mask = None if plan is None else plan.to(q.device).to_dense_mask(queries)[None]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        expected, sums = attend(
+            q[:, queries].to(wide), k.to(wide), v.to(wide), scale=scale, mask=mask, return_lse=lse is not None
+        )
+        if not bool(expected.isfinite().all()):
+            return ""  # Numbers that no backend can do anything with say nothing about this one; look again next time.
+        fault = _difference(out[:, queries].to(wide), expected, request, exact)
+        if not fault and lse is not None:
+            fault = _difference(lse[:, :, queries].to(wide), sums.to(wide), request, exact)
+            fault = fault and f"log-sum-exp: {fault}"
+    _seen[name, request.signature] = fault
+    return fault
+
+
+def _difference(found: Tensor, expected: Tensor, request: AttentionRequest, exact: bool) -> str:
+    if not exact:
+        cosine = float(torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0))
+        relative = float((found - expected).abs().sum() / expected.abs().sum())
+        is_near = cosine > MIN_COSINE and relative < MAX_RELATIVE
+        return "" if is_near else f"cosine {cosine:.4f} and relative difference {relative:.3f}"
+    tolerance = TOLERANCE[request.dtype]
+    if request.device == "cuda" and request.dtype == torch.float32:
+        tolerance = TF32_TOLERANCE
+    largest = float((found - expected).abs().max())
+    limit = tolerance * max(1.0, float(expected.abs().max()))
+    return "" if largest <= limit and not math.isnan(largest) else f"difference {largest:.2g}, limit {limit:.2g}"
+
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +159,7 @@ def attention(
         v: As ``k``.
         plan: Which blocks are read, with one map for all heads, one for each, or one for each head of each sample
             (batch x heads, sample by sample); None: all.
-        backend: ``auto``, or a name of ``EXECUTORS``, which is then the one that runs, or the call fails.
+        backend: ``auto``, or a name of ``BACKENDS``, which is then the one that runs, or the call fails.
         scale: What scores are multiplied by; None: head_dim ** -0.5.
         return_lse: Also return how much was summed.
         allow_approx: Quantised backends may be named.
@@ -198,12 +280,12 @@ def explain(request: AttentionRequest, *, allow_approx: bool = False, strict: bo
         strict: As for ``attention``.
 
     Returns:
-        One row for each entry of ``EXECUTORS``, in that order.
+        One row for each entry of ``BACKENDS``, in that order.
     """
     chosen = next(iter(_usable(request, strict)), None)
     preferred = preferences(request)
     rows = []
-    for name, cls in EXECUTORS.items():
+    for name, cls in BACKENDS.items():
         verdict = _verdict(name, request)
         if not cls.exact and not allow_approx:
             verdict = Verdict((*verdict.reasons, _approximate(name)))
@@ -228,11 +310,11 @@ def _sample_by_sample(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, **option
 def _run(
     name: str, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    result = executor(name).run(q, k, v, plan=plan, scale=scale, return_lse=request.return_lse)
-    fault = trust.fault_of(name, request)
+    result = find_backend(name).run(q, k, v, plan=plan, scale=scale, return_lse=request.return_lse)
+    fault = fault_of(name, request)
     if fault is None and not torch.compiler.is_compiling():
         out, lse = result if request.return_lse else (result, None)
-        fault = trust.check(name, request, q, k, v, plan, scale=scale, out=out, lse=lse, exact=EXECUTORS[name].exact)
+        fault = check(name, request, q, k, v, plan, scale=scale, out=out, lse=lse, exact=BACKENDS[name].exact)
     if fault:
         hint = "Report it with the versions of torch and of the backend, and take another one."
         raise BackendUnavailable(
@@ -246,7 +328,7 @@ def _run(
 
 def _verdict(name: str, request: AttentionRequest) -> Verdict:
     """What speaks against a backend: the machine first, then the call."""
-    cls = EXECUTORS[name]
+    cls = BACKENDS[name]
     reasons = [*cls.available().reasons, *cls.supports(request).reasons]
     if request.device == "cuda" and not torch.cuda.is_available() and "cuda" in cls.limits.devices:
         reasons.insert(0, Reason("no_device", "this machine has no CUDA device that PyTorch can use"))
@@ -259,13 +341,13 @@ def _approximate(name: str) -> Reason:
 
 def _refuse(name: str, request: AttentionRequest, allow_approx: bool) -> None:
     """Raise unless the named backend can take the call."""
-    cls = choose(EXECUTORS, name, what="attention backend")
+    cls = choose(BACKENDS, name, what="attention backend")
     verdict = _verdict(name, request)
     if verdict.ok and not cls.exact and not allow_approx:
         verdict = Verdict((_approximate(name),))
     if verdict.ok:
         return
-    others = [other for other, cls in EXECUTORS.items() if cls.exact and other != name and _verdict(other, request).ok]
+    others = [other for other, cls in BACKENDS.items() if cls.exact and other != name and _verdict(other, request).ok]
     hint = f" {verdict.hint}" if verdict.hint else ""
     raise BackendUnavailable(
         f"backend {name!r} cannot run this call: {verdict.text}.{hint} Usable now for this call: "
@@ -282,7 +364,7 @@ def _usable(request: AttentionRequest, strict: bool) -> Iterator[str]:
     for name in _able(request, allows_unverified):
         if strict and request.plan is not None and not request.plan.is_full and name == "sdpa_masked":
             continue
-        if not trust.fault_of(name, request):
+        if not fault_of(name, request):
             yield name
 
 
@@ -290,7 +372,7 @@ def _usable(request: AttentionRequest, strict: bool) -> Iterator[str]:
 def _able(request: AttentionRequest, allows_unverified: bool) -> tuple[str, ...]:
     names = []
     for name in preferences(request):
-        is_allowed = allows_unverified or request.device in EXECUTORS[name].verified_on
+        is_allowed = allows_unverified or request.device in BACKENDS[name].verified_on
         if is_allowed and _verdict(name, request).ok:
             names.append(name)
     if names:

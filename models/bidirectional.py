@@ -18,8 +18,8 @@ from longtake.attention import (
     explain,
     sparse_attention,
 )
-from longtake.attention.density import DensityMeter
 from longtake.attention.dispatch import BACKEND_VARIABLE
+from longtake.attention.policies.base import DensityMeter
 from longtake.models.sparse_attention import AttentionSetting
 from longtake.models.wan_pipelines import Clock, check_parallel, find_transformers, projected
 
@@ -50,8 +50,8 @@ def sparse_wan(
 
     Args:
         pipe: With a scheduler and ``WanTransformer3DModel`` transformers: text, image or video to video.
-        attention: Attention policy, its mapping (``backend`` may name an executor), or its name.
-        backend: Executor of what is sparse, instead of the mapping's; None: the mapping's, or ``auto``. What a policy
+        attention: Attention policy, its mapping (``backend`` may name a backend), or its name.
+        backend: Backend of what is sparse, instead of the mapping's; None: the mapping's, or ``auto``. What a policy
             declines is computed densely by ``auto``, not by diffusers' attention backend.
 
     Yields:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from longtake.attention import (
-    EXECUTORS,
+    BACKENDS,
     AttentionGeometry,
     BackendUnavailable,
     Segment,
@@ -15,13 +15,13 @@ from longtake.attention import (
     make_attention_policy,
     sparse_attention,
 )
-from longtake.attention.density import DensityMeter
 from longtake.attention.geometry import Role
+from longtake.attention.policies.base import DensityMeter
 from longtake.cache import Call, Geometry, Run
 from longtake.configs.fields import choose
 
 BACKEND = "backend"
-"""Key of an attention mapping that names an executor; the others are the policy's."""
+"""Key of an attention mapping that names a backend; the others are the policy's."""
 
 
 class AttentionSetting:
@@ -56,7 +56,7 @@ class AttentionSetting:
         """
         if self.backend == "auto":
             return
-        verdict = choose(EXECUTORS, self.backend, what="attention backend").available()
+        verdict = choose(BACKENDS, self.backend, what="attention backend").available()
         if not verdict.ok:
             raise BackendUnavailable(
                 f"backend {self.backend!r} cannot run on this machine: {verdict.text}. {verdict.hint}".rstrip(),

@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from longtake.attention.density import DensityMeter
+from longtake.attention.policies.base import DensityMeter
 from longtake.cache import BlockTrace, CacheStats, EncodeJob, Event, KVCache, Pass
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.sparse_attention import SparseSelfAttention

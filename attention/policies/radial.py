@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -10,14 +11,214 @@ from torch import Tensor
 from longtake.attention.geometry import AttentionGeometry, Segment
 from longtake.attention.plan import BlockPlan, split_runs, uniform_edges
 from longtake.attention.policies.base import StaticPolicy, is_whole, own_segments
-from longtake.attention.radial_mask import (
-    THIN_BELOW,
-    AdjacentWidth,
-    band_blocks,
-    band_width,
-    is_kept,
-    radial_block_mask,
-)
+
+AdjacentWidth = Literal["full", "half"]
+THIN_BELOW = 128
+"""Bands narrower than this many tokens skip frames instead: the source's constant, whatever the block size."""
+MODELS = ("wan", "hunyuan")
+
+
+def band_width(
+    distance: int,
+    tokens_per_frame: int,
+    *,
+    block_size: int = 128,
+    decay_factor: float = 1.0,
+    adjacent_width: AdjacentWidth = "full",
+) -> float:
+    """Say how far from its own place in a frame a token attends in a frame that is so far away.
+
+    Args:
+        distance: Frames between the two, 0 or more.
+        tokens_per_frame: Tokens of one frame.
+        block_size: Tokens; no band is narrower.
+        decay_factor: Scales the bands from distance 2 on.
+        adjacent_width: At distance 1, the whole frame, or half of it as in older versions of the source.
+
+    Returns:
+        Half the width of the band in tokens.
+    """
+    if distance == 1 and adjacent_width == "half":
+        return tokens_per_frame // 2
+    if distance <= 1:
+        return tokens_per_frame
+    return max(block_size, _decay_length(distance, tokens_per_frame) * decay_factor)
+
+
+def is_kept(distance: int, tokens_per_frame: int, *, thin_below: int = THIN_BELOW) -> bool:
+    """Say whether frames so far apart attend to each other at all.
+
+    Args:
+        distance: Frames between the two, 0 or more.
+        tokens_per_frame: Tokens of one frame.
+        thin_below: Bands narrower than this many tokens keep one frame in ``thin_below`` divided by their width.
+    """
+    length = _decay_length(distance, tokens_per_frame)
+    return distance <= 1 or length >= thin_below or distance % int(thin_below / length) == 0
+
+
+def _decay_length(distance: int, tokens_per_frame: int) -> float:
+    return 2 ** tokens_per_frame.bit_length() / 2 ** distance.bit_length()
+
+
+def band_blocks(width: float, row_edges: Tensor, column_edges: Tensor, row_sizes: Tensor | None = None) -> Tensor:
+    """Blocks that a band around the diagonal of a frame pair keeps.
+
+    A column of a block is touched if any of its tokens is in the band, and dense if more than a third of the block's
+    rows are; a block is kept if more than 0.6 of its touched columns are dense. Clipped corners are therefore dropped.
+
+    Args:
+        width: Tokens k and l are in the band if abs(k - l) <= width.
+        row_edges: (rows + 1,) whole numbers, ascending, in tokens of the query's frame.
+        column_edges: (columns + 1,) whole numbers, ascending, in tokens of the key's frame.
+        row_sizes: (rows,) tokens that count as a whole block, where a frame covers only part of it; None: what the
+            edges say.
+
+    Returns:
+        (rows, columns), bool.
+    """
+    row_sizes = row_edges.diff() if row_sizes is None else row_sizes
+    first, last = row_edges[:-1, None], row_edges[1:, None]
+    keys = torch.arange(int(column_edges[0]), int(column_edges[-1]))
+    reach = int(width)
+    counts = torch.minimum(last, keys + reach + 1) - torch.maximum(first, keys - reach)
+    # 1/3 and 0.6 as whole numbers: no rounding decides.
+    touched = _sums(counts > 0, column_edges)
+    dense = _sums(counts.clamp(min=0) * 3 > row_sizes[:, None], column_edges)
+    return dense * 5 > touched * 3
+
+
+def _sums(values: Tensor, edges: Tensor) -> Tensor:
+    """Add up the columns between edges."""
+    total = torch.nn.functional.pad(values.long().cumsum(1), (1, 0))
+    return total[:, edges - edges[0]].diff(dim=1)
+
+
+def radial_block_mask(
+    num_frames: int,
+    tokens_per_frame: int,
+    *,
+    block_size: int = 128,
+    decay_factor: float = 1.0,
+    model: str = "wan",
+    adjacent_width: AdjacentWidth = "full",
+    thin_below: int = THIN_BELOW,
+) -> Tensor:
+    """Which blocks of a whole video attend to which: the published mask, one for all heads, layers and steps.
+
+    Blocks are consecutive runs of ``block_size`` tokens and may straddle frames. Where the tokens are no multiple of
+    it, the last row and column hold what is left, by the same rule over the tokens there are; the source leaves those
+    tokens out. Everywhere else the mask is the source's bit for bit, even where frames begin so late in a block that
+    the source drops it.
+
+    Args:
+        num_frames: Latent frames.
+        tokens_per_frame: Tokens of one frame.
+        block_size: Tokens on each side of a block.
+        decay_factor: Scales the bands from distance 2 on; 1 and less change nothing where a frame has 256 tokens.
+        model: ``wan``, where every query attends to all of frame 0, or ``hunyuan``, where it does not. Text tokens,
+            which HunyuanVideo appends and attends to in full, are not part of the mask.
+        adjacent_width: Width between neighbouring frames: ``full``, or ``half`` as in older versions of the source.
+        thin_below: Bands narrower than this many tokens skip frames instead.
+
+    Returns:
+        (rows, columns), bool, on the CPU; both are the tokens divided by ``block_size``, rounded up.
+
+    Raises:
+        ValueError: If a number is out of range or the model unknown.
+    """
+    _check(num_frames, tokens_per_frame, block_size, decay_factor, thin_below)
+    if model not in MODELS:
+        raise ValueError(f"model={model!r} has no radial mask; known: {', '.join(MODELS)}.")
+
+    def reach(query_frame: int, key_frame: int) -> float | None:
+        if key_frame == 0 and model == "wan":
+            return tokens_per_frame
+        distance = abs(query_frame - key_frame)
+        if not is_kept(distance, tokens_per_frame, thin_below=thin_below):
+            return None
+        return band_width(
+            distance,
+            tokens_per_frame,
+            block_size=block_size,
+            decay_factor=decay_factor,
+            adjacent_width=adjacent_width,
+        )
+
+    grid = _Grid(num_frames, tokens_per_frame, block_size)
+    for i in range(num_frames):
+        for j in range(num_frames):
+            width = reach(i, j)
+            if width is not None:
+                grid.add(i, j, int(width))
+    return grid.mask
+
+
+class _Grid:
+    """A block mask that is put together from frame pairs."""
+
+    def __init__(self, num_frames: int, tokens_per_frame: int, block_size: int) -> None:
+        self.tokens, self.size = tokens_per_frame, block_size
+        num_tokens = num_frames * tokens_per_frame
+        self.num_whole, self.num_left = divmod(num_tokens, block_size)
+        length = self.num_whole + bool(self.num_left)
+        self.mask = torch.zeros(length, length, dtype=torch.bool)
+        # Few pairs differ in width and in how far into a block their frames begin.
+        self._blocks = cache(self._blocks_of)
+
+    def add(self, i: int, j: int, width: int) -> None:
+        """Keep what a band between the frames i (queries) and j (keys) keeps."""
+        (row, row_offset), (column, column_offset) = (divmod(x * self.tokens, self.size) for x in (i, j))
+        blocks = self._blocks(width, row_offset, column_offset)
+        # The source looks at as many blocks as a frame would have if it began at a block's edge.
+        per_frame = -(-self.tokens // self.size)
+        num_rows = min(per_frame, self.num_whole - row)
+        num_columns = min(per_frame, self.num_whole - column)
+        whole = self.mask[row : row + max(0, num_rows), column : column + max(0, num_columns)]
+        whole |= blocks[: whole.shape[0], : whole.shape[1]]
+        if self.num_left:
+            self._add_rest(row, column, width, row_offset, column_offset)
+
+    def _add_rest(self, row: int, column: int, width: int, row_offset: int, column_offset: int) -> None:
+        """The last row and column, which are no whole blocks."""
+        end = self.num_whole
+        num_rows, num_columns = self._num_blocks(row_offset), self._num_blocks(column_offset)
+        if row + num_rows > end:
+            blocks = self._blocks(width, row_offset, column_offset, self.num_left)
+            self.mask[end, column : column + num_columns] |= blocks[end - row]
+        if column + num_columns > end:
+            blocks = self._blocks(width, row_offset, column_offset)
+            rows = min(num_rows, end - row)
+            self.mask[row : row + rows, end] |= blocks[:rows, end - column]
+
+    def _num_blocks(self, offset: int) -> int:
+        return -(-(offset + self.tokens) // self.size)
+
+    def _blocks_of(self, width: int, row_offset: int, column_offset: int, last_size: int | None = None) -> Tensor:
+        """All blocks that the two frames reach into."""
+        row_edges, column_edges = (
+            (torch.arange(self._num_blocks(offset) + 1) * self.size - offset).clamp(0, self.tokens)
+            for offset in (row_offset, column_offset)
+        )
+        sizes = torch.full((len(row_edges) - 1,), self.size)
+        if last_size is not None:
+            sizes[-1] = last_size
+        return band_blocks(width, row_edges, column_edges, sizes)
+
+
+def _check(num_frames: int, tokens_per_frame: int, block_size: int, decay_factor: float, thin_below: int) -> None:
+    counts = {
+        "num_frames": num_frames,
+        "tokens_per_frame": tokens_per_frame,
+        "block_size": block_size,
+        "thin_below": thin_below,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more.")
+    if not 0 < decay_factor < float("inf"):
+        raise ValueError(f"decay_factor={decay_factor} must be above 0 and finite: 1 is the published default.")
+
 
 Reach = int | None
 """Half the width of the band that a frame reads of a segment; WHOLE: all of it; None: nothing."""

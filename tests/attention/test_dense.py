@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from longtake.attention import dense, fastest, sdpa, zentorch
-from longtake.attention.zentorch import unavailable
+from longtake.attention import fastest, sdpa, zentorch
+from longtake.attention.backends import dense
+from longtake.attention.backends.dense import unavailable
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 48, 336, 6, 32), (2, 48, 337, 2, 24), (1, 130, 1561, 3, 64), (1, 300, 2000, 2, 128), (1, 1, 1, 1, 6)]

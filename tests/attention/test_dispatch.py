@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longtake.attention import (
-    EXECUTORS,
+    BACKENDS,
     AttentionGeometry,
     AttentionRequest,
     BackendUnavailable,
@@ -17,16 +17,14 @@ from longtake.attention import (
     attention,
     explain,
     sparse_attention,
-    trust,
 )
 from longtake.attention import dispatch as dispatch_module
-from longtake.attention.executors import Executor, Limits, base
-from longtake.attention.executors import dense as dense_module
-from longtake.attention.executors.base import FLOATS
-from longtake.attention.executors.flex import Flex
-from longtake.attention.lse import attend
+from longtake.attention.backends import Backend, Limits, base
+from longtake.attention.backends import dense as dense_module
+from longtake.attention.backends.base import CODES, FLOATS, PlanFacts
+from longtake.attention.backends.dense import attend
+from longtake.attention.backends.flex import Flex
 from longtake.attention.plan import split_runs, uniform_edges
-from longtake.attention.requests import CODES, PlanFacts
 
 PLAN = PlanFacts(density=0.4, num_heads=1, q_block=128, k_block=128, tile=256)
 CPU = AttentionRequest(num_queries=768, num_keys=5376, num_heads=4, num_kv_heads=4, head_dim=64)
@@ -39,10 +37,10 @@ def nothing_seen(monkeypatch):
     monkeypatch.delenv(dispatch_module.BACKEND_VARIABLE, raising=False)
     monkeypatch.delenv(dispatch_module.UNVERIFIED_VARIABLE, raising=False)
     dispatch_module._able.cache_clear()
-    trust.forget()
+    dispatch_module._seen.clear()
     yield
     dispatch_module._able.cache_clear()
-    trust.forget()
+    dispatch_module._seen.clear()
 
 
 def _tokens(*, queries=256, keys=512, heads=2, kv_heads=2, batch=1, dtype=torch.float32):
@@ -124,7 +122,7 @@ def test_approximate_backends_are_never_automatic(monkeypatch):
 
 
 def test_strict_refuses_to_compute_every_pair(monkeypatch):
-    monkeypatch.setattr(EXECUTORS["gather_sdpa"], "supports", classmethod(lambda cls, request: _no("dtype", "no")))
+    monkeypatch.setattr(BACKENDS["gather_sdpa"], "supports", classmethod(lambda cls, request: _no("dtype", "no")))
     q, k, v = _tokens()
     plan = _plan()
     assert attention(q, k, v, plan).shape == q.shape
@@ -195,7 +193,7 @@ def _no(code, text):
     ],
 )
 def test_verdicts_are_functions_of_the_request(name, changes, code, words):
-    verdict = EXECUTORS[name].supports(replace(CPU, **changes))
+    verdict = BACKENDS[name].supports(replace(CPU, **changes))
     assert code in [reason.code for reason in verdict.reasons] and words in verdict.text
 
 
@@ -209,7 +207,7 @@ def test_every_backend_answers_every_request_with_known_codes():
     ]
     for request in requests:
         rows = explain(request)
-        assert [row.name for row in rows] == list(EXECUTORS)
+        assert [row.name for row in rows] == list(BACKENDS)
         assert {reason.code for row in rows for reason in row.verdict.reasons} <= set(CODES)
         assert sum(row.is_chosen for row in rows) <= 1
         assert all(row.verdict.ok and row.exact for row in rows if row.is_chosen)
@@ -240,7 +238,7 @@ def test_verdicts_import_no_package():
     ],
 )
 def test_missing_packages_say_how_to_get_them_and_what_can_run_instead(name, package):
-    if EXECUTORS[name].available().ok:
+    if BACKENDS[name].available().ok:
         pytest.skip(f"{package} is installed")
     q, k, v = _tokens()
     with pytest.raises(BackendUnavailable) as caught:
@@ -260,11 +258,11 @@ def test_packages_that_do_not_load_are_named_with_what_they_said(monkeypatch):
 
     monkeypatch.setattr(base, "import_module", fail)
     with pytest.raises(BackendUnavailable, match="undefined symbol.*Reinstall it for torch") as caught:
-        EXECUTORS["flash"]._load()
+        BACKENDS["flash"]._load()
     assert caught.value.code == "version"
     monkeypatch.undo()
     with pytest.raises(BackendUnavailable, match="pip install flash-attn") as caught:
-        EXECUTORS["flash"]._load("flash_attn_that_is_not_there")
+        BACKENDS["flash"]._load("flash_attn_that_is_not_there")
     assert caught.value.code == "missing_package"
 
 
@@ -277,9 +275,9 @@ def test_a_missing_compiler(monkeypatch):
 
 
 def test_an_old_torch(monkeypatch):
-    assert EXECUTORS["torch_varlen"].available().ok
+    assert BACKENDS["torch_varlen"].available().ok
     monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
-    (reason,) = EXECUTORS["torch_varlen"].available().reasons
+    (reason,) = BACKENDS["torch_varlen"].available().reasons
     assert reason.code == "version" and "2.13 or newer" in reason.hint
 
 
@@ -338,7 +336,7 @@ def test_results_equal_the_reference(heads):
     assert torch.equal(attention(q, k, v, plan), out) or (attention(q, k, v, plan) - expected).abs().max() < 2e-6
 
 
-class _Wrong(Executor):
+class _Wrong(Backend):
     """Right but for the last queries, or for the sums."""
 
     name = "gather_sdpa"
@@ -355,9 +353,9 @@ class _Wrong(Executor):
 
 @pytest.mark.parametrize("spoils_sums", [False, True])
 def test_a_backend_that_computes_something_else_is_found_out(spoils_sums, monkeypatch, caplog):
-    monkeypatch.setitem(EXECUTORS, "gather_sdpa", _Wrong)
+    monkeypatch.setitem(BACKENDS, "gather_sdpa", _Wrong)
     monkeypatch.setattr(_Wrong, "spoils_sums", spoils_sums)
-    monkeypatch.setattr(dispatch_module, "executor", lambda name: EXECUTORS[name]())
+    monkeypatch.setattr(dispatch_module, "find_backend", lambda name: BACKENDS[name]())
     q, k, v = _tokens()
     plan = _plan()
     expected, sums = reference.attention(q, k, v, reference.token_mask(plan, 2))
@@ -372,8 +370,10 @@ def test_a_backend_that_computes_something_else_is_found_out(spoils_sums, monkey
 
 def test_each_kind_of_call_is_looked_at_once(monkeypatch):
     calls = []
-    check = trust.check
-    monkeypatch.setattr(trust, "check", lambda *args, **options: calls.append(args[0]) or check(*args, **options))
+    check = dispatch_module.check
+    monkeypatch.setattr(
+        dispatch_module, "check", lambda *args, **options: calls.append(args[0]) or check(*args, **options)
+    )
     q, k, v = _tokens()
     for seed in range(3):
         attention(q, k, v, _plan(seed=seed))
@@ -386,9 +386,9 @@ def test_each_kind_of_call_is_looked_at_once(monkeypatch):
 def test_numbers_that_say_nothing_are_not_held_against_a_backend():
     q, k, v = _tokens()
     attention(torch.full_like(q, torch.nan), k, v, _plan())
-    assert trust.fault_of("gather_sdpa", AttentionRequest.of(q, k, v, _plan())) is None
+    assert dispatch_module.fault_of("gather_sdpa", AttentionRequest.of(q, k, v, _plan())) is None
     attention(q, k, v, _plan())
-    assert trust.fault_of("gather_sdpa", AttentionRequest.of(q, k, v, _plan())) == ""
+    assert dispatch_module.fault_of("gather_sdpa", AttentionRequest.of(q, k, v, _plan())) == ""
 
 
 @dataclass

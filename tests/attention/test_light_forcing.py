@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry
-from longtake.attention.growth import growth_schedule
-from longtake.attention.policies.light_forcing import LightForcing
-from longtake.scripts.attention_show import make_geometry
+from longtake.attention.policies.light_forcing import LightForcing, growth_schedule
+from longtake.scripts.attention import make_geometry
 
 SHORT = {"sparsity": 0.88, "base_sparsity": 0.98, "num_frames": 21, "num_context_frames": None}
 LONG = {"sparsity": 0.85, "base_sparsity": 0.95, "num_frames": 63, "num_context_frames": 12}

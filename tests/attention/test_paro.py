@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import save_file
 
 from longtake.attention import AttentionGeometry
-from longtake.attention.paro_calibration import (
+from longtake.attention.policies.paro import (
     ORDERS,
     Calibration,
+    Paro,
     calibrate,
     load_calibration,
     mask_from_map,
     mask_from_sums,
     permutation,
 )
-from longtake.attention.policies.paro import Paro
-from longtake.scripts.attention_show import make_geometry
+from longtake.scripts.attention import make_geometry
 
 SPARSE_AT_ONCE = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
 SHAPE = (6, 8, 16)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.attention import pooling
+from longtake.attention.policies import base as pooling
 
 
 def random(*shape, seed=0):

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from longtake.attention import AttentionGeometry, Segment, radial_block_mask
-from longtake.attention.policies.radial import Radial
-from longtake.attention.radial_mask import band_width, is_kept
-from longtake.scripts.attention_show import make_geometry
+from longtake.attention.policies.radial import Radial, band_width, is_kept
+from longtake.scripts.attention import make_geometry
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "radial_masks.safetensors"
 # (tokens of a frame, decay factor): density by frames, blocks of 128.

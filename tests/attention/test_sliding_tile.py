@@ -7,7 +7,7 @@ import torch
 
 from longtake.attention import AttentionGeometry
 from longtake.attention.policies.sliding_tile import SlidingTile
-from longtake.scripts.attention_show import make_geometry
+from longtake.scripts.attention import make_geometry
 
 SPARSE_AT_ONCE = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
 

@@ -9,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry, sparse_attention
-from longtake.attention.clusters import kmeans
-from longtake.attention.layouts import half_width, layouts
-from longtake.attention.policies.svg import Svg
-from longtake.attention.policies.svg2 import Svg2, top_p_clusters
-from longtake.scripts.attention_show import make_geometry
+from longtake.attention.policies.svg import Svg, half_width, layouts
+from longtake.attention.policies.svg2 import Svg2, kmeans, top_p_clusters
+from longtake.scripts.attention import make_geometry
 
 DENSE_FROM_THE_START = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
 GRID = (10, 20)

@@ -2,7 +2,7 @@
 
 from benchmarks.plans import Clock, measure_plans, timed
 from longtake.attention.policies.radial import Radial
-from longtake.scripts.attention_show import make_geometry
+from longtake.scripts.attention import make_geometry
 
 
 def test_a_timed_policy_makes_the_same_plans_and_builds_each_once():

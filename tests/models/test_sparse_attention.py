@@ -1,4 +1,4 @@
-"""Sparse attention in the cached rollout: what policies are told, executors against each other, what is refused."""
+"""Sparse attention in the cached rollout: what policies are told, backends against each other, what is refused."""
 
 import re
 
@@ -51,7 +51,7 @@ def test_a_plan_that_leaves_nothing_out_is_dense_attention(model):
 
 
 @pytest.mark.parametrize("commit_pass", ["dense", "sparse"])
-def test_two_executors_agree_and_differ_from_dense_where_they_may(model, commit_pass):
+def test_two_backends_agree_and_differ_from_dense_where_they_may(model, commit_pass):
     settings = {**RADIAL, **SPARSE, "commit_pass": commit_pass}
     gathered, masked = (roll(model, {**settings, "backend": name}) for name in ("gather_sdpa", "sdpa_masked"))
     dense = roll(model, "dense")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import attention as measure_attention
-from longtake.attention import EXECUTORS
+from longtake.attention import BACKENDS
 from longtake.scripts import main
 from longtake.scripts.console import run_app
 
@@ -26,7 +26,7 @@ def test_every_backend_has_a_line_and_one_is_taken(call):
     assert code == 0, stderr
     assert "768 queries, 5376 keys, 4 heads x 64, float32, cpu: block plan, density 0.40" in stdout
     lines = {line.split()[0]: line for line in stdout.splitlines()[2:] if line.split()}
-    assert set(EXECUTORS) <= set(lines)
+    assert set(BACKENDS) <= set(lines)
     assert "taken by auto" in lines["gather_sdpa"] and stdout.count("taken by auto") == 1
     assert "auto takes gather_sdpa" in stdout
     assert "only when asked for by name" in lines["flex"] or "compiler" in lines["flex"]

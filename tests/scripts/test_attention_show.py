@@ -6,7 +6,7 @@ from PIL import Image
 
 from longtake.attention.policies import make_attention_policy
 from longtake.scripts import main
-from longtake.scripts.attention_show import COLOURS, MARGIN, WIDTH, draw, make_geometry
+from longtake.scripts.attention import COLOURS, MARGIN, WIDTH, draw, make_geometry
 from longtake.scripts.console import run_app
 
 

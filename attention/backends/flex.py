@@ -14,9 +14,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from longtake.attention.executors.base import FLOATS, Executor, Limits
+from longtake.attention.backends.base import (
+    FLOATS,
+    AttentionRequest,
+    Backend,
+    BackendUnavailable,
+    Limits,
+    Reason,
+    Verdict,
+)
 from longtake.attention.plan import BlockPlan
-from longtake.attention.requests import AttentionRequest, BackendUnavailable, Reason, Verdict
 
 BLOCK = 128
 """Edge of the kernel's blocks: what the compiled kernels are made for."""
@@ -28,7 +35,7 @@ MAX_COMPILED = 64
 """Shapes compiled in a process before the next is refused."""
 
 
-class FlexEager(Executor):
+class FlexEager(Backend):
     """Uncompiled: every score is computed and held. For debugging plans on short videos."""
 
     name = "flex_eager"
@@ -54,7 +61,7 @@ class FlexEager(Executor):
             return _call(flex_attention, q, k, v, flex_mask(plan, q.device), scale, return_lse)
 
 
-class Flex(Executor):
+class Flex(Backend):
     """Compiled, once per shape: half a minute on a CPU the first time, and only when asked for by name there."""
 
     name = "flex"

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.attention.executors.base import Executor, Limits
+from longtake.attention.backends.base import AttentionRequest, Backend, Limits, Reason, Verdict
 from longtake.attention.plan import BlockPlan
-from longtake.attention.requests import AttentionRequest, Reason, Verdict
 
 BLOCK = 128
 SPARSE_ARCHITECTURES = (9, 10, 11)
 
 
-class Flash(Executor):
+class Flash(Backend):
     """flash-attn 2 (Dao, arXiv:2307.08691), dense."""
 
     name = "flash"
@@ -32,7 +31,7 @@ class Flash(Executor):
         return _pair(result, return_lse)
 
 
-class Flash3(Executor):
+class Flash3(Backend):
     """flash-attn 3 for Hopper (Shah et al., arXiv:2407.08608), dense."""
 
     name = "flash3"
@@ -50,7 +49,7 @@ class Flash3(Executor):
         return _pair(result, return_lse)
 
 
-class Flash4(Executor):
+class Flash4(Backend):
     """flash-attn 4, dense, or with lists of full blocks of 128 on Hopper and Blackwell."""
 
     name = "flash4"
@@ -102,3 +101,46 @@ def _pair(result: Tensor | tuple[Tensor, ...], return_lse: bool) -> tuple[Tensor
     """The result, and (batch, heads, queries) of natural logarithms where they were asked for."""
     out, *rest = (result,) if isinstance(result, Tensor) else result
     return out, rest[0] if return_lse else None
+
+
+class Xformers(Backend):
+    """Whichever of its kernels fits: cutlass, flash-attn 2 or 3."""
+
+    name = "xformers"
+    package = "xformers"
+    module = "xformers"
+    install = "pip install 'xformers>=0.0.35' (torch 2.10 or newer, CUDA)"
+    limits = Limits(
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        min_capability=(5, 0),
+        max_head_dim=256,
+        head_dim_step=8,
+        grouped=False,
+    )
+
+    def _execute(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        fmha = self._load("xformers.ops.fmha")
+        if not return_lse:
+            return fmha.memory_efficient_attention(q, k, v, scale=scale), None
+        out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, scale=scale)
+        # Kernels may fill the queries up to a multiple of their tile.
+        return out, lse[..., : q.shape[1]]
+
+
+class Sage(Backend):
+    """Queries and keys are quantised to INT8, values to FP16 or FP8."""
+
+    name = "sage"
+    exact = False
+    package = "sageattention"
+    module = "sageattention"
+    install = "pip install sageattention (1.x, Triton; version 2 is built from source)"
+    limits = Limits(devices=("cuda",), min_capability=(8, 0), max_head_dim=128, lse=False, backward=False)
+
+    def _execute(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._load().sageattn(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=scale), None

@@ -1,4 +1,4 @@
-"""Every executor against attention written out in float64; those that cannot run here, with kernels written out."""
+"""Every backend against attention written out in float64; those that cannot run here, with kernels written out."""
 
 import math
 import shutil
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from longtake.attention import BlockPlan, merge_parts
-from longtake.attention.executors import EXECUTORS, executor, flashinfer, gather_sdpa, torch_varlen
-from longtake.attention.executors.flex import Flex
+from longtake.attention.backends import BACKENDS, find_backend, flashinfer, gather_sdpa, torch_varlen
+from longtake.attention.backends.base import AttentionRequest
+from longtake.attention.backends.flex import Flex
 from longtake.attention.plan import split_runs, uniform_edges
-from longtake.attention.requests import AttentionRequest
 
 FRAME = 200
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -61,7 +61,7 @@ def _assert_equal(name, q, k, v, plan, *, run=None, scale=None, tolerance=None, 
     mask = None if plan is None else reference.token_mask(plan, q.shape[2])
     expected, sums = reference.attention(q, k, v, mask, scale=scale)
     tolerance = tolerance or TOLERANCE[q.dtype]
-    run = run or executor(name).run
+    run = run or find_backend(name).run
     out = run(q, k, v, plan=plan, scale=scale)
     assert out.dtype == q.dtype and out.shape == q.shape
     assert (out - expected).abs().max() <= tolerance
@@ -107,7 +107,7 @@ def test_edges_that_differ_by_head(name):
 def test_a_full_plan_is_dense_attention(name):
     q, k, v = _tokens(CASES["ragged"])
     plan = BlockPlan.full(uniform_edges(350, 128), uniform_edges(700, 128))
-    assert (executor(name).run(q, k, v, plan=plan) - executor("sdpa").run(q, k, v)).abs().max() <= 1e-6
+    assert (find_backend(name).run(q, k, v, plan=plan) - find_backend("sdpa").run(q, k, v)).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["sdpa", *SPARSE])
@@ -133,8 +133,8 @@ def test_gradients(name, case):
     plan, tokens = _plan(CASES[case]), _tokens(CASES[case], batch=1)
     gradients = []
     with torch.inference_mode():  # what is kept of a plan must not be in the way of gradients
-        executor(name).run(*tokens, plan=plan)
-    for run in (executor(name).run, _written_out):
+        find_backend(name).run(*tokens, plan=plan)
+    for run in (find_backend(name).run, _written_out):
         leaves = [x.clone().requires_grad_() for x in tokens]
         (run(*leaves, plan=plan) ** 2).sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
@@ -164,7 +164,7 @@ def test_a_wrong_list_is_noticed():
     q, k, v = _tokens(case)
     expected, _ = reference.attention(q, k, v, reference.token_mask(plan, 2))
     for name in SPARSE:
-        assert (executor(name).run(q, k, v, plan=wrong) - expected).abs().max() > 1e-3
+        assert (find_backend(name).run(q, k, v, plan=wrong) - expected).abs().max() > 1e-3
 
 
 def test_flex_ignores_lists_without_a_function_and_ours_has_one():
@@ -269,7 +269,7 @@ def test_flashinfer_is_given_the_plan_and_its_base_2_sums_are_converted(name, ca
     module = SimpleNamespace(
         BlockSparseAttentionWrapper=_BsrWrapper, VariableBlockSparseAttentionWrapper=_VariableWrapper
     )
-    monkeypatch.setattr(EXECUTORS[name], "_load", classmethod(lambda cls, module_name=None: module))
+    monkeypatch.setattr(BACKENDS[name], "_load", classmethod(lambda cls, module_name=None: module))
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 8)
     monkeypatch.setattr(flashinfer, "_workspace", lambda device: torch.empty(8))
     plan = _plan(CASES[case])
@@ -310,7 +310,7 @@ def _flash(kernel_name, takes):
 )
 def test_flash_attn_is_called_as_documented(name, takes, case, monkeypatch):
     module = _flash("flash_attn_func", takes)
-    monkeypatch.setattr(EXECUTORS[name], "_load", classmethod(lambda cls, module_name=None: module))
+    monkeypatch.setattr(BACKENDS[name], "_load", classmethod(lambda cls, module_name=None: module))
     _assert_equal(name, *_tokens(CASES[case or "cached"]), _plan(CASES[case]) if case else None)
 
 
@@ -323,7 +323,7 @@ def test_xformers_is_called_as_documented(monkeypatch):
         memory_efficient_attention=lambda q, k, v, *, scale: with_sums(q, k, v, scale=scale)[0],
         memory_efficient_attention_forward_requires_grad=with_sums,
     )
-    monkeypatch.setattr(EXECUTORS["xformers"], "_load", classmethod(lambda cls, module_name=None: module))
+    monkeypatch.setattr(BACKENDS["xformers"], "_load", classmethod(lambda cls, module_name=None: module))
     _assert_equal("xformers", *_tokens(CASES["cached"]), None)
 
 
@@ -341,7 +341,7 @@ def test_parts_merge_to_the_whole(name, case):
     masks[0][..., 0], masks[1][..., 0] = True, False
     masks[0][..., -1], masks[1][..., -1] = False, True
     plans = [BlockPlan.from_dense_block_mask(mask, *edges) for mask in (*masks, masks[0] | masks[1])]
-    *parts, whole = (executor(name).run(q, k, v, plan=plan, return_lse=True) for plan in plans)
+    *parts, whole = (find_backend(name).run(q, k, v, plan=plan, return_lse=True) for plan in plans)
     out, lse = merge_parts(parts)
     assert (out - whole[0]).abs().max() < 1e-6 and (lse - whole[1]).abs().max() < 2e-6
 
@@ -349,7 +349,7 @@ def test_parts_merge_to_the_whole(name, case):
 def test_a_log_weight_counts_keys_several_times():
     q, k, v = _tokens(CASES["cached"])
     near, far = (k[:, :600], v[:, :600]), (k[:, 600:], v[:, 600:])
-    parts = [executor("sdpa").run(q, *keys, return_lse=True) for keys in (near, far)]
+    parts = [find_backend("sdpa").run(q, *keys, return_lse=True) for keys in (near, far)]
     repeated = [torch.cat([own, *[other] * 3], dim=1) for own, other in zip(near, far, strict=True)]
     expected, sums = reference.attention(q, *repeated)
     per_query = torch.full((2, 1, 256), math.log(3))
@@ -360,7 +360,7 @@ def test_a_log_weight_counts_keys_several_times():
 
 def test_parts_that_read_nothing_weigh_nothing():
     q, k, v = _tokens(CASES["cached"])
-    whole = executor("sdpa").run(q, k, v, return_lse=True)
+    whole = find_backend("sdpa").run(q, k, v, return_lse=True)
     nothing = (torch.zeros_like(q), torch.full_like(whole[1], -math.inf))
     out, lse = merge_parts([nothing, whole])
     assert torch.equal(out, whole[0]) and torch.equal(lse, whole[1])
@@ -372,23 +372,23 @@ def test_parts_that_read_nothing_weigh_nothing():
         merge_parts([nothing, whole], [0.0])
 
 
-@pytest.mark.parametrize("name", [name for name in EXECUTORS if name != "flex"])  # compiling takes long: its own test
-def test_executors_that_are_not_here_are_skipped_with_their_reason(name):
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "flex"])  # compiling takes long: its own test
+def test_backends_that_are_not_here_are_skipped_with_their_reason(name):
     """On a machine that has one, it is run against the reference; elsewhere its reason is given."""
-    available = EXECUTORS[name].available()
-    device = "cpu" if "cpu" in EXECUTORS[name].limits.devices else "cuda"
+    available = BACKENDS[name].available()
+    device = "cpu" if "cpu" in BACKENDS[name].limits.devices else "cuda"
     if not available.ok or (device == "cuda" and not torch.cuda.is_available()):
         pytest.skip(available.text or "no CUDA device")
-    dtype = EXECUTORS[name].limits.dtypes[-1]
+    dtype = BACKENDS[name].limits.dtypes[-1]
     case = CASES["square"]
-    plan = _plan(case) if EXECUTORS[name].limits.needs_plan else None
+    plan = _plan(case) if BACKENDS[name].limits.needs_plan else None
     q, k, v = (x.to(device) for x in _tokens(case, dtype=dtype, head_dim=64))
-    if not EXECUTORS[name].supports(AttentionRequest.of(q, k, v, plan)).ok:
-        pytest.skip(EXECUTORS[name].supports(AttentionRequest.of(q, k, v, plan)).text)
+    if not BACKENDS[name].supports(AttentionRequest.of(q, k, v, plan)).ok:
+        pytest.skip(BACKENDS[name].supports(AttentionRequest.of(q, k, v, plan)).text)
     mask = None if plan is None else reference.token_mask(plan, 2).to(device)
     expected, _ = reference.attention(q, k, v, mask)
-    found = executor(name).run(q, k, v, plan=plan)
-    if EXECUTORS[name].exact:
+    found = find_backend(name).run(q, k, v, plan=plan)
+    if BACKENDS[name].exact:
         assert (found - expected).abs().max() <= TOLERANCE[dtype]
     else:
         assert torch.cosine_similarity(found.double().flatten(), expected.flatten(), dim=0) > 0.999

@@ -10,15 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from longtake.attention.executors.base import Executor, Limits
-from longtake.attention.lse import natural
+from longtake.attention.backends.base import AttentionRequest, Backend, Limits, Reason, Verdict
+from longtake.attention.backends.dense import natural
 from longtake.attention.plan import BlockPlan
-from longtake.attention.requests import AttentionRequest, Reason, Verdict
 
 WORKSPACE_BYTES = 128 << 20
 
 
-class Flashinfer(Executor):
+class Flashinfer(Backend):
     """Equal blocks of any size, one map for all heads."""
 
     name = "flashinfer"
@@ -74,7 +73,7 @@ class Flashinfer(Executor):
         return wrapper
 
 
-class FlashinferVariable(Executor):
+class FlashinferVariable(Backend):
     """Blocks of any sizes, a map for every head of keys."""
 
     name = "flashinfer_variable"

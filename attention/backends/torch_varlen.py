@@ -10,11 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from longtake.attention.executors.base import Executor, Limits
-from longtake.attention.executors.rows import put, take, take_heads
-from longtake.attention.plan import BlockPlan
-from longtake.attention.plan_forms import RowGroup
-from longtake.attention.requests import Reason, Verdict
+from longtake.attention.backends.base import Backend, Limits, Reason, Verdict
+from longtake.attention.backends.gather_sdpa import put, take, take_heads
+from longtake.attention.plan import BlockPlan, RowGroup
 
 SINCE = (2, 13)
 """Version of PyTorch whose function this is written for."""
@@ -23,7 +21,7 @@ MAX_GATHERED = 1 << 27
 """Numbers of keys packed for one call, 256 MiB in bfloat16."""
 
 
-class TorchVarlen(Executor):
+class TorchVarlen(Backend):
     """``torch.nn.attention.varlen``: flash-attn within PyTorch, exact block sparsity by packing gathered keys."""
 
     name = "torch_varlen"
