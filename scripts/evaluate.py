@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,8 +144,8 @@ def run(
 
 
 def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> bool:
-    from longtake.evaluation.running.runner import num_cores, run_here
-    from longtake.evaluation.running.torchrun_launcher import is_rank, run_rank, run_torchrun
+    from longtake.evaluation.running.launchers import is_rank, start_ranks
+    from longtake.evaluation.running.runner import num_cores, run_here, run_rank
 
     with stop_requests("unit of work") as should_stop:
         if is_rank():
@@ -153,7 +153,7 @@ def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> b
                 return run_rank(evaluation, display, should_stop=should_stop)
         if launcher == "torchrun":
             count = workers or num_cores(evaluation.protocol.threads)
-            is_finished = run_torchrun(_own_arguments(), num_processes=count, should_stop=should_stop)
+            is_finished = start_ranks(_own_arguments(), num_ranks=count, should_stop=should_stop)
         else:
             with _display(evaluation) as display:
                 is_finished = run_here(
@@ -187,7 +187,7 @@ class _Display:
         self._bar = bar
         self._task = None if bar is None else bar.add_task("", total=self._total, completed=self._begun, left="")
 
-    def ready(self, description: Mapping[str, Any]) -> None:
+    def ready(self) -> None:
         """Loading is over: what is left is reckoned from here."""
         if not self._is_begun:
             self._is_begun, self._begin = True, time.perf_counter()

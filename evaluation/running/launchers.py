@@ -1,255 +1,312 @@
-"""Who does the units: worker processes on this machine, the ranks of ``torchrun``, or Ray actors.
+"""Workers of an evaluation: processes of this machine, the ranks of ``torchrun``, or Ray actors.
 
-Each of them drives worker processes of the same kind, so none of them has a say in the numbers.
+Every worker has the protocol's number of threads in its environment, because numerical libraries read it once, when
+they are loaded. So the numbers are the same for any number of workers and any launcher.
 """
 
-import contextlib
-import json
+import multiprocessing
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from longtake.evaluation.running.plan import Unit
+from longtake.evaluation.running.worker import Setup, do_unit, set_up, start_process
 
 # Of torchrun: a worker is a process of its own and no rank.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What every worker is told before its first unit.
-
-    Attributes:
-        protocol: Resolved, as plain values.
-        keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
-        checked: One unit of each policy, to be checked before any work.
-        threads: Of each worker.
-    """
-
-    protocol: Mapping[str, Any]
-    keep_videos: bool
-    checked: Sequence[Unit]
-    threads: int
-
-    def to_json(self, slot: int) -> dict[str, Any]:
-        """The first order of a worker; ``slot`` chooses its GPU."""
-        units = [unit.to_json() for unit in self.checked]
-        return {"protocol": dict(self.protocol), "keep_videos": self.keep_videos, "units": units, "slot": slot}
+_POLL_SECONDS = 0.1
 
 
 class Watcher(Protocol):
-    """Is told how the work goes on; may be called from several threads, one at a time."""
+    """Display of an evaluation's progress."""
 
-    def ready(self, description: Mapping[str, Any]) -> None:
-        """A worker has loaded everything; says what it measures."""
+    def ready(self) -> None:
+        """Note that a worker has loaded everything."""
 
     def steps(self, unit: Unit, steps: float) -> None:
-        """So many steps of a unit are done."""
+        """Note how many steps of a unit are done."""
 
     def done(self, unit: Unit) -> None:
-        """A unit is finished and on disk."""
+        """Note that a unit is finished and on disk."""
 
 
-class WorkerProcess:
-    """One worker, driven over its standard input and output.
+class Worker(Protocol):
+    """A process that does units, one at a time."""
+
+    slot: int
+    """Number among the workers of its machine."""
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+        """Call a function in the process; ``BrokenExecutor`` if it dies."""
+
+    def steps(self) -> float | None:
+        """Latest news of the unit in work, if there is any."""
+
+
+def do_units(
+    units: Sequence[Unit],
+    setup: Setup,
+    workers: Sequence[Worker],
+    *,
+    describe: Callable[[Mapping[str, Any]], None],
+    watcher: Watcher,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Do units; whoever is free takes the next.
 
     Args:
-        setup: Its first order.
-        slot: Number among the workers of this machine.
-    """
-
-    def __init__(self, setup: Setup, *, slot: int) -> None:
-        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        environment |= dict.fromkeys(THREAD_VARIABLES, str(setup.threads))
-        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "longtake.evaluation.running.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-            # Ctrl-C in a terminal is for the program that drives it, which lets it finish its unit.
-            start_new_session=True,
-        )
-        self._order(setup.to_json(slot))
-
-    def wait_until_ready(self) -> dict[str, Any]:
-        """What it measures, once everything is loaded.
-
-        Raises:
-            ValueError: If it refuses the setup.
-        """
-        return self._answer("the setup", lambda steps: None, "ready")
-
-    def do(self, unit: Unit, *, on_steps: Callable[[float], None]) -> None:
-        """Have a unit done.
-
-        Raises:
-            ValueError: If it cannot be done; says what to do about it.
-        """
-        self._order({"unit": unit.to_json()})
-        self._answer(f"{unit.label}, videos {unit.lines[0].id} to {unit.lines[-1].id}", on_steps, "done")
-
-    def stop(self) -> None:
-        """End it at once; what it has written whole stays."""
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1)
-        self._process.kill()
-        self._process.wait()
-        self._process.stdout.close()
-
-    def _order(self, values: Mapping[str, Any]) -> None:
-        # If it is gone, its answer says so.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(values) + "\n")
-            self._process.stdin.flush()
-
-    def _answer(self, what: str, on_steps: Callable[[float], None], wanted: str) -> Any:
-        for line in self._process.stdout:
-            answer = json.loads(line)
-            if "steps" in answer:
-                on_steps(answer["steps"])
-            elif "error" in answer:
-                raise _failure(answer, what)
-            else:
-                return answer[wanted]
-        code = self._process.wait()
-        reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        raise ValueError(
-            f"a worker {reason} in {what}: finished work is kept; run the same command again, with fewer --workers if "
-            "memory ran out"
-        )
-
-
-def run_local(
-    units: Sequence[Unit], setup: Setup, watcher: Watcher, *, num_workers: int, should_stop: Callable[[], bool]
-) -> None:
-    """Do units in worker processes on this machine; whoever is free takes the next.
+        units: The work.
+        setup: Of every worker.
+        workers: From :func:`local_workers` or :func:`ray_workers`.
+        describe: Called with what a worker measures, before its first unit.
+        watcher: Told of the progress.
+        should_stop: Whether to begin no more units.
 
     Raises:
         ValueError: The first failure, after the other workers have finished the units they are in.
     """
-
-    def drive(slot: int, hands: _Hands) -> None:
-        with _worker(setup, slot) as worker:
-            hands.tell(watcher.ready, worker.wait_until_ready())
-            while (unit := hands.next_unit()) is not None:
-                worker.do(unit, on_steps=lambda steps, unit=unit: hands.tell(watcher.steps, unit, steps))
-                hands.tell(watcher.done, unit)
-
-    drive_together(units, drive, num_workers=num_workers, should_stop=should_stop)
-
-
-def run_share(
-    units: Sequence[Unit],
-    setup: Setup,
-    watcher: Watcher,
-    *,
-    rank: int,
-    world_size: int,
-    slot: int,
-    should_stop: Callable[[], bool],
-) -> None:
-    """Do the units that fall to one of several ranks.
-
-    Raises:
-        ValueError: If a unit cannot be done.
-    """
-    mine = [unit for unit in units if unit.share % world_size == rank]
-    if not mine or should_stop():
-        return
-    with _worker(setup, slot) as worker:
-        watcher.ready(worker.wait_until_ready())
-        for unit in mine:
-            if should_stop():
-                return
-            worker.do(unit, on_steps=lambda steps, unit=unit: watcher.steps(unit, steps))
-            watcher.done(unit)
-
-
-def drive_together(
-    units: Sequence[Unit],
-    drive: "Callable[[int, _Hands], None]",
-    *,
-    num_workers: int,
-    should_stop: Callable[[], bool],
-) -> None:
-    """Run a function in as many threads as there are workers, all taking from the same units.
-
-    Raises:
-        BaseException: The first failure; the other threads end after the unit they are in.
-    """
-    hands = _Hands(units, should_stop)
-    finished: queue.Queue[BaseException | None] = queue.Queue()
-
-    def run(slot: int) -> None:
-        try:
-            drive(slot, hands)
-            finished.put(None)
-        except BaseException as error:  # handed to the thread that waits
-            hands.close()
-            finished.put(error)
-
-    threads = [threading.Thread(target=run, args=(slot,), daemon=True) for slot in range(num_workers)]
-    for thread in threads:
-        thread.start()
-    failures = []
-    for _ in threads:
-        failure = finished.get()
-        if failure is not None:
-            failures.append(failure)
+    left, failures = iter(units), []
+    running: dict[Future[Any], tuple[Worker, Unit | None]] = {}
+    for worker in workers:
+        running[worker.submit(set_up, setup, worker.slot)] = worker, None
+    while running:
+        finished, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        for worker, unit in running.values():
+            steps = worker.steps()
+            if steps is not None and unit is not None:
+                watcher.steps(unit, steps)
+        for future in finished:
+            worker, unit = running.pop(future)
+            try:
+                result = future.result()
+                if unit is None:
+                    describe(result)
+                    watcher.ready()
+                else:
+                    watcher.done(unit)
+            except Exception as error:
+                failures.append(_failure(error, unit))
+            following = None if failures or should_stop() else next(left, None)
+            if following is not None:
+                running[worker.submit(do_unit, following)] = worker, following
     if failures:
         raise failures[0]
 
 
-class _Hands:
-    """What the threads that drive workers share: the units that are left, and one voice."""
+@contextmanager
+def local_workers(slots: Sequence[int], *, threads: int) -> "Iterator[list[LocalWorker]]":
+    """Workers on this machine, which end with the block: after their units, or at once if it is interrupted.
 
-    def __init__(self, units: Sequence[Unit], should_stop: Callable[[], bool]) -> None:
-        self._units = iter(units)
-        self._should_stop = should_stop
-        self._is_closed = False
-        self._lock = threading.Lock()
-
-    def next_unit(self) -> Unit | None:
-        """The next unit, None when there is none or no more are to be begun."""
-        with self._lock:
-            return None if self._is_closed or self._should_stop() else next(self._units, None)
-
-    def tell(self, listener: Callable[..., None], *values: Any) -> None:
-        """Call a listener, one thread at a time."""
-        with self._lock:
-            listener(*values)
-
-    def close(self) -> None:
-        """Begin no more units."""
-        self._is_closed = True
-
-
-@contextlib.contextmanager
-def _worker(setup: Setup, slot: int) -> Iterator[WorkerProcess]:
-    worker = WorkerProcess(setup, slot=slot)
+    Args:
+        slots: Number of each among the workers of this machine.
+        threads: Of each.
+    """
+    others = set(multiprocessing.active_children())
+    workers = [LocalWorker(slot, threads) for slot in slots]
     try:
-        yield worker
+        yield workers
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
-        worker.stop()
+        for worker in workers:
+            worker.pool.shutdown()
 
 
-def _failure(answer: Mapping[str, Any], what: str) -> Exception:
-    if "traceback" in answer:
-        return RuntimeError(f"a worker failed in {what}:\n{answer['traceback']}")
-    if answer.get("is_disk_full"):
-        return ValueError(
-            f"the disk is full ({answer['error']}); finished work is kept: free some space, then run the same "
-            "command again"
-        )
-    return ValueError(answer["error"])
+class LocalWorker:
+    """A pool of one process, so that one that dies for want of memory takes no other's unit with it.
+
+    Args:
+        slot: Number among the workers of this machine.
+        threads: Of the process.
+    """
+
+    def __init__(self, slot: int, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.slot = slot
+        self._threads = threads
+        self._steps, steps = context.Pipe(duplex=False)
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=start_process, initargs=(steps,))
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+        """Call a function in the process, which the first call starts."""
+        before = dict(os.environ)
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(_environment(self._threads))
+        # Inherited, so that Ctrl-C in a terminal does not reach a process that is just starting.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self.pool.submit(function, *args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.environ.clear()
+            os.environ.update(before)
+
+    def steps(self) -> float | None:
+        """Latest news of the unit in work, if there is any."""
+        latest = None
+        while self._steps.poll():
+            latest = self._steps.recv()
+        return latest
+
+
+@contextmanager
+def ray_workers(
+    num_workers: int | None, *, num_units: int, threads: int, is_cuda: bool
+) -> "Iterator[list[RayWorker]]":
+    """Ray actors of the cluster that runs here (``ray start --head``), else of one started for this.
+
+    Args:
+        num_workers: As many as the cluster has room for when None.
+        num_units: More actors are of no use.
+        threads: Of each.
+        is_cuda: Whether each needs a GPU.
+
+    Raises:
+        ValueError: If Ray is missing or the cluster has no room.
+    """
+    ray = _import_ray()
+    with _cluster(ray, num_workers, threads):
+        total = ray.cluster_resources()
+        room = int(total.get("CPU", 0) // threads)
+        room = min(room, int(total.get("GPU", 0))) if is_cuda else room
+        if room < max(1, num_workers or 1):
+            wanted = f"{num_workers or 1} actors of {threads} cores" + (" and a GPU" if is_cuda else "")
+            raise ValueError(f"the Ray cluster has room for {room} actors, {wanted} are asked for: lower --workers")
+        options = {"num_cpus": threads, "num_gpus": int(is_cuda), "runtime_env": {"env_vars": _environment(threads)}}
+        workers = [RayWorker(ray, options) for _ in range(min(num_workers or room, num_units))]
+        try:
+            yield workers
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+class RayWorker:
+    """An actor and the thread that waits for it; Ray's own pool hands units out in turn, also to busy actors.
+
+    Args:
+        ray: The package.
+        options: Of the actor.
+    """
+
+    # Ray shows an actor its own GPUs only, so the first is the right one.
+    slot = 0
+
+    def __init__(self, ray: Any, options: Mapping[str, Any]) -> None:
+        self._ray = ray
+        self._actor = ray.remote(**options)(_Actor).remote()
+        self._thread = ThreadPoolExecutor(1)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+        """Call a function in the actor."""
+        return self._thread.submit(self._call, function, *args)
+
+    def steps(self) -> None:
+        """Nothing: actors tell of whole units only."""
+
+    def stop(self) -> None:
+        """End the actor at once; what it has written whole stays."""
+        self._ray.kill(self._actor)
+        self._thread.shutdown()
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return self._ray.get(self._actor.call.remote(function, *args))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayActorError as error:
+            raise BrokenExecutor from error
+
+
+class _Actor:
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+def is_rank() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def start_ranks(arguments: Sequence[str], *, num_ranks: int, should_stop: Callable[[], bool]) -> bool:
+    """Start this program again under ``torchrun`` and wait for it.
+
+    Args:
+        arguments: Of ``longtake evaluate run``.
+        num_ranks: Processes, all on this machine.
+        should_stop: Whether the user has asked to stop.
+
+    Returns:
+        Whether everything is finished.
+
+    Raises:
+        ValueError: If a rank fails; it has said why on the standard error stream.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    command += ["--module", "longtake.scripts.main", "evaluate", "run", *arguments]
+    with subprocess.Popen(command) as process:
+        try:
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    if code == 0 or should_stop():
+        return code == 0
+    raise ValueError("a rank of torchrun failed, see above: finished work is kept; run the same command again")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _failure(error: Exception, unit: Unit | None) -> Exception:
+    if not isinstance(error, BrokenExecutor):
+        return error
+    return ValueError(
+        f"a worker died in {'the setup' if unit is None else unit.title}: finished work is kept; run the same command "
+        "again, with fewer --workers if memory ran out"
+    )
+
+
+def _import_ray() -> Any:
+    # Read when it is imported: no message about usage statistics, and none are sent.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError(
+            "launcher 'ray' needs the package ray (not installed): pip install 'longtake[cluster]', or use launcher "
+            "'local' or 'torchrun'"
+        ) from error
+    return ray
+
+
+@contextmanager
+def _cluster(ray: Any, num_workers: int | None, threads: int) -> Iterator[None]:
+    """Join the running cluster or start one on this machine; leave it or end it afterwards."""
+    import logging
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
+    # Ray takes signals for itself; here they are requests to stop after a unit.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        cores = None if num_workers is None else num_workers * threads
+        ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -6,14 +6,14 @@ interruptions changes nothing about its numbers.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longtake.evaluation.metric import Segment
 from longtake.evaluation.records import ManifestLine, score_name
 from longtake.evaluation.running.protocol import Protocol
-from longtake.evaluation.running.suites import Change, Prompt, video_seed
+from longtake.evaluation.running.suites import Prompt, video_seed
 
 MANIFEST = "manifest.jsonl"
 SCORES = "scores"
@@ -40,6 +40,11 @@ class Unit:
     folder: Path
     lines: tuple[ManifestLine, ...]
     prompts: tuple[Prompt, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Name for messages."""
+        return f"{self.label}, videos {self.lines[0].id} to {self.lines[-1].id}"
 
     @property
     def is_generated(self) -> bool:
@@ -85,25 +90,6 @@ class Unit:
         if not lines or not all(self.is_measured(line) for line in lines):
             return False
         return not (self.is_generated and keep_videos) or self.videos_exist(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return asdict(self) | {"folder": str(self.folder), "lines": [line.to_json() for line in self.lines]}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Unit":
-        """Inverse of :meth:`to_json`."""
-        prompts = tuple(
-            Prompt(
-                text=prompt["text"],
-                extended=prompt["extended"],
-                changes=tuple(Change(**change) for change in prompt["changes"]),
-                dimensions=tuple(prompt["dimensions"]),
-            )
-            for prompt in values["prompts"]
-        )
-        lines = tuple(ManifestLine.from_json(line) for line in values["lines"])
-        return cls(**{**values, "folder": Path(values["folder"]), "lines": lines, "prompts": prompts})
 
 
 @dataclass(frozen=True, kw_only=True)

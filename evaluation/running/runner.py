@@ -14,9 +14,11 @@ Existing videos stay where they are; a single folder of them is a run whose file
 
 import contextlib
 import fcntl
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -24,7 +26,7 @@ from typing import IO, Any, Literal
 
 from longtake.evaluation.records import RunScores, write_json, write_manifest
 from longtake.evaluation.results import COSTS_FILE, RESULTS_FILE, RUN_FILE, load_run, results_json, run_record
-from longtake.evaluation.running.launchers import Setup, Watcher, run_local
+from longtake.evaluation.running.launchers import Watcher, Worker, do_units, local_workers, ray_workers
 from longtake.evaluation.running.plan import MANIFEST, UNITS, RunPlan, Unit, interleaved, plan_generation, read_json
 from longtake.evaluation.running.protocol import (
     PROTOCOL_FILE,
@@ -37,10 +39,13 @@ from longtake.evaluation.running.protocol import (
     settle,
 )
 from longtake.evaluation.running.suites import load_prompts, prompts_sha256
+from longtake.evaluation.running.worker import Setup
 
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
+LONGEST_WAIT = timedelta(days=365)
+"""Ranks that are finished wait for the others: units of hours are no failure."""
 Launcher = Literal["local", "torchrun", "ray"]
 LAUNCHERS: tuple[Launcher, ...] = ("local", "torchrun", "ray")
 
@@ -124,14 +129,22 @@ class Evaluation:
         """Units that are not finished."""
         return [unit for unit in self.units if not unit.is_done(keep_videos=self.keep_videos)]
 
-    def setup(self, units: Sequence[Unit]) -> Setup:
-        """What workers are told before they do some units: paths are made to work from any folder."""
-        values = self.protocol.as_mapping()
-        if self.protocol.backbones is not None:
-            values["backbones"] = str(Path(self.protocol.backbones).absolute())
-        if self.protocol.videos is None and Path(self.protocol.model).exists():
-            values["model"] = str(model_folder(self.protocol.model).absolute())
-        return Setup(protocol=values, keep_videos=self.keep_videos, checked=units, threads=self.protocol.threads)
+    def work(
+        self, units: Sequence[Unit], workers: Sequence[Worker], watcher: Watcher, *, should_stop: Callable[[], bool]
+    ) -> None:
+        """Do some units.
+
+        Raises:
+            ValueError: The first failure.
+        """
+        # Workers may be in another folder.
+        protocol = self.protocol
+        if protocol.backbones is not None:
+            protocol = replace(protocol, backbones=str(Path(protocol.backbones).absolute()))
+        if protocol.videos is None and Path(protocol.model).exists():
+            protocol = replace(protocol, model=str(model_folder(protocol.model).absolute()))
+        setup = Setup(protocol=protocol, keep_videos=self.keep_videos, units=units)
+        do_units(units, setup, workers, describe=self.describe, watcher=watcher, should_stop=should_stop)
 
     def describe(self, description: Mapping[str, Any]) -> None:
         """Write down what is measured, or check that it is what earlier videos were measured with.
@@ -221,48 +234,59 @@ def run_here(
     Raises:
         ValueError: If something does not fit or cannot be read; finished work is kept.
     """
+    threads, is_cuda = evaluation.protocol.threads, evaluation.protocol.device == "cuda"
     with evaluation.opened():
         units = evaluation.todo()
         if units:
-            recorder, setup = Recorder(evaluation, watcher), evaluation.setup(units)
             if launcher == "ray":
-                from longtake.evaluation.running.ray_launcher import run_ray
-
-                run_ray(units, setup, recorder, num_workers=num_workers, should_stop=should_stop)
+                pool = ray_workers(num_workers, num_units=len(units), threads=threads, is_cuda=is_cuda)
             else:
-                count = min(num_workers or num_cores(evaluation.protocol.threads), len(units))
-                run_local(units, setup, recorder, num_workers=count, should_stop=should_stop)
+                pool = local_workers(range(min(num_workers or num_cores(threads), len(units))), threads=threads)
+            with pool as workers:
+                evaluation.work(units, workers, watcher, should_stop=should_stop)
         if evaluation.todo():
             return False
         evaluation.finish()
         return True
 
 
-class Recorder:
-    """A watcher that also writes down what the workers measure, before the first score."""
+def run_rank(evaluation: Evaluation, watcher: Watcher, *, should_stop: Callable[[], bool]) -> bool:
+    """Do the units of one rank of ``torchrun``; ranks may be on several machines that share the folder.
 
-    def __init__(self, evaluation: Evaluation, watcher: Watcher) -> None:
-        self._evaluation = evaluation
-        self._watcher = watcher
+    The first rank locks the folder, and writes the results when all are finished.
 
-    def ready(self, description: Mapping[str, Any]) -> None:
-        """A worker has loaded everything."""
-        self._evaluation.describe(description)
-        self._watcher.ready(description)
+    Args:
+        evaluation: What to do, the same on every rank.
+        watcher: Is told how this rank's work goes.
+        should_stop: Whether to begin no more units.
 
-    def steps(self, unit: Unit, steps: float) -> None:
-        """So many steps of a unit are done."""
-        self._watcher.steps(unit, steps)
+    Returns:
+        Whether everything is finished.
 
-    def done(self, unit: Unit) -> None:
-        """A unit is finished."""
-        self._watcher.done(unit)
+    Raises:
+        ValueError: If something does not fit or cannot be read; ``torchrun`` then ends the other ranks.
+    """
+    from torch import distributed
+
+    # The processes that wait here compute nothing, so that they need no GPU.
+    distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    rank, slot = distributed.get_rank(), int(os.environ["LOCAL_RANK"])
+    with evaluation.opened() if rank == 0 else contextlib.nullcontext():
+        distributed.barrier()
+        units = [unit for unit in evaluation.todo() if unit.share % distributed.get_world_size() == rank]
+        if units and not should_stop():
+            with local_workers([slot], threads=evaluation.protocol.threads) as workers:
+                evaluation.work(units, workers, watcher, should_stop=should_stop)
+        if should_stop():
+            return False
+        distributed.barrier()
+        if rank == 0:
+            evaluation.finish()
+        return True
 
 
 def num_cores(threads: int = 1) -> int:
     """Processes that this machine has room for."""
-    import os
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // threads)
 

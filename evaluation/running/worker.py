@@ -1,22 +1,19 @@
-"""The process that does units of work: it makes videos, measures them and writes their scores.
+"""Work of one process of an evaluation: make videos, measure them and write their scores.
 
-Started by the launchers as ``python -m longtake.evaluation.running.worker`` with the protocol's number of threads in
-its environment, because numerical libraries read it once, when they are loaded: so the numbers are the same however
-many workers there are and whoever starts them. Orders come as JSON lines on standard input, answers go to standard
-output. When its input ends, the program that drives it is gone, and it ends too.
+The process that plans the evaluation hands :func:`start_process`, :func:`set_up` and :func:`do_unit` to a pool of
+such processes, see ``launchers.py``.
 """
 
 import errno
-import json
 import os
-import queue
-import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from longtake.evaluation.records import ManifestLine, VideoScores, video_info, write_json
 from longtake.evaluation.running.plan import Unit
@@ -25,7 +22,20 @@ from longtake.evaluation.running.protocol import Protocol
 if TYPE_CHECKING:
     from longtake.evaluation.running.generation import Generator
 
-Say = Callable[..., None]
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Settings of every worker.
+
+    Attributes:
+        protocol: Resolved, with paths that work from any folder.
+        keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
+        units: Everything that is to be done, to be checked before any work.
+    """
+
+    protocol: Protocol
+    keep_videos: bool
+    units: Sequence[Unit]
 
 
 class Worker:
@@ -125,49 +135,82 @@ class Worker:
         return self._generator
 
 
-def main() -> None:
-    """Take orders until the input ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    # Whatever libraries print must not be taken for an answer.
+_worker: Worker | None = None
+_steps: "connection.Connection | None" = None
+
+
+def start_process(steps: "connection.Connection") -> None:
+    """Prepare a process of a pool before its first order.
+
+    Args:
+        steps: Takes the steps that are done of the current unit.
+    """
+    global _steps
+    _steps = steps
+    # Signals of a terminal and of torchrun are for the planning process, which lets this one finish its unit.
+    os.setsid()
+    # The planning process's standard output is for results, not for what libraries print.
     os.dup2(2, 1)
-
-    def say(**values: Any) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    orders = _follow(sys.stdin)
-    setup = orders.get()
-    try:
-        worker = _set_up(setup)
-        say(ready=worker.describe())
-        while True:
-            unit = Unit.from_json(orders.get()["unit"])
-            worker.do(unit, on_steps=lambda steps: say(steps=steps))
-            say(done=unit.number)
-    except ValueError as error:
-        say(error=str(error))
-    except OSError as error:
-        say(error=_describe(error), is_disk_full=error.errno in (errno.ENOSPC, errno.EDQUOT))
-    except Exception:  # the process that drives this one raises it, with its traceback
-        say(error=traceback.format_exc().strip().splitlines()[-1], traceback=traceback.format_exc())
+    planning = parent_process()
+    if planning is not None:
+        threading.Thread(target=_end_with, args=(planning.sentinel,), daemon=True).start()
 
 
-def _set_up(setup: Mapping[str, Any]) -> Worker:
+def set_up(setup: Setup, slot: int) -> dict[str, Any]:
+    """Load networks and model, and refuse what would fail later.
+
+    Args:
+        setup: Of every worker.
+        slot: Number among the workers of this machine; chooses the GPU.
+
+    Returns:
+        What is measured: ``specs``, ``skipped`` and ``files``.
+
+    Raises:
+        ValueError: If a backbone, the model, a prompt or a policy does not fit.
+    """
     import torch
 
-    protocol = _protocol(setup["protocol"])
-    torch.set_num_threads(protocol.threads)
-    torch.set_num_interop_threads(1)
-    torch.set_grad_enabled(False)
-    worker = Worker(protocol, device=_device(protocol.device, setup["slot"], torch), keep_videos=setup["keep_videos"])
-    worker.check([Unit.from_json(unit) for unit in setup["units"]])
-    return worker
+    global _worker
+    with _plain_errors("the setup"):
+        torch.set_num_threads(setup.protocol.threads)
+        torch.set_num_interop_threads(1)
+        torch.set_grad_enabled(False)
+        device = _device(setup.protocol.device, slot, torch)
+        _worker = Worker(setup.protocol, device=device, keep_videos=setup.keep_videos)
+        _worker.check(setup.units)
+        return _worker.describe()
 
 
-def _protocol(values: Mapping[str, Any]) -> Protocol:
-    from longtake.configs.fields import build
+def do_unit(unit: Unit) -> None:
+    """Make and measure what a unit lacks.
 
-    return build(Protocol, values, what="the protocol")
+    Raises:
+        ValueError: If it cannot be done; says what to do about it.
+        RuntimeError: If the program is at fault; with the traceback.
+    """
+    with _plain_errors(unit.title):
+        if _worker is None:
+            raise RuntimeError("the worker is not set up")
+        _worker.do(unit, on_steps=_steps.send if _steps is not None else lambda steps: None)
+
+
+@contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """Raise only errors that survive the way to another process, as those of many libraries do not."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error)) from None
+    except OSError as error:
+        text = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = (
+                f"the disk is full ({text}); finished work is kept: free some space, then run the same command again"
+            )
+        raise ValueError(text) from None
+    except Exception:
+        raise RuntimeError(f"a worker failed in {what}:\n{traceback.format_exc()}") from None
 
 
 def _device(name: str, slot: int, torch: Any) -> str:
@@ -178,23 +221,7 @@ def _device(name: str, slot: int, torch: Any) -> str:
     return f"cuda:{slot % torch.cuda.device_count()}"
 
 
-def _follow(stream: IO[str]) -> "queue.Queue[dict[str, Any]]":
-    """Read orders beside the work, so that the end of the input ends the process in the middle of a unit."""
-    orders: queue.Queue[dict[str, Any]] = queue.Queue()
-
-    def read() -> None:
-        for line in stream:
-            orders.put(json.loads(line))
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    return orders
-
-
-def _describe(error: OSError) -> str:
-    where = f": {error.filename}" if error.filename else ""
-    return f"{error.strerror or error}{where}"
-
-
-if __name__ == "__main__":
-    main()
+def _end_with(sentinel: int) -> None:
+    """End this process, even in the middle of a unit, when the planning one is gone."""
+    connection.wait([sentinel])
+    os._exit(1)

@@ -1,20 +1,24 @@
-"""Who does which unit, and what happens when one cannot be done; workers are stand-ins here."""
+"""Handing out units to workers, and failures; processes are stand-ins except where a real one dies."""
 
 import errno
-import json
+import multiprocessing
 import os
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from longtake.evaluation.records import ManifestLine
 from longtake.evaluation.running import launchers, worker
-from longtake.evaluation.running.launchers import Setup, run_local, run_share
+from longtake.evaluation.running.launchers import do_units, local_workers
 from longtake.evaluation.running.plan import Unit
+from longtake.evaluation.running.protocol import Protocol
+from longtake.evaluation.running.worker import Setup, do_unit
 
-SETUP = Setup(protocol={}, keep_videos=True, checked=(), threads=1)
+SETUP = Setup(protocol=Protocol(), keep_videos=True, units=())
 UNITS = [
     Unit(label="x", number=n, share=n, folder=Path("out"), lines=(ManifestLine(id=f"p{n}", file="a.mp4"),))
     for n in range(12)
@@ -22,13 +26,13 @@ UNITS = [
 
 
 class Watcher:
-    """Notes what it is told."""
-
     def __init__(self):
         self.finished, self.num_ready, self.seen_steps = [], 0, []
 
-    def ready(self, description):
+    def describe(self, description):
         assert description == {"specs": []}
+
+    def ready(self):
         self.num_ready += 1
 
     def steps(self, unit, steps):
@@ -38,43 +42,47 @@ class Watcher:
         self.finished.append(unit.number)
 
 
-@pytest.fixture
-def fakes(monkeypatch):
-    """Stand-ins for worker processes; ``do`` may be replaced."""
+class Fake:
+    """A worker in a thread."""
 
-    class Fake:
-        made = []
-        do_unit = staticmethod(lambda unit: None)
+    def __init__(self, slot, do):
+        self.slot, self._do, self._threads = slot, do, ThreadPoolExecutor(1)
 
-        def __init__(self, setup, *, slot):
-            self.slot, self.is_stopped = slot, False
-            Fake.made.append(self)
+    def submit(self, function, *args):
+        if function is do_unit:
+            return self._threads.submit(self._do, *args)
+        return self._threads.submit(dict, specs=[])
 
-        def wait_until_ready(self):
-            return {"specs": []}
+    def steps(self):
+        return 0.5
 
-        def do(self, unit, *, on_steps):
-            on_steps(0.5)
-            Fake.do_unit(unit)
 
-        def stop(self):
-            self.is_stopped = True
-
-    monkeypatch.setattr(launchers, "WorkerProcess", Fake)
-    return Fake
+def work(do, *, num_workers, should_stop=lambda watcher: False):
+    """Numbers of the finished units, or the error, and the watcher."""
+    watcher, error = Watcher(), None
+    fakes = [Fake(slot, do) for slot in range(num_workers)]
+    try:
+        do_units(
+            UNITS,
+            SETUP,
+            fakes,
+            describe=watcher.describe,
+            watcher=watcher,
+            should_stop=lambda: should_stop(watcher),
+        )
+    except Exception as raised:
+        error = raised
+    return watcher, error
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_every_unit_is_done_once_and_every_worker_ends(fakes, num_workers):
-    watcher = Watcher()
-    run_local(UNITS, SETUP, watcher, num_workers=num_workers, should_stop=lambda: False)
-    assert sorted(watcher.finished) == list(range(12)) and watcher.num_ready == num_workers
-    assert sorted(watcher.seen_steps) == [(n, 0.5) for n in range(12)]
-    assert sorted(fake.slot for fake in fakes.made) == list(range(num_workers))
-    assert all(fake.is_stopped for fake in fakes.made)
+def test_every_unit_is_done_once(num_workers):
+    watcher, error = work(lambda unit: None, num_workers=num_workers)
+    assert error is None and sorted(watcher.finished) == list(range(12)) and watcher.num_ready == num_workers
+    assert {number for number, _ in watcher.seen_steps} == set(range(12))
 
 
-def test_the_others_finish_their_units_before_a_failure_is_raised(fakes):
+def test_the_others_finish_their_units_before_a_failure_is_raised():
     second_begun, first_failed = threading.Event(), threading.Event()
 
     def do(unit):
@@ -84,76 +92,60 @@ def test_the_others_finish_their_units_before_a_failure_is_raised(fakes):
             raise ValueError("cannot read it")
         second_begun.set()
         first_failed.wait(timeout=10)
-        time.sleep(0.3)  # until the failure is known to all
+        time.sleep(0.3)  # until the failure is known
 
-    fakes.do_unit = staticmethod(do)
-    watcher = Watcher()
-    with pytest.raises(ValueError, match="cannot read it"):
-        run_local(UNITS, SETUP, watcher, num_workers=2, should_stop=lambda: False)
-    assert watcher.finished == [1] and all(fake.is_stopped for fake in fakes.made)
+    watcher, error = work(do, num_workers=2)
+    assert str(error) == "cannot read it" and watcher.finished == [1]
 
 
-def test_a_request_to_stop_begins_no_more_units(fakes):
-    watcher = Watcher()
-    run_local(UNITS, SETUP, watcher, num_workers=1, should_stop=lambda: len(watcher.finished) == 3)
-    assert watcher.finished == [0, 1, 2]
-    watcher = Watcher()
-    run_share(UNITS, SETUP, watcher, rank=0, world_size=2, slot=0, should_stop=lambda: len(watcher.finished) == 3)
-    assert watcher.finished == [0, 2, 4]
+def test_a_request_to_stop_begins_no_more_units():
+    watcher, error = work(lambda unit: None, num_workers=1, should_stop=lambda watcher: len(watcher.finished) == 3)
+    assert error is None and watcher.finished == [0, 1, 2]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 5, 20])
-def test_ranks_share_the_units_without_talking(fakes, world_size):
-    watcher = Watcher()
-    for rank in range(world_size):
-        run_share(UNITS, SETUP, watcher, rank=rank, world_size=world_size, slot=0, should_stop=lambda: False)
-    assert sorted(watcher.finished) == list(range(12))
-    assert len(fakes.made) == min(world_size, 12)
+def test_a_worker_that_dies_takes_no_other_with_it():
+    """Its death is one line with a remedy; threads and signals are as they should be in the others."""
+    with local_workers(range(2), threads=3) as (first, second):
+        environment = second.submit(os.getenv, "OMP_NUM_THREADS")
+        with pytest.raises(Exception, match="terminated abruptly") as raised:
+            first.submit(os.kill, first.submit(os.getpid).result(), signal.SIGKILL).result()
+        error = launchers._failure(raised.value, UNITS[3])
+        assert isinstance(error, ValueError) and "x, videos p3 to p3: finished work is kept" in str(error)
+        assert environment.result() == "3" != os.environ.get("OMP_NUM_THREADS")
+        own = second.submit(os.getpid).result()
+        assert second.submit(os.getsid, 0).result() == own
+    assert not multiprocessing.active_children()
 
 
-def answers(orders, monkeypatch, capfd):
-    """What a worker answers to some orders, in this process."""
-    reader, writer = os.pipe()
-    os.write(writer, "".join(json.dumps(order) + "\n" for order in orders).encode())
-    with os.fdopen(reader) as stream:
-        monkeypatch.setattr(worker.sys, "stdin", stream)
-        worker.main()
-        lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-        # The thread that reads would end this process: it is left waiting instead.
-        monkeypatch.setattr(worker.os, "_exit", lambda code: None)
-        os.close(writer)
-    return lines
+def test_an_interruption_ends_the_workers_at_once():
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), local_workers([0], threads=1) as (only,):
+        only.submit(os.getpid).result()
+        only.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    assert not multiprocessing.active_children() and time.monotonic() - begin < 300
 
 
 @pytest.mark.parametrize(
     ("failure", "expected"),
     [
-        (ValueError("too long"), {"error": "too long"}),
+        (ValueError("too long"), (ValueError, "too long")),
+        (UnicodeDecodeError("utf-8", b"a", 0, 1, "bad"), (ValueError, "'utf-8' codec can't decode byte 0x61")),
         (
             OSError(errno.ENOSPC, "No space left on device", "a.mp4"),
-            {"error": "No space left on device: a.mp4", "is_disk_full": True},
+            (ValueError, "the disk is full (No space left on device: a.mp4); finished work is kept: free some space"),
         ),
-        (OSError(errno.EACCES, "Permission denied"), {"error": "Permission denied", "is_disk_full": False}),
+        (OSError(errno.EACCES, "Permission denied"), (ValueError, "Permission denied")),
+        # A fault of the program is no bad input: it comes with its traceback.
+        (KeyError("a"), (RuntimeError, "a worker failed in x, videos p3 to p3:\nTraceback")),
     ],
 )
-def test_a_worker_says_why_it_stops(failure, expected, monkeypatch, capfd):
+def test_a_worker_says_why_it_stops(failure, expected, monkeypatch):
     class Refusing:
-        def describe(self):
-            return {"specs": []}
-
         def do(self, unit, *, on_steps):
-            on_steps(1.0)
             raise failure
 
-    monkeypatch.setattr(worker, "_set_up", lambda setup: Refusing())
-    said = answers([{}, {"unit": UNITS[3].to_json()}], monkeypatch, capfd)
-    assert said == [{"ready": {"specs": []}}, {"steps": 1.0}, expected]
-
-
-def test_what_failed_is_told_with_a_remedy():
-    full = launchers._failure({"error": "No space left on device: a.mp4", "is_disk_full": True}, "x")
-    assert isinstance(full, ValueError) and "finished work is kept: free some space" in str(full)
-    assert str(launchers._failure({"error": "too long"}, "x")) == "too long"
-    # A fault of the program is no bad input: it comes with its traceback.
-    fault = launchers._failure({"error": "KeyError: 'a'", "traceback": "Traceback ...\nKeyError: 'a'"}, "x, p3")
-    assert isinstance(fault, RuntimeError) and "x, p3" in str(fault) and "Traceback" in str(fault)
+    monkeypatch.setattr(worker, "_worker", Refusing())
+    with pytest.raises(expected[0]) as raised:
+        do_unit(UNITS[3])
+    assert type(raised.value) is expected[0] and str(raised.value).startswith(expected[1])
