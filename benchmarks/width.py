@@ -30,7 +30,7 @@ from longtake.cache.allocation import attend_nothing, held_bytes
 from longtake.configs.loader import load_preset
 from longtake.configs.waiting import wait_briefly
 from longtake.models.causal import CausalTransformer, Prompt, Segment
-from longtake.models.feed_forward import feed_forward
+from longtake.models.modulated_block import feed_forward
 from longtake.pipelines.model_shapes import make_transformer
 from longtake.samplers import Sampler, SeededNoise, make_sampler
 from longtake.scripts.console import out

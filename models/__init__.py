@@ -3,11 +3,15 @@
 from longtake.models.bidirectional import sparse_wan
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.conversion import convert_original_state_dict
-from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
-from longtake.models.tiled_vae import TiledDecoder, streaming_decoder
+from longtake.models.streaming_vae import (
+    StreamingDecoder,
+    StreamingEncoder,
+    TiledDecoder,
+    VaePixels,
+    streaming_decoder,
+    use_fast_kernels,
+)
 from longtake.models.tiny_vae import StreamingTinyDecoder, TinyVae, load_tiny_vae
-from longtake.models.vae_kernels import use_fast_kernels
-from longtake.models.vae_pixels import VaePixels
 
 __all__ = [
     "CausalTransformer",

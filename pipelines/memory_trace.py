@@ -25,8 +25,7 @@ from longtake.cache.live_bytes import LiveBytes
 from longtake.cache.simulation import PATCH, job_shape
 from longtake.models import StreamingDecoder, use_fast_kernels
 from longtake.models.causal import CausalTransformer, Prompt, Segment
-from longtake.models.streaming_vae import FRAMES_PER_LATENT
-from longtake.models.tiled_vae import Tiling
+from longtake.models.streaming_vae import FRAMES_PER_LATENT, Tiling
 from longtake.pipelines.long_video import to_bytes, to_pixels
 from longtake.pipelines.model_shapes import make_transformer, make_vae, meta_text_encoder
 

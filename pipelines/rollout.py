@@ -11,9 +11,8 @@ from torch import Tensor
 
 from longtake.attention.policies.base import DensityMeter
 from longtake.cache import BlockTrace, CacheStats, EncodeJob, Event, KVCache, Pass
-from longtake.models.causal import CausalTransformer, Prompt, Segment
+from longtake.models.causal import CausalTransformer, Prompt, Segment, fitting_threads
 from longtake.models.sparse_attention import SparseSelfAttention
-from longtake.models.threads import fitting_threads
 from longtake.pipelines.conditioning import ConditioningLatents, as_conditioning
 from longtake.pipelines.settings import EVENTS, PromptSwitch, RolloutSettings, takes_fields_of
 from longtake.samplers import NoiseSource, Sampler

@@ -2,21 +2,158 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import diffusers
+import torch
+from torch import Tensor
 
 from longtake.models.checkpoints.checkpoint import Checkpoint, TensorInfo
-from longtake.models.checkpoints.writing import (
-    DEFAULT_SHARD_BYTES,
-    TRANSFORMER_STEM,
-    OutputTensor,
-    write_weights,
-)
+from longtake.models.checkpoints.files import DTYPES
+from longtake.models.conversion import listing
+
+DEFAULT_SHARD_BYTES = 10 * 10**9  # as diffusers
+TRANSFORMER_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+_PIECE = 1 << 24  # numbers that are cast and checked at a time
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputTensor:
+    """A tensor to write.
+
+    Attributes:
+        name: In the file.
+        info: Shape and dtype in the file.
+        load: Reads it, in that shape and any float dtype.
+    """
+
+    name: str
+    info: TensorInfo
+    load: Callable[[], Tensor]
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``5GB`` or ``500MiB``.
+
+    Raises:
+        ValueError: If it is none, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B|)\s*", text.upper())
+    num_bytes = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if num_bytes < 1:
+        raise ValueError(f"size {text!r} is not understood: write it like 5GB or 500MB.")
+    return num_bytes
+
+
+def write_weights(
+    folder: Path,
+    tensors: Sequence[OutputTensor],
+    *,
+    stem: str = TRANSFORMER_STEM,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    on_tensor: Callable[[OutputTensor], None] | None = None,
+) -> list[Path]:
+    """Write tensors as one safetensors file or, above ``max_shard_bytes``, as shards with an index.
+
+    Args:
+        folder: Existing folder.
+        tensors: In the order of the shards.
+        stem: Of the file names.
+        max_shard_bytes: Limit of a file's tensors; one larger tensor gets a shard of its own.
+        on_tensor: Called after each tensor.
+
+    Returns:
+        The safetensors files.
+
+    Raises:
+        ValueError: If tensors hold NaN or infinity, or get it by the cast; lists them. The files are of no use then.
+    """
+    shards = _split(tensors, max_shard_bytes)
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    faults: list[str] = []
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb") as file:
+            file.write(_header([(tensor.name, tensor.info) for tensor in shard]))
+            for tensor in shard:
+                if not _write_tensor(file, tensor):
+                    faults.append(tensor.name)
+                if on_tensor is not None:
+                    on_tensor(tensor)
+    if faults:
+        raise ValueError(
+            f"tensors hold NaN or infinity, as read or after the cast to their dtype: {listing(faults)} of "
+            f"{len(tensors)}; the file is damaged, or --dtype too narrow. Nothing was kept."
+        )
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.info.num_bytes for tensor in tensors)},
+            "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [folder / name for name in names]
+
+
+def write_raw(file: BinaryIO, tensor: Tensor) -> None:
+    """Write a tensor's numbers, little-endian, row by row."""
+    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _split(tensors: Sequence[OutputTensor], max_bytes: int) -> list[list[OutputTensor]]:
+    """As huggingface_hub splits: filled in order, larger tensors each in a shard of its own."""
+    shards: list[list[OutputTensor]] = []
+    current: list[OutputTensor] = []
+    for tensor in tensors:
+        if tensor.info.num_bytes > max_bytes:
+            shards.append([tensor])
+            continue
+        if sum(other.info.num_bytes for other in current) + tensor.info.num_bytes > max_bytes:
+            shards.append(current)
+            current = []
+        current.append(tensor)
+    shards += [current] if current or not shards else []
+    # Wide numbers first, as safetensors itself orders them: then every tensor lies at a multiple of its number's size.
+    return [sorted(shard, key=lambda tensor: -tensor.info.dtype.itemsize) for shard in shards]
+
+
+def _header(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, info in tensors:
+        end = start + info.num_bytes
+        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # The first number lies at a multiple of 64 bytes, so that weights mapped from the file are aligned as in memory.
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(file: BinaryIO, tensor: OutputTensor) -> bool:
+    """Cast, check and write a tensor piece by piece; returns whether all numbers are finite."""
+    found = tensor.load()
+    if tuple(found.shape) != tensor.info.shape:
+        raise ValueError(f"{tensor.name} came as {list(found.shape)}, its header says {list(tensor.info.shape)}.")
+    is_finite = True
+    for piece in _pieces(found):
+        cast = piece.to(tensor.info.dtype)
+        is_finite = is_finite and bool(torch.isfinite(cast).all())
+        write_raw(file, cast)
+    return is_finite
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    yield from tensor.detach().contiguous().reshape(-1).split(_PIECE)
+
 
 OnTensor = Callable[[OutputTensor], None]
 

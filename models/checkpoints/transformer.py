@@ -1,7 +1,10 @@
 """A checkpoint's transformer as diffusers' ``WanTransformer3DModel``: all is checked before anything is read."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +13,178 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from longtake.models.checkpoints.checkpoint import Checkpoint, TensorInfo, choose_entry
+from longtake.models.checkpoints.files import read_json
 from longtake.models.checkpoints.identify import Identity, require_transformer
 from longtake.models.checkpoints.lora import Adapter
-from longtake.models.checkpoints.parts import WrittenPart, stock_config
-from longtake.models.checkpoints.shapes import (
-    check_shapes,
-    config_beside,
-    expected_shapes,
-    known_size,
-    read_config,
-    transformer_config,
-)
-from longtake.models.checkpoints.writing import OutputTensor
-from longtake.models.conversion import convert_original_state_dict
+from longtake.models.checkpoints.parts import OutputTensor, WrittenPart, stock_config
+from longtake.models.conversion import convert_original_state_dict, listing
+
+Shape = tuple[int, ...]
+
+HEAD_DIM = 128  # all of Wan's models
+# Sizes with a name: width, width of the feed-forward, layers.
+SIZES = {(1536, 8960, 30): "1.3B", (5120, 13824, 40): "14B"}
+_FROM_ORIGINAL = {
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "text_dim": "text_dim",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "eps": "eps",
+}
+_CLASSES = ("WanTransformer3DModel", "WanModel", "CausalWanModel")
+
+
+def known_size(config: Mapping[str, Any]) -> str | None:
+    """Name a transformer's size.
+
+    Args:
+        config: Of a ``WanTransformer3DModel``.
+
+    Returns:
+        ``1.3B`` or ``14B``; None for any other.
+    """
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return SIZES.get((width, config["ffn_dim"], config["num_layers"]))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a transformer's ``config.json``, Wan's own or diffusers'.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it says, under the names of ``WanTransformer3DModel``.
+
+    Raises:
+        ValueError: If it describes no Wan transformer.
+    """
+    found = read_json(path)
+    if "num_attention_heads" in found and "attention_head_dim" in found:
+        known = signature(WanTransformer3DModel.__init__).parameters
+        return {key: value for key, value in found.items() if key in known and value is not None}
+    if "num_heads" in found and "dim" in found:
+        width, heads = found["dim"], found["num_heads"]
+        if not isinstance(width, int) or not isinstance(heads, int) or heads < 1 or width % heads:
+            raise ValueError(f"'{path}' says dim={width}, no multiple of num_heads={heads}.")
+        config = {new: found[old] for old, new in _FROM_ORIGINAL.items() if old in found}
+        return config | {"attention_head_dim": width // heads}
+    raise ValueError(
+        f"'{path}' describes no Wan transformer: it has neither num_heads and dim (Wan's own) nor num_attention_heads "
+        "and attention_head_dim (diffusers)."
+    )
+
+
+def config_beside(folder: Path) -> Path | None:
+    """Find the ``config.json`` of a Wan transformer in a folder; one of something else is passed by."""
+    path = folder / "config.json"
+    if path.is_file() and read_json(path).get("_class_name") in _CLASSES:
+        return path
+    return None
+
+
+def transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *, path: object) -> dict[str, Any]:
+    """Find the arguments of the ``WanTransformer3DModel`` that has these weights.
+
+    Args:
+        shapes: Diffusers name to shape, complete.
+        given: What ``read_config`` found; the head's width is in no shape, all else has to agree with the shapes.
+        path: For messages.
+
+    Returns:
+        Arguments for the class.
+
+    Raises:
+        ValueError: If the two disagree, or the heads are not known.
+    """
+
+    def shape(name: str, rank: int) -> Shape:
+        if len(shapes[name]) != rank:
+            raise ValueError(
+                f"'{path}' has {name} of shape {list(shapes[name])}: a Wan transformer's has {rank} axes."
+            )
+        return shapes[name]
+
+    patch = shape("patch_embedding.weight", 5)
+    (width,) = shape("patch_embedding.bias", 1)
+    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    config = {
+        "patch_size": list(patch[2:]),
+        "in_channels": patch[1],
+        "out_channels": shape("proj_out.bias", 1)[0] // prod(patch[2:]),
+        "text_dim": _other(shape("condition_embedder.text_embedder.linear_1.weight", 2), width),
+        "freq_dim": _other(shape("condition_embedder.time_embedder.linear_1.weight", 2), width),
+        "ffn_dim": _most(shape(f"blocks.{layer}.ffn.net.0.proj.bias", 1)[0] for layer in layers),
+        "num_layers": len(layers),
+        "cross_attn_norm": True,
+    }
+    image = "condition_embedder.image_embedder."
+    if f"{image}norm1.bias" in shapes:
+        config |= {"image_dim": shape(f"{image}norm1.bias", 1)[0], "added_kv_proj_dim": width}
+    if f"{image}pos_embed" in shapes:
+        config |= {"pos_embed_seq_len": shape(f"{image}pos_embed", 3)[1]}
+    head_dim = given.get("attention_head_dim", HEAD_DIM)
+    if not isinstance(head_dim, int) or head_dim < 1 or width % head_dim:
+        raise ValueError(
+            f"'{path}' is {width} wide, no multiple of the {head_dim} that a head of Wan has: say the number of heads "
+            "with its config.json (--config)."
+        )
+    config |= {"num_attention_heads": width // head_dim, "attention_head_dim": head_dim}
+    odd = [f"{k}={given[k]} but {v}" for k, v in config.items() if k in given and not _equal(given[k], v)]
+    if odd:
+        raise ValueError(f"'{path}': config.json says {', '.join(odd)} by the shapes: it belongs to another model.")
+    return dict(given) | config
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return what a ``WanTransformer3DModel`` of this configuration holds, name to shape, in the class's order."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], *, path: object) -> None:
+    """Refuse weights that are not exactly those expected.
+
+    Args:
+        found: Name to shape.
+        expected: The same of the class that will load them.
+        path: For messages.
+
+    Raises:
+        ValueError: Lists missing, extra and misshapen names with their counts.
+    """
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    odd = [
+        f"{name} is {list(found[name])}, should be {list(expected[name])}{_remark(found[name], expected[name])}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    faults = [f"{len(odd)} misshapen: {'; '.join(sorted(odd)[:3])}{'; ...' if len(odd) > 3 else ''}"] if odd else []
+    faults += [f"missing: {listing(missing)}"] if missing else []
+    faults += [f"extra: {listing(extra)}"] if extra else []
+    if faults:
+        raise ValueError(f"'{path}' does not fit its model: {'; '.join(faults)}. Nothing was written.")
+
+
+def _remark(found: Shape, expected: Shape) -> str:
+    return " (transposed)" if len(found) > 1 and found == expected[::-1] else ""
+
+
+def _other(shape: Shape, width: int) -> int:
+    """The axis that is not the model's width, whichever way round the weight lies."""
+    return shape[0] if len(shape) > 1 and shape[1] == width else shape[-1]
+
+
+def _most(values: Any) -> int:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _equal(given: Any, found: Any) -> bool:
+    return (list(given) if isinstance(given, list | tuple) else given) == found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.rollouts import BLOCK, NUM_CONTEXT_FRAMES, Size, block_times
-from longtake.models.threads import fitting_threads
+from longtake.models.causal import fitting_threads
 from longtake.pipelines import LatentRollout
 from longtake.samplers import SeededNoise
 

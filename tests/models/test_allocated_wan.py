@@ -8,8 +8,7 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, Un
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from longtake.attention.step_allocation import StepAllocation, TokenCache, denoise
-from longtake.models.allocated_wan import allocated_wan
-from longtake.models.bidirectional import sparse_wan
+from longtake.models.bidirectional import allocated_wan, sparse_wan
 
 NUM_FRAMES, GRID, CHANNELS, PATCH = 3, 4, 4, 2  # 9 frames of 64 x 64 pixels, 48 tokens
 NUM_TOKENS = NUM_FRAMES * GRID * GRID

@@ -9,8 +9,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, WanUpsample
 from safetensors.torch import load, save
 
-from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder
-from longtake.models.vae_kernels import use_fast_kernels
+from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder, use_fast_kernels
 
 COMMON = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
 PATCHED = {"patch_size": 2, "in_channels": 12, "out_channels": 12}

@@ -7,8 +7,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load, save
 
-from longtake.models.streaming_vae import FeatureMap, StreamingDecoder, StreamingEncoder
-from longtake.models.tiled_vae import TiledDecoder, streaming_decoder
+from longtake.models.streaming_vae import (
+    FeatureMap,
+    StreamingDecoder,
+    StreamingEncoder,
+    TiledDecoder,
+    streaming_decoder,
+)
 
 COMMON = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1}
 CONFIGS = {

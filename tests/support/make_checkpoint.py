@@ -19,8 +19,7 @@ from checkpoint_layouts import FAMILIES, RANKS, SIZES, FileLayout, contents
 from torch import Tensor
 
 from longtake.models.checkpoints import DTYPES, OutputTensor, TensorInfo, expected_shapes, write_weights
-from longtake.models.checkpoints.parts import write_json
-from longtake.models.checkpoints.writing import write_raw
+from longtake.models.checkpoints.parts import write_json, write_raw
 from longtake.scripts.console import err, out, run_app
 
 # What a tensor holds, by the file's name for it: (entry, diffusers name of the weight, shape) -> numbers.

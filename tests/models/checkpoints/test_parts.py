@@ -12,9 +12,16 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.configs.families import ModelFamily
 from longtake.models.checkpoints import ConversionRequest, TensorInfo, converting, plan_conversion
-from longtake.models.checkpoints.taken import find_text_encoder, find_tokenizer, find_vae
-from longtake.models.checkpoints.text_encoder import text_encoder_config, text_encoder_name, text_encoder_part
-from longtake.models.checkpoints.vae import vae_config, vae_part
+from longtake.models.checkpoints.wan_parts import (
+    find_text_encoder,
+    find_tokenizer,
+    find_vae,
+    text_encoder_config,
+    text_encoder_name,
+    text_encoder_part,
+    vae_config,
+    vae_part,
+)
 
 REAL_VAE = {"base": 96, "mult": [1, 2, 4, 4], "blocks": 2, "temporal": [False, True, True]}
 TINY_VAE = {"base": 4, "mult": [1, 2], "blocks": 1, "temporal": [True]}
@@ -109,7 +116,7 @@ def test_the_real_vae_has_the_names_of_both_worlds(header_only):
     }
     source = {name: name for name in shapes}  # a name instead of a tensor shows where it went
     theirs = convert_wan_vae_to_diffusers(source)
-    from longtake.models.checkpoints.vae import vae_name
+    from longtake.models.checkpoints.wan_parts import vae_name
 
     assert {vae_name(name, num_res_blocks=2): name for name in shapes} == theirs
 

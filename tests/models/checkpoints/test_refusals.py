@@ -199,15 +199,15 @@ FILES = {
     "no tensors": (lambda p: torch.save({"step": 3}, p), "holds no named tensors"),
     "expanded": (_expanded, "fewer numbers"),
     "sparse": (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), "without plain numbers"),
-    "header": (lambda p: p.write_bytes((20).to_bytes(8, "little") + b"{" + b"x" * 40), "damaged safetensors header"),
+    "header": (lambda p: p.write_bytes((20).to_bytes(8, "little") + b"{" + b"x" * 40), "truncated or damaged"),
     "long header": (lambda p: p.write_bytes((10**6).to_bytes(8, "little") + b"{" + b"x" * 40), "truncated"),
     "dtype": (
-        lambda p: _safetensors(p, {"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}, b"0"),
+        lambda p: _safetensors(p, {"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"0"),
         "unknown dtype F4",
     ),
     "offsets": (
         lambda p: _safetensors(p, {"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}, bytes(4)),
-        "4 bytes for shape [9]",
+        "invalid shape, data type, or offset",
     ),
 }
 

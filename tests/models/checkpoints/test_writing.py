@@ -13,11 +13,11 @@ from longtake.models.checkpoints import (
     OutputTensor,
     TensorInfo,
     describe_checkpoint,
+    files,
     open_checkpoint,
     parse_bytes,
-    pickle_file,
     plan_conversion,
-    shapes,
+    transformer,
     write_weights,
 )
 
@@ -86,9 +86,9 @@ def test_a_mapping_is_closed_and_opened_again_as_it_is_read(tmp_path, monkeypatc
     (path,) = write_family(tmp_path / "repository", "self_forcing_ode")
     plan_conversion(ConversionRequest(source=path)).write(tmp_path / "whole")
     opened = []
-    load = pickle_file._load
-    monkeypatch.setattr(pickle_file, "_load", lambda path: opened.append(path) or load(path))
-    monkeypatch.setattr(pickle_file, "_RELEASE_BYTES", 8192)
+    load = files._load
+    monkeypatch.setattr(files, "_load", lambda path: opened.append(path) or load(path))
+    monkeypatch.setattr(files, "_RELEASE_BYTES", 8192)
     plan_conversion(ConversionRequest(source=path)).write(tmp_path / "often")
     assert len(opened) > 5
     names = [file.name for file in (tmp_path / "whole").iterdir()]
@@ -102,7 +102,7 @@ def _resident_bytes():
 
 def test_resident_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     """30 tensors of 4 MB: never more than a few of them at a time, from either container."""
-    monkeypatch.setattr(pickle_file, "_RELEASE_BYTES", 1 << 23)
+    monkeypatch.setattr(files, "_RELEASE_BYTES", 1 << 23)
     numbers = torch.ones(1 << 20)
     path = tmp_path / "big.pt"
     torch.save({"generator": {f"t{i}": numbers + i for i in range(30)}}, path)
@@ -134,7 +134,7 @@ def test_descriptions(tmp_path, monkeypatch):
     )
     assert rows["taken unasked"] == "generator_ema" and "may belong to" not in rows
     assert rows["model"].startswith("own size, text-to-video: 2 layers, 24 wide, 2 heads of 12, feed-forward 32")
-    monkeypatch.setitem(shapes.SIZES, (24, 32, 2), "1.3B")  # as if it were of full size
+    monkeypatch.setitem(transformer.SIZES, (24, 32, 2), "1.3B")  # as if it were of full size
     rows = dict(describe_checkpoint(path))
     assert rows["model"].startswith("1.3B, ") and "self_forcing" in rows["may belong to"].split(", ")
     (flat,) = write_family(tmp_path / "flat", "wan")
@@ -157,5 +157,5 @@ def test_a_description_says_why_a_file_cannot_be_converted(tmp_path):
 
 def test_describing_reads_no_weights(tmp_path, monkeypatch):
     (path,) = write_family(tmp_path / "repository", "self_forcing")
-    monkeypatch.setattr(pickle_file.PickleCheckpoint, "read", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(files.PickleCheckpoint, "read", lambda *args: pytest.fail("a weight was read"))
     assert dict(describe_checkpoint(path))["taken unasked"] == "generator_ema"

@@ -1,0 +1,389 @@
+""""""
+
+import json
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from longtake.models.checkpoints.checkpoint import FLAT, Checkpoint, TensorInfo
+
+MAX_HEADER_BYTES = 100_000_000
+_LOOK = 512
+_TEXTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
+    b"<!doctype html": "a web page, so the download went wrong: download it again",
+    b"<html": "a web page, so the download went wrong: download it again",
+}
+
+
+def detect_container(path: Path) -> Literal["safetensors", "pickle"]:
+    """Tell a safetensors file from a zipped pickle.
+
+    Args:
+        path: A file.
+
+    Returns:
+        ``safetensors`` or ``pickle`` (what ``torch.save`` writes since PyTorch 1.6).
+
+    Raises:
+        ValueError: If it is neither; says what it is and what to do.
+    """
+    with path.open("rb") as file:
+        start = file.read(_LOOK)
+    if start.startswith(b"PK\x03\x04"):
+        _check_zip(path)
+        return "pickle"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES:
+        return "safetensors"
+    raise ValueError(f"'{path}' {_describe(start)}.")
+
+
+def _describe(start: bytes) -> str:
+    """What a file that is no checkpoint is, and the remedy."""
+    if not start:
+        return "is empty: download it again"
+    for sign, text in _TEXTS.items():
+        if start.lower().startswith(sign):
+            return f"is {text}"
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file, whose weights are quantised: give the safetensors or .pt file it was made from"
+    if start[:1] == b"\x80" and start[1:2] <= b"\x05":
+        return (
+            "is a legacy pickle (not zipped), which cannot be read tensor by tensor: load it with "
+            "torch.load(..., weights_only=True) and save it again with torch.save"
+        )
+    if _is_text(start):
+        return "is a text file, no checkpoint: give a .safetensors or .pt file"
+    return (
+        "is neither a safetensors file nor a zipped pickle (torch.save): its beginning is damaged or of another kind"
+    )
+
+
+def _is_text(start: bytes) -> bool:
+    # The last character may be cut in the middle.
+    text = start.decode("utf-8", errors="replace")[:-1]
+    return "\ufffd" not in text and all(letter.isprintable() or letter.isspace() for letter in text)
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse a zip archive that is cut off, packed, or holds no checkpoint."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"'{path}' is truncated: a zipped pickle whose end is missing ({path.stat().st_size} bytes are there); "
+            "download it again."
+        ) from error
+    if any("/code/" in member.filename or member.filename.endswith("/constants.pkl") for member in members):
+        raise ValueError(f"'{path}' is a TorchScript archive, which holds code: give the plain state dict.")
+    if not any(member.filename.endswith("/data.pkl") for member in members):
+        raise ValueError(
+            f"'{path}' is a zip archive without data.pkl, so torch.save did not write it: unpack it first."
+        )
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError(f"'{path}' is a packed zip archive, as torch.save never writes: unpack it first.")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read '{path}': {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' holds no JSON object but a {type(found).__name__}.")
+    return found
+
+
+# Names of the safetensors format.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """One safetensors file, or the shards of one model."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        """Read the headers.
+
+        Args:
+            path: What was named: a file, an index or a folder.
+            files: The files to read.
+
+        Raises:
+            ValueError: If one is truncated or damaged, or two hold the same name.
+        """
+        infos: dict[str, TensorInfo] = {}
+        self._files: dict[str, Path] = {}
+        for file in files:
+            found = _read_infos(file)
+            for name in found.keys() & infos.keys():
+                other = self._files[name].name
+                raise ValueError(f"'{file}' and {other} both hold {name}: they are no shards of one model.")
+            infos |= found
+            self._files |= dict.fromkeys(found, file)
+        container = "safetensors" + (f", {len(files)} shards" if len(files) > 1 else "")
+        super().__init__(path, files=files, container=container, entries={FLAT: infos})
+
+    def read(self, entry: str, name: str) -> Tensor:
+        try:
+            # Opened anew for each tensor: pages of an open mapping count as resident memory.
+            with safe_open(self._files[name], "pt") as opened:
+                return opened.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"'{self._files[name]}' changed while it was read ({error}).") from error
+
+
+def open_shards(folder: Path, *, index: Path | None = None) -> SafetensorsCheckpoint | None:
+    """Open the safetensors files of a folder as one model.
+
+    Args:
+        folder: Where they lie.
+        index: The ``*.safetensors.index.json`` that lists them; the folder's own, where it has one, when None.
+
+    Returns:
+        The checkpoint, or None if the folder has no safetensors files.
+
+    Raises:
+        ValueError: If shards are missing or there are several sets.
+    """
+    indexes = [index] if index is not None else sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise ValueError(f"'{folder}' has several sets of shards ({', '.join(i.name for i in indexes)}): name one.")
+    if not indexes:
+        files = sorted(folder.glob("*.safetensors"))
+        for file in files:
+            check_shard(file, siblings={other.name for other in files})
+        return SafetensorsCheckpoint(folder, files) if files else None
+    listed = read_json(indexes[0]).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"'{indexes[0]}' has no weight_map: it is no index of shards.")
+    names = sorted(set(listed.values()))
+    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if missing or not names:
+        raise ValueError(
+            f"'{indexes[0]}' lists {len(names)} shards, {len(missing)} of which are not beside it "
+            f"({', '.join(missing[:5])}): download them too."
+        )
+    checkpoint = SafetensorsCheckpoint(index or folder, [folder / name for name in names])
+    absent = [name for name in listed if name not in checkpoint.entries[FLAT]]
+    if absent:
+        raise ValueError(f"'{indexes[0]}' lists {len(absent)} tensors that no shard holds ({absent[0]}...).")
+    return checkpoint
+
+
+def check_shard(file: Path, *, siblings: set[str] = frozenset()) -> None:
+    """Refuse a shard whose siblings are not there.
+
+    Args:
+        file: A safetensors file.
+        siblings: Names of the files that are read with it.
+
+    Raises:
+        ValueError: Names what lacks.
+    """
+    match = _SHARD.fullmatch(file.name)
+    if match is None:
+        return
+    width, count = len(match[2]), int(match[3])
+    wanted = {f"{match[1]}-{i:0{width}}-of-{match[3]}.safetensors" for i in range(1, count + 1)}
+    missing = sorted(wanted - siblings - {file.name})
+    if missing:
+        raise ValueError(
+            f"'{file}' is one of {count} shards, {len(missing)} of which are not read with it ({missing[0]}...): give "
+            "the folder that holds all of them."
+        )
+
+
+def _read_infos(file: Path) -> dict[str, TensorInfo]:
+    infos = {}
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.offset_keys():
+                part = opened.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise ValueError(f"'{file}' holds {name} in the unknown dtype {part.get_dtype()}.")
+                infos[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{file}' is truncated or damaged, or no safetensors file ({error}): download it again."
+        ) from error
+    return infos
+
+
+# Entries may lie one level below the top's: {"state_dict": {"generator": {...}}}.
+_MAX_DEPTH = 2
+# Pages that were read count as resident until the mapping is closed, so it is opened anew after so many bytes.
+_RELEASE_BYTES = 1 << 28
+# What the unpickler meets in a damaged stream.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    struct.error,
+)
+
+
+class PickleCheckpoint(Checkpoint):
+    """A zipped pickle, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        """Unpickle the structure; tensors stay in the file.
+
+        Raises:
+            ValueError: If it wants to load more than tensors, or holds no dictionary of tensors.
+        """
+        self._file = path
+        self._release_bytes = _RELEASE_BYTES
+        self._num_read = 0
+        root = _load(path)
+        self._tensors = dict(_entries(root, ()))
+        if not self._tensors:
+            raise ValueError(f"'{path}' holds no named tensors.")
+        entries = {
+            entry: {name: _info(path, name, tensor) for name, tensor in tensors.items()}
+            for entry, tensors in self._tensors.items()
+        }
+        others = [str(name) for name, value in root.items() if not isinstance(value, Tensor) and not _holds(value)]
+        super().__init__(path, files=[path], container="pickle (zip)", entries=entries, others=others)
+
+    def read(self, entry: str, name: str) -> Tensor:
+        if self._num_read > self._release_bytes:
+            self._tensors = {}  # the old mapping goes before the new one comes
+            self._tensors = dict(_entries(_load(self._file), ()))
+            self._num_read = 0
+        self._num_read += self.entries[entry][name].num_bytes
+        return self._tensors[entry][name]
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        wanted = sorted(get_unsafe_globals_in_checkpoint(path))
+        root = None if wanted else _load_tensors(path)
+    except _DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"'{path}' cannot be unpickled, so it is damaged: {reason}") from error
+    if wanted:
+        rest = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""
+        raise ValueError(
+            f"'{path}' is refused: beside tensors it wants to load {', '.join(wanted[:3])}{rest}, and pickles that do "
+            "can run code. If you trust its author, load it yourself and save the tensors alone with torch.save."
+        )
+    if not isinstance(root, Mapping):
+        raise ValueError(f"'{path}' holds a {type(root).__name__}, where a dictionary of tensors is expected.")
+    return root
+
+
+def _load_tensors(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # torch.load goes by this suffix and would read the pickle as what it is not, so it gets another name to open.
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / "checkpoint.pt"
+        os.symlink(path.resolve(), link)
+        return torch.load(link, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _entries(value: Mapping[str, Any], parents: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(dotted entry name, its tensors) of every dictionary that holds some."""
+    tensors = {name: found for name, found in value.items() if isinstance(name, str) and isinstance(found, Tensor)}
+    if tensors:
+        yield ".".join(parents) or FLAT, tensors
+    if len(parents) < _MAX_DEPTH:
+        for name, found in value.items():
+            if isinstance(name, str) and isinstance(found, Mapping):
+                yield from _entries(found, (*parents, name))
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(True for _ in _entries(value, ("",)))
+
+
+def _info(path: Path, name: str, tensor: Tensor) -> TensorInfo:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        kind = type(tensor).__name__
+        raise ValueError(
+            f"'{path}' holds {name} as a {kind} without plain numbers: save full tensors with torch.save."
+        )
+    info = TensorInfo(tuple(tensor.shape), tensor.dtype)
+    if info.num_bytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"'{path}' holds {name} of shape {list(info.shape)} with fewer numbers than that: refused.")
+    return info
+
+
+_INDEX = ".safetensors.index.json"
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint without reading its weights.
+
+    Args:
+        path: A safetensors file or a zipped pickle, whatever its suffix; an index of shards; a folder of shards or
+            with one checkpoint; or a diffusers pipeline's folder, of which the transformer is taken.
+
+    Returns:
+        Names, shapes and dtypes; tensors are read one by one.
+
+    Raises:
+        ValueError: If it is none of these, is damaged, or wants to load more than tensors.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint '{path}' does not exist.")
+    if path.name.endswith(_INDEX):
+        return open_shards(path.parent, index=path)
+    if detect_container(path) == "pickle":
+        return PickleCheckpoint(path)
+    check_shard(path)
+    return SafetensorsCheckpoint(path, [path])
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "model_index.json").is_file():
+        folder = folder / "transformer"
+    shards = open_shards(folder)
+    if shards is not None:
+        return shards
+    pickles = sorted(file for file in folder.glob("*") if file.suffix in _PICKLES)
+    if len(pickles) == 1:
+        return open_checkpoint(pickles[0])
+    if pickles:
+        raise ValueError(
+            f"'{folder}' holds {len(pickles)} checkpoints ({', '.join(p.name for p in pickles)}): name one."
+        )
+    raise ValueError(f"'{folder}' holds no checkpoint: give a .safetensors or .pt file, or a folder of shards.")
