@@ -12,6 +12,6 @@ setup(
         "longtake": ["py.typed"],
         "longtake.configs": ["**/*.yaml"],
         "longtake.models": ["**/*.safetensors", "**/*.json"],
-        "longtake.evaluation": ["**/*.safetensors", "**/*.json", "**/*.yaml", "**/*.js", "**/*.css"],
+        "longtake.evaluation": ["**/*.safetensors", "**/*.json", "**/*.yaml", "**/*.js", "**/*.css", "**/*.j2"],
     },
 )

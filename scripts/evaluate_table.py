@@ -49,19 +49,19 @@ def table(
 
     `longtake evaluate table study more --moments 5,60,120 --page docs/results.md --section policies`
     """
-    from longtake.evaluation.report.markdown import (
-        Section,
+    from longtake.evaluation.report.tables import (
         default_columns,
         find_columns,
         moment_tables,
+        replace_section,
         write_curves,
     )
     from longtake.evaluation.running.runner import ordered_runs, settled_protocol
 
     if (page is None) != (section is None):
         raise ValueError("--page and --section go together: name the page and the section of it that is written")
-    if page is not None:
-        Section(section).replaced(page.read_text(encoding="utf-8"), "", what=str(page))
+    if page is not None and section is not None:
+        replace_section(page.read_text(encoding="utf-8"), section, "", source=str(page))
     places = [place for folder in folders for place in ordered_runs(folder)]
     protocol = settled_protocol(folders[0])
     times = [_moment(word) for word in moments.split(",")] if moments is not None else list(protocol.moments)
@@ -77,12 +77,11 @@ def table(
     if curves is not None:
         write_curves(runs, curves, baseline=chosen, columns=columns)
         err.print(f"wrote {curves}", markup=False)
-    if page is None:
+    if page is None or section is None:
         out.print(text, markup=False, end="")
         return
-    page.write_text(
-        Section(section).replaced(page.read_text(encoding="utf-8"), text, what=str(page)), encoding="utf-8"
-    )
+    new = replace_section(page.read_text(encoding="utf-8"), section, text, source=str(page))
+    page.write_text(new, encoding="utf-8")
     err.print(f"wrote {section!r} of {page}", markup=False)
 
 
@@ -107,7 +106,7 @@ def _reference(folder: Path, runs: "Sequence[RunScores]", columns: Sequence[str]
     """Levels of the true scenes under the metrics' names; none where the prompts are not the bundled suite's."""
     from longtake.evaluation.mini_world.drift import reference_levels
     from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
-    from longtake.evaluation.report.markdown import JUDGE
+    from longtake.evaluation.report.tables import JUDGE
     from longtake.evaluation.running.suites import PROMPT_SEED
 
     if not any(name.startswith(JUDGE) for name in columns):

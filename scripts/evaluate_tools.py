@@ -79,7 +79,7 @@ def show_summary(folder: Path) -> None:
     Args:
         folder: With ``comparison.json`` and ``report.html``.
     """
-    from longtake.evaluation.report import summary_table
+    from longtake.evaluation.report.tables import summary_table
     from longtake.evaluation.running.plan import read_json
     from longtake.evaluation.running.runner import COMPARISON_FILE, REPORT_FILE
 

@@ -49,7 +49,7 @@ def test_wheel_holds_all_data_and_no_tests(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {name.removeprefix("longtake/") for name in names if name.startswith("longtake/")}
     data = ("configs/**/*.yaml", "models/**/*.safetensors", "models/**/*.json", "evaluation/**/*.safetensors")
-    for pattern in (*data, *(f"evaluation/**/*.{ending}" for ending in ("json", "yaml", "css", "js"))):
+    for pattern in (*data, *(f"evaluation/**/*.{ending}" for ending in ("json", "yaml", "css", "js", "j2"))):
         missing = _repository_data(pattern) - inside
         assert not missing, missing
     assert "py.typed" in inside

@@ -1,6 +1,7 @@
-"""What a report shows, put in order: policies with colours, measures with titles, numbers with digits."""
+"""Contents of a report: policies with their colours, measures with titles, numbers with digits."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,15 +10,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from longtake.evaluation.flags import flags as video_flags
 from longtake.evaluation.metric import PREFIXES
 from longtake.evaluation.published import Row
 from longtake.evaluation.records import RunScores
 
-NUM_HUES = 8
-NUM_STYLES = 3
+FlagRow = tuple[str, str, str, str, float, float, str]
+"""(label, video id, prompt, kind, start in seconds, end in seconds, message)."""
+
+_NUM_HUES = 8
+_NUM_STYLES = 3
 """Hues times line styles are the policies that can be told apart; then colours repeat."""
 
-HEADLINES = (
+_HEADLINES = (
     r"vbench(_form)?/(long/)?subject_consistency",
     r"vbench(_form)?/(long/)?background_consistency",
     r"vbench(_form)?/(long/)?motion_smoothness",
@@ -34,10 +39,10 @@ HEADLINES = (
     r"proxy/warp_error",
     r"vbench(_form)?/(long/)?temporal_flickering",
 )
-"""Which measures stand in the first table, where they were taken; the first eight found."""
-NUM_HEADLINES = 8
+"""Measures of the first table in order of preference: the first eight that were taken."""
+_NUM_HEADLINES = 8
 
-ACRONYMS = (r"\bpsnr\b", r"\bnss\b", r"\bvde\b", r"\bfvd\b", r"\bclip\b(?= score)")
+_ACRONYMS = (r"\bpsnr\b", r"\bnss\b", r"\bvde\b", r"\bfvd\b", r"\bclip\b(?= score)")
 
 MOTION = (r"proxy/flow_magnitude_mean", r"judge/motion_magnitude", r"vbench(_form)?/(long/)?dynamic_degree")
 CONSISTENCY = (
@@ -46,6 +51,23 @@ CONSISTENCY = (
     r"vbench(_form)?/(long/)?background_consistency",
 )
 SEAMS = (r"proxy/chunk_seam_ratio",)
+
+LIGHT_PAGE = "#ffffff"
+DARK_PAGE = "#14171c"
+LIGHT = ("#23272f", "#0035a9", "#bc3b09", "#30846f", "#9557d9", "#b28e1a", "#1c9fb6", "#734367", "#792908")
+"""Colours of policies: neutral for the baseline, then eight hues in the order in which they are given out.
+
+Found by search in OKLab: any two are at least 0.09 apart in normal vision and in simulated protanopia, deuteranopia
+and tritanopia, with a contrast of 3 : 1 or more to the page. Tests check both.
+"""
+DARK = ("#eceff4", "#3979d7", "#e1461c", "#2ddbab", "#c6a0fd", "#efd329", "#55afae", "#ac5b8b", "#e99431")
+"""The same hues for a dark page."""
+
+VERDICTS = {"up": ("\u25b2", "better"), "down": ("\u25bc", "worse"), "sig": ("\u25c6", "different"), "": ("", "")}
+"""{verdict: (sign, word)} of a significant difference to the baseline."""
+
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, which no page may hold, and those that reverse the direction of the text after them."""
 
 COSTS = {
     "attention_density": "attention density",
@@ -66,10 +88,8 @@ class Estimate:
 
     Attributes:
         value: Mean or difference; None where it was not measured.
-        low: Lower end of the 95 % interval; None where one prompt gives none.
-        high: Upper end.
-        reason: Why there is no value.
-        extra: The rest of what was computed: counts, p values, whether it is significant.
+        low: Lower end of the 95 % interval; None with a single prompt.
+        extra: All fields of the comparison's cell: counts, p values, significance.
     """
 
     value: float | None
@@ -90,8 +110,13 @@ class Estimate:
 
     @property
     def is_significant(self) -> bool:
-        """For a difference: whether it is significant after Holm's correction."""
+        """Significance of a difference after Holm's correction."""
         return bool(self.extra.get("significant"))
+
+
+def plain_text(value: object) -> str:
+    """Text that can be shown anywhere: without control characters and lone surrogates."""
+    return _INVISIBLE.sub("", str(value).encode("utf-8", "replace").decode("utf-8"))
 
 
 def finite(value: Any) -> float | None:
@@ -102,13 +127,7 @@ def finite(value: Any) -> float | None:
 
 
 def digits_for(estimates: Iterable[Estimate], *, figures: int = 3, most: int = 5) -> int:
-    """Decimals for a column: the typical interval is told to two digits, so that none looks surer than it is.
-
-    Args:
-        estimates: Of the column.
-        figures: Significant figures of the largest number where there are no intervals.
-        most: Decimals at most.
-    """
+    """Decimals of a column: two digits of the median half interval, or some ``figures`` of the largest number."""
     known = [item for item in estimates if item.value is not None]
     halves = [(item.high - item.low) / 2 for item in known if item.low is not None and item.high is not None]
     halves = [half for half in halves if half > 0.0]
@@ -164,29 +183,30 @@ class Measure:
         """The last part of the name in words; of a drift also the measure that drifts."""
         parts = re.sub(r"\[.*?\]", "", self.name).split("/")
         words = ", ".join(parts[-2:] if self.family == "drift" else parts[-1:]).replace("_", " ")
-        words = re.sub("|".join(ACRONYMS), lambda found: found[0].upper(), words)
+        words = re.sub("|".join(_ACRONYMS), lambda found: found[0].upper(), words)
         return words[:1].upper() + words[1:]
 
     @property
     def place(self) -> str:
-        """The name up to its last part: the prefix, and for clips of a video ``long``."""
+        """The name up to its last part, with a slash."""
         return re.sub(r"\[.*?\]", "", self.name).rpartition("/")[0] + "/"
 
     @property
     def backbone(self) -> str:
-        """What stands in the name's brackets: the stand-ins for the official backbone."""
+        """Stand-ins for the official backbone: the name's brackets."""
         return ", ".join(re.findall(r"\[(.*?)\]", self.name))
 
     @property
     def unit(self) -> str:
-        """Of the value; empty for shares, whose axis says enough."""
+        """Unit of the value; empty for shares."""
         unit = str(self.spec.get("unit") or "")
         return "" if unit == "0..1" else unit
 
     @property
     def direction(self) -> int:
         """1 where higher is better, -1 where lower is, 0 where neither."""
-        return {True: 1, False: -1}.get(self.spec.get("higher_is_better"), 0)
+        better = self.spec.get("higher_is_better")
+        return 0 if better is None else 1 if better else -1
 
     @property
     def direction_text(self) -> str:
@@ -194,8 +214,20 @@ class Measure:
         return {1: "higher is better", -1: "lower is better", 0: "neither is better"}[self.direction]
 
     @property
+    def range(self) -> tuple[float | None, float | None]:
+        """Least and greatest possible value."""
+        low, high = self.spec.get("range") or (None, None)
+        return low, high
+
+    @property
+    def note(self) -> str:
+        """Place, stand-ins, unit and direction."""
+        stand_in = f"[{self.backbone}]" if self.backbone else ""
+        return " \u00b7 ".join(filter(None, (self.place + stand_in, self.unit, self.direction_text)))
+
+    @property
     def is_comparable(self) -> bool:
-        """Whether it may stand beside published VBench numbers."""
+        """Comparability with published VBench numbers."""
         return self.family == "vbench"
 
     @property
@@ -211,18 +243,26 @@ class Measure:
         """Paired difference of a run to the baseline."""
         return Estimate.read(self._part("paired", moment).get(label), "difference")
 
+    def verdict(self, label: str, moment: str | None = None) -> str:
+        """``up``, ``down`` or ``sig`` for a significantly better, worse or other value than the baseline's."""
+        difference = self.difference(label, moment)
+        if difference.value is None or not difference.is_significant:
+            return ""
+        gain = self.direction * difference.value
+        return "up" if gain > 0 else "down" if gain < 0 else "sig"
+
     def curve(self, label: str) -> list[Mapping[str, Any]]:
         """Windows of a run in order; empty where the metric has no curve."""
         return list((self.entry.get("curves") or {}).get(label) or [])
 
     @property
     def is_measured(self) -> bool:
-        """Whether any run has a value."""
+        """True if any run has a value."""
         return any(self.level(label).value is not None for label in self._part("runs", None))
 
     @property
     def has_curve(self) -> bool:
-        """Whether any run has two windows with values, which make a line."""
+        """True if any run has two windows with values, which make a line."""
         curves = (self.entry.get("curves") or {}).values()
         return any(sum(finite(point.get("mean")) is not None for point in points) > 1 for points in curves)
 
@@ -233,17 +273,7 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything that one report is made from.
-
-    Attributes:
-        runs: One per policy.
-        comparison: Of :func:`longtake.evaluation.comparison.compare_runs`.
-        commands: What to type to get the same numbers.
-        protocol: The resolved protocol; its ``hash`` is shown first.
-        videos: {label: folder of its videos}, for filmstrips.
-        published: Rows of published numbers, or none.
-        headline: Names of the measures in the first table; None chooses.
-    """
+    """Contents of one report; the fields are those of :func:`longtake.evaluation.report.write_report`."""
 
     runs: Sequence[RunScores]
     comparison: Mapping[str, Any]
@@ -265,6 +295,11 @@ class ReportData:
         return str(self.comparison.get("baseline") or "")
 
     @property
+    def is_compared(self) -> bool:
+        """True if there are a baseline and policies to compare with it."""
+        return bool(self.baseline and self.others)
+
+    @property
     def others(self) -> list[str]:
         """Labels without the baseline."""
         return [label for label in self.labels if label != self.baseline]
@@ -277,12 +312,16 @@ class ReportData:
         """Position of a policy in every legend."""
         return self.labels.index(label)
 
-    def style(self, label: str) -> str:
-        """CSS classes for a policy's colour and line: the baseline is neutral, the rest hue by hue, then dashed."""
+    def hue_and_line(self, label: str) -> tuple[int, int]:
+        """Indices of a policy's colour and line style: neutral for the baseline, then hue by hue, then dashes."""
         if label == self.baseline and len(self.labels) > 1:
-            return "h0 s0"
-        position = [other for other in self.labels if other != self.baseline or len(self.labels) == 1].index(label)
-        return f"h{position % NUM_HUES + 1} s{position // NUM_HUES % NUM_STYLES}"
+            return 0, 0
+        position = (self.others if len(self.labels) > 1 else self.labels).index(label)
+        return position % _NUM_HUES + 1, position // _NUM_HUES % _NUM_STYLES
+
+    def style(self, label: str) -> str:
+        """CSS classes of a policy's colour and line style."""
+        return "h{} s{}".format(*self.hue_and_line(label))
 
     @cached_property
     def measures(self) -> dict[str, Measure]:
@@ -301,9 +340,9 @@ class ReportData:
             ValueError: If a headline that was asked for was not measured.
         """
         if self.headline is None:
-            found = [self.first((pattern,)) for pattern in HEADLINES]
-            chosen = [measure for measure in found if measure is not None][:NUM_HEADLINES]
-            return chosen or list(self.measures.values())[:NUM_HEADLINES]
+            found = [self.first((pattern,)) for pattern in _HEADLINES]
+            chosen = [measure for measure in found if measure is not None][:_NUM_HEADLINES]
+            return chosen or list(self.measures.values())[:_NUM_HEADLINES]
         unknown = [name for name in self.headline if name not in self.measures]
         if unknown:
             known = ", ".join(self.measures) or "none"
@@ -317,6 +356,16 @@ class ReportData:
             if found:
                 return min(found, key=lambda measure: (not measure.is_comparable, "/long/" not in measure.name))
         return None
+
+    @cached_property
+    def flags(self) -> list[FlagRow]:
+        """Flagged stretches of videos, in the order of the runs and their manifests."""
+        return [
+            (run.label, video.video.id, video.video.prompt, flag.kind, flag.start_s, flag.end_s, flag.message)
+            for run in self.runs
+            for video in run.videos
+            for flag in video_flags(video.scores)
+        ]
 
     @cached_property
     def moments(self) -> list[str]:
@@ -353,11 +402,7 @@ class ReportData:
     @property
     def num_seeds(self) -> int:
         """Most videos that one run has of one prompt."""
-        counts: dict[tuple[str, int], int] = {}
-        for run in self.runs:
-            for video in run.videos:
-                key = (run.label, video.video.prompt_index)
-                counts[key] = counts.get(key, 0) + 1
+        counts = Counter((run.label, video.video.prompt_index) for run in self.runs for video in run.videos)
         return max(counts.values(), default=0)
 
     @property

@@ -1,10 +1,25 @@
-"""Tables of a report: policies against measures with their intervals, costs, flags, and what is missing."""
+"""Tables of an evaluation outside its page: CSV files, a short table for the terminal, and Markdown."""
 
+import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import isnan
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from longtake.evaluation.comparison import compare_runs, value_at
+from longtake.evaluation.intervals import ratio_by_prompt
+from longtake.evaluation.paired import NUM_RESAMPLES
+from longtake.evaluation.records import RunScores, write_atomically
 from longtake.evaluation.report.data import (
-    MAIN_COSTS,
+    COSTS,
+    VERDICTS,
     Estimate,
     Measure,
     ReportData,
@@ -13,268 +28,357 @@ from longtake.evaluation.report.data import (
     interval,
     number,
 )
-from longtake.evaluation.report.markup import Content, Markup, breakable, join, tag
-from longtake.evaluation.report.pieces import swatch
-from longtake.evaluation.report.plots import verdict_mark, verdict_of
+from longtake.evaluation.report.figures import draw_curves_png
 
-SCORES = {"quality7": "Quality (7 dimensions)", "quality6_long": "Quality (6, long)", "total": "Total"}
-MAX_FLAGS = 200
-"""Rows of the page's table of flags; the CSV file has all."""
+_LEVELS = ("mean", "low", "high", "num_videos", "num_prompts")
+_PAIRED = ("difference", "low", "high", "num_pairs", "num_prompts", "sign_p", "holm_p", "significant")
+_DETECTABLE = "minimum_detectable"
+_LEVEL_HEAD = ("metric", "policy", "moment_s", *_LEVELS, "not_measured_because")
+_PAIRED_HEAD = tuple(f"baseline_{name}" for name in (*_PAIRED, _DETECTABLE))
+_COLUMNS = {
+    "summary.csv": (*_LEVEL_HEAD, *_PAIRED_HEAD),
+    "moments.csv": (*_LEVEL_HEAD, *_PAIRED_HEAD),
+    "curves.csv": ("metric", "policy", "start_s", "end_s", "mean", "low", "high", "num_videos"),
+    "videos.csv": ("metric", "policy", "video", "prompt_index", "seed_index", "value", "not_measured_because"),
+    "costs.csv": ("policy", "cost", "value"),
+    "flags.csv": ("policy", "video", "prompt", "kind", "start_s", "end_s", "message"),
+    "skipped.csv": ("metric", "why", "policies"),
+}
 
 
-def scrolled_table(caption: str, heads: Content, *bodies: Content, class_: str | None = None) -> Markup:
-    """A table in a box of its own, in which it scrolls by touch or with the arrow keys where it is wide.
+def write_csv_files(data: ReportData, folder: Path) -> list[Path]:
+    """Write summary, moments, curves, videos, costs, flags and reasons for missing numbers; the folder is created."""
+    tables: dict[str, Iterable[Sequence[Any]]] = {
+        "summary.csv": _level_rows(data, None),
+        "moments.csv": (row for moment in data.moments for row in _level_rows(data, moment)),
+        "curves.csv": _curve_rows(data),
+        "videos.csv": _video_rows(data),
+        "costs.csv": ((run.label, *cost) for run in data.runs for cost in run.costs.items() if cost[0] in data.costs),
+        "flags.csv": data.flags,
+        "skipped.csv": ((name, why, " ".join(labels)) for (name, why), labels in data.skipped.items()),
+    }
+    return [_write_csv(folder / name, _COLUMNS[name], rows) for name, rows in tables.items()]
+
+
+def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([_plain(cell) for cell in row] for row in rows)
+    write_atomically(path, text.getvalue())
+    return path
+
+
+def _plain(cell: Any) -> Any:
+    """A cell without NaN that no spreadsheet takes for a formula."""
+    if isinstance(cell, float):
+        return "" if finite(cell) is None else f"{cell:.10g}"
+    if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return f"'{cell}"
+    return "" if cell is None else cell
+
+
+def _level_rows(data: ReportData, moment: str | None) -> Iterable[Sequence[Any]]:
+    for measure in data.measures.values():
+        if moment is not None and moment not in measure.moments:
+            continue
+        for label in data.labels:
+            level, difference = measure.level(label, moment), measure.difference(label, moment)
+            paired = difference if label != data.baseline else Estimate(value=None)
+            yield [
+                measure.name,
+                label,
+                moment,
+                level.value,
+                *(level.extra.get(name) for name in _LEVELS[1:]),
+                level.reason,
+                paired.value,
+                *(paired.extra.get(name) for name in (*_PAIRED[1:], _DETECTABLE)),
+            ]
+
+
+def _curve_rows(data: ReportData) -> Iterable[Sequence[Any]]:
+    for measure in data.measures.values():
+        for label in data.labels:
+            for point in measure.curve(label):
+                yield [measure.name, label, *(point.get(name) for name in _COLUMNS["curves.csv"][2:])]
+
+
+def _video_rows(data: ReportData) -> Iterable[Sequence[Any]]:
+    for run in data.runs:
+        for video in run.videos:
+            line = video.video
+            for name, score in sorted(video.scores.items()):
+                keys = (name, run.label, line.id, line.prompt_index, line.seed_index)
+                yield [*keys, score.value, score.skipped]
+
+
+_MOST_COLUMNS = 3
+_MOST_MEASURES = 5
+"""Policies, or measures, that stand side by side in a terminal of 80 columns."""
+
+
+def summary_table(comparison: Mapping[str, Any], *, headline: Sequence[str] | None = None) -> Table:
+    """The first table of the report for the terminal.
 
     Args:
-        caption: What the table holds.
-        heads: Of its columns.
-        bodies: ``tbody`` and ``tfoot`` elements.
-        class_: Of the table.
+        comparison: Result of :func:`longtake.evaluation.comparison.compare_runs`.
+        headline: Names of the measures; None takes the usual ones.
+
+    Returns:
+        A rich table with a sign where the difference to the baseline is significant. Few policies stand in columns,
+        with their intervals; many in rows, without, and with the first measures only.
+
+    Raises:
+        ValueError: If a headline measure has no value.
     """
-    above = tag("caption", tag("span", caption))
-    table = tag("table", above, tag("thead", tag("tr", heads)), bodies, class_=class_)
-    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
+    data = ReportData(runs=(), comparison=comparison, headline=headline)
+    are_columns = len(data.labels) <= _MOST_COLUMNS
+    measures = data.headlines if are_columns or headline is not None else data.headlines[:_MOST_MEASURES]
+    heads = [Text(label, style="bold" if label == data.baseline else "") for label in data.labels]
+    names = [Text.assemble(item.title, (f" {item.family}/", "dim")) for item in measures]
+    rows = [_terminal_row(data, item, with_interval=are_columns) for item in measures]
+    signs = f"; \u25b2 \u25bc \u25c6 significant against {data.baseline}" if data.others else ""
+    caption = f"means{' and 95 % intervals' if are_columns else ''}{signs}"
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("measure" if are_columns else "policy", no_wrap=not are_columns)
+    for head in heads if are_columns else names:
+        table.add_column(head, justify="right", overflow="fold")
+    lines = zip(names, rows, strict=True) if are_columns else zip(heads, zip(*rows, strict=True), strict=True)
+    for head, cells in lines:
+        table.add_row(head, *cells)
+    return table
 
 
-def sortable(*content: Content, is_text: bool = False, **attributes: object) -> Markup:
-    """A column's head that sorts the table when it is pressed."""
-    button = tag("button", tag("span", *content), class_="sort", type="button")
-    return tag("th", button, scope="col", class_="text" if is_text else None, **attributes)
-
-
-def policy_head(data: ReportData, label: str) -> Markup:
-    """A row's head: the policy's sign and name."""
-    base = tag("small", "baseline") if label == data.baseline and len(data.labels) > 1 else None
-    name = tag("span", label, class_="label")
-    return tag("th", swatch(data.style(label)), name, base, scope="row", data_v=label)
-
-
-def none_cell(reason: str) -> Markup:
-    """A cell without a number, with the reason under the pointer; it is told in full elsewhere on the page."""
-    return tag("td", tag("span", "not measured", title=reason), class_="none")
-
-
-def level_cell(level: Estimate, digits: int, *, difference: Estimate | None, direction: int) -> Markup:
-    """A mean over its interval; behind it the sign of a significant difference to the baseline."""
-    if level.value is None:
-        return none_cell(level.reason)
-    verdict = verdict_of(difference, direction) if difference is not None else ""
-    value = tag("span", number(level.value, digits), class_="value")
-    small = tag("small", interval(level, digits)) if level.low is not None else None
-    return tag("td", value, verdict_mark(verdict), " ", small, class_=verdict or None, data_v=f"{level.value:.6g}")
-
-
-def measure_head(measure: Measure) -> Markup:
-    """A column's head: title over prefix, stand-in and direction."""
-    arrow = {1: "\u00a0\u2191", -1: "\u00a0\u2193", 0: ""}[measure.direction]
-    title = tag("b", measure.title, arrow)
-    small = tag("small", breakable(measure.place), f" {measure.unit}" if measure.unit else None)
-    stand_in = tag("small", breakable(f"[{measure.backbone}]")) if measure.backbone else None
-    return sortable(title, small, stand_in, title=f"{measure.name}: {measure.direction_text}")
-
-
-def level_table(data: ReportData, *, caption: str, moment: str | None = None, with_costs: bool = False) -> Markup:
-    """Policies against headline measures: over whole videos or at a moment.
-
-    Args:
-        data: Of the report.
-        caption: Of the table.
-        moment: Seconds, as the comparison names them; None for whole videos.
-        with_costs: Whether the main costs stand in the last columns.
-    """
-    measures = data.headlines if moment is None else [item for item in data.headlines if moment in item.moments]
-    digits = {item.name: digits_for(item.level(label, moment) for label in data.labels) for item in measures}
-    costs = {name: title for name, title in data.costs.items() if with_costs and name in MAIN_COSTS}
-    heads = [sortable("policy", is_text=True), *(measure_head(item) for item in measures)]
-    heads += [sortable(tag("b", title), tag("small", "cost")) for title in costs.values()]
-    rows = []
-    for label in data.labels:
-        cells = [
-            level_cell(
-                item.level(label, moment),
-                digits[item.name],
-                difference=item.difference(label, moment) if label != data.baseline else None,
-                direction=item.direction,
-            )
-            for item in measures
-        ]
-        cells += [cost_cell(data, label, name) for name in costs]
-        rows.append(tag("tr", policy_head(data, label), cells, data_run=data.index(label)))
-    foot = _detectable_row(data, measures, moment, len(costs)) if data.others and data.baseline else None
-    return scrolled_table(caption, heads, tag("tbody", rows), foot)
-
-
-def _detectable_row(data: ReportData, measures: Sequence[Measure], moment: str | None, num_costs: int) -> Markup:
-    """The smallest difference that the comparison could have found, of the policy where it is largest."""
+def _terminal_row(data: ReportData, measure: Measure, *, with_interval: bool) -> list[Text]:
+    """A measure's cells, one per policy."""
+    digits = digits_for(measure.level(label) for label in data.labels)
+    styles = {"up": "green", "down": "red"}
     cells = []
-    for measure in measures:
-        differences = [measure.difference(label, moment) for label in data.others]
-        known = [finite(item.extra.get("minimum_detectable")) for item in differences]
-        sizes = [Estimate(value=value) for value in known if value is not None]
-        if not sizes:
-            cells.append(tag("td", "\u2013", title="not known from one prompt"))
-            continue
-        largest = max(item.value or 0.0 for item in sizes)
-        if largest == 0.0:
-            cells.append(tag("td", "\u2013", title="not known: every prompt has the same difference"))
-            continue
-        cells.append(tag("td", number(largest, digits_for(sizes, figures=2))))
-    head = tag("th", "smallest difference that could be found", scope="row", title="80 % power, two-sided 5 %")
-    return tag("tfoot", tag("tr", head, cells, [tag("td") for _ in range(num_costs)]))
-
-
-def cost_cell(data: ReportData, label: str, name: str, *, with_bar: bool = False) -> Markup:
-    """A cost, alike in digits over the policies; a bar shows its share of the largest."""
-    run = data.run(label)
-    value = None if run is None else finite(run.costs.get(name))
-    if value is None:
-        return none_cell("not recorded for this run")
-    known = [finite(other.costs.get(name)) for other in data.runs]
-    largest = max(abs(item) for item in known if item is not None)
-    digits = 0 if largest >= 100 else 1 if largest >= 10 else 2
-    share = 100 * abs(value) / largest if largest else 0.0
-    bar = tag("i", class_="share", style=f"width:{share:.0f}%") if with_bar else None
-    return tag("td", tag("span", number(value, digits), class_="value"), bar, class_="cost", data_v=f"{value:.6g}")
-
-
-def cost_table(data: ReportData) -> Markup:
-    """What every policy costs."""
-    heads = [sortable("policy", is_text=True), *(sortable(tag("b", title)) for title in data.costs.values())]
-    rows = [
-        tag(
-            "tr",
-            policy_head(data, label),
-            [cost_cell(data, label, name, with_bar=True) for name in data.costs],
-            data_run=data.index(label),
-        )
-        for label in data.labels
-    ]
-    caption = "What each policy costs, on the machine that made the videos"
-    return scrolled_table(caption, heads, tag("tbody", rows), class_="costs")
-
-
-def score_table(data: ReportData) -> Markup | None:
-    """Composite scores, or why there are none; None where the comparison has none."""
-    scores = data.comparison.get("scores") or {}
-    names = [name for name in SCORES if any(name in (scores.get(label) or {}) for label in data.labels)]
-    if not names:
-        return None
-    reasons = {str(entry.get("reason")) for label in data.labels for entry in _scores(scores, label, names).values()}
-    values = [finite(e.get("value")) for label in data.labels for e in _scores(scores, label, names).values()]
-    if all(value is None for value in values):
-        items = [tag("li", breakable(reason)) for reason in sorted(reasons, key=len) if reason != "None"]
-        text = "No composite VBench score: members are missing, or were not measured with VBench's own networks"
-        summary = tag("summary", text, class_="quiet")
-        return tag("details", summary, tag("ul", items, class_="quiet"), class_="scores")
-    heads = [sortable("policy", is_text=True), *(sortable(tag("b", SCORES[name])) for name in names)]
-    rows = []
     for label in data.labels:
-        cells = []
-        for name, entry in _scores(scores, label, names).items():
-            value = finite(entry.get("value"))
-            known = tag("td", number(value, 4), data_v=f"{value:.6g}") if value is not None else None
-            cells.append(known or none_cell(str(entry.get("reason") or name)))
-        rows.append(tag("tr", policy_head(data, label), cells, data_run=data.index(label)))
-    caption = "VBench's composite scores, only where every member was measured with the official backbone"
-    return scrolled_table(caption, heads, tag("tbody", rows))
+        level = measure.level(label)
+        verdict = measure.verdict(label) if label != data.baseline else ""
+        text = number(level.value, digits) + (VERDICTS[verdict][0] or " ")
+        cell = Text("-", style="dim") if level.value is None else Text(text, style=styles.get(verdict, ""))
+        if with_interval and level.low is not None:
+            cell.append(f"\n{interval(level, digits)} ", style="dim")
+        cells.append(cell)
+    return cells
 
 
-def _scores(scores: Mapping[str, Any], label: str, names: Iterable[str]) -> dict[str, Mapping[str, Any]]:
-    return {name: (scores.get(label) or {}).get(name) or {} for name in names}
+Levels = Mapping[str, Mapping[str, float]]
+"""{reference: {metric: value}}: rows above the policies."""
+
+JUDGE = "judge/"
+_SIX = ("shape", "colour", "background", "texture", "motion", "camera")
+TITLES = {
+    "judge/mean_of_six": "judge, mean of six",
+    **{f"{JUDGE}{name}": name for name in _SIX},
+    "judge/one_object": "one object",
+    "judge/background_psnr": "background PSNR",
+    "judge/revisit_psnr": "revisit PSNR",
+    "judge/motion_magnitude": "motion kept",
+}
+"""The judge's columns, which are the default where a run has them; others have their measure's title."""
+_SHARES = {"judge/motion_magnitude": "motion magnitude"}
+"""Shown as a share of the same videos' first seconds; a difference is one of the measure itself, under this title."""
+_FIRST_SECONDS = 5.0
+_PLAIN_COSTS = ("attention_density", "ms_per_block", "kv_mb")
+"""Costs in the last columns, where a run has them."""
 
 
-def measure_table(data: ReportData, measures: Sequence[Measure], *, caption: str) -> Markup:
-    """Every measure in a row, every policy in a column."""
-    heads = [sortable("measure", is_text=True)]
-    heads += [
-        sortable(swatch(data.style(label)), tag("b", label), data_run=data.index(label)) for label in data.labels
-    ]
-    rows = []
-    for measure in measures:
-        levels = [measure.level(label) for label in data.labels]
-        digits = digits_for(levels)
-        cells = []
-        for label, level in zip(data.labels, levels, strict=True):
-            run = data.index(label)
-            if level.value is None:
-                cells.append(tag("td", tag("span", "\u2013", title=level.reason), class_="none", data_run=run))
-                continue
-            verdict = verdict_of(measure.difference(label), measure.direction) if label != data.baseline else ""
-            text = (number(level.value, digits), verdict_mark(verdict))
-            inside = interval(level, digits) or None
-            attributes = {"data_run": run, "data_v": f"{level.value:.6g}", "title": inside, "class_": verdict or None}
-            cells.append(tag("td", text, **attributes))
-        rows.append(tag("tr", _measure_row_head(measure), cells))
-    return scrolled_table(caption, heads, tag("tbody", rows), class_="all")
+def default_columns(runs: Sequence[RunScores]) -> list[str]:
+    """Return the default columns: the judge's metrics, else all VBench forms and flow.
+
+    Raises:
+        ValueError: If the runs have none of them.
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run.specs))
+    judged = [name for name in TITLES if name in names]
+    others = [name for name in names if name.startswith(("vbench", "proxy/flow_magnitude", "proxy/motion_kept"))]
+    if not judged and not others:
+        raise ValueError("these runs have no measure of the judge and none of VBench: name some with --metrics")
+    return judged or others
 
 
-def _measure_row_head(measure: Measure) -> Markup:
-    formula = measure.spec.get("formula")
-    notes = [formula and f"formula {formula}", measure.unit, measure.direction_text, measure.spec.get("description")]
-    title = " \u00b7 ".join(str(note) for note in notes if note)
-    return tag("th", breakable(measure.name), scope="row", title=title, data_v=measure.name)
+def find_columns(runs: Sequence[RunScores], wanted: Sequence[str]) -> list[str]:
+    """Return full names of metrics, whose brackets may be left out in ``wanted``.
+
+    Raises:
+        ValueError: If a run has no such metric.
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run.specs))
+    found = []
+    for word in wanted:
+        fitting = [name for name in names if word in (name, name.partition("[")[0])]
+        if not fitting:
+            near = [name for name in names if word.rpartition("/")[2] in name] or names
+            raise ValueError(f"no run has a metric {word!r}; near it: {', '.join(near[:8])}")
+        found += fitting
+    return found
 
 
-def flag_table(data: ReportData, rows: Sequence[tuple[str, str, str, str, float, float, str]]) -> Markup:
-    """Videos with something wrong: (label, video, prompt, kind, start, end, message)."""
-    heads = [sortable(name, is_text=name not in ("from, s", "to, s")) for name in ("policy", "video", "kind")]
-    heads += [sortable("from, s"), sortable("to, s"), sortable("what", is_text=True), sortable("prompt", is_text=True)]
-    body = [
-        tag(
-            "tr",
-            policy_head(data, label),
-            tag("td", video, class_="text", data_v=video),
-            tag("td", kind, class_="text", data_v=kind),
-            tag("td", f"{start:.1f}", data_v=start),
-            tag("td", f"{end:.1f}", data_v=end),
-            tag("td", message, class_="text wide", data_v=message),
-            tag("td", prompt, class_="text wide", data_v=prompt),
-            data_run=data.index(label),
+def moment_tables(
+    runs: Sequence[RunScores],
+    *,
+    baseline: str,
+    moments: Sequence[float],
+    columns: Sequence[str],
+    levels: Levels | None = None,
+) -> str:
+    """Markdown: at each moment the level of every run that got so far, then paired differences to the baseline.
+
+    Brackets are 95 % intervals. A difference is bold if its interval leaves out zero and the sign test over prompts,
+    adjusted over the policies (Holm), is at most 0.05.
+
+    Args:
+        runs: Of the same prompts and seeds, in the order of the rows.
+        baseline: Label of the run that the others are compared with.
+        moments: Seconds; each stands for the five seconds of video that end there.
+        columns: Full names of metrics.
+        levels: Rows of reference.
+
+    Raises:
+        ValueError: If the runs cannot be compared, or none got to any moment.
+    """
+    chosen = [_only(run, columns) for run in runs]
+    comparison = compare_runs(chosen, baseline=baseline, moments=moments)
+    measures = [Measure(name=name, entry=comparison["metrics"][name]) for name in columns]
+    parts = [f"Videos per policy: {', '.join(f'{run.label} {len(run.videos)}' for run in runs)}.\n"]
+    for moment in moments:
+        key = f"{moment:g}"
+        reached = [run for run in chosen if _reaches(measures, run.label, key)]
+        if not reached:
+            continue
+        parts.append(f"### At {key} s\n\n{_level_table(reached, measures, moment, levels or {})}")
+        others = [run for run in reached if run.label != baseline]
+        if others and len(others) < len(reached):
+            text = f"Minus `{baseline}` on the same prompts and seeds:"
+            parts.append(f"{text}\n\n{_difference_table(others, measures, key)}")
+    if len(parts) == 1:
+        raise ValueError(
+            f"no video lasts until {', '.join(f'{moment:g}' for moment in moments)} s: give other moments"
         )
-        for label, video, prompt, kind, start, end, message in rows[:MAX_FLAGS]
-    ]
-    more = f"; the first {MAX_FLAGS} of {len(rows)}, all in flags.csv" if len(rows) > MAX_FLAGS else ""
-    caption = f"Videos that stand still, repeat themselves, cut or flicker{more}"
-    return scrolled_table(caption, heads, tag("tbody", body))
+    return "\n".join(parts)
 
 
-def skipped_tables(data: ReportData) -> list[Markup]:
-    """What was not measured, and why; drift numbers apart, which follow from the measures they are of."""
-    drift = {key: labels for key, labels in data.skipped.items() if key[0].startswith("drift/")}
-    others = {key: labels for key, labels in data.skipped.items() if key not in drift}
-    tables = [_skipped_table(data, others)] if others else []
-    if drift:
-        summary = tag("summary", tag("code", "drift/"), f" {len({name for name, _ in drift})}")
-        tables.append(tag("details", summary, _skipped_table(data, drift)))
-    return tables
+def write_curves(runs: Sequence[RunScores], path: Path, *, baseline: str, columns: Sequence[str]) -> None:
+    """Draw the columns over time as a PNG with a panel each; the baseline is grey.
+
+    Raises:
+        ValueError: If no column has a curve.
+    """
+    chosen = [_only(run, columns) for run in runs]
+    comparison = compare_runs(chosen, baseline=baseline, moments=())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = ReportData(runs=chosen, comparison=comparison)
+    measured = [name for name in columns if name in data.measures]
+    if draw_curves_png(replace(data, headline=measured), path) is None:
+        raise ValueError(f"none of {', '.join(columns)} has a curve over time: name others with --metrics")
 
 
-def _skipped_table(data: ReportData, skipped: Mapping[tuple[str, str], Sequence[str]]) -> Markup:
-    """Measures that lack the same thing share a row."""
-    grouped: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (name, reason), labels in skipped.items():
-        grouped.setdefault((reason, tuple(labels)), []).append(name)
-    rows = []
-    for (reason, labels), names in grouped.items():
-        who = "every policy" if len(labels) == len(data.labels) else ", ".join(labels)
-        items = [tag("li", breakable(name)) for name in names]
-        cells = (tag("td", tag("ul", items), class_="text names"), tag("td", reason, class_="text wide"))
-        rows.append(tag("tr", cells, tag("td", who, class_="text")))
-    heads = [tag("th", name, scope="col", class_="text") for name in ("measure", "why", "for")]
-    caption = "None of these was counted as zero"
-    return scrolled_table(caption, heads, tag("tbody", rows), class_="skipped")
+def replace_section(page: str, section: str, text: str, *, source: str) -> str:
+    """Return a Markdown page with a new text between the two comments of a section.
+
+    Args:
+        page: The whole page.
+        section: Name in both comments.
+        text: Markdown; ends with a line break.
+        source: The page's name, for the error.
+
+    Raises:
+        ValueError: If the page does not have the two lines, once each and in order.
+    """
+    first, last = f"<!-- {section}: written by longtake evaluate table -->", f"<!-- end of {section} -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in rest or last in after:
+        raise ValueError(f"{source} has no section {section!r}: add the lines {first!r} and {last!r}, once")
+    return f"{before}{first}\n{text}{last}{after}"
 
 
-def mapping_list(values: Mapping[str, Any], *, prefix: str = "") -> Markup:
-    """Nested settings as a flat list of dotted names and values."""
-    pairs = list(_flatten(values, prefix))
-    return tag("dl", [join(tag("dt", name), tag("dd", tag("code", text))) for name, text in pairs], class_="settings")
+def _only(run: RunScores, columns: Sequence[str]) -> RunScores:
+    """A run with some of its metrics."""
+    specs = {name: run.specs[name] for name in columns if name in run.specs}
+    return RunScores(label=run.label, specs=specs, videos=run.videos, skipped=run.skipped, costs=run.costs)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            listed = isinstance(value, list | tuple)
-            yield f"{prefix}{key}", ", ".join(str(item) for item in value) if listed else str(value)
+def _reaches(measures: Sequence[Measure], label: str, moment: str) -> bool:
+    return any(measure.level(label, moment).value is not None for measure in measures)
+
+
+def _level_table(runs: Sequence[RunScores], measures: Sequence[Measure], moment: float, levels: Levels) -> str:
+    costs = {name: COSTS[name] for name in _PLAIN_COSTS if any(name in run.costs for run in runs)}
+    titles = [TITLES.get(measure.name, measure.title) for measure in measures]
+    lines = _head(("policy", "videos", *titles, *costs.values()))
+    for name, values in levels.items():
+        known = [_reference(values, measure.name) for measure in measures]
+        lines.append(_line((f"_{name}_", "", *known, *("" for _ in costs))))
+    for run in runs:
+        estimates = [_level(run, measure, moment) for measure in measures]
+        count = max(int(estimate.extra.get("num_videos", 0)) for estimate in estimates)
+        prices = (_cost(run.costs.get(name)) for name in costs)
+        lines.append(_line((run.label, str(count), *map(_cell, estimates), *prices)))
+    return "\n".join(lines) + "\n"
+
+
+def _difference_table(runs: Sequence[RunScores], measures: Sequence[Measure], moment: str) -> str:
+    titles = [_SHARES.get(measure.name, TITLES.get(measure.name, measure.title)) for measure in measures]
+    lines = _head(("policy", "prompts", *titles))
+    for run in runs:
+        estimates = [measure.difference(run.label, moment) for measure in measures]
+        count = max(int(estimate.extra.get("num_prompts", 0)) for estimate in estimates)
+        lines.append(_line((run.label, str(count), *(_cell(estimate, signed=True) for estimate in estimates))))
+    return "\n".join(lines) + "\n"
+
+
+def _level(run: RunScores, measure: Measure, moment: float) -> Estimate:
+    level = measure.level(run.label, f"{moment:g}")
+    if measure.name not in _SHARES or level.value is None:
+        return level
+    now, first = (_values_at(run, measure.name, seconds) for seconds in (moment, _FIRST_SECONDS))
+    share = ratio_by_prompt(now, first, num_resamples=NUM_RESAMPLES)
+    if isnan(share.mean):
+        return Estimate(value=None, extra=level.extra)
+    limits = [None if isnan(limit) else limit for limit in (share.low, share.high)]
+    return Estimate(value=share.mean, low=limits[0], high=limits[1], extra=level.extra)
+
+
+def _values_at(run: RunScores, name: str, moment: float) -> dict[tuple[int, int], float]:
+    lines = ((video.video, video.scores.get(name)) for video in run.videos)
+    return {
+        (line.prompt_index, line.seed_index): value_at(score, line.fps, moment)
+        for line, score in lines
+        if score is not None and score.windows and line.fps > 0
+    }
+
+
+def _reference(values: Mapping[str, float], name: str) -> str:
+    six = [values[f"{JUDGE}{part}"] for part in _SIX if f"{JUDGE}{part}" in values]
+    if name == "judge/mean_of_six" and len(six) == len(_SIX):
+        return f"{mean(six):.2f}"
+    return f"{values[name]:.2f}" if name in values and name not in _SHARES else ""
+
+
+def _cell(estimate: Estimate, *, signed: bool = False) -> str:
+    """A number with its interval; two decimals, or one where it has two digits before the point or nearly so."""
+    if estimate.value is None:
+        return "-"
+    ends = [end for end in (estimate.low, estimate.high) if end is not None]
+    form = f"{'+' if signed else ''}.{1 if max(abs(value) for value in (estimate.value, *ends[1:])) >= 5 else 2}f"
+    text = f"{estimate.value:{form}}"
+    if len(ends) == 2:
+        text += f" [{ends[0]:{form}}, {ends[1]:{form}}]"
+    return f"**{text}**" if signed and estimate.is_significant else text
+
+
+def _cost(value: Any) -> str:
+    return "-" if value is None else f"{value:{',.0f' if value >= 100 else '.3g'}}"
+
+
+def _head(titles: Sequence[str]) -> list[str]:
+    return [_line(titles), "|" + "---|" * len(titles)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

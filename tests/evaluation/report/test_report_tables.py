@@ -10,12 +10,12 @@ from longtake.evaluation.metric import MetricSpec, Score, Window
 from longtake.evaluation.mini_world import drift
 from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores, write_json
-from longtake.evaluation.report.markdown import (
+from longtake.evaluation.report.tables import (
     TITLES,
-    Section,
     default_columns,
     find_columns,
     moment_tables,
+    replace_section,
     write_curves,
 )
 from longtake.evaluation.results import run_record
@@ -155,14 +155,16 @@ def test_curves_are_drawn_of_what_has_them(tmp_path):
         write_curves([run], tmp_path / "b.png", baseline="dense", columns=["judge/shape"])
 
 
+BEGIN, END = "<!-- study: written by longtake evaluate table -->", "<!-- end of study -->"
+
+
 def test_only_a_section_of_a_page_changes():
-    section = Section("study")
-    page = f"# Title\n\n{section.begin}\nold\n{section.end}\nafter\n"
-    new = section.replaced(page, "new\n", what="page.md")
-    assert new == page.replace("old", "new") and section.replaced(new, "new\n", what="page.md") == new
-    for bad in ("nothing", section.begin, f"{section.end}\n{section.begin}", page + page):
+    page = f"# Title\n\n{BEGIN}\nold\n{END}\nafter\n"
+    new = replace_section(page, "study", "new\n", source="page.md")
+    assert new == page.replace("old", "new") and replace_section(new, "study", "new\n", source="page.md") == new
+    for bad in ("nothing", BEGIN, f"{END}\n{BEGIN}", page + page):
         with pytest.raises(ValueError, match=r"page.md has no section 'study': add the lines"):
-            section.replaced(bad, "", what="page.md")
+            replace_section(bad, "study", "", source="page.md")
 
 
 def test_the_command_takes_several_folders_and_writes_a_page(tmp_path, capfd, monkeypatch):
@@ -195,14 +197,14 @@ def test_the_command_takes_several_folders_and_writes_a_page(tmp_path, capfd, mo
     assert code == 0 and stderr == f"wrote {tmp_path / 'new' / 'curves.png'}\n"
     with Image.open(tmp_path / "new" / "curves.png") as picture:
         assert picture.height > picture.width / 2, "four rows of panels: eleven measures"
-    page, section = tmp_path / "page.md", Section("study")
-    page.write_text(f"# Title\n{section.begin}\n{section.end}\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n{BEGIN}\n{END}\n")
     into = ("--page", page, "--section", "study")
     code, _, stderr = call(first, tmp_path / "second", "--moments", "60", "--metrics", "judge/shape", *into)
     assert code == 0 and stderr == f"wrote 'study' of {page}\n"
     levels = {"true scene": {"judge/shape": 0.9}}
     expected = tables(moments=(60,), columns=["judge/shape"], levels=levels)
-    assert page.read_text() == f"# Title\n{section.begin}\n{expected}{section.end}\n"
+    assert page.read_text() == f"# Title\n{BEGIN}\n{expected}{END}\n"
     assert asked == [(first, list(range(NUM_PROMPTS)))]
     for words, message in (
         ((first, "--baseline", "pack"), "baseline 'pack' is none of the runs: dense, sparse"),

@@ -19,7 +19,7 @@
     const lines = Array.from(hidden, (run) => `[data-run="${run}"]{display:none!important}`);
     if (focus !== null && !hidden.has(focus)) {
       lines.push(`.plot [data-run]:not([data-run="${focus}"]){opacity:.18}`);
-      lines.push(`.plot [data-run="${focus}"] .band{display:inline}`);
+      lines.push(`.plot [data-run="${focus}"].band{display:inline!important}`);
     }
     sheet.textContent = lines.join("");
   };
@@ -85,23 +85,19 @@
 
   // Values under the pointer: a line at the nearest window, and the policies there from the highest to the lowest.
   for (const area of all(".curves .area")) {
-    const times = area.dataset.t.split(" ").map(Number);
+    const times = JSON.parse(area.dataset.times);
+    const end = Number(area.dataset.end);
     let parts = null;
     const readout = () => {
       if (parts) return parts;
-      const lines = all("g[data-run]", area).map((group) => ({
-        run: group.dataset.run,
-        values: group.dataset.m.split(" ").map((text) => (text === "-" ? null : Number(text))),
-        texts: group.dataset.m.split(" "),
-      }));
-      const end = Number(area.dataset.end);
+      const lines = Object.entries(JSON.parse(area.dataset.values)).map(([run, values]) => ({ run, values }));
       const cursor = area.appendChild(make("div", "cursor"));
       const panel = area.appendChild(make("div", "readout"));
-      parts = { lines, end, cursor, panel };
+      parts = { lines, cursor, panel };
       return parts;
     };
     area.addEventListener("pointermove", (event) => {
-      const { lines, end, cursor, panel } = readout();
+      const { lines, cursor, panel } = readout();
       const bounds = area.getBoundingClientRect();
       const time = ((event.clientX - bounds.left) / bounds.width) * end;
       const at = times.reduce((best, value, i) => (Math.abs(value - time) < Math.abs(times[best] - time) ? i : best), 0);
@@ -112,7 +108,7 @@
         const row = panel.appendChild(make("div", "row"));
         const label = buttons[line.run];
         if (label) row.append(label.querySelector("svg").cloneNode(true), make("span", "", label.textContent));
-        row.append(make("span", "value", line.texts[at].replace("-", "\u2212")));
+        row.append(make("span", "value", line.values[at].toFixed(area.dataset.digits).replace("-", "\u2212")));
       }
       const share = times[at] / end;
       cursor.style.left = `${100 * share}%`;
