@@ -12,8 +12,7 @@ from rich.table import Table
 
 from longtake.attention import AttentionGeometry, BlockPlan, SparsePolicy, make_attention_policy
 from longtake.attention.policies.base import StaticPolicy
-from longtake.evaluation.running.entries import split_entry
-from longtake.evaluation.running.protocol import load_protocol
+from longtake.evaluation.running.protocol import load_protocol, split_entry
 from longtake.pipelines.long_video import LongVideoPipeline
 from longtake.scripts.console import out
 

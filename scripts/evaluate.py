@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from longtake.configs.fields import did_you_mean
+from longtake.configs.fields import choose
 from longtake.scripts.console import EXIT_INTERRUPTED, err, stop_requests
 from longtake.scripts.evaluate_tools import TOOLS, show_summary
 
@@ -110,11 +110,9 @@ def run(
     `torchrun --nproc-per-node 8 -m longtake.scripts.main evaluate run --protocol study.yaml --out study`
     """
     from longtake.evaluation.running.protocol import load_protocol, split_caches
-    from longtake.evaluation.running.runner import LAUNCHERS, Evaluation, Order
+    from longtake.evaluation.running.runner import Evaluation
 
-    if launcher not in LAUNCHERS:
-        known = ", ".join(LAUNCHERS)
-        raise ValueError(f"unknown launcher {launcher!r}; known: {known}.{did_you_mean(launcher, LAUNCHERS)}")
+    choose(dict.fromkeys(("local", "torchrun", "ray")), launcher, what="launcher")
     options: dict[str, Any] = {
         "model": model,
         "family": family,
@@ -137,15 +135,14 @@ def run(
         "dtype": dtype,
         "device": device,
     }
-    order = Order(protocol=load_protocol(protocol, options=options), out=out_folder, keep_videos=keep_videos)
-    if not _evaluate(Evaluation(order), launcher, workers):
+    evaluation = Evaluation(load_protocol(protocol, options=options), out_folder, keep_videos=keep_videos)
+    if not _evaluate(evaluation, launcher, workers):
         err.print("stopped; finished work is kept: run the same command again to go on", style="yellow")
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> bool:
-    from longtake.evaluation.running.launchers import is_rank, start_ranks
-    from longtake.evaluation.running.runner import num_cores, run_here, run_rank
+    from longtake.evaluation.running.launchers import is_rank, num_cores, run_here, run_rank, start_ranks
 
     with stop_requests("unit of work") as should_stop:
         if is_rank():
@@ -156,8 +153,9 @@ def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> b
             is_finished = start_ranks(_own_arguments(), num_ranks=count, should_stop=should_stop)
         else:
             with _display(evaluation) as display:
+                is_ray = launcher == "ray"
                 is_finished = run_here(
-                    evaluation, display, launcher=launcher, num_workers=workers, should_stop=should_stop
+                    evaluation, display, is_ray=is_ray, num_workers=workers, should_stop=should_stop
                 )
     if is_finished:
         show_summary(evaluation.out)

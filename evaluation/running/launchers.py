@@ -11,16 +11,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, Protocol
 
 from longtake.evaluation.running.plan import Unit
-from longtake.evaluation.running.worker import Setup, do_unit, set_up, start_process
+from longtake.evaluation.running.runner import Evaluation
+from longtake.evaluation.running.worker import do_unit, set_up, start_process
 
 # Of torchrun: a worker is a process of its own and no rank.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _POLL_SECONDS = 0.1
+# Of ranks that are finished for the others: units of hours are no failure.
+_LONGEST_WAIT = timedelta(days=365)
 
 
 class Watcher(Protocol):
@@ -44,34 +48,101 @@ class Worker(Protocol):
 
     def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
         """Call a function in the process; ``BrokenExecutor`` if it dies."""
+        ...
 
     def steps(self) -> float | None:
         """Latest news of the unit in work, if there is any."""
+        ...
+
+
+def run_here(
+    evaluation: Evaluation,
+    watcher: Watcher,
+    *,
+    is_ray: bool,
+    num_workers: int | None,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Do what is left with worker processes or Ray actors, then write the results.
+
+    Args:
+        evaluation: What to do.
+        watcher: Is told how it goes.
+        is_ray: Whether Ray actors do it.
+        num_workers: Processes; one per core, or as many as the cluster takes, when None.
+        should_stop: Whether to begin no more units.
+
+    Returns:
+        Whether everything is finished.
+
+    Raises:
+        ValueError: If something does not fit or cannot be read; finished work is kept.
+    """
+    threads, is_cuda = evaluation.protocol.threads, evaluation.protocol.device == "cuda"
+    with evaluation.opened():
+        units = evaluation.todo()
+        if units:
+            if is_ray:
+                pool = ray_workers(num_workers, num_units=len(units), threads=threads, is_cuda=is_cuda)
+            else:
+                pool = local_workers(range(min(num_workers or num_cores(threads), len(units))), threads=threads)
+            with pool as workers:
+                do_units(evaluation, units, workers, watcher=watcher, should_stop=should_stop)
+        if evaluation.todo():
+            return False
+        evaluation.finish()
+        return True
+
+
+def run_rank(evaluation: Evaluation, watcher: Watcher, *, should_stop: Callable[[], bool]) -> bool:
+    """Do the units of one rank of ``torchrun``; ranks may be on several machines that share the folder.
+
+    The first rank locks the folder, and writes the results when all are finished.
+
+    Args:
+        evaluation: What to do, the same on every rank.
+        watcher: Is told how this rank's work goes.
+        should_stop: Whether to begin no more units.
+
+    Returns:
+        Whether everything is finished.
+
+    Raises:
+        ValueError: If something does not fit or cannot be read; ``torchrun`` then ends the other ranks.
+    """
+    from torch import distributed
+
+    # The processes that wait here compute nothing, so that they need no GPU.
+    distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
+    rank, slot = distributed.get_rank(), int(os.environ["LOCAL_RANK"])
+    with evaluation.opened() if rank == 0 else nullcontext():
+        distributed.barrier()
+        units = [unit for unit in evaluation.todo() if unit.share % distributed.get_world_size() == rank]
+        if units and not should_stop():
+            with local_workers([slot], threads=evaluation.protocol.threads) as workers:
+                do_units(evaluation, units, workers, watcher=watcher, should_stop=should_stop)
+        if should_stop():
+            return False
+        distributed.barrier()
+        if rank == 0:
+            evaluation.finish()
+        return True
 
 
 def do_units(
+    evaluation: Evaluation,
     units: Sequence[Unit],
-    setup: Setup,
     workers: Sequence[Worker],
     *,
-    describe: Callable[[Mapping[str, Any]], None],
     watcher: Watcher,
     should_stop: Callable[[], bool],
 ) -> None:
     """Do units; whoever is free takes the next.
 
-    Args:
-        units: The work.
-        setup: Of every worker.
-        workers: From :func:`local_workers` or :func:`ray_workers`.
-        describe: Called with what a worker measures, before its first unit.
-        watcher: Told of the progress.
-        should_stop: Whether to begin no more units.
-
     Raises:
         ValueError: The first failure, after the other workers have finished the units they are in.
     """
-    left, failures = iter(units), []
+    setup, left, failures = evaluation.setup(units), iter(units), []
     running: dict[Future[Any], tuple[Worker, Unit | None]] = {}
     for worker in workers:
         running[worker.submit(set_up, setup, worker.slot)] = worker, None
@@ -86,7 +157,7 @@ def do_units(
             try:
                 result = future.result()
                 if unit is None:
-                    describe(result)
+                    evaluation.describe(result)
                     watcher.ready()
                 else:
                     watcher.done(unit)
@@ -232,6 +303,12 @@ class _Actor:
         return function(*args)
 
 
+def num_cores(threads: int = 1) -> int:
+    """Processes that this machine has room for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // threads)
+
+
 def is_rank() -> bool:
     """Whether ``torchrun`` started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
@@ -282,7 +359,7 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             "launcher 'ray' needs the package ray (not installed): pip install 'longtake[cluster]', or use launcher "

@@ -18,11 +18,13 @@ import yaml
 
 from longtake.configs.families import family_names, load_family
 from longtake.configs.fields import build, did_you_mean
-from longtake.configs.loader import FOLDER_FAMILY
+from longtake.configs.loader import FOLDER_FAMILY, load_run
 from longtake.evaluation.records import write_atomically
 
 PROTOCOL_FILE = "protocol.yaml"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+ATTENTION = "attention"
+"""Key of an entry of ``caches`` beside the cache policy's own."""
 GROUPS = ("vbench", "long", "weight_free", "judge")
 """Groups of metrics, as ``evaluation/metrics`` makes them."""
 PLACES = (
@@ -244,13 +246,24 @@ def split_caches(texts: Sequence[str]) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def split_entry(entry: Any) -> tuple[Any, Any]:
+    """An entry's cache policy, and its attention policy: both as ``longtake generate`` takes them."""
+    if not isinstance(entry, Mapping):
+        return entry, "dense"
+    return {key: value for key, value in entry.items() if key != ATTENTION}, entry.get(ATTENTION) or "dense"
+
+
+def is_sparse(entry: Any) -> bool:
+    """Whether a resolved entry leaves any of attention out."""
+    return isinstance(entry, Mapping) and ATTENTION in entry
+
+
 def resolve_generation(protocol: Protocol) -> Protocol:
     """Fill in what the model, its policies and the backbones are, by content.
 
     Raises:
         ValueError: If a policy, model or file is not there, or is another than the protocol's hash says.
     """
-    from longtake.evaluation.running.entries import resolve_entry
     from longtake.pipelines.provenance import weights_hash
 
     if protocol.caches is None:
@@ -263,8 +276,26 @@ def resolve_generation(protocol: Protocol) -> Protocol:
     sha256 = weights_hash(folder)["sha256"]
     _check_hash("model", protocol.model, expected=protocol.model_sha256, found=sha256)
     block = max(settings.frames_per_block, settings.first_block_frames or 1)
-    caches = {label: resolve_entry(label, entry, frames_per_block=block) for label, entry in protocol.caches.items()}
+    caches = {label: _resolve_entry(label, entry, frames_per_block=block) for label, entry in protocol.caches.items()}
     return replace(protocol, family=family, model_sha256=sha256, caches=caches)
+
+
+def _resolve_entry(label: str, entry: Any, *, frames_per_block: int) -> dict[str, Any]:
+    """Put an entry's settings over its presets, and refuse what cannot run.
+
+    An entry that is dense gets no key ``attention``, so that its hash is that of an entry that never named one.
+    """
+    from longtake.pipelines.settings import RolloutSettings
+
+    cache, attention = split_entry(entry)
+    run = load_run(options={"cache": cache, ATTENTION: attention, "prompt": "any"})
+    try:
+        settings = RolloutSettings(cache=run.cache, attention=run.attention)
+        settings.policy.check(frames_per_block)
+        settings.check_backend()
+    except ValueError as error:
+        raise ValueError(f"cache {label!r}: {error}") from error
+    return dict(run.cache) if settings.sparsity.is_dense else {**run.cache, ATTENTION: dict(run.attention)}
 
 
 def model_folder(model: str) -> Path:

@@ -14,19 +14,16 @@ Existing videos stay where they are; a single folder of them is a run whose file
 
 import contextlib
 import fcntl
-import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from longtake.evaluation.records import RunScores, write_json, write_manifest
 from longtake.evaluation.results import COSTS_FILE, RESULTS_FILE, RUN_FILE, load_run, results_json, run_record
-from longtake.evaluation.running.launchers import Watcher, Worker, do_units, local_workers, ray_workers
 from longtake.evaluation.running.plan import MANIFEST, UNITS, RunPlan, Unit, interleaved, plan_generation, read_json
 from longtake.evaluation.running.protocol import (
     PROTOCOL_FILE,
@@ -39,48 +36,43 @@ from longtake.evaluation.running.protocol import (
     settle,
 )
 from longtake.evaluation.running.suites import load_prompts, prompts_sha256
-from longtake.evaluation.running.worker import Setup
 
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
-LONGEST_WAIT = timedelta(days=365)
-"""Ranks that are finished wait for the others: units of hours are no failure."""
-Launcher = Literal["local", "torchrun", "ray"]
-LAUNCHERS: tuple[Launcher, ...] = ("local", "torchrun", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """What is asked for.
+class Setup:
+    """Settings of every worker.
 
     Attributes:
-        protocol: As it was given; it is resolved here.
-        out: Folder of the evaluation.
+        protocol: Resolved, with paths that work from any folder.
         keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
+        units: Everything that is to be done, to be checked before any work.
     """
 
     protocol: Protocol
-    out: Path
-    keep_videos: bool = True
+    keep_videos: bool
+    units: Sequence[Unit]
 
 
 class Evaluation:
-    """A planned evaluation.
-
-    Nothing is written before :meth:`opened`.
+    """A planned evaluation; nothing is written before :meth:`opened`.
 
     Args:
-        order: What is asked for.
+        protocol: As it was given; it is resolved here.
+        out: Folder of the evaluation.
+        keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
 
     Raises:
         ValueError: If anything named in it is missing, cannot be read or does not fit.
     """
 
-    def __init__(self, order: Order) -> None:
-        self.out = order.out.absolute()
-        self.keep_videos = order.keep_videos
-        protocol = resolve_backbones(order.protocol)
+    def __init__(self, protocol: Protocol, out: Path, *, keep_videos: bool = True) -> None:
+        self.out = out.absolute()
+        self.keep_videos = keep_videos
+        protocol = resolve_backbones(protocol)
         if protocol.videos is not None:
             self.protocol, self.runs = protocol, self._existing(protocol)
             labels = [run.label for run in self.runs]
@@ -129,22 +121,14 @@ class Evaluation:
         """Units that are not finished."""
         return [unit for unit in self.units if not unit.is_done(keep_videos=self.keep_videos)]
 
-    def work(
-        self, units: Sequence[Unit], workers: Sequence[Worker], watcher: Watcher, *, should_stop: Callable[[], bool]
-    ) -> None:
-        """Do some units.
-
-        Raises:
-            ValueError: The first failure.
-        """
-        # Workers may be in another folder.
+    def setup(self, units: Sequence[Unit]) -> Setup:
+        """Settings of workers, which may be in another folder."""
         protocol = self.protocol
         if protocol.backbones is not None:
             protocol = replace(protocol, backbones=str(Path(protocol.backbones).absolute()))
         if protocol.videos is None and Path(protocol.model).exists():
             protocol = replace(protocol, model=str(model_folder(protocol.model).absolute()))
-        setup = Setup(protocol=protocol, keep_videos=self.keep_videos, units=units)
-        do_units(units, setup, workers, describe=self.describe, watcher=watcher, should_stop=should_stop)
+        return Setup(protocol=protocol, keep_videos=self.keep_videos, units=units)
 
     def describe(self, description: Mapping[str, Any]) -> None:
         """Write down what is measured, or check that it is what earlier videos were measured with.
@@ -211,86 +195,6 @@ class Evaluation:
         return protocol, plan_generation(protocol, prompts, self.out)
 
 
-def run_here(
-    evaluation: Evaluation,
-    watcher: Watcher,
-    *,
-    launcher: Launcher,
-    num_workers: int | None,
-    should_stop: Callable[[], bool],
-) -> bool:
-    """Do what is left with worker processes or Ray actors, then write the results.
-
-    Args:
-        evaluation: What to do.
-        watcher: Is told how it goes.
-        launcher: ``local`` or ``ray``.
-        num_workers: Processes; one per core, or as many as the cluster takes, when None.
-        should_stop: Whether to begin no more units.
-
-    Returns:
-        Whether everything is finished.
-
-    Raises:
-        ValueError: If something does not fit or cannot be read; finished work is kept.
-    """
-    threads, is_cuda = evaluation.protocol.threads, evaluation.protocol.device == "cuda"
-    with evaluation.opened():
-        units = evaluation.todo()
-        if units:
-            if launcher == "ray":
-                pool = ray_workers(num_workers, num_units=len(units), threads=threads, is_cuda=is_cuda)
-            else:
-                pool = local_workers(range(min(num_workers or num_cores(threads), len(units))), threads=threads)
-            with pool as workers:
-                evaluation.work(units, workers, watcher, should_stop=should_stop)
-        if evaluation.todo():
-            return False
-        evaluation.finish()
-        return True
-
-
-def run_rank(evaluation: Evaluation, watcher: Watcher, *, should_stop: Callable[[], bool]) -> bool:
-    """Do the units of one rank of ``torchrun``; ranks may be on several machines that share the folder.
-
-    The first rank locks the folder, and writes the results when all are finished.
-
-    Args:
-        evaluation: What to do, the same on every rank.
-        watcher: Is told how this rank's work goes.
-        should_stop: Whether to begin no more units.
-
-    Returns:
-        Whether everything is finished.
-
-    Raises:
-        ValueError: If something does not fit or cannot be read; ``torchrun`` then ends the other ranks.
-    """
-    from torch import distributed
-
-    # The processes that wait here compute nothing, so that they need no GPU.
-    distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
-    rank, slot = distributed.get_rank(), int(os.environ["LOCAL_RANK"])
-    with evaluation.opened() if rank == 0 else contextlib.nullcontext():
-        distributed.barrier()
-        units = [unit for unit in evaluation.todo() if unit.share % distributed.get_world_size() == rank]
-        if units and not should_stop():
-            with local_workers([slot], threads=evaluation.protocol.threads) as workers:
-                evaluation.work(units, workers, watcher, should_stop=should_stop)
-        if should_stop():
-            return False
-        distributed.barrier()
-        if rank == 0:
-            evaluation.finish()
-        return True
-
-
-def num_cores(threads: int = 1) -> int:
-    """Processes that this machine has room for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // threads)
-
-
 def run_folders(out: Path) -> list[Path]:
     """The folders of an evaluation's runs: its own, or those below it; of a run's results, that run's.
 
@@ -346,7 +250,7 @@ def write_results(out: Path) -> list[RunScores]:
     if not runs:
         raise ValueError(f"no video of {out} has been measured: run `longtake evaluate run --out {out}` first")
     labels = [run.label for run in runs]
-    baseline = protocol.baseline if protocol.baseline in labels else labels[0]
+    baseline = next((label for label in labels if label == protocol.baseline), labels[0])
     command = shlex.join(("longtake", "evaluate", "run", "--protocol", PROTOCOL_FILE, "--out", "OUT"))
     write_comparison(
         out, runs, baseline=baseline, moments=protocol.moments, protocol=protocol, videos=videos, commands=[command]

@@ -15,10 +15,8 @@ from longtake.evaluation.records import ManifestLine
 from longtake.evaluation.running import launchers, worker
 from longtake.evaluation.running.launchers import do_units, local_workers
 from longtake.evaluation.running.plan import Unit
-from longtake.evaluation.running.protocol import Protocol
-from longtake.evaluation.running.worker import Setup, do_unit
+from longtake.evaluation.running.worker import do_unit
 
-SETUP = Setup(protocol=Protocol(), keep_videos=True, units=())
 UNITS = [
     Unit(label="x", number=n, share=n, folder=Path("out"), lines=(ManifestLine(id=f"p{n}", file="a.mp4"),))
     for n in range(12)
@@ -26,8 +24,13 @@ UNITS = [
 
 
 class Watcher:
+    """The evaluation and its display."""
+
     def __init__(self):
         self.finished, self.num_ready, self.seen_steps = [], 0, []
+
+    def setup(self, units):
+        return units
 
     def describe(self, description):
         assert description == {"specs": []}
@@ -62,14 +65,7 @@ def work(do, *, num_workers, should_stop=lambda watcher: False):
     watcher, error = Watcher(), None
     fakes = [Fake(slot, do) for slot in range(num_workers)]
     try:
-        do_units(
-            UNITS,
-            SETUP,
-            fakes,
-            describe=watcher.describe,
-            watcher=watcher,
-            should_stop=lambda: should_stop(watcher),
-        )
+        do_units(watcher, UNITS, fakes, watcher=watcher, should_stop=lambda: should_stop(watcher))
     except Exception as raised:
         error = raised
     return watcher, error
