@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,21 +11,38 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from longtake.configs.fields import choose
-from longtake.scripts.console import EXIT_INTERRUPTED, err, stop_requests
-from longtake.scripts.evaluate_tools import TOOLS, show_summary
+from longtake.scripts.console import EXIT_INTERRUPTED, err, out, stop_requests
 
 if TYPE_CHECKING:
+    from longtake.evaluation.records import RunScores
     from longtake.evaluation.running.plan import Unit
     from longtake.evaluation.running.runner import Evaluation
 
-OutOption = Annotated[
-    Path, typer.Option("--out", help="Folder of the evaluation; a started one goes on.", show_default=False)
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+BaselineOption = Annotated[
+    str | None, typer.Option(help="Run that the others are compared with.", show_default="the first")
+]
+BackbonesOption = Annotated[
+    Path | None, typer.Option(help="FILE.py or .yaml that names the networks.", show_default="classical stand-ins")
 ]
 
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help=(
+        "Measure videos, make and measure them, and compare runs.\n\n"
+        "Start with: `longtake evaluate run --protocol quick --out quick`"
+    ),
+)
 
+
+@app.command("run", no_args_is_help=True)
 def run(
     *,
-    out_folder: OutOption,
+    out_folder: Annotated[
+        Path, typer.Option("--out", help="Folder of the evaluation; a started one goes on.", show_default=False)
+    ],
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -69,9 +86,7 @@ def run(
     metrics: Annotated[
         str | None, typer.Option(help="Groups: vbench, long, weight_free, judge; with commas.", show_default="all")
     ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Run that the others are compared with.", show_default="the first")
-    ] = None,
+    baseline: BaselineOption = None,
     moments: Annotated[str | None, typer.Option(help="Seconds at which to compare, with commas.")] = None,
     batch: Annotated[int | None, typer.Option(help="Videos made together.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16.")] = None,
@@ -130,7 +145,7 @@ def run(
         "backbones": backbones,
         "metrics": None if metrics is None else _words(metrics),
         "baseline": baseline,
-        "moments": None if moments is None else [_seconds(word) for word in _words(moments)],
+        "moments": None if moments is None else _seconds(moments),
         "batch": batch,
         "dtype": dtype,
         "device": device,
@@ -141,6 +156,303 @@ def run(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
+@app.command("compare", no_args_is_help=True)
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs or of evaluations, or their results.json.", show_default=False
+        ),
+    ],
+    *,
+    out_folder: OutOption,
+    baseline: BaselineOption = None,
+    moments: Annotated[str, typer.Option(help="Seconds at which to compare, with commas.")] = "5,30,60",
+) -> None:
+    """Compare runs that were measured at different times; same prompts and seeds are paired.
+
+    **Examples**
+
+    `longtake evaluate compare study/full study/pack --baseline full --out full-or-pack`
+
+    `longtake evaluate compare first second --baseline sliding_window --moments 5,60,120 --out all`
+    """
+    from longtake.evaluation.results import load_run
+    from longtake.evaluation.running.runner import run_folders, write_comparison
+
+    places = [place for folder in folders for place in run_folders(folder)]
+    runs = [load_run(place) for place in places]
+    labels = [run.label for run in runs]
+    if baseline is not None and baseline not in labels:
+        raise ValueError(f"baseline {baseline!r} is none of the runs: {', '.join(labels)}")
+    write_comparison(
+        out_folder,
+        runs,
+        baseline=baseline or labels[0],
+        moments=_seconds(moments),
+        videos=dict(zip(labels, places, strict=True)),
+        commands=[f"longtake evaluate compare {' '.join(map(str, folders))} --out {out_folder}"],
+    )
+    _show_summary(out_folder)
+
+
+@app.command("report", no_args_is_help=True)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an evaluation.", show_default=False)],
+) -> None:
+    """Write results and report of what has been measured so far, also in the middle of an evaluation.
+
+    **Example**
+
+    `longtake evaluate report study`
+    """
+    from longtake.evaluation.running.runner import write_results
+
+    for run in write_results(folder):
+        err.print(f"{run.label}: {len(run.videos)} videos", markup=False)
+    _show_summary(folder)
+
+
+@app.command("table", no_args_is_help=True)
+def table(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="OUT...", help="Folders of evaluations or of runs.", show_default=False)
+    ],
+    *,
+    moments: Annotated[
+        str | None, typer.Option(help="Seconds, with commas.", show_default="the first evaluation's")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Run that the others are compared with.", show_default="the evaluation's")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Names of measures with a curve, with commas.", show_default="the judge's")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown page to write into.", show_default="the terminal")
+    ] = None,
+    section: Annotated[str | None, typer.Option(help="Of the page, between two comments with this name.")] = None,
+    curves: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Also draw the measures over time here.", show_default=False)
+    ] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference/--no-reference", help="Rows of the true scenes, for the bundled suite.")
+    ] = True,
+) -> None:
+    """Write tables of levels and paired differences at some moments, in Markdown.
+
+    Runs of several evaluations stand in one table, as far as they have the same prompts and seeds. A page needs the
+    lines `<!-- NAME: written by longtake evaluate table -->` and `<!-- end of NAME -->`; what is between them is
+    replaced.
+
+    **Examples**
+
+    `longtake evaluate table study`
+
+    `longtake evaluate table study more --moments 5,60,120 --page docs/results.md --section policies`
+    """
+    from longtake.evaluation.report.tables import (
+        default_columns,
+        find_columns,
+        moment_tables,
+        replace_section,
+        write_curves,
+    )
+    from longtake.evaluation.running.runner import ordered_runs, settled_protocol
+
+    if (page is None) != (section is None):
+        raise ValueError("--page and --section go together: name the page and the section of it that is written")
+    if page is not None and section is not None:
+        replace_section(page.read_text(encoding="utf-8"), section, "", source=str(page))
+    places = [place for folder in folders for place in ordered_runs(folder)]
+    protocol = settled_protocol(folders[0])
+    times = list(protocol.moments) if moments is None else _seconds(moments)
+    runs = _runs(places)
+    labels = [run.label for run in runs]
+    chosen = baseline or (protocol.baseline if protocol.baseline in labels else labels[0])
+    if chosen not in labels:
+        raise ValueError(f"baseline {chosen!r} is none of the runs: {', '.join(labels)}")
+    wanted = None if metrics is None else _words(metrics)
+    columns = default_columns(runs) if wanted is None else find_columns(runs, wanted)
+    levels = _reference(folders[0], runs, columns) if reference else {}
+    text = moment_tables(runs, baseline=chosen, moments=times, columns=columns, levels=levels)
+    if curves is not None:
+        write_curves(runs, curves, baseline=chosen, columns=columns)
+        err.print(f"wrote {curves}", markup=False)
+    if page is None or section is None:
+        out.print(text, markup=False, end="")
+        return
+    new = replace_section(page.read_text(encoding="utf-8"), section, text, source=str(page))
+    page.write_text(new, encoding="utf-8")
+    err.print(f"wrote {section!r} of {page}", markup=False)
+
+
+@app.command("list")
+def list_all(
+    backbones: BackbonesOption = None,
+) -> None:
+    """List the numbers that would be computed, those that would not and why, suites, protocols and backbones.
+
+    **Example**
+
+    `longtake evaluate list --backbones vbench.py`
+    """
+    from longtake.evaluation.backbones import ROLES, classical_backbones, load_backbones
+    from longtake.evaluation.metrics import GROUPS, make_metrics
+    from longtake.evaluation.running.protocol import protocol_names
+    from longtake.evaluation.running.suites import SUITE, SUITES
+
+    found = classical_backbones() if backbones is None else load_backbones(backbones)
+    for group in GROUPS:
+        metrics, skipped = make_metrics(found, groups=[group])
+        out.print(f"\n{group}", style="bold")
+        for spec in (spec for metric in metrics for spec in metric.specs):
+            out.print(f"  {spec.name}  {spec.description}", markup=False)
+        for name, reason in skipped.items():
+            out.print(f"  {name}: not computed: {reason}", style="dim", markup=False)
+    out.print("\nbackbones", style="bold")
+    for role in ROLES:
+        name = found.names.get(role)
+        out.print(f"  {role}: {name or found.why_missing(role)}", style=None if name else "dim", markup=False)
+    out.print(f"\nsuites: {', '.join(SUITE + name for name in SUITES)}", markup=False)
+    out.print(f"protocols: {', '.join(protocol_names())}", markup=False)
+
+
+@app.command("export-vbench", no_args_is_help=True)
+def export_vbench(
+    run: RunArgument,
+    *,
+    out_folder: OutOption,
+    mode: Annotated[str, typer.Option(help="custom, long or standard: what the official tool is run as.")] = "custom",
+    dimensions: Annotated[
+        str | None, typer.Option(help="Dimensions to score, with commas.", show_default="all of the mode")
+    ] = None,
+    dev_flag: Annotated[bool, typer.Option("--dev-flag", help="VBench-Long with clip-to-clip consistency.")] = False,
+    full_info: Annotated[Path | None, typer.Option(help="VBench_full_info.json; for mode standard.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Videos per prompt; for mode standard.")] = 5,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Lay out what is there.")] = False,
+) -> None:
+    """Lay a run's videos out for the official VBench, with the files and the script that it needs.
+
+    **Examples**
+
+    `longtake evaluate export-vbench study/pack --mode long --out vbench-pack`
+
+    `longtake evaluate export-vbench study/pack --mode standard --full-info VBench_full_info.json --out vbench-pack`
+    """
+    from longtake.evaluation.vbench_io import export_custom, export_long, export_standard
+
+    chosen: dict[str, Any] = {} if dimensions is None else {"dimensions": _words(dimensions)}
+    if mode == "custom":
+        export = export_custom(run, out_folder, **chosen)
+    elif mode == "long":
+        export = export_long(run, out_folder, dev_flag=dev_flag, **chosen)
+    elif mode == "standard":
+        own = {"full_info": full_info, "num_samples": num_samples, "allow_missing": allow_missing}
+        export = export_standard(run, out_folder, **own, **chosen)
+    else:
+        raise ValueError(f"unknown mode {mode!r}; known: custom, long, standard.")
+    for note in export.notes:
+        err.print(note, style="yellow", markup=False)
+    out.print(str(out_folder), markup=False)
+
+
+@app.command("import-vbench", no_args_is_help=True)
+def import_vbench(
+    run: RunArgument,
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="*_eval_results.json of the tool.", show_default=False)
+    ],
+    *,
+    dev_flag: Annotated[
+        bool | None,
+        typer.Option("--dev-flag/--no-dev-flag", help="How VBench-Long ran.", show_default="read from the results"),
+    ] = None,
+) -> None:
+    """Put results of the official VBench into a run; they replace what was measured here under the same names.
+
+    **Example**
+
+    `longtake evaluate import-vbench study/pack vbench-pack/results/*/*_eval_results.json`
+    """
+    from longtake.evaluation.results import load_run
+    from longtake.evaluation.running.protocol import PROTOCOL_FILE
+    from longtake.evaluation.running.runner import write_results
+    from longtake.evaluation.vbench_io import import_results, merge_imported, write_imported
+
+    results = import_results(files, dev_flag=dev_flag)
+    # Refused before anything is written.
+    merge_imported(load_run(run), results)
+    write_imported(run, results)
+    for name, result in results.items():
+        out.print(f"{name}: {result.official_score:.6f}", markup=False)
+    folder = run if (run / PROTOCOL_FILE).is_file() else run.absolute().parent
+    if (folder / PROTOCOL_FILE).is_file():
+        write_results(folder)
+
+
+@app.command("check-golden", no_args_is_help=True)
+def check_golden(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="golden.json, videos/ and stubs.py with the stand-ins.", show_default=False
+        ),
+    ],
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Also list the numbers that are equal.")] = False,
+) -> None:
+    """Compare this program's numbers with those that VBench's own functions gave on the same clips.
+
+    **Example**
+
+    `longtake evaluate check-golden ../shared/golden/vbench`
+    """
+    from longtake.evaluation.backbones import load_backbones
+    from longtake.evaluation.golden_check import TOLERANCE
+    from longtake.evaluation.golden_check import check_golden as compare_numbers
+
+    checks = compare_numbers(folder, load_backbones(folder / "stubs.py"))
+    for check in checks:
+        if every or not check.ok:
+            word = "equal" if check.ok else "differs"
+            out.print(f"{word}: {check.name}: {check.got}, VBench {check.expected}", markup=False)
+    worst = max(check.error for check in checks)
+    num_equal = sum(check.ok for check in checks)
+    out.print(f"{num_equal} of {len(checks)} numbers equal within {TOLERANCE:g}; largest difference {worst:.1e}")
+    if num_equal < len(checks):
+        raise typer.Exit(1)
+
+
+@app.command("sets", no_args_is_help=True)
+def sets(
+    run: RunArgument,
+    *,
+    reference: Annotated[Path, typer.Option(help="Folder of real videos, or of another run.", show_default=False)],
+    backbones: BackbonesOption = None,
+    role: Annotated[str, typer.Option(help="Whose features: dino, clip, dinov2 or dreamsim.")] = "dino",
+    num_frames: Annotated[int, typer.Option(help="Frames of each video, spread evenly; an even number.")] = 32,
+    allow_small: Annotated[
+        bool, typer.Option("--allow-small", help="A Frechet distance of fewer videos than dimensions.")
+    ] = False,
+) -> None:
+    """Measure a run's videos as a set against a reference: Frechet distance, precision, recall, STREAM.
+
+    Writes RUN/sets.json.
+
+    **Example**
+
+    `longtake evaluate sets study/pack --reference study/full --backbones vbench.py --role dinov2`
+    """
+    from longtake.evaluation.backbones import classical_backbones, load_backbones
+    from longtake.evaluation.running.set_runner import measure_sets
+
+    found = classical_backbones() if backbones is None else load_backbones(backbones)
+    measured = measure_sets(run, reference, backbones=found, role=role, num_frames=num_frames, allow_small=allow_small)
+    for name, score in measured.scores.items():
+        out.print(f"{name}: {score.skipped if score.value is None else format(score.value, '.6g')}", markup=False)
+
+
 def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> bool:
     from longtake.evaluation.running.launchers import is_rank, num_cores, run_here, run_rank, start_ranks
 
@@ -149,55 +461,59 @@ def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> b
             with _display(evaluation) as display:
                 return run_rank(evaluation, display, should_stop=should_stop)
         if launcher == "torchrun":
-            count = workers or num_cores(evaluation.protocol.threads)
-            is_finished = start_ranks(_own_arguments(), num_ranks=count, should_stop=should_stop)
+            # The same command, with one rank for each worker.
+            words, count = sys.argv[sys.argv.index("run") + 1 :], workers or num_cores(evaluation.protocol.threads)
+            is_finished = start_ranks(words, num_ranks=count, should_stop=should_stop)
         else:
             with _display(evaluation) as display:
-                is_ray = launcher == "ray"
                 is_finished = run_here(
-                    evaluation, display, is_ray=is_ray, num_workers=workers, should_stop=should_stop
+                    evaluation, display, is_ray=launcher == "ray", num_workers=workers, should_stop=should_stop
                 )
     if is_finished:
-        show_summary(evaluation.out)
+        _show_summary(evaluation.out)
     return is_finished
 
 
-class _Display:
-    """Shows how far the work is: a bar in a terminal, a line every tenth elsewhere."""
+@contextmanager
+def _display(evaluation: "Evaluation") -> "Iterator[_Display]":
+    columns = (TextColumn("{task.percentage:3.0f} %"), BarColumn(), TextColumn("{task.fields[left]}"))
+    bar = Progress(*columns, console=err, disable=not err.is_terminal)
+    with bar:
+        yield _Display(evaluation, bar)
 
-    def __init__(self, evaluation: "Evaluation", bar: Progress | None) -> None:
+
+class _Display:
+    """Progress of an evaluation: a bar in a terminal, a line every tenth elsewhere."""
+
+    def __init__(self, evaluation: "Evaluation", bar: Progress) -> None:
         todo = evaluation.todo()
-        names = {(unit.label, unit.number) for unit in todo}
+        num_todo, num_videos = (sum(len(unit.lines) for unit in units) for units in (todo, evaluation.units))
         self._total = sum(unit.num_steps for unit in evaluation.units)
-        self._finished = self._begun = sum(
-            unit.num_steps for unit in evaluation.units if (unit.label, unit.number) not in names
-        )
+        self._finished = self._begun = self._total - sum(unit.num_steps for unit in todo)
         self._partial: dict[tuple[str, int], float] = {}
-        self._begin = time.perf_counter()
-        self._is_begun = False
-        num_videos = sum(len(unit.lines) for unit in evaluation.units)
+        self._begin: float | None = None
         self._title = f"{num_videos} videos in {len(evaluation.runs)} runs: {', '.join(evaluation.labels)}"
-        if num_finished := num_videos - sum(len(unit.lines) for unit in todo):
-            self._title += f"; {num_finished} are finished"
+        if num_videos > num_todo:
+            self._title += f"; {num_videos - num_todo} are finished"
         if num_again := sum(len(unit.lines) for unit in todo if unit.is_done(keep_videos=False)):
             self._title += f"\n{num_again} were measured and not kept, and are made again: or use --no-keep-videos"
         self._shown = int(10 * self._begun / self._total)
         self._bar = bar
-        self._task = None if bar is None else bar.add_task("", total=self._total, completed=self._begun, left="")
+        self._task = bar.add_task("", total=self._total, completed=self._begun, left="")
 
     def ready(self) -> None:
-        """Loading is over: what is left is reckoned from here."""
-        if not self._is_begun:
-            self._is_begun, self._begin = True, time.perf_counter()
+        """Estimate the time that is left from here, when the first worker has loaded everything."""
+        if self._begin is None:
+            self._begin = time.perf_counter()
             err.print(self._title, markup=False)
 
     def steps(self, unit: "Unit", steps: float) -> None:
-        """Part of a unit is done."""
+        """Note that part of a unit is done."""
         self._partial[unit.label, unit.number] = steps
         self._show()
 
     def done(self, unit: "Unit") -> None:
-        """A unit is done."""
+        """Note that a unit is done."""
         self._partial.pop((unit.label, unit.number), None)
         self._finished += unit.num_steps
         self._show()
@@ -205,21 +521,13 @@ class _Display:
     def _show(self) -> None:
         steps = self._finished + sum(self._partial.values())
         new = steps - self._begun
-        elapsed = time.perf_counter() - self._begin
+        elapsed = time.perf_counter() - (self._begin or 0.0)
         left = _clock(elapsed * (self._total - steps) / new) + " left" if new > 0 else ""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=steps, left=left)
-        elif (tenth := int(10 * steps / self._total)) > self._shown:
+        tenth = int(10 * steps / self._total)
+        self._bar.update(self._task, completed=steps, left=left)
+        if self._bar.disable and tenth > self._shown:
             self._shown = tenth
             err.print(f"{100 * steps / self._total:3.0f} %  {_clock(elapsed)} so far, {left}")
-
-
-@contextmanager
-def _display(evaluation: "Evaluation") -> Iterator[_Display]:
-    columns = (TextColumn("{task.percentage:3.0f} %"), BarColumn(), TextColumn("{task.fields[left]}"))
-    bar = Progress(*columns, console=err) if err.is_terminal else None
-    with bar or nullcontext():
-        yield _Display(evaluation, bar)
 
 
 def _clock(seconds: float) -> str:
@@ -228,31 +536,53 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _own_arguments() -> list[str]:
-    """The words after ``longtake evaluate run``, for the same command under torchrun."""
-    words = sys.argv[1:]
-    return words[words.index("run") + 1 :]
+def _show_summary(folder: Path) -> None:
+    """Print the comparison's first table, and where the report is."""
+    from longtake.evaluation.report.tables import summary_table
+    from longtake.evaluation.running.plan import read_json
+    from longtake.evaluation.running.runner import COMPARISON_FILE, REPORT_FILE
+
+    err.print(summary_table(read_json(folder / COMPARISON_FILE)))
+    out.print(str(folder / REPORT_FILE), markup=False)
+
+
+def _runs(places: Sequence[Path]) -> "list[RunScores]":
+    """What has been measured so far; runs without a video are left out."""
+    from longtake.evaluation.results import load_run
+
+    runs = [run for place in places if (run := load_run(place, has_drift=False)).videos]
+    if not runs:
+        raise ValueError("no video of these folders has been measured: go on with `longtake evaluate run --out OUT`")
+    return runs
+
+
+def _reference(folder: Path, runs: "Sequence[RunScores]", columns: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
+    """Levels of the true scenes under the metrics' names; none where the prompts are not the bundled suite's."""
+    from longtake.evaluation.mini_world.drift import reference_levels
+    from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
+    from longtake.evaluation.report.tables import JUDGE
+    from longtake.evaluation.running.suites import PROMPT_SEED
+
+    if not any(name.startswith(JUDGE) for name in columns):
+        return {}
+    prompts = {video.video.prompt_index: video.video.prompt for run in runs for video in run.videos}
+    scenes = held_back_scenes(max(prompts) + 1, seed=PROMPT_SEED)
+    if any(describe(scenes[index]) != text for index, text in prompts.items()):
+        return {}
+    levels = reference_levels(folder, sorted(prompts), prompt_seed=PROMPT_SEED)
+    return {name: {f"{JUDGE}{key}": value for key, value in values.items()} for name, values in levels.items()}
 
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _seconds(word: str) -> float:
+def _seconds(text: str) -> list[float]:
+    return [_number(word) for word in _words(text)]
+
+
+def _number(word: str) -> float:
     try:
         return float(word)
     except ValueError as error:
         raise ValueError(f"moments: {word!r} is no number of seconds: write 5,30,60") from error
-
-
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help=(
-        "Measure videos, make and measure them, and compare runs.\n\n"
-        "Start with: `longtake evaluate run --protocol quick --out quick`"
-    ),
-)
-app.command("run", no_args_is_help=True)(run)
-for _name, _command in TOOLS.items():
-    app.command(_name, no_args_is_help=_name != "list")(_command)
