@@ -161,79 +161,41 @@ def interval(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
     return between.join(number(end, digits, signed=signed) for end in (estimate.low, estimate.high))
 
 
-@dataclass(frozen=True, kw_only=True)
 class Measure:
     """One metric of a comparison as a report shows it."""
 
-    name: str
-    entry: Mapping[str, Any]
-
-    @property
-    def spec(self) -> Mapping[str, Any]:
-        """The metric's specification."""
-        return self.entry.get("spec") or {}
-
-    @property
-    def family(self) -> str:
-        """The name's prefix without its slash."""
-        return next((prefix[:-1] for prefix in PREFIXES if self.name.startswith(prefix)), "")
-
-    @property
-    def title(self) -> str:
-        """The last part of the name in words; of a drift also the measure that drifts."""
-        parts = re.sub(r"\[.*?\]", "", self.name).split("/")
-        words = ", ".join(parts[-2:] if self.family == "drift" else parts[-1:]).replace("_", " ")
-        words = re.sub("|".join(_ACRONYMS), lambda found: found[0].upper(), words)
-        return words[:1].upper() + words[1:]
-
-    @property
-    def place(self) -> str:
-        """The name up to its last part, with a slash."""
-        return re.sub(r"\[.*?\]", "", self.name).rpartition("/")[0] + "/"
-
-    @property
-    def backbone(self) -> str:
-        """Stand-ins for the official backbone: the name's brackets."""
-        return ", ".join(re.findall(r"\[(.*?)\]", self.name))
-
-    @property
-    def unit(self) -> str:
-        """Unit of the value; empty for shares."""
-        unit = str(self.spec.get("unit") or "")
-        return "" if unit == "0..1" else unit
-
-    @property
-    def direction(self) -> int:
-        """1 where higher is better, -1 where lower is, 0 where neither."""
+    def __init__(self, name: str, entry: Mapping[str, Any]) -> None:
+        self.name = name
+        self.entry = entry
+        self.spec: Mapping[str, Any] = entry.get("spec") or {}
+        self.family = next((prefix[:-1] for prefix in PREFIXES if name.startswith(prefix)), "")
+        self.place, _, word = re.sub(r"\[.*?\]", "", name).rpartition("/")
+        self.place += "/"
+        drifting = f"{self.place.split('/')[-2]}, " if self.family == "drift" else ""
+        words = re.sub("|".join(_ACRONYMS), lambda found: found[0].upper(), (drifting + word).replace("_", " "))
+        self.title = words[:1].upper() + words[1:]
+        self.backbone = ", ".join(re.findall(r"\[(.*?)\]", name))
+        unit = self.spec.get("unit") or ""
+        self.unit = "" if unit == "0..1" else str(unit)
         better = self.spec.get("higher_is_better")
-        return 0 if better is None else 1 if better else -1
-
-    @property
-    def direction_text(self) -> str:
-        """The direction in words."""
-        return {1: "higher is better", -1: "lower is better", 0: "neither is better"}[self.direction]
-
-    @property
-    def range(self) -> tuple[float | None, float | None]:
-        """Least and greatest possible value."""
-        low, high = self.spec.get("range") or (None, None)
-        return low, high
+        self.direction = 0 if better is None else 1 if better else -1
+        self.direction_text = {1: "higher is better", -1: "lower is better", 0: "neither is better"}[self.direction]
+        self.least, self.greatest = self.spec.get("range") or (None, None)
+        self.is_comparable = self.family == "vbench"
+        self.moments: Mapping[str, Any] = entry.get("at") or {}
 
     @property
     def note(self) -> str:
-        """Place, stand-ins, unit and direction."""
+        """Place, stand-ins for the official backbone, unit and direction."""
         stand_in = f"[{self.backbone}]" if self.backbone else ""
         return " \u00b7 ".join(filter(None, (self.place + stand_in, self.unit, self.direction_text)))
 
     @property
-    def is_comparable(self) -> bool:
-        """Comparability with published VBench numbers."""
-        return self.family == "vbench"
-
-    @property
-    def moments(self) -> Mapping[str, Any]:
-        """{seconds: runs and paired differences} at the moments of the comparison."""
-        return self.entry.get("at") or {}
+    def description(self) -> str:
+        """Formula, unit, direction and description."""
+        formula = self.spec.get("formula")
+        notes = (formula and f"formula {formula}", self.unit, self.direction_text, self.spec.get("description"))
+        return " \u00b7 ".join(str(note) for note in notes if note)
 
     def level(self, label: str, moment: str | None = None) -> Estimate:
         """Mean of a run: over whole videos, or at a moment."""
@@ -250,6 +212,15 @@ class Measure:
             return ""
         gain = self.direction * difference.value
         return "up" if gain > 0 else "down" if gain < 0 else "sig"
+
+    def digits(self, moment: str | None = None) -> int:
+        """Decimals of the column of levels."""
+        return digits_for(self.level(label, moment) for label in self._part("runs", moment))
+
+    def detectable(self, labels: Iterable[str], moment: str | None = None) -> float | None:
+        """The smallest difference that could be found, of the policy where it is largest."""
+        sizes = [finite(self.difference(label, moment).extra.get("minimum_detectable")) for label in labels]
+        return max((size for size in sizes if size is not None), default=None)
 
     def curve(self, label: str) -> list[Mapping[str, Any]]:
         """Windows of a run in order; empty where the metric has no curve."""
@@ -327,7 +298,7 @@ class ReportData:
     def measures(self) -> dict[str, Measure]:
         """Every measure that has a value somewhere, by name, in the order of the prefixes."""
         entries = self.comparison.get("metrics") or {}
-        found = [Measure(name=name, entry=entry) for name, entry in entries.items()]
+        found = [Measure(name, entry) for name, entry in entries.items()]
         order = {prefix[:-1]: position for position, prefix in enumerate(PREFIXES)}
         found.sort(key=lambda measure: (order.get(measure.family, len(order)), measure.name))
         return {measure.name: measure for measure in found if measure.is_measured}
@@ -348,6 +319,10 @@ class ReportData:
             known = ", ".join(self.measures) or "none"
             raise ValueError(f"headline measure {unknown[0]!r} has no value in this comparison; measured: {known}.")
         return [self.measures[name] for name in self.headline]
+
+    def headlines_at(self, moment: str) -> list[Measure]:
+        """Measures of the first table that have values at a moment of the comparison."""
+        return [measure for measure in self.headlines if moment in measure.moments]
 
     def first(self, patterns: Sequence[str]) -> Measure | None:
         """The measured one that fits the first pattern; official ones before others, clips before whole videos."""
@@ -379,6 +354,16 @@ class ReportData:
         present = {name for run in self.runs for name, value in run.costs.items() if finite(value) is not None}
         names = [*(name for name in COSTS if name in present), *sorted(present - COSTS.keys())]
         return {name: COSTS.get(name, name.replace("_", " ")) for name in names}
+
+    def cost(self, label: str, name: str) -> float | None:
+        """A run's cost; None where it was not recorded."""
+        run = self.run(label)
+        return None if run is None else finite(run.costs.get(name))
+
+    def largest_cost(self, name: str) -> float:
+        """The largest absolute cost of any run."""
+        known = [finite(run.costs.get(name)) for run in self.runs]
+        return max((abs(value) for value in known if value is not None), default=0.0)
 
     @cached_property
     def skipped(self) -> dict[tuple[str, str], list[str]]:

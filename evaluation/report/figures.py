@@ -32,21 +32,15 @@ from longtake.evaluation.report.data import (
     plain_text,
 )
 
-INK, SOFT, RULE, BLIND = LIGHT[0], "#59626f", "#dfe3e8", "#e9ecf0"
-VERDICT_COLOURS = {"up": "#0b6b8a", "down": "#b03a0a", "sig": INK, "": INK}
-_VARIABLES = {
-    **{colour: f"h{index}" for index, colour in enumerate(LIGHT)},
-    **{LIGHT_PAGE: "page", SOFT: "soft", RULE: "line", BLIND: "blind", "#0b6b8a": "up", "#b03a0a": "down"},
-}
+_INK, _SOFT, _RULE, _BLIND, _UP, _DOWN = LIGHT[0], "#59626f", "#dfe3e8", "#e9ecf0", "#0b6b8a", "#b03a0a"
+_VARIABLES = {colour: f"h{index}" for index, colour in enumerate(LIGHT)}
+_VARIABLES |= {LIGHT_PAGE: "page", _SOFT: "soft", _RULE: "line", _BLIND: "blind", _UP: "up", _DOWN: "down"}
 """{colour of a drawing: variable of the page's style sheet}, which has other values on a dark screen."""
 _LINES = ("-", "--", ":")
 _MARKERS = ("o", "D", "s")
-_WIDTH = 960
-"""Curves and scatter, in units of the SVG: about CSS pixels."""
-_PANEL_WIDTH = 400
 CURVE_LEFT, CURVE_RIGHT = 0.06, 0.81
 """Sides of the axes as shares of the width; the page's readout lies over them."""
-MAX_DOTS = 1500
+_MAX_DOTS = 1500
 """Videos in a scatter; of more, every second, third, ... is drawn."""
 _MAX_BANDS = 6
 """Policies with bands in a PNG; the page has a switch."""
@@ -127,7 +121,7 @@ def scatter_dots(data: ReportData, x_measure: Measure, y_measure: Measure) -> li
             across, up = run.values(x_measure.name), run.values(y_measure.name)
             both = sorted(across.keys() & up.keys())
             dots += [(run.label, x_scale * across[key], y_scale * up[key]) for key in both]
-    return dots[:: max(1, -(-len(dots) // MAX_DOTS))]
+    return dots[:: max(1, -(-len(dots) // _MAX_DOTS))]
 
 
 def draw_differences(axes: Axes, data: ReportData, measure: Measure) -> list[str]:
@@ -136,7 +130,7 @@ def draw_differences(axes: Axes, data: ReportData, measure: Measure) -> list[str
     for position, (label, estimate) in enumerate(rows.items()):
         size = finite(estimate.extra.get("minimum_detectable"))
         if size is not None:
-            axes.barh(position, 2 * size, 1.0, -size, color=BLIND, zorder=0, gid=_gid(data, label, "blind"))
+            axes.barh(position, 2 * size, 1.0, -size, color=_BLIND, zorder=0, gid=_gid(data, label, "blind"))
     verdicts = {label: measure.verdict(label) for label in data.others}
     return _draw_rows(axes, data, rows, verdicts=verdicts, reference=0.0)
 
@@ -144,6 +138,9 @@ def draw_differences(axes: Axes, data: ReportData, measure: Measure) -> list[str
 def draw_levels(axes: Axes, data: ReportData, measure: Measure) -> list[str]:
     """Mean and interval of every policy around one."""
     return _draw_rows(axes, data, {label: measure.level(label) for label in data.labels}, reference=1.0)
+
+
+_ROWS = (draw_differences, draw_levels)
 
 
 def _draw_rows(
@@ -155,7 +152,7 @@ def _draw_rows(
     verdicts: Mapping[str, str] | None = None,
 ) -> list[str]:
     digits = digits_for(rows.values())
-    axes.axvline(reference, color=SOFT, linewidth=0.8, zorder=1)
+    axes.axvline(reference, color=_SOFT, linewidth=0.8, zorder=1)
     for position, (label, estimate) in enumerate(rows.items()):
         verdict = "" if verdicts is None else verdicts[label]
         is_filled = verdicts is None or estimate.is_significant
@@ -163,7 +160,7 @@ def _draw_rows(
         text = number(estimate.value, digits, signed=verdicts is not None) or "not measured"
         row = {"transform": axes.get_yaxis_transform(), "va": "center"}
         words = f"{text} {VERDICTS[verdict][0]}".rstrip()
-        colour = VERDICT_COLOURS[verdict] if estimate.value is not None else SOFT
+        colour = {"up": _UP, "down": _DOWN}.get(verdict, _INK if estimate.value is not None else _SOFT)
         axes.text(1.03, position, words, color=colour, gid=_gid(data, label, "value"), **row)
         axes.text(-0.03, position, plain_text(label), ha="right", gid=_gid(data, label, "name"), **row)
     axes.set_yticks([])
@@ -208,11 +205,11 @@ def _or_nan(value: Any) -> float:
 
 def _bound(axes: Axes, measure: Measure) -> None:
     """Leave no room for values that the measure cannot have."""
-    (least, greatest), (low, high), drawn = measure.range, axes.get_ylim(), axes.dataLim
-    if least is not None and low < least <= drawn.y0:
-        axes.set_ylim(bottom=least)
-    if greatest is not None and high > greatest >= drawn.y1:
-        axes.set_ylim(top=greatest)
+    low, high = axes.get_ylim()
+    if measure.least is not None and low < measure.least <= axes.dataLim.y0:
+        axes.set_ylim(bottom=measure.least)
+    if measure.greatest is not None and high > measure.greatest >= axes.dataLim.y1:
+        axes.set_ylim(top=measure.greatest)
 
 
 def _legend(place: Axes | Figure, data: ReportData, labels: Sequence[str], **options: Any) -> None:
@@ -230,9 +227,9 @@ def _drawing(font_size: float) -> Iterator[None]:
     """Settings of both outputs, whatever the user's own are; labels are text and never formulas."""
     settings: dict[Any, Any] = {
         **{"font.size": font_size, "font.family": "DejaVu Sans", "text.parse_math": False, "svg.fonttype": "none"},
-        **{"svg.hashsalt": "longtake", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT},
-        **{"axes.grid": True, "grid.color": RULE, "grid.linewidth": 0.7, "axes.axisbelow": True, "text.color": INK},
-        **{"xtick.color": SOFT, "ytick.color": SOFT, "axes.labelcolor": SOFT, "lines.linewidth": 1.7},
+        **{"svg.hashsalt": "longtake", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _SOFT},
+        **{"axes.grid": True, "grid.color": _RULE, "grid.linewidth": 0.7, "axes.axisbelow": True, "text.color": _INK},
+        **{"xtick.color": _SOFT, "ytick.color": _SOFT, "axes.labelcolor": _SOFT, "lines.linewidth": 1.7},
         **{"xtick.major.size": 2, "ytick.major.size": 2, "axes.unicode_minus": True},
     }
     with matplotlib.rc_context():
@@ -241,38 +238,15 @@ def _drawing(font_size: float) -> Iterator[None]:
         yield
 
 
-def curve_svg(data: ReportData, measure: Measure, *, identity: str) -> Markup:
-    """A measure's curve for the page."""
-    return _svg(data, measure, draw_curve, identity=identity, size=(_WIDTH, 390), sides=(CURVE_LEFT, CURVE_RIGHT))
-
-
-def scatter_svg(data: ReportData, measure: Measure, motion: Measure) -> Markup:
-    """Motion against another measure for the page."""
-    draw = partial(draw_scatter, motion=motion)
-    return _svg(data, measure, draw, identity="scatter", size=(_WIDTH, 390), sides=(CURVE_LEFT, CURVE_RIGHT))
-
-
-def rows_svg(data: ReportData, measure: Measure, draw: Draw, *, identity: str) -> Markup:
-    """A row per policy for the page: :func:`draw_differences` or :func:`draw_levels`."""
-    longest = max(map(len, data.labels))
-    size = (_PANEL_WIDTH, 22 * len(data.labels) + 26)
-    return _svg(data, measure, draw, identity=identity, size=size, sides=(min((24 + 6.2 * longest) / 400, 0.45), 0.77))
-
-
-def _svg(
-    data: ReportData,
-    measure: Measure,
-    draw: Draw,
-    *,
-    identity: str,
-    size: tuple[int, int],
-    sides: tuple[float, float],
-) -> Markup:
-    width, height = size
+def plot_svg(data: ReportData, measure: Measure, draw: Draw, *, identity: str) -> Markup:
+    """Draw a measure for the page; ids in the SVG begin with ``identity``."""
+    has_rows = draw in _ROWS
+    width, height = (400, 22 * len(data.labels) + 26) if has_rows else (960, 390)
+    name_width = min(0.06 + 0.0155 * max(map(len, data.labels)), 0.45)
+    left, right = (name_width, 0.77) if has_rows else (CURVE_LEFT, CURVE_RIGHT)
     with _drawing(font_size=10.5):
         figure = Figure(figsize=(width / 72, height / 72))
-        below = 36 if draw is not draw_differences and draw is not draw_levels else 22
-        figure.subplots_adjust(left=sides[0], right=sides[1], top=1 - 6 / height, bottom=below / height)
+        figure.subplots_adjust(left, (22 if has_rows else 36) / height, right, 1 - 6 / height)
         axes = figure.subplots()
         labels = draw(axes, data, measure)
         if labels:
@@ -340,7 +314,7 @@ def _png(
 ) -> Path | None:
     if not measures:
         return None
-    has_rows = draw is draw_differences or draw is draw_levels
+    has_rows = draw in _ROWS
     columns = min(3, len(measures))
     num_rows = ceil(len(measures) / columns)
     # Rows of policies need room by their number; a legend stands beside all panels.

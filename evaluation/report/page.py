@@ -3,8 +3,8 @@
 import re
 from base64 import b64encode
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from importlib.resources import files
 from itertools import groupby
@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from longtake.evaluation.comparison import LEVEL
 from longtake.evaluation.metric import WINDOW_SECONDS
-from longtake.evaluation.published import TAGS, Row
+from longtake.evaluation.published import TAGS
 from longtake.evaluation.report import figures
 from longtake.evaluation.report.data import (
     CONSISTENCY,
@@ -65,39 +65,6 @@ _MAX_FLAGS = 200
 """Rows of the page's table of flags; the CSV file has all."""
 _MAX_CURVE_POINTS = 80_000
 """Windows drawn over all figures; the curves of further measures are in curves.csv only."""
-_NONE = "\u2013"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Cell:
-    """A table cell or column head; ``sort`` is the value that rows are ordered by."""
-
-    text: str | Markup = ""
-    small: Sequence[str] = ()
-    items: Sequence[str] = ()
-    sort: float | str | None = None
-    title: str = ""
-    css: str = ""
-    verdict: str = ""
-    tag: str = ""
-    label: str = ""
-    is_head: bool = False
-    run: int | None = None
-    share: float | None = None
-    span: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    """A table that scrolls in a box of its own; a row is (index of its policy, cells)."""
-
-    caption: str
-    heads: Sequence[_Cell]
-    rows: Sequence[tuple[int | None, Sequence[_Cell]]] = ()
-    groups: Sequence[Sequence[tuple[int | None, Sequence[_Cell]]]] = ()
-    foot: Sequence[_Cell] = ()
-    css: str = ""
-    is_sortable: bool = True
 
 
 def render_page(data: ReportData, *, file_names: Sequence[str]) -> str:
@@ -117,16 +84,20 @@ def render_page(data: ReportData, *, file_names: Sequence[str]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters["breakable"] = breakable
+    environment.filters |= {"breakable": breakable, "number": number, "interval": interval, "digits": _two_digits}
     asset = files("longtake.evaluation.report").joinpath
     style, script = (asset(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = b64encode(sha256(script.encode("utf-8")).digest()).decode("ascii")
     text = environment.get_template("page.html.j2").render(
         data=data,
         contents=_sections(data),
-        style=Markup(colour_rules() + style),
+        style=Markup(style),
         script=Markup(script),
         script_hash=digest,
+        light=LIGHT,
+        light_page=LIGHT_PAGE,
+        dark=DARK,
+        dark_page=DARK_PAGE,
         facts=_facts(data),
         fingerprint=_fingerprint(data),
         settings=list(_flatten(data.protocol)),
@@ -134,6 +105,8 @@ def render_page(data: ReportData, *, file_names: Sequence[str]) -> str:
         families=_FAMILIES,
         verdicts=VERDICTS,
         tags=TAGS,
+        main_costs={name: title for name, title in data.costs.items() if name in MAIN_COSTS},
+        max_flags=_MAX_FLAGS,
         window_seconds=WINDOW_SECONDS,
     )
     return plain_text(text.lstrip())
@@ -144,40 +117,26 @@ def breakable(text: object) -> Markup:
     return Markup(re.sub(r"(?<=[_/+=,])(?=[A-Za-z0-9])|(?=\[)", "<wbr>", escape(text)))
 
 
-def colour_rules() -> str:
-    """Custom properties ``--h0`` to ``--h8`` for a style sheet, light by default and on paper."""
-
-    def block(colours: tuple[str, ...], page: str) -> str:
-        return ":root{--page:" + page + ";" + "".join(f"--h{i}:{c};" for i, c in enumerate(colours)) + "}"
-
-    dark = f"@media screen and (prefers-color-scheme:dark){{{block(DARK, DARK_PAGE)}}}"
-    classes = "".join(f".h{index}{{--c:var(--h{index})}}" for index in range(len(LIGHT)))
-    return block(LIGHT, LIGHT_PAGE) + dark + classes
+def _two_digits(value: float) -> int:
+    return digits_for([Estimate(value=value)], figures=2)
 
 
 def _sections(data: ReportData) -> dict[str, Any]:
     """{section: its content}; one without content is not shown."""
-    caption = "Means over all videos with 95 % intervals"
-    if data.is_compared:
-        caption += f"; \u25b2 \u25bc significantly better or worse than {data.baseline} (Holm, 5 %)"
     return {
-        "summary": {
-            "findings": list(_findings(data)),
-            "table": _level_table(data, caption=caption, with_costs=True),
-            "composites": _composites(data),
-        },
+        "summary": {"findings": list(_findings(data)), "composites": _composites(data)},
         "differences": _panels(data),
         "moments": _moments(data),
         "curves": _curves(data),
         "motion": _scatter(data),
         "seams": _seams(data),
         "films": films_by_prompt(data),
-        "costs": _cost_table(data),
-        "flags": {"table": _flag_table(data) if data.flags else None},
-        "all": _all_measures(data),
+        "costs": data.costs,
+        "flags": True,
+        "all": [(family, list(group)) for family, group in groupby(data.measures.values(), key=lambda it: it.family)],
         "missing": _skipped(data),
         "published": _published(data),
-        "method": {"commands": "\n".join(data.commands)},
+        "method": True,
     }
 
 
@@ -186,7 +145,7 @@ def _facts(data: ReportData) -> dict[str, str]:
     if data.seconds is not None:
         low, high = data.seconds
         length = f"{high:.3g} s each" if high - low < 0.5 else f"{low:.3g} to {high:.3g} s"
-    facts = {
+    return {
         "policies": str(len(data.labels)),
         "videos": str(data.num_videos),
         "prompts": f"{data.num_prompts}" + (f" \u00d7 {data.num_seeds} seeds" if data.num_seeds > 1 else ""),
@@ -194,7 +153,6 @@ def _facts(data: ReportData) -> dict[str, str]:
         "baseline": data.baseline if len(data.labels) > 1 else "",
         "protocol": f"{data.protocol.get('name') or ''} {_fingerprint(data)}".strip(),
     }
-    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _fingerprint(data: ReportData) -> str:
@@ -253,117 +211,18 @@ def _verdict(data: ReportData, label: str) -> Markup:
     return Markup("<strong>{}</strong>: {}.").format(label, text)
 
 
-def _policy_cell(data: ReportData, label: str) -> _Cell:
-    small = ("baseline",) if label == data.baseline and len(data.labels) > 1 else ()
-    return _Cell(text=label, label=label, small=small, sort=label, is_head=True)
-
-
-def _none_cell(reason: str) -> _Cell:
-    """A cell without a number, with the reason as its tooltip; the page has a table of all reasons."""
-    return _Cell(text="not measured", title=reason, css="none")
-
-
-def _policy_table(data: ReportData, caption: str, heads: Sequence[_Cell], cells: Any, **options: Any) -> _Table:
-    """A row per policy; ``cells`` makes the cells of a label."""
-    rows = [(data.index(label), [_policy_cell(data, label), *cells(label)]) for label in data.labels]
-    return _Table(caption=caption, heads=[_Cell(text="policy", css="text"), *heads], rows=rows, **options)
-
-
-def _level_table(data: ReportData, *, caption: str, moment: str | None = None, with_costs: bool = False) -> _Table:
-    """Policies against headline measures over whole videos or at a moment, with the main costs in the last columns."""
-    measures = [item for item in data.headlines if moment is None or moment in item.moments]
-    digits = {item.name: digits_for(item.level(label, moment) for label in data.labels) for item in measures}
-    costs = {name: title for name, title in data.costs.items() if with_costs and name in MAIN_COSTS}
-
-    def cells(label: str) -> list[_Cell]:
-        levels = [_level_cell(data, item, label, moment, digits[item.name]) for item in measures]
-        return levels + [_cost_cell(data, label, name) for name in costs]
-
-    heads = [_measure_head(item) for item in measures] + [
-        _Cell(text=title, small=("cost",)) for title in costs.values()
-    ]
-    foot = _detectable_row(data, measures, moment) + [_Cell()] * len(costs) if data.is_compared else []
-    return _policy_table(data, caption, heads, cells, foot=foot)
-
-
-def _measure_head(measure: Measure) -> _Cell:
-    arrow = {1: "\u00a0\u2191", -1: "\u00a0\u2193", 0: ""}[measure.direction]
-    small = [f"{measure.place} {measure.unit}".strip(), f"[{measure.backbone}]" if measure.backbone else ""]
-    return _Cell(
-        text=measure.title + arrow,
-        small=[line for line in small if line],
-        title=f"{measure.name}: {measure.direction_text}",
-    )
-
-
-def _level_cell(data: ReportData, measure: Measure, label: str, moment: str | None, digits: int) -> _Cell:
-    level = measure.level(label, moment)
-    if level.value is None:
-        return _none_cell(level.reason)
-    verdict = measure.verdict(label, moment) if label != data.baseline else ""
-    small = [text] if (text := interval(level, digits)) else []
-    text = number(level.value, digits)
-    return _Cell(text=text, small=small, sort=f"{level.value:.6g}", verdict=verdict, css=verdict)
-
-
-def _detectable_row(data: ReportData, measures: Sequence[Measure], moment: str | None) -> list[_Cell]:
-    """The smallest difference that the comparison could have found, of the policy where it is largest."""
-    title = "80 % power, two-sided 5 %"
-    cells = [_Cell(text="smallest difference that could be found", is_head=True, title=title)]
-    for measure in measures:
-        known = [finite(measure.difference(label, moment).extra.get("minimum_detectable")) for label in data.others]
-        sizes = [Estimate(value=value) for value in known if value is not None]
-        largest = max((item.value or 0.0 for item in sizes), default=None)
-        if largest:
-            cells.append(_Cell(text=number(largest, digits_for(sizes, figures=2))))
-        else:
-            why = "not known from one prompt" if largest is None else "not known: every prompt has the same difference"
-            cells.append(_Cell(text=_NONE, title=why))
-    return cells
-
-
-def _cost_table(data: ReportData) -> _Table | None:
-    def cells(label: str) -> list[_Cell]:
-        return [_cost_cell(data, label, name, with_bar=True) for name in data.costs]
-
-    caption = "Costs of each policy on the machine that made the videos"
-    heads = [_Cell(text=title) for title in data.costs.values()]
-    return _policy_table(data, caption, heads, cells, css="costs") if data.costs else None
-
-
-def _cost_cell(data: ReportData, label: str, name: str, *, with_bar: bool = False) -> _Cell:
-    """A cost with the same digits for all policies; a bar shows its share of the largest."""
-    run = data.run(label)
-    value = None if run is None else finite(run.costs.get(name))
-    if value is None:
-        return _none_cell("not recorded for this run")
-    known = [finite(other.costs.get(name)) for other in data.runs]
-    largest = max(abs(item) for item in known if item is not None)
-    digits = 0 if largest >= 100 else 1 if largest >= 10 else 2
-    share = (round(100 * abs(value) / largest) if largest else 0) if with_bar else None
-    return _Cell(text=number(value, digits), sort=f"{value:.6g}", css="cost", share=share)
-
-
-def _composites(data: ReportData) -> _Table | list[str] | None:
-    """Composite scores, or the reasons why there are none; None where the comparison has none."""
-    scores = {label: (data.comparison.get("scores") or {}).get(label) or {} for label in data.labels}
-    names = [name for name in _COMPOSITES if any(name in own for own in scores.values())]
-    entries = {(label, name): scores[label].get(name) or {} for label in data.labels for name in names}
-    values = {key: finite(entry.get("value")) for key, entry in entries.items()}
-    if not names:
-        return None
-    if all(value is None for value in values.values()):
-        return sorted({entry["reason"] for entry in entries.values() if entry.get("reason")}, key=len)
-
-    def cell(label: str, name: str) -> _Cell:
-        value = values[label, name]
-        if value is None:
-            return _none_cell(str(entries[label, name].get("reason") or name))
-        return _Cell(text=number(value, 4), sort=f"{value:.6g}")
-
-    caption = "VBench's composite scores, only where every member was measured with the official backbone"
-    heads = [_Cell(text=_COMPOSITES[name]) for name in names]
-    return _policy_table(data, caption, heads, lambda label: [cell(label, name) for name in names])
+def _composites(data: ReportData) -> dict[str, Any]:
+    """Composite scores with their titles, and the reasons for missing ones."""
+    scores = data.comparison.get("scores") or {}
+    entries = {label: {name: (scores.get(label) or {}).get(name) for name in _COMPOSITES} for label in data.labels}
+    found = [entry for own in entries.values() for entry in own.values() if entry]
+    names = [name for name in _COMPOSITES if any(own[name] for own in entries.values())]
+    values = {label: [finite((own[name] or {}).get("value")) for name in names] for label, own in entries.items()}
+    return {
+        "titles": [_COMPOSITES[name] for name in names],
+        "values": values if any(finite(entry.get("value")) is not None for entry in found) else {},
+        "reasons": sorted({str(entry["reason"]) for entry in found if entry.get("reason")}, key=len),
+    }
 
 
 def _panels(data: ReportData) -> list[tuple[Measure, Markup | None, str]]:
@@ -373,7 +232,7 @@ def _panels(data: ReportData) -> list[tuple[Measure, Markup | None, str]]:
         estimates = {label: measure.difference(label) for label in data.others}
         known = any(estimate.value is not None for estimate in estimates.values())
         identity = f"difference{position}"
-        plot = figures.rows_svg(data, measure, figures.draw_differences, identity=identity) if known else None
+        plot = figures.plot_svg(data, measure, figures.draw_differences, identity=identity) if known else None
         panels.append((measure, plot, _spoken(estimates, signed=True)))
     return panels
 
@@ -382,7 +241,7 @@ def _seams(data: ReportData) -> tuple[Measure, Markup, str] | None:
     measure = data.first(SEAMS)
     if measure is None:
         return None
-    plot = figures.rows_svg(data, measure, figures.draw_levels, identity="seamrows")
+    plot = figures.plot_svg(data, measure, figures.draw_levels, identity="seamrows")
     return measure, plot, _spoken({label: measure.level(label) for label in data.labels})
 
 
@@ -397,18 +256,14 @@ def _spoken(estimates: Mapping[str, Estimate], *, signed: bool = False) -> str:
     return "; ".join(parts)
 
 
-def _moments(data: ReportData) -> list[tuple[str, _Table, bool]]:
-    """(moment, table, whether it is open) of the moments that any video reaches."""
-    tables = [
-        (
-            moment,
-            _level_table(data, caption=f"At {moment} s: means over the five seconds that end there", moment=moment),
-        )
+def _moments(data: ReportData) -> list[tuple[str, bool]]:
+    """(moment, whether its table is open) of the moments that any video reaches."""
+    reached = [
+        moment
         for moment in data.moments
         if any(item.level(label, moment).value is not None for item in data.headlines for label in data.labels)
     ]
-    is_short = len(data.labels) <= _MANY_POLICIES
-    return [(moment, table, is_short or table is tables[-1][1]) for moment, table in tables]
+    return [(moment, len(data.labels) <= _MANY_POLICIES or moment == reached[-1]) for moment in reached]
 
 
 def _curves(data: ReportData) -> dict[str, Any] | None:
@@ -452,7 +307,7 @@ def _curve(data: ReportData, measure: Measure, identity: str, is_shown: bool) ->
         "measure": measure,
         "identity": identity,
         "is_shown": is_shown,
-        "plot": figures.curve_svg(data, measure, identity=identity),
+        "plot": figures.plot_svg(data, measure, figures.draw_curve, identity=identity),
         "times": times,
         "end": max(point["end_s"] for points in curves.values() for _, point in points),
         "digits": digits,
@@ -465,117 +320,40 @@ def _scatter(data: ReportData) -> dict[str, Any] | None:
     motion, measure = data.first(MOTION), data.first(CONSISTENCY)
     if motion is None or measure is None:
         return None
-    plot = figures.scatter_svg(data, measure, motion)
+    plot = figures.plot_svg(data, measure, partial(figures.draw_scatter, motion=motion), identity="scatter")
     spoken = (_spoken({label: item.level(label) for label in data.labels}) for item in (motion, measure))
     text = f"{motion.title} against {measure.title}, means: {' against '.join(spoken)}."
     return {"motion": motion, "measure": measure, "plot": plot, "text": text}
 
 
-def _all_measures(data: ReportData) -> list[tuple[str, int, bool, _Table]]:
-    """(family, number of measures, whether it is open, table) with a row per measure and a column per policy."""
-    heads = [_Cell(text="measure", css="text")]
-    heads += [_Cell(text=label, label=label, run=data.index(label)) for label in data.labels]
+def _skipped(data: ReportData) -> list[tuple[bool, int, dict[tuple[str, str], list[str]]]]:
+    """(whether these are drifts, number of measures, {(reason, policies): measures}) of what was not measured.
+
+    Drifts stand apart, since they follow from the measures they are of.
+    """
     blocks = []
-    for family, group in groupby(data.measures.values(), key=lambda measure: measure.family):
-        measures = list(group)
-        caption = f"{family}/: {_FAMILIES.get(family, '')}"
-        rows = [(None, _measure_row(data, measure)) for measure in measures]
-        is_open = family not in ("drift", "set") and len(measures) * len(data.labels) <= 200
-        blocks.append((family, len(measures), is_open, _Table(caption=caption, heads=heads, rows=rows, css="all")))
+    for is_drift in (False, True):
+        grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for (name, reason), labels in data.skipped.items():
+            if name.startswith("drift/") == is_drift:
+                who = "every policy" if len(labels) == len(data.labels) else ", ".join(labels)
+                grouped[reason, who].append(name)
+        if grouped:
+            blocks.append((is_drift, len({name for names in grouped.values() for name in names}), grouped))
     return blocks
 
 
-def _measure_row(data: ReportData, measure: Measure) -> list[_Cell]:
-    formula, description = measure.spec.get("formula"), measure.spec.get("description")
-    notes = [formula and f"formula {formula}", measure.unit, measure.direction_text, description]
-    title = " \u00b7 ".join(str(note) for note in notes if note)
-    cells = [_Cell(text=breakable(measure.name), is_head=True, title=title, sort=measure.name)]
-    levels = {label: measure.level(label) for label in data.labels}
-    digits = digits_for(levels.values())
-    for label, level in levels.items():
-        run = data.index(label)
-        if level.value is None:
-            cells.append(_Cell(text=_NONE, title=level.reason, css="none", run=run))
-            continue
-        verdict = measure.verdict(label) if label != data.baseline else ""
-        sort, inside, text = f"{level.value:.6g}", interval(level, digits), number(level.value, digits)
-        cells.append(_Cell(text=text, sort=sort, title=inside, css=verdict, verdict=verdict, run=run))
-    return cells
-
-
-def _flag_table(data: ReportData) -> _Table:
-    heads = [_Cell(text=name, css="text") for name in ("policy", "video", "kind")]
-    heads += [
-        _Cell(text="from, s"),
-        _Cell(text="to, s"),
-        _Cell(text="finding", css="text"),
-        _Cell(text="prompt", css="text"),
-    ]
-    rows = []
-    for label, video, prompt, kind, start, end, message in data.flags[:_MAX_FLAGS]:
-        words = [_Cell(text=text, sort=text, css="text") for text in (video, kind)]
-        times = [_Cell(text=f"{time:.1f}", sort=time) for time in (start, end)]
-        long = [_Cell(text=text, sort=text, css="text wide") for text in (message, prompt)]
-        rows.append((data.index(label), [_policy_cell(data, label), *words, *times, *long]))
-    more = f"; the first {_MAX_FLAGS} of {len(data.flags)}, all in flags.csv" if len(data.flags) > _MAX_FLAGS else ""
-    return _Table(caption=f"Videos that stand still, repeat themselves, cut or flicker{more}", heads=heads, rows=rows)
-
-
-def _skipped(data: ReportData) -> dict[str, Any] | None:
-    """Tables of what was not measured; drift numbers apart, which follow from the measures they are of."""
-    drift = {key: labels for key, labels in data.skipped.items() if key[0].startswith("drift/")}
-    others = {key: labels for key, labels in data.skipped.items() if key not in drift}
-    if not data.skipped:
-        return None
-    return {
-        "table": _skipped_table(data, others) if others else None,
-        "drift": _skipped_table(data, drift) if drift else None,
-        "num_drift": len({name for name, _ in drift}),
-    }
-
-
-def _skipped_table(data: ReportData, skipped: Mapping[tuple[str, str], Sequence[str]]) -> _Table:
-    """Measures that lack the same thing share a row."""
-    grouped: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
-    for (name, reason), labels in skipped.items():
-        grouped[reason, tuple(labels)].append(name)
-    rows = []
-    for (reason, labels), names in grouped.items():
-        who = "every policy" if len(labels) == len(data.labels) else ", ".join(labels)
-        cells = [
-            _Cell(items=names, css="text names"),
-            _Cell(text=reason, css="text wide"),
-            _Cell(text=who, css="text"),
-        ]
-        rows.append((None, cells))
-    heads = [_Cell(text=name, css="text") for name in ("measure", "why", "for")]
-    return _Table(
-        caption="None of these was counted as zero", heads=heads, rows=rows, css="skipped", is_sortable=False
-    )
-
-
 def _published(data: ReportData) -> dict[str, Any] | None:
-    """Own official numbers above published ones; None where no rows were given."""
+    """Own official numbers and groups of published ones; None where no rows were given."""
     rows = [row for row in data.published if _PUBLISHED.keys() & row.numbers.keys()]
     if not rows:
         return None
-    columns = [name for name in _PUBLISHED if any(name in row.numbers for row in rows)]
     own = {label: official_numbers(data, label) for label in data.labels}
-    mine = []
-    for label, numbers in own.items():
-        cells = [_Cell(text=f"{numbers[name]:.2f}" if name in numbers else _NONE) for name in columns]
-        mine.append((None, [_policy_cell(data, label), *cells]))
-    groups = groupby(rows, key=lambda row: (row.table, row.source, row.protocol))
-    heads = [_Cell(text=title) for title in ("model", *(_PUBLISHED[name] for name in columns))]
-    table = _Table(
-        caption="VBench numbers in percent",
-        heads=heads,
-        rows=mine if any(own.values()) else [],
-        groups=[_published_rows(list(group), columns) for _, group in groups],
-        css="published",
-        is_sortable=False,
-    )
-    return {"table": table, "has_own": any(own.values())}
+    return {
+        "columns": {name: title for name, title in _PUBLISHED.items() if any(name in row.numbers for row in rows)},
+        "own": own if any(own.values()) else {},
+        "groups": [list(group) for _, group in groupby(rows, key=lambda row: (row.table, row.source, row.protocol))],
+    }
 
 
 def official_numbers(data: ReportData, label: str) -> dict[str, float]:
@@ -588,17 +366,3 @@ def official_numbers(data: ReportData, label: str) -> dict[str, float]:
         if value is not None:
             found[name] = 100.0 * value
     return found
-
-
-def _published_rows(rows: Sequence[Row], columns: Iterable[str]) -> list[tuple[None, list[_Cell]]]:
-    first, columns = rows[0], list(columns)
-    length = f"{first.seconds:g} s" if first.seconds is not None else "unknown length"
-    source = f"{first.source}, {length}. {first.protocol}."
-    lines = [(None, [_Cell(text=source, css="source", is_head=True, span=len(columns) + 1)])]
-    for row in rows:
-        cells = [_Cell(text=row.model, is_head=True, title=row.note)]
-        for name in columns:
-            found = row.numbers.get(name)
-            cells.append(_Cell(text=_NONE) if found is None else _Cell(text=f"{found.value:.2f}", tag=found.tag))
-        lines.append((None, cells))
-    return lines

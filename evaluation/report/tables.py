@@ -243,7 +243,7 @@ def moment_tables(
     """
     chosen = [_only(run, columns) for run in runs]
     comparison = compare_runs(chosen, baseline=baseline, moments=moments)
-    measures = [Measure(name=name, entry=comparison["metrics"][name]) for name in columns]
+    measures = [Measure(name, comparison["metrics"][name]) for name in columns]
     parts = [f"Videos per policy: {', '.join(f'{run.label} {len(run.videos)}' for run in runs)}.\n"]
     for moment in moments:
         key = f"{moment:g}"

@@ -19,8 +19,8 @@ from longtake.evaluation import report as report_module
 from longtake.evaluation.paired import sign_test
 from longtake.evaluation.published import find_rows, load_published
 from longtake.evaluation.report import write_report
-from longtake.evaluation.report.data import LIGHT, Measure, ReportData
-from longtake.evaluation.report.figures import curve_points, curve_svg, draw_curve, draw_differences
+from longtake.evaluation.report.data import DARK, LIGHT, Measure, ReportData
+from longtake.evaluation.report.figures import curve_points, draw_curve, draw_differences, plot_svg
 from longtake.evaluation.report.films import find_video, shared_prompts, strip_indices
 from longtake.evaluation.report.page import least_prompts
 from longtake.evaluation.report.tables import summary_table
@@ -131,6 +131,8 @@ def test_the_page_needs_nothing_but_itself(page, text):
     assert sources and all(source.startswith("data:image/") for source in sources)
     assert not re.search(r"url\(|@import|https?://", text)
     policy = next(attrs["content"] for attrs in page.all("meta") if attrs.get("http-equiv"))
+    rules = text.partition("prefers-color-scheme")
+    assert all(colour in rules[0] for colour in LIGHT) and all(colour in rules[2] for colour in DARK)
     assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
 
 
@@ -269,7 +271,7 @@ def test_a_plot_of_the_page_uses_its_colours_its_own_ids_and_plain_text(data):
     evil = "_<b>$x_1$</b>\u202e"
     runs = [replace(run, label=f"{evil}{n}") for n, run in enumerate(data.runs[:2])]
     strange = ReportData(runs=runs, comparison=compare(runs))
-    svg = curve_svg(strange, strange.measures["judge/mean_of_six"], identity="c7")
+    svg = plot_svg(strange, strange.measures["judge/mean_of_six"], draw_curve, identity="c7")
     assert svg.count("_&lt;b&gt;$x_1$&lt;/b&gt;") == 2 and "\u202e" not in svg
     assert set(re.findall(r'id="(c7)-', svg)) == {"c7"} and not re.findall(r'id="(?!c7-)', svg)
     assert "var(--h0)" in svg and "var(--h1)" in svg and not [colour for colour in LIGHT if colour in svg]
@@ -280,7 +282,7 @@ def test_a_plot_of_the_page_uses_its_colours_its_own_ids_and_plain_text(data):
 def test_a_window_that_repeats_the_one_before_is_not_drawn():
     """VBench-Long's last clip borrows frames of the one before it; its value stays in the tables."""
     points = [{"start_s": start, "end_s": start + 2.0, "mean": 0.5, "low": 0.4, "high": 0.6} for start in (0, 2, 2.06)]
-    measure = Measure(name="vbench/long/x", entry={"curves": {"full": points}})
+    measure = Measure("vbench/long/x", {"curves": {"full": points}})
     assert [time for time, _ in curve_points(measure, ["full"])["full"]] == [1.0, 3.0]
 
 

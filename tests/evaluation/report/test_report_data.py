@@ -16,7 +16,7 @@ from longtake.evaluation.report.data import (
     number,
     plain_text,
 )
-from longtake.evaluation.report.page import breakable, colour_rules
+from longtake.evaluation.report.page import breakable
 
 
 def test_invisible_characters_and_lone_surrogates_are_left_out():
@@ -65,7 +65,7 @@ def test_what_is_not_a_number_is_not_measured(cell):
     ],
 )
 def test_titles_say_what_names_say(name, title, place, backbone):
-    measure = Measure(name=name, entry={})
+    measure = Measure(name, {})
     assert (measure.title, measure.place, measure.backbone) == (title, place, backbone)
 
 
@@ -120,9 +120,3 @@ def test_colours_are_seen_against_the_page(colours, page):
     for colour in colours:
         shade = weights @ linear(colour)
         assert (max(shade, ground) + 0.05) / (min(shade, ground) + 0.05) >= 3.0, colour
-
-
-def test_every_colour_has_a_rule_in_both_schemes():
-    rules = colour_rules()
-    assert all(colour in rules for colour in (*LIGHT, *DARK, LIGHT_PAGE, DARK_PAGE))
-    assert rules.index(DARK[1]) > rules.index("prefers-color-scheme:dark") > rules.index(LIGHT[1])
