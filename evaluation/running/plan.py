@@ -1,11 +1,11 @@
-"""What is to be done: units of work that the protocol alone decides, and which of them are finished.
+"""Units of work of an evaluation, which the protocol alone decides, and which of them are finished.
 
 A unit is one batch of videos of one policy, or one existing video. Which process does it, when, and after how many
 interruptions changes nothing about its numbers.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Unit:
 
     @property
     def is_generated(self) -> bool:
-        """Whether the unit's videos are made by it."""
+        """Tell whether the unit makes its videos."""
         return bool(self.prompts)
 
     @property
@@ -58,11 +58,11 @@ class Unit:
 
     @property
     def record_path(self) -> Path:
-        """Where it is written down that the videos of a generated unit are whole."""
+        """File that says that the videos of a generated unit are whole."""
         return self.folder / UNITS / f"{self.number:05d}.json"
 
     def score_path(self, line: ManifestLine) -> Path:
-        """Where a video's scores go."""
+        """File of a video's scores."""
         return self.folder / SCORES / score_name(line.id)
 
     def finished_lines(self) -> tuple[ManifestLine, ...]:
@@ -75,17 +75,17 @@ class Unit:
         return tuple(ManifestLine.from_json(values) for values in record["lines"])
 
     def videos_exist(self, lines: Sequence[ManifestLine]) -> bool:
-        """Whether every video's file is there."""
+        """Tell whether every video's file is there."""
         return bool(lines) and all((self.folder / line.file).exists() for line in lines)
 
     def is_measured(self, line: ManifestLine) -> bool:
-        """Whether the scores of this very video are there."""
+        """Tell whether the scores of this very video are there."""
         values = read_json(self.score_path(line))
         # Through JSON, so that tuples and lists are the same.
         return values is not None and values["video"] == json.loads(json.dumps(line.to_json()))
 
     def is_done(self, *, keep_videos: bool) -> bool:
-        """Whether nothing is left to do."""
+        """Tell whether nothing is left to do."""
         lines = self.finished_lines()
         if not lines or not all(self.is_measured(line) for line in lines):
             return False
@@ -120,8 +120,12 @@ def plan_generation(protocol: Protocol, prompts: Sequence[Prompt], out: Path) ->
         prompts: The list it names.
         out: Folder of the evaluation.
     """
-    videos = [(prompt, seed) for seed in range(protocol.samples) for prompt in range(len(prompts))]
-    batches = list(_batches(videos, prompts, protocol.batch))
+    groups: dict[tuple[float, ...], list[tuple[int, int]]] = {}
+    for seed in range(protocol.samples):
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(tuple(change.start_s for change in prompt.changes), []).append((index, seed))
+    size = protocol.batch
+    batches = [videos[start : start + size] for videos in groups.values() for start in range(0, len(videos), size)]
     runs = []
     for position, (label, policy) in enumerate((protocol.caches or {}).items()):
         folder = out / label
@@ -148,11 +152,6 @@ def interleaved(runs: Sequence[RunPlan]) -> list[Unit]:
     return sorted(units, key=lambda unit: (unit.number, order[unit.label]))
 
 
-def video_id(prompt_index: int, seed_index: int) -> str:
-    """Name of a generated video: no underscore, no prompt."""
-    return f"p{prompt_index:04d}-{seed_index}"
-
-
 def read_json(path: Path) -> Any:
     """Read a file that is written whole or not at all; None where there is none."""
     try:
@@ -163,19 +162,9 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no JSON ({error}): delete it, and its video is measured again") from error
 
 
-def _batches(
-    videos: Sequence[tuple[int, int]], prompts: Sequence[Prompt], size: int
-) -> Iterator[list[tuple[int, int]]]:
-    groups: dict[tuple[float, ...], list[tuple[int, int]]] = {}
-    for video in videos:
-        times = tuple(change.start_s for change in prompts[video[0]].changes)
-        groups.setdefault(times, []).append(video)
-    for group in groups.values():
-        yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
 def _planned(protocol: Protocol, label: str, prompt: Prompt, prompt_index: int, seed_index: int) -> ManifestLine:
-    name = video_id(prompt_index, seed_index)
+    # No underscore, at which the official VBench stumbles, and no prompt.
+    name = f"p{prompt_index:04d}-{seed_index}"
     return ManifestLine(
         id=name,
         file=f"{VIDEOS}/{name}.mp4",
@@ -193,12 +182,11 @@ def _planned(protocol: Protocol, label: str, prompt: Prompt, prompt_index: int, 
 
 
 def _segments(prompt: Prompt, seconds: float) -> tuple[Segment, ...]:
-    """As they are wished for; a change takes effect at the next block's start."""
+    """Segments as they are wished for; a change takes effect at the next block's start."""
     if not prompt.changes:
         return ()
-    starts = [0.0, *(change.start_s for change in prompt.changes)]
-    texts = [prompt.text, *(change.text for change in prompt.changes)]
-    ends = [*starts[1:], seconds]
+    starts = [0.0, *(change.start_s for change in prompt.changes), seconds]
     return tuple(
-        Segment(start_s=start, end_s=end, prompt=text) for start, end, text in zip(starts, ends, texts, strict=True)
+        Segment(start_s=start, end_s=end, prompt=part.text)
+        for start, end, part in zip(starts, starts[1:], (prompt, *prompt.changes), strict=False)
     )

@@ -1,4 +1,4 @@
-"""What an evaluation does, in one validated file: prompts, seeds, lengths, model, policies and metrics.
+"""Protocol of an evaluation, one validated file: prompts, seeds, lengths, model, policies and metrics.
 
 A resolved protocol says everything that the numbers depend on, by content: hashes of prompts, weights and backbones
 instead of paths. Its fingerprint tells whether two results may be put beside each other.
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from longtake.configs.families import family_names, load_family
-from longtake.configs.fields import build, did_you_mean
+from longtake.configs.fields import build, choose, did_you_mean
 from longtake.configs.loader import FOLDER_FAMILY, load_run
 from longtake.evaluation.records import write_atomically
 
@@ -109,10 +109,10 @@ class Protocol:
     moments: tuple[float, ...] = (5.0, 30.0, 60.0)
 
     def __post_init__(self) -> None:
-        for key, least in (("samples", 1), ("batch", 1), ("threads", 1), ("num_prompts", 1)):
-            value = asdict(self)[key]
-            if value is not None and value < least:
-                raise ValueError(f"{key}={value}: give {least} or more")
+        for key in ("samples", "batch", "threads", "num_prompts"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}={value}: give 1 or more")
         for key, value in (("seconds", self.seconds), ("segment_seconds", self.segment_seconds)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{key}={value}: give a length above 0")
@@ -121,9 +121,7 @@ class Protocol:
         if not self.metrics:
             raise ValueError(f"metrics is empty: give at least one of {', '.join(GROUPS)}")
         for group in self.metrics:
-            if group not in GROUPS:
-                known = ", ".join(GROUPS)
-                raise ValueError(f"unknown group of metrics {group!r}; known: {known}.{did_you_mean(group, GROUPS)}")
+            choose(dict.fromkeys(GROUPS), group, what="group of metrics")
         if any(not (math.isfinite(moment) and moment > 0) for moment in self.moments):
             raise ValueError(f"moments={list(self.moments)}: give times in seconds above 0")
         if self.caches is not None:
@@ -141,11 +139,10 @@ class Protocol:
 
     def as_mapping(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers that load into an equal protocol."""
-        values = {item.name: asdict(self)[item.name] for item in fields(self)}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def identity(self) -> dict[str, Any]:
-        """What the numbers depend on: everything but names and places."""
+        """Everything that the numbers depend on, without names and places."""
         left_out = set(PLACES)
         if self.videos is not None:
             left_out |= {*GENERATION, "caches", "prompts_sha256", "dimensions", "samples", "segment_seconds"}
@@ -180,17 +177,7 @@ def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any
     """
     given = {key: value for key, value in (options or {}).items() if value is not None}
     name = str(source if source is not None else "standard")
-    known = protocol_names()
-    if name in known:
-        values = _parse((files("longtake.configs") / "eval" / f"{name}.yaml").read_text(encoding="utf-8"), name)
-    else:
-        try:
-            values = _parse(Path(name).read_text(encoding="utf-8"), name)
-        except (OSError, UnicodeDecodeError) as error:
-            hint = did_you_mean(name, known)
-            raise ValueError(
-                f"cannot read the protocol {name}: {error}; bundled: {', '.join(known)}.{hint}"
-            ) from error
+    values = _read(name)
     before = Protocol().as_mapping() | values
     changed = {key for key in given if before.get(key) != given[key]}
     # A hash in a file belongs to what the file names; another list, model or backbone has another.
@@ -221,10 +208,8 @@ def parse_cache(entry: Any) -> tuple[str, Any]:
     if not isinstance(entry, str):
         raise ValueError(f"cache {entry!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'")
     label, equals, text = entry.partition("=")
-    if not equals:
-        return entry.strip(), entry.strip()
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(text) if equals else label.strip()
     except yaml.YAMLError as error:
         raise ValueError(f"cache {entry!r}: {text!r} is no YAML: put it into quotes") from error
     if not isinstance(values, str) and not (isinstance(values, Mapping) and "policy" in values):
@@ -254,7 +239,7 @@ def split_entry(entry: Any) -> tuple[Any, Any]:
 
 
 def is_sparse(entry: Any) -> bool:
-    """Whether a resolved entry leaves any of attention out."""
+    """Tell whether a resolved entry leaves any of attention out."""
     return isinstance(entry, Mapping) and ATTENTION in entry
 
 
@@ -299,7 +284,7 @@ def _resolve_entry(label: str, entry: Any, *, frames_per_block: int) -> dict[str
 
 
 def model_folder(model: str) -> Path:
-    """Where a model's weights are.
+    """Folder of a model's weights.
 
     Raises:
         ValueError: If there is no such folder, or the family has no bundled weights.
@@ -378,9 +363,14 @@ def _check_hash(what: str, name: str, *, expected: str | None, found: str) -> No
         )
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def _read(name: str) -> dict[str, Any]:
+    known = protocol_names()
+    path = files("longtake.configs") / "eval" / f"{name}.yaml" if name in known else Path(name)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        hint = did_you_mean(name, known)
+        raise ValueError(f"cannot read the protocol {name}: {error}; bundled: {', '.join(known)}.{hint}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"the protocol {name} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):

@@ -1,9 +1,9 @@
-"""What videos are made from: lists of prompts of any origin, prompts over time, and the seeds of their noise."""
+"""Lists of prompts of any origin, prompts over time, and the seeds of the noise."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,14 @@ NUM_SCENES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
-    """A later prompt of a video.
+class _Text:
+    """A text that metrics judge by.
 
     Attributes:
-        start_s: Seconds; from the first block on that starts at or after it.
-        text: What metrics judge the segment by.
-        extended: The longer text it is generated from, if another.
+        text: For metrics.
+        extended: The longer text for the model, if another.
     """
 
-    start_s: float
     text: str
     extended: str = ""
 
@@ -40,25 +38,23 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """What a video is made from and judged by.
+class Change(_Text):
+    """A later prompt of a video, from the first block on that starts at or after ``start_s`` seconds."""
+
+    start_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(_Text):
+    """The text that a video is made from and judged by.
 
     Attributes:
-        text: What metrics judge it by.
-        extended: The longer text it is generated from, if another.
         changes: Later prompts, in order of time.
         dimensions: VBench dimensions it belongs to; empty for lists of other origin.
     """
 
-    text: str
-    extended: str = ""
     changes: tuple[Change, ...] = ()
     dimensions: tuple[str, ...] = ()
-
-    @property
-    def generated_from(self) -> str:
-        """The text that the model reads."""
-        return self.extended or self.text
 
 
 def moving_scenes(count: int | None) -> list[Prompt]:
@@ -106,7 +102,13 @@ def load_prompts(
     if extended is not None:
         prompts = _with_twins(prompts, Path(extended), source=source)
     if dimensions:
-        prompts = _of_dimensions(prompts, dimensions, source=source)
+        known = sorted({name for prompt in prompts for name in prompt.dimensions})
+        if not known:
+            raise ValueError(f"dimensions={list(dimensions)}: the prompts of {source} name no dimensions")
+        for name in dimensions:
+            if name not in known:
+                raise ValueError(f"unknown dimension {name!r} in {source}; known: {', '.join(known)}.")
+        prompts = [prompt for prompt in prompts if set(prompt.dimensions) & set(dimensions)]
     if segment_seconds is not None:
         prompts = _grouped(prompts, length, segment_seconds)
     if count is not None and count > len(prompts):
@@ -136,43 +138,30 @@ def _read(path: Path) -> list[Prompt]:
         known = [SUITE + name for name in SUITES]
         hint = did_you_mean(path.name, [*SUITES, *known])
         raise ValueError(f"cannot read the prompts {path}: {error}; suites: {', '.join(known)}.{hint}") from error
-    readers = {".json": _read_json, ".jsonl": _read_json_lines}
-    prompts = readers.get(path.suffix.lower(), _read_lines)(text, path)
+    lines = {number: line.strip() for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
+    if path.suffix.lower() == ".json":
+        rows = _parse(text, str(path))
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} holds a {type(rows).__name__}: a list of prompts is needed")
+        prompts = [_entry(row, f"{path}, entry {number}") for number, row in enumerate(rows, start=1)]
+    elif path.suffix.lower() == ".jsonl":
+        places = {number: f"{path}, line {number}" for number in lines}
+        prompts = [_entry(_parse(line, places[number]), places[number]) for number, line in lines.items()]
+    else:
+        prompts = [Prompt(text=line) for line in lines.values() if not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompts: write one per line")
     for number, prompt in enumerate(prompts, start=1):
-        for part in (prompt.text, *(change.text for change in prompt.changes)):
-            if not part.strip():
-                raise ValueError(f"{path}, prompt {number}: the prompt is empty")
+        if not all(part.text.strip() for part in (prompt, *prompt.changes)):
+            raise ValueError(f"{path}, prompt {number}: the prompt is empty")
     return prompts
 
 
-def _read_lines(text: str, path: Path) -> list[Prompt]:
-    lines = (line.strip() for line in text.splitlines())
-    return [Prompt(text=line) for line in lines if line and not line.startswith("#")]
-
-
-def _read_json(text: str, path: Path) -> list[Prompt]:
+def _parse(text: str, where: str) -> Any:
     try:
-        rows = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}: a list of prompts is needed")
-    return [_entry(row, f"{path}, entry {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _read_json_lines(text: str, path: Path) -> list[Prompt]:
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        prompts.append(_entry(row, f"{path}, line {number}"))
-    return prompts
+        raise ValueError(f"{where} is no JSON: {error}") from error
 
 
 def _entry(row: Any, where: str) -> Prompt:
@@ -190,20 +179,17 @@ def _entry(row: Any, where: str) -> Prompt:
     if "prompt" not in row:
         raise ValueError(f"{where} lacks the key 'prompt'")
     try:
-        changes = tuple(
-            Change(
-                start_s=float(change["start_s"]),
-                text=str(change["prompt"]),
-                extended=str(change.get("prompt_extended") or ""),
-            )
-            for change in row.get("segments") or ()
-        )
+        changes = tuple(Change(start_s=float(part["start_s"]), **_texts(part)) for part in row.get("segments") or ())
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: segments need start_s (seconds) and prompt") from error
     starts = [change.start_s for change in changes]
     if starts != sorted(set(starts)) or (starts and starts[0] <= 0):
         raise ValueError(f"{where}: segments start at {starts}: give rising, different times above 0")
-    return Prompt(text=str(row["prompt"]), extended=str(row.get("prompt_extended") or ""), changes=changes)
+    return Prompt(changes=changes, **_texts(row))
+
+
+def _texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text": str(row["prompt"]), "extended": str(row.get("prompt_extended") or "")}
 
 
 def _with_twins(prompts: Sequence[Prompt], path: Path, *, source: str) -> list[Prompt]:
@@ -213,20 +199,7 @@ def _with_twins(prompts: Sequence[Prompt], path: Path, *, source: str) -> list[P
             f"{path} has {len(twins)} extended prompts for the {len(prompts)} of {source}: give one per prompt, in "
             "the same order"
         )
-    return [
-        Prompt(text=short.text, extended=twin.text, changes=short.changes, dimensions=short.dimensions)
-        for short, twin in zip(prompts, twins, strict=True)
-    ]
-
-
-def _of_dimensions(prompts: Sequence[Prompt], dimensions: Sequence[str], *, source: str) -> list[Prompt]:
-    known = sorted({name for prompt in prompts for name in prompt.dimensions})
-    if not known:
-        raise ValueError(f"dimensions={list(dimensions)}: the prompts of {source} name no dimensions")
-    for name in dimensions:
-        if name not in known:
-            raise ValueError(f"unknown dimension {name!r} in {source}; known: {', '.join(known)}.")
-    return [prompt for prompt in prompts if set(prompt.dimensions) & set(dimensions)]
+    return [replace(short, extended=twin.text) for short, twin in zip(prompts, twins, strict=True)]
 
 
 def _num_segments(seconds: float, segment_seconds: float) -> int:
@@ -241,20 +214,16 @@ def _grouped(prompts: Sequence[Prompt], length: int, segment_seconds: float) -> 
     """One video per ``length`` consecutive prompts."""
     if any(prompt.changes for prompt in prompts):
         raise ValueError("segment_seconds: the prompts have segments of their own already: leave it out")
-    whole = len(prompts) // length
-    if whole * length != len(prompts):
+    if len(prompts) % length:
         raise ValueError(
             f"{len(prompts)} prompts do not make whole videos of {length} segments: give a multiple of {length}"
         )
-    groups = [prompts[start : start + length] for start in range(0, len(prompts), length)]
-    return [
-        Prompt(
-            text=group[0].text,
-            extended=group[0].extended,
-            changes=tuple(
-                Change(start_s=number * segment_seconds, text=later.text, extended=later.extended)
-                for number, later in enumerate(group[1:], start=1)
-            ),
+    videos = []
+    for start in range(0, len(prompts), length):
+        first, *later = prompts[start : start + length]
+        changes = (
+            Change(start_s=number * segment_seconds, text=prompt.text, extended=prompt.extended)
+            for number, prompt in enumerate(later, start=1)
         )
-        for group in groups
-    ]
+        videos.append(replace(first, changes=tuple(changes), dimensions=()))
+    return videos

@@ -1,11 +1,11 @@
-"""Folders of existing videos: which runs they hold, and which prompt each video was made from."""
+"""Runs of existing videos in a folder, and the prompt each video was made from."""
 
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from longtake.evaluation.records import ManifestLine, read_manifest
@@ -14,22 +14,8 @@ from longtake.evaluation.running.protocol import LABEL
 from longtake.evaluation.video import VideoSource, find_videos
 
 SAMPLE = re.compile(r"-(\d+)$")
-
 PROMPT_FILES = ("prompt_file.json", "prompts.json")
 """Where a folder's prompts may stand, if nothing else says them; the first is what VBench calls it."""
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A video and where it is.
-
-    Attributes:
-        path: The file or folder of frames.
-        line: What is known of it.
-    """
-
-    path: Path
-    line: ManifestLine
 
 
 def plan_videos(
@@ -72,12 +58,15 @@ def plan_videos(
     prompts = None if prompt_file is None else _read_prompt_file(prompt_file)
     found = {label: _lines(path, folder, prompts, manifest) for label, path in groups.items()}
     if prompts is not None:
-        _check_all_used(prompts, found, prompt_file, folder)
+        paths = [Path(line.file) for lines in found.values() for line in lines]
+        names = {name for path in paths for name in (path.name, path.stem, path.relative_to(folder).as_posix())}
+        if unused := sorted(prompts.keys() - names):
+            raise ValueError(
+                f"{prompt_file} has prompts for {len(unused)} videos that are not there, the first is {unused[0]!r}"
+            )
     found = _with_prompt_indices(found)
-    single = len(groups) == 1 and next(iter(groups.values())) == folder
-    runs = [
-        _run(label, videos, groups[label], out if single else out / label, fps=fps) for label, videos in found.items()
-    ]
+    is_single = list(groups.values()) == [folder]
+    runs = [_run(label, lines, out if is_single else out / label, fps=fps) for label, lines in found.items()]
     if not (has_backbones if mixed_rates is None else mixed_rates):
         for run in runs:
             _check_rates(run)
@@ -85,23 +74,21 @@ def plan_videos(
 
 
 def prompt_of_name(stem: str) -> tuple[str, int]:
-    """Prompt and sample number by VBench's rule: the name without a trailing ``-NUMBER``.
-
-    Args:
-        stem: File name without its ending.
-    """
+    """Prompt and sample number of a file name without its ending, by VBench's rule: ``PROMPT-NUMBER``."""
     match = SAMPLE.search(stem)
-    if match is None:
-        return stem, 0
-    return stem[: match.start()], int(match[1])
+    return (stem, 0) if match is None else (stem[: match.start()], int(match[1]))
 
 
 def _groups(folder: Path, manifest: Path | None) -> dict[str, Path]:
-    """{label: folder} of the runs."""
-    if manifest is not None or (folder / MANIFEST).is_file() or _has_files(folder):
+    """Folders of the runs by label."""
+
+    def is_run(path: Path) -> bool:
+        return (path / MANIFEST).is_file() or any(video.is_file() for video in find_videos(path))
+
+    if manifest is not None or is_run(folder):
         return {_label(folder): folder}
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    inner = [path for path in inner if (path / MANIFEST).is_file() or _has_files(path)]
+    inner = [path for path in inner if is_run(path)]
     runs = {_label(path): path for path in inner}
     if len(runs) < len(inner):
         alike = [path.name for path in inner if runs[_label(path)] != path]
@@ -114,51 +101,48 @@ def _groups(folder: Path, manifest: Path | None) -> dict[str, Path]:
     raise ValueError(f"{folder} holds no videos: give a folder of .mp4 files, of frame folders, or of such folders")
 
 
-def _has_files(folder: Path) -> bool:
-    return any(path.is_file() for path in find_videos(folder))
-
-
 def _label(folder: Path) -> str:
     name = folder.resolve().name
     return name if LABEL.fullmatch(name) else re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "videos"
 
 
-def _lines(folder: Path, root: Path, prompts: Mapping[str, str] | None, manifest: Path | None) -> list[_Found]:
+def _lines(folder: Path, root: Path, prompts: Mapping[str, str] | None, manifest: Path | None) -> list[ManifestLine]:
+    """Lines of a run's videos; ``file`` is the path as it can be opened from here."""
     if manifest is None and prompts is None and (folder / MANIFEST).is_file():
         manifest = folder / MANIFEST
     if manifest is not None:
         return _from_manifest(manifest, folder)
-    found = []
+    lines = []
     for path in find_videos(folder):
-        if prompts is None:
-            prompt, _ = prompt_of_name(path.stem)
-        else:
+        prompt, seed_index = prompt_of_name(path.stem)
+        if prompts is not None:
             keys = (path.relative_to(root).as_posix(), path.name, path.stem)
-            prompt = next((prompts[key] for key in keys if key in prompts), None)
-            if prompt is None:
+            key = next((key for key in keys if key in prompts), None)
+            if key is None:
                 raise ValueError(f"the file of prompts has none for {keys[0]}: give one for every video")
-        line = ManifestLine(id=path.stem, file=path.name, prompt=prompt, seed_index=prompt_of_name(path.stem)[1])
-        found.append(_Found(path, line))
-    twice = [name for name, count in Counter(item.line.id for item in found).items() if count > 1]
+            prompt = prompts[key]
+        lines.append(ManifestLine(id=path.stem, file=str(path), prompt=prompt, seed_index=seed_index))
+    twice = [name for name, count in Counter(line.id for line in lines).items() if count > 1]
     if twice:
         raise ValueError(f"{folder} has two videos named {twice[0]!r}: rename one, scores go by the name")
-    return found
+    return lines
 
 
-def _from_manifest(manifest: Path, folder: Path) -> list[_Found]:
+def _from_manifest(manifest: Path, folder: Path) -> list[ManifestLine]:
     lines = read_manifest(manifest)
     if not lines:
         raise ValueError(f"{manifest} names no videos: give a line for each")
     by_stem = {path.stem: path for path in find_videos(manifest.parent)}
-    paths = [manifest.parent / line.file if line.file else by_stem.get(line.id) for line in lines]
-    if None in paths:
-        strange = lines[paths.index(None)].id
-        raise ValueError(f"{manifest}: {strange!r} has no 'file', and {manifest.parent} no video of that name")
-    found = [_Found(path, line) for path, line in zip(paths, lines, strict=True)]
-    missing = [str(item.path) for item in found if not item.path.exists()]
+    paths: list[Path] = []
+    for line in lines:
+        path = manifest.parent / line.file if line.file else by_stem.get(line.id)
+        if path is None:
+            raise ValueError(f"{manifest}: {line.id!r} has no 'file', and {manifest.parent} no video of that name")
+        paths.append(path)
+    missing = [path for path in paths if not path.exists()]
     if missing:
         raise ValueError(f"{manifest} names {len(missing)} videos that are not there, the first is {missing[0]}")
-    named = {item.path.resolve() for item in found}
+    named = {path.resolve() for path in paths}
     strange = [path for path in find_videos(folder) if path.is_file() and path.resolve() not in named]
     if strange:
         raise ValueError(
@@ -167,7 +151,7 @@ def _from_manifest(manifest: Path, folder: Path) -> list[_Found]:
     for line in lines:
         if "/" in line.id or line.id.startswith("."):
             raise ValueError(f"{manifest}: id {line.id!r} must be a plain file name")
-    return found
+    return [replace(line, file=str(path)) for line, path in zip(lines, paths, strict=True)]
 
 
 def _read_prompt_file(path: Path) -> dict[str, str]:
@@ -180,46 +164,51 @@ def _read_prompt_file(path: Path) -> dict[str, str]:
     return dict(values)
 
 
-def _check_all_used(
-    prompts: Mapping[str, str], found: Mapping[str, Sequence[_Found]], path: Path | None, root: Path
-) -> None:
-    items = [item for videos in found.values() for item in videos]
-    paths = [item.path for item in items]
-    names = {name for path in paths for name in (path.name, path.stem, path.relative_to(root).as_posix())}
-    unused = sorted(prompts.keys() - names)
-    if unused:
-        raise ValueError(f"{path} has prompts for {len(unused)} videos that are not there, the first is {unused[0]!r}")
-
-
-def _with_prompt_indices(found: Mapping[str, Sequence[_Found]]) -> dict[str, list[_Found]]:
+def _with_prompt_indices(found: Mapping[str, Sequence[ManifestLine]]) -> dict[str, Sequence[ManifestLine]]:
     """Number prompts the same in all runs, and samples within a prompt, where no manifest does."""
-    texts = [item.line.prompt for videos in found.values() for item in videos]
-    numbers = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    result = {}
-    for label, videos in found.items():
-        pairs = [(item.line.prompt_index, item.line.seed_index) for item in videos]
-        if len(set(pairs)) == len(pairs) and any(item.line.prompt_index for item in videos):
-            result[label] = list(videos)
+    texts = dict.fromkeys(line.prompt for lines in found.values() for line in lines)
+    numbers = {text: index for index, text in enumerate(texts)}
+    result: dict[str, Sequence[ManifestLine]] = {}
+    for label, lines in found.items():
+        pairs = {(line.prompt_index, line.seed_index) for line in lines}
+        if len(pairs) == len(lines) and any(line.prompt_index for line in lines):
+            result[label] = lines
             continue
         seen: set[tuple[int, int]] = set()
         renumbered = []
-        for item in videos:
-            prompt, seed = numbers[item.line.prompt], item.line.seed_index
+        for line in lines:
+            prompt, seed = numbers[line.prompt], line.seed_index
             while (prompt, seed) in seen:
                 seed += 1
             seen.add((prompt, seed))
-            renumbered.append(_Found(item.path, replace(item.line, prompt_index=prompt, seed_index=seed)))
+            renumbered.append(replace(line, prompt_index=prompt, seed_index=seed))
         result[label] = renumbered
     return result
 
 
-def _run(label: str, videos: Sequence[_Found], source: Path, folder: Path, *, fps: float | None) -> RunPlan:
-    lines = [_measurable(item, folder, fps) for item in videos]
+def _run(label: str, lines: Sequence[ManifestLine], folder: Path, *, fps: float | None) -> RunPlan:
     units = tuple(
-        Unit(label=label, number=number, share=number, folder=folder, lines=(line,))
+        Unit(label=label, number=number, share=number, folder=folder, lines=(_measurable(line, folder, fps),))
         for number, line in enumerate(lines)
     )
     return RunPlan(label=label, folder=folder, units=units)
+
+
+def _measurable(line: ManifestLine, folder: Path, fps: float | None) -> ManifestLine:
+    """A line with what the file itself says, which goes over what the manifest says."""
+    path = Path(line.file)
+    source = VideoSource.open(path, fps=fps if path.is_dir() else None)
+    return replace(
+        line,
+        # Relative where that is possible, so that a folder of results can be moved with its videos.
+        file=Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix(),
+        num_frames=source.num_frames,
+        fps=source.fps,
+        height=source.height,
+        width=source.width,
+        encoder=line.encoder or source.encoder,
+        sha256=source.sha256(),
+    )
 
 
 def _check_rates(run: RunPlan) -> None:
@@ -230,19 +219,3 @@ def _check_rates(run: RunPlan) -> None:
             f"run {run.label!r} mixes frame rates: {lines[0].id} has {lines[0].fps:g} frames per second, {odd.id} "
             f"{odd.fps:g}: split the folder, or measure them as they are with --mixed-rates"
         )
-
-
-def _measurable(item: _Found, folder: Path, fps: float | None) -> ManifestLine:
-    """What the file itself says goes over what the manifest says."""
-    source = VideoSource.open(item.path, fps=fps if item.path.is_dir() else None)
-    return replace(
-        item.line,
-        # Relative where that is possible, so that a folder of results can be moved with its videos.
-        file=Path(os.path.relpath(item.path.resolve(), folder.resolve())).as_posix(),
-        num_frames=source.num_frames,
-        fps=source.fps,
-        height=source.height,
-        width=source.width,
-        encoder=item.line.encoder or source.encoder,
-        sha256=source.sha256(),
-    )
