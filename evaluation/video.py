@@ -39,6 +39,8 @@ class VideoSource:
     """
 
     def __init__(self, frames: _Frames, facts: StreamFacts, *, path: Path | None = None) -> None:
+        if facts.fps is None:
+            raise ValueError(f"{path} does not state its frames per second: give fps")
         self._frames = frames
         self.num_frames = facts.num_frames
         self.fps = facts.fps
@@ -65,8 +67,8 @@ class VideoSource:
             frames, facts = _open_folder(path, fps)
         elif path.is_file():
             facts = probe(path)
-            if fps is not None or facts.fps is None:
-                facts = _with_fps(facts, fps, path)
+            if fps is not None:
+                facts = replace(facts, fps=fps)
             frames = _FileFrames(path, facts)
         else:
             raise ValueError(f"no video at {path}: give a video file or a folder of frames")
@@ -240,12 +242,6 @@ def _read_image(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise ValueError(f"cannot read the frame {path}: {error}") from error
-
-
-def _with_fps(facts: StreamFacts, fps: float | None, path: Path) -> StreamFacts:
-    if fps is None:
-        raise ValueError(f"{path} does not state its frames per second: give fps")
-    return replace(facts, fps=fps)
 
 
 def _check_fps(fps: float) -> None:
