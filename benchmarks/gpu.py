@@ -22,6 +22,7 @@ import torch
 import typer
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from benchmarks.models import make_transformer, make_vae
 from longtake.cache import make_policy
 from longtake.configs.families import load_family
 from longtake.configs.loader import load_preset
@@ -29,8 +30,15 @@ from longtake.configs.waiting import wait_briefly
 from longtake.models import StreamingDecoder, VaePixels, use_fast_kernels
 from longtake.pipelines import LongVideoPipeline
 from longtake.pipelines.long_video import VideoRollout, to_bytes, to_pixels
-from longtake.pipelines.memory_plan import PROGRAM_BYTES, PlanRequest, plan_memory
-from longtake.pipelines.model_shapes import TRANSFORMERS, UMT5_XXL, ModelShapes, make_transformer, make_vae
+from longtake.pipelines.memory_plan import (
+    PROGRAM_BYTES,
+    TRANSFORMERS,
+    UMT5_XXL,
+    ModelShapes,
+    PlanRequest,
+    count_numbers,
+    plan_memory,
+)
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.samplers import make_sampler
 from longtake.scripts.console import err, out, run_app
@@ -231,7 +239,10 @@ def attention_name(session: VideoRollout, device: torch.device) -> str:
 def _planned(pipe: LongVideoPipeline, shape: Shape, session: VideoRollout, device_type: str) -> int:
     """What the memory plan says of the same, the program's own memory left out on a GPU, as PyTorch counts there."""
     parts = {"transformer": pipe.transformer, "vae": pipe.vae}
-    numbers = {part: {n: p.numel() for n, p in model.named_parameters()} for part, model in parts.items()}
+    numbers = {
+        part: count_numbers(part, {name: p.numel() for name, p in model.named_parameters()})
+        for part, model in parts.items()
+    }
     configs = {"transformer": shape.transformer, "vae": shape.vae, "text_encoder": UMT5_XXL}
     rollout = session.rollout
     request = PlanRequest(

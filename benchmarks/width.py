@@ -23,15 +23,15 @@ from diffusers.models.attention import FeedForward
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.width_plan import BLOCK, SMALL, TRUE, Width, pass_of, plan_width
+from benchmarks.models import make_transformer
+from benchmarks.width_plan import BLOCK, SMALL, TRUE, Width, attend_nothing, pass_of, plan_width
 from longtake.attention import Attention, fastest
 from longtake.cache import BlockTrace, CachePolicy, KVCache, Pass, make_policy
-from longtake.cache.allocation import attend_nothing, held_bytes
+from longtake.cache.footprint import held_bytes
 from longtake.configs.loader import load_preset
 from longtake.configs.waiting import wait_briefly
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.modulated_block import feed_forward
-from longtake.pipelines.model_shapes import make_transformer
 from longtake.samplers import Sampler, SeededNoise, make_sampler
 from longtake.scripts.console import out
 

@@ -242,6 +242,14 @@ class CachePolicy(ABC):
             ValueError: With the value, the limit and the remedy.
         """
 
+    def chosen(self, geometry: "Geometry") -> "CachePolicy":
+        """The policy that a rollout runs: itself, unless it is a budget that has to choose one.
+
+        Raises:
+            ValueError: If nothing fits the budget.
+        """
+        return self
+
     def settings(self) -> dict[str, Any]:
         """The policy as its YAML mapping: name and fields."""
         return {"policy": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}

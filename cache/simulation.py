@@ -4,8 +4,8 @@ Made-up keys change slowly from frame to frame, as a scene does, so that policie
 something to choose by. On the meta device only sizes are known, and nothing is computed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class SimulatedBlock:
         commit: Its commit pass, where that reads something else; else None.
         jobs: Encode passes that followed the commit.
         stats: What is stored after the block.
+        state: The policy's state, live: of the last block that was played.
     """
 
     index: int
@@ -96,6 +97,7 @@ class SimulatedBlock:
     commit: PassRecord | None
     jobs: tuple[PassRecord, ...]
     stats: CacheStats
+    state: PolicyState = field(repr=False, compare=False)
 
 
 def simulate(
@@ -107,6 +109,7 @@ def simulate(
     window_blocks: int = 1,
     latent_channels: int = 16,
     layer: int = -1,
+    observe: Callable[[int, Pass, Context], None] | None = None,
 ) -> Iterator[SimulatedBlock]:
     """Play a rollout block by block as the model would: select, commit, end of block, encode jobs.
 
@@ -118,6 +121,7 @@ def simulate(
         window_blocks: Blocks that a denoising pass spans, as samplers with a joint window have it.
         latent_channels: Of the latents that the policy is shown; Wan2.1's unless given.
         layer: Layer whose reads are noted; from the last one backwards if negative.
+        observe: Called with every layer, pass and context that the policy selects.
 
     Raises:
         ValueError: If the policy does not know an event, or has no room for the geometry's blocks.
@@ -129,7 +133,7 @@ def simulate(
             raise ValueError(f"cache policy {policy.name!r} does not know the event {event!r}; known: {known}.")
         if not 1 <= index < num_blocks:
             raise ValueError(f"event {event!r} at block {index}: there are blocks 1 to {num_blocks - 1} to change at.")
-    player = _Player(policy.start(geometry), geometry, layer)
+    player = _Player(policy.start(geometry), geometry, layer, observe)
     size = geometry.frames_per_block
     for index in range(num_blocks):
         start = index * size
@@ -142,16 +146,23 @@ def simulate(
         trace = BlockTrace(index, start, player.latents(size, latent_channels), events.get(index + 1, "keep"))
         jobs = tuple(player.encode(job, index) for job in player.state.end_block(trace))
         event = events.get(index, "keep")
-        yield SimulatedBlock(index, start, size, event, denoise, commit, jobs, player.state.stats())
+        yield SimulatedBlock(index, start, size, event, denoise, commit, jobs, player.state.stats(), player.state)
 
 
 class _Player:
     """Made-up tensors, and passes played with them."""
 
-    def __init__(self, state: PolicyState, geometry: Geometry, layer: int) -> None:
+    def __init__(
+        self,
+        state: PolicyState,
+        geometry: Geometry,
+        layer: int,
+        observe: Callable[[int, Pass, Context], None] | None,
+    ) -> None:
         self.state = state
         self.geometry = geometry
         self.layer = layer
+        self.observe = observe
         self._generator = torch.Generator().manual_seed(0)
         self._scene: Tensor | None = None
 
@@ -179,7 +190,7 @@ class _Player:
 
     def select(self, pass_: Pass, qkv: list[Tensor]) -> tuple[PassRecord, str]:
         """Ask every layer; returns one layer's answer, and for how long it holds."""
-        contexts = [self.state.select(layer, pass_, qkv[0]) for layer in range(self.geometry.num_layers)]
+        contexts = [self._select(layer, pass_, qkv[0]) for layer in range(self.geometry.num_layers)]
         return self._record(pass_, contexts), contexts[self.layer].holds
 
     def commit(self, pass_: Pass, qkv: list[Tensor]) -> None:
@@ -193,9 +204,15 @@ class _Player:
         qkv = self.made_up(job.start_frame, num_frames, grid)
         contexts = []
         for layer in range(self.geometry.num_layers):
-            contexts.append(self.state.select(layer, pass_, qkv[0]))
+            contexts.append(self._select(layer, pass_, qkv[0]))
             self.state.commit(layer, pass_, *qkv)
         return self._record(pass_, contexts)
+
+    def _select(self, layer: int, pass_: Pass, q: Tensor) -> Context:
+        context = self.state.select(layer, pass_, q)
+        if self.observe is not None:
+            self.observe(layer, pass_, context)
+        return context
 
     def _record(self, pass_: Pass, contexts: Sequence[Context]) -> PassRecord:
         geometry = self.geometry

@@ -1,30 +1,27 @@
-"""How much memory a video takes, before anything of it is loaded.
+"""Memory that a video takes, in closed form, before anything of it is loaded.
 
-Sizes of weights come from headers or shapes; those of the cache and of everything else from the real code, run on meta
-tensors (``cache/allocation.py``, ``memory_trace.py``).
+Weights are counted in file headers, the cache by what its policy keeps and reads (``cache/footprint.py``), the rest
+from the sizes of models and frames. The constants of activations were fitted to counts of live tensors.
 """
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from diffusers.models import AutoencoderKLWan, WanTransformer3DModel
+from safetensors import SafetensorError, safe_open
 
 from longtake.cache import CachePolicy, Geometry
-from longtake.cache.allocation import CacheBytes, CachePlay, chosen_policy, play_cache
-from longtake.pipelines.memory_trace import (
-    DecodeBytes,
-    ForwardBytes,
-    trace_decode,
-    trace_forward,
-    trace_text,
-    trace_tiled_decode,
-)
-from longtake.pipelines.model_shapes import ModelShapes
+from longtake.cache.footprint import Footprint, footprint
+from longtake.configs.families import ModelFamily
+from longtake.models.streaming_vae import Tiling
+from longtake.pipelines.loading import check_model_folder
 from longtake.pipelines.rollout import MERGE_LIMIT
 from longtake.samplers import Sampler
 
@@ -32,10 +29,94 @@ from longtake.samplers import Sampler
 PROGRAM_BYTES = 500_000_000
 PART_OF_PHASE = {"text encoding": "text_encoder", "denoising": "transformer", "decoding": "vae"}
 
+# Wan2.1's transformers; everything else of their configs is the class's default.
+TRANSFORMERS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "1.3B": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+        "14B": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
+    }
+)
+UMT5_XXL: Mapping[str, int] = MappingProxyType(
+    {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+)
+# Numbers of all parameters, and of those that diffusers keeps in float32.
+PUBLISHED_NUMBERS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "1.3B": (1_418_996_800, 3_127_296),
+        "14B": (14_288_491_584, 29_184_000),
+        "text_encoder": (5_680_910_336, 0),
+        "vae": (126_892_531, 0),
+    }
+)
+TIED = "encoder.embed_tokens.weight"  # the same memory as shared.weight
+
+# Largest moment of a forward, in tensors of its tokens and channels: of attention, of the feed-forward beside
+# its two inner tensors, of a forward of several segments beside either, and while a layer gathers what it reads.
+ATTENTION = {2: 12.2, 4: 8.1}  # by bytes of a number
+FEED_FORWARD, SEGMENTS, GATHERING = 3.1, 1.0, 6.0
+TIMESTEP_ROWS = 8  # float32, of every frame
+# Largest moment of decoding a latent frame, in tensors of its widest layer.
+DECODE = {("cuda", 2): 7.2, ("cuda", 4): 6.55, ("cpu", 2): 6.0, ("cpu", 4): 6.0}
+PIXEL_BYTES = {2: 10, 4: 12}  # of every colour while frames are made of what the VAE returns
+TEXT_BYTES = {2: 26, 4: 24}  # per token and channel of a text encoder's layer
+TILE, TILE_STRIDE = 256, 192  # pixels: what ``enable_tiling`` sets
+PIXEL_FRAMES = 4  # of a latent frame
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Sizes of a model's parts.
+
+    Attributes:
+        configs: Config of transformer, text_encoder and vae, as their classes take it.
+        numbers: Numbers of all parameters by part, and of those that stay in float32.
+        source: Where that is from.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    numbers: Mapping[str, tuple[int, int]]
+    source: str
+
+    def weight_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of every part when it is loaded in ``dtype``."""
+        return {part: (n - kept) * dtype.itemsize + 4 * kept for part, (n, kept) in self.numbers.items()}
+
+
+def shapes_of(family: ModelFamily, folder: Path | None = None) -> ModelShapes:
+    """Sizes of a folder's parts, or of the family's published ones where there is no folder.
+
+    Raises:
+        ValueError: If the folder is no diffusers Wan folder, or there is none and the family's size is not known.
+    """
+    parts = tuple(PART_OF_PHASE.values())
+    if folder is not None:
+        check_model_folder(folder)
+        configs = {part: _read_config(folder / part) for part in parts}
+        return ModelShapes(configs, {part: _read_numbers(folder / part) for part in parts}, str(folder))
+    if family.size is None:
+        raise ValueError(f"this model family says no size, and {' or '.join(TRANSFORMERS)} is needed: give a folder.")
+    configs = {"transformer": TRANSFORMERS[family.size], "text_encoder": UMT5_XXL, "vae": {}}
+    numbers = {part: PUBLISHED_NUMBERS[family.size if part == "transformer" else part] for part in configs}
+    return ModelShapes(configs, numbers, f"published shapes of Wan2.1 {family.size}")
+
+
+def count_numbers(part: str, parameters: Mapping[str, int]) -> tuple[int, int]:
+    """Numbers of a part's parameters, and of those that diffusers keeps in float32.
+
+    Args:
+        part: transformer, text_encoder or vae.
+        parameters: Numbers of every parameter, by name.
+    """
+    classes = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}
+    kept = set(classes[part]._keep_in_fp32_modules or ()) if part in classes else set()
+    is_tied = "shared.weight" in parameters
+    numbers = {name: n for name, n in parameters.items() if not (is_tied and name == TIED)}
+    return sum(numbers.values()), sum(n for name, n in numbers.items() if kept & set(name.split(".")))
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What is to be planned.
+    """Settings of a video whose memory is planned.
 
     Attributes:
         shapes: Of the model.
@@ -90,7 +171,7 @@ class PlanRequest:
         return config.get("in_channels", 16), self.height // factor, self.width // factor
 
     def geometry(self) -> Geometry:
-        """Shapes of the rollout, on the meta device."""
+        """Shapes of the rollout."""
         config = self.shapes.configs["transformer"]
         _, rows, columns = config.get("patch_size", (1, 2, 2))
         _, height, width = self.frame_shape
@@ -104,7 +185,7 @@ class PlanRequest:
             batch_size=self.batch_size,
             max_frames=self.num_blocks * self.frames_per_block,
             dtype=self.dtype,
-            device=torch.device("meta"),
+            device=torch.device(self.device_type),
         )
 
 
@@ -113,50 +194,51 @@ class MemoryPlan:
     """Bytes of everything that a video takes.
 
     Attributes:
-        request: What was planned.
-        policy: What the cache runs: what a budget chose, else the request's.
+        request: As it was planned.
+        policy: Of the cache: what a budget chose, else the request's.
         weights: By part.
         cache: Of one guidance branch.
-        forward: Text keys and values of one branch, and the largest moment of a forward.
+        text: Keys and values of cross-attention and the text they are made from, of one guidance branch.
         modulation: Shift, scale and gate of all layers for all timesteps of a block.
-        decode: Of the VAE.
-        text_activations: The largest moment of encoding a text.
+        features: The VAE's past frames.
+        resting: Of the past frames of tiles, what waits in host memory beside a GPU.
+        forward: The largest moment of a forward.
+        decoding: The largest moment of decoding, the block's pixels included.
+        encoding: The largest moment of encoding a text.
     """
 
     request: PlanRequest
     policy: CachePolicy
     weights: Mapping[str, int]
-    cache: CachePlay
-    forward: ForwardBytes
+    cache: Footprint
+    text: int
     modulation: int
-    decode: DecodeBytes
-    text_activations: int
+    features: int
+    resting: int
+    forward: int
+    decoding: int
+    encoding: int
 
     @property
-    def cache_bytes(self) -> CacheBytes:
-        """The most of one branch's cache."""
-        return self.cache.most
-
-    @property
-    def denoising_activations(self) -> int:
-        """The largest moment of a forward, or of building larger read sets; where a policy pools pixels, with that."""
-        largest = max(self.forward.activations, self.cache.assembling)
-        pooling = self.decode.features + self.decode.activations if self.policy.needs_vae else 0
-        return max(largest, pooling)
+    def denoising(self) -> int:
+        """The largest moment of a block's forwards; where a policy pools pixels, of a decode beside them."""
+        pooling = self.features + self.decoding if self.policy.needs_vae else 0
+        return max(self.forward, pooling)
 
     @property
     def staging(self) -> int:
-        """Of places in the host's memory: two layers' worth that are on the GPU at a time, of every branch."""
+        """Of places in host memory: two layers' worth of what is read is on the GPU at a time, of every branch."""
         if self.request.device_type != "cuda":
             return 0
-        return 2 * self.request.num_branches * self.cache_bytes.on_host // self.request.geometry().num_layers
+        num_layers = self.request.geometry().num_layers
+        return 2 * self.request.num_branches * min(self.cache.on_host // num_layers, self.cache.layer_reads)
 
     @property
     def held(self) -> int:
-        """What stays on the device from the first block to the last, weights not counted."""
-        branch = self.cache_bytes.on_device + self.forward.text
-        branch += self.cache_bytes.on_host if self.request.device_type == "cpu" else 0
-        return self.request.num_branches * branch + self.staging + self.modulation + self.decode.features
+        """Bytes on the device from the first block to the last, weights not counted."""
+        branch = self.cache.on_device + self.text
+        branch += self.cache.on_host if self.request.device_type == "cpu" else 0
+        return self.request.num_branches * branch + self.staging + self.modulation + self.features
 
     def weights_in(self, phase: str) -> int:
         """Bytes of the parts that are on the device in a phase."""
@@ -170,9 +252,9 @@ class MemoryPlan:
     def phases(self) -> dict[str, int]:
         """Bytes on the device at the largest moment of each phase."""
         moments = {
-            "text encoding": self.text_activations,
-            "denoising": self.held + self.denoising_activations,
-            "decoding": self.held + self.decode.activations,
+            "text encoding": self.encoding,
+            "denoising": self.held + self.denoising,
+            "decoding": self.held + self.decoding,
         }
         if self.request.device_type == "cuda" and self.request.text_encoder == "freed":
             moments.pop("text encoding")
@@ -185,10 +267,10 @@ class MemoryPlan:
 
     @property
     def host_peak(self) -> int:
-        """Most bytes in the host's memory: everything on the CPU; beside a GPU what is loaded, offloaded or far."""
+        """Most bytes in host memory: everything on the CPU; beside a GPU what is loaded, offloaded or resting."""
         if self.request.device_type == "cpu":
             return self.peak
-        on_host = self.request.num_branches * self.cache_bytes.on_host + self.decode.resting
+        on_host = self.request.num_branches * self.cache.on_host + self.resting
         waiting = sum(self.weights.values()) if self.request.offloads else 0
         return PROGRAM_BYTES + max(sum(self.weights.values()), waiting + on_host)
 
@@ -199,37 +281,34 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
     Raises:
         ValueError: If the policy has no room for the blocks, or nothing fits its budget.
     """
-    geometry, sampler = request.geometry(), request.sampler
-    window = sampler.num_window_blocks
+    geometry, window = request.geometry(), request.sampler.num_window_blocks
     request.policy.check(request.frames_per_block * window, geometry.max_frames)
-    policy = chosen_policy(request.policy, geometry)
-    channels, height, width = request.frame_shape
-    shown = {"window_blocks": window, "latent_channels": channels}
-    cache = play_cache(policy, geometry, num_blocks=request.num_blocks, **shown)
-    tokens = geometry.tokens_per_frame * request.frames_per_block
-    merges = 2 * tokens <= MERGE_LIMIT if request.merge_commit is None else request.merge_commit
-    forward = trace_forward(
-        request.shapes.configs["transformer"],
+    policy = request.policy.chosen(geometry)
+    cache = footprint(
         policy,
         geometry,
-        num_blocks=min(cache.num_blocks, request.num_blocks),
-        device_type=request.device_type,
-        num_text_tokens=request.num_text_tokens,
-        merges_commit=merges,
+        num_blocks=request.num_blocks,
         window_blocks=window,
+        latent_channels=request.frame_shape[0],
     )
-    latents = (request.batch_size, channels, request.frames_per_block, height, width)
-    where = {"dtype": request.dtype, "device_type": request.device_type}
-    decode = _tiled_decode if request.tiles_vae else _decode
+    features, decoding, resting = _decode_bytes(request)
+    width = geometry.num_heads * geometry.head_dim
+    text_dim = request.shapes.configs["transformer"].get("text_dim", 4096)
+    text_numbers = text_dim + width + 2 * width * geometry.num_layers
+    num_timesteps = request.sampler.num_steps(0) + 1
     return MemoryPlan(
         request=request,
         policy=policy,
         weights=request.shapes.weight_bytes(request.dtype),
         cache=cache,
-        forward=forward,
-        modulation=_modulation_bytes(geometry, sampler.num_steps(0) + 1),
-        decode=decode(_key(request.shapes.configs["vae"]), latents, **where),
-        text_activations=_text(_key(request.shapes.configs["text_encoder"]), request.num_text_tokens, **where),
+        text=request.batch_size * request.num_text_tokens * text_numbers * request.dtype.itemsize,
+        # Six float32 rows per layer and timestep (``models/modulated_block.py``).
+        modulation=6 * width * torch.float32.itemsize * geometry.num_layers * num_timesteps,
+        features=features,
+        resting=resting,
+        forward=_forward_bytes(request, geometry, cache, merges=policy.start(_on_meta(geometry)).merges_commit),
+        decoding=decoding,
+        encoding=_encoding_bytes(request),
     )
 
 
@@ -247,26 +326,93 @@ def machine_memory(device_type: str) -> tuple[int, int]:
     return total, known[0] if known else free
 
 
-def _modulation_bytes(geometry: Geometry, num_timesteps: int) -> int:
-    """Six float32 rows per layer and timestep (``models/modulated_block.py``)."""
-    width = geometry.num_heads * geometry.head_dim
-    return 6 * width * torch.float32.itemsize * geometry.num_layers * num_timesteps
+def _on_meta(geometry: Geometry) -> Geometry:
+    return replace(geometry, device=torch.device("meta"))
 
 
-def _key(config: Mapping[str, Any]) -> str:
-    return json.dumps(dict(config), sort_keys=True)
+def _forward_bytes(request: PlanRequest, geometry: Geometry, cache: Footprint, *, merges: bool) -> int:
+    """The largest moment of a forward of the transformer."""
+    width, itemsize = geometry.num_heads * geometry.head_dim, request.dtype.itemsize
+    num_tokens, window = geometry.tokens_per_frame * request.frames_per_block, request.sampler.num_window_blocks
+    wants = 2 * num_tokens <= MERGE_LIMIT if request.merge_commit is None else request.merge_commit
+    merges = merges and wants and window == 1
+    num_blocks = 2 if merges else window
+    block = request.batch_size * num_tokens * width * itemsize
+    ratio = request.shapes.configs["transformer"]["ffn_dim"] / width
+    is_fused = request.device_type == "cpu" and itemsize < 4  # the feed-forward, a few tokens at a time
+    largest = max(ATTENTION[itemsize], 0 if is_fused else FEED_FORWARD + 2 * ratio) + (num_blocks > 1) * SEGMENTS
+    rows = TIMESTEP_ROWS * request.batch_size * request.frames_per_block * num_blocks * width * 4
+    return max(int(largest * num_blocks * block) + rows, int(GATHERING * block) + cache.gathering)
 
 
-@lru_cache(maxsize=8)
-def _decode(config: str, latents: tuple[int, ...], *, dtype: torch.dtype, device_type: str) -> DecodeBytes:
-    return trace_decode(json.loads(config), latents, dtype=dtype, device_type=device_type)
+def _decode_bytes(request: PlanRequest) -> tuple[int, int, int]:
+    """Past frames, the largest moment of a block, and of tiles what rests in host memory."""
+    _, height, width = request.frame_shape
+    if not request.tiles_vae:
+        return *_whole_decode(request, height * width), 0
+    config = request.shapes.configs["vae"]
+    ratio = config.get("scale_factor_spatial", 8)
+    tile, stride = TILE // ratio, TILE_STRIDE // ratio
+    rows, columns = Tiling(height=tile, width=tile, row_stride=stride, column_stride=stride).starts(height, width)
+    size = min(height, tile) * min(width, tile)
+    # The last row and column of tiles are as large as what is left.
+    positions = sum(min(tile, height - row) for row in rows) * sum(min(tile, width - left) for left in columns)
+    features, decoding = _whole_decode(request, size)
+    resting = features * positions // size - features
+    # Pixels of all tiles are held until they are blended, then the frame as bytes is made of them.
+    pixels = 3 * request.batch_size * request.frames_per_block * PIXEL_FRAMES * ratio * ratio
+    blending = pixels * ((positions + height * width) * request.dtype.itemsize + height * width * 4)
+    decoding = max(decoding, blending)
+    return (features + resting, decoding, 0) if request.device_type == "cpu" else (features, decoding, resting)
 
 
-@lru_cache(maxsize=8)
-def _tiled_decode(config: str, latents: tuple[int, ...], *, dtype: torch.dtype, device_type: str) -> DecodeBytes:
-    return trace_tiled_decode(json.loads(config), latents, dtype=dtype, device_type=device_type)
+def _whole_decode(request: PlanRequest, num_positions: int) -> tuple[int, int]:
+    """Past frames, and the largest moment of a block, of so many latent positions (``WanDecoder3d``).
+
+    Every causal convolution keeps two frames of its input.
+    """
+    config, itemsize = request.shapes.configs["vae"], request.dtype.itemsize
+    base, mult = config.get("decoder_base_dim") or config.get("base_dim", 96), config.get("dim_mult", (1, 2, 4, 4))
+    grows = [*reversed(config.get("temperal_downsample", (False, True, True))), None]
+    channels, num_convs = config.get("z_dim", 16), 2 * (config.get("num_res_blocks", 2) + 1)
+    dims = [base * factor for factor in (mult[-1], *reversed(mult))]
+    kept, widest, area, frames = channels + 4 * dims[0], 0, 1, 1
+    for index, (before, after, is_temporal) in enumerate(zip(dims, dims[1:], grows, strict=False)):
+        first = before // 2 if index and not config.get("is_residual") else before
+        widest = max(widest, frames * area * max(first, after))
+        kept += area * (first + (num_convs - 1) * after + (after if is_temporal else 0))
+        area, frames = area * (1 if is_temporal is None else 4), frames * (2 if is_temporal else 1)
+    kept += area * dims[-1]
+    latents = request.batch_size * num_positions
+    colours = 3 * PIXEL_FRAMES * config.get("scale_factor_spatial", 8) ** 2
+    done = (request.frames_per_block - 1) * (colours + channels) * itemsize  # earlier frames of the block
+    moment = int(DECODE[request.device_type, itemsize] * widest * itemsize) + done
+    return 2 * kept * latents * itemsize, latents * max(
+        moment, request.frames_per_block * colours * PIXEL_BYTES[itemsize]
+    )
 
 
-@lru_cache(maxsize=8)
-def _text(config: str, num_tokens: int, *, dtype: torch.dtype, device_type: str) -> int:
-    return trace_text(json.loads(config), num_tokens=num_tokens, dtype=dtype, device_type=device_type)
+def _encoding_bytes(request: PlanRequest) -> int:
+    """The largest moment of a layer of the text encoder: scores and their softmax, and the tokens."""
+    config, num_tokens = request.shapes.configs["text_encoder"], request.num_text_tokens
+    scores = (8 + 2 * request.dtype.itemsize) * config["num_heads"] * num_tokens
+    return num_tokens * (TEXT_BYTES[request.dtype.itemsize] * config["d_model"] + scores)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _read_numbers(folder: Path) -> tuple[int, int]:
+    numbers: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                numbers |= {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+    return count_numbers(folder.name, numbers)

@@ -1,7 +1,13 @@
 """Print how much memory a video takes, whether it fits, and what to write if it does not."""
 
+import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +72,7 @@ def request_of(
     import torch
 
     from longtake.cache import make_policy
-    from longtake.pipelines.memory_plan import PlanRequest
-    from longtake.pipelines.model_shapes import shapes_of
+    from longtake.pipelines.memory_plan import PlanRequest, shapes_of
     from longtake.samplers import make_sampler
 
     if batch < 1:
@@ -116,7 +121,6 @@ def show_plan(request: "PlanRequest", memory: int | None) -> None:
         memory: Bytes of the machine that is planned for; None: this one.
     """
     from longtake.pipelines.memory_plan import machine_memory, plan_memory
-    from longtake.scripts.memory_remedies import remedies
 
     plan = plan_memory(request)
     out.print(_header(plan), markup=False, style="bold")
@@ -136,7 +140,7 @@ def show_plan(request: "PlanRequest", memory: int | None) -> None:
     for remedy, reached in remedies(plan, total):
         verdict = "fits" if reached.peak <= total else "not yet"
         out.print(f"  {remedy.what}: saves {said(peak - reached.peak)}, {said(reached.peak)}, {verdict}")
-        out.print(f"      {remedy.write}", markup=False, style="cyan")
+        out.print(f"      {shlex.join(remedy.words)}", markup=False, style="cyan")
         peak = reached.peak
     if peak > total:
         out.print("  with all of these it still does not fit: take a smaller model or a larger machine", style="red")
@@ -164,7 +168,7 @@ def check_memory(run: "RunConfig") -> None:
     plan = plan_memory(request)
     if plan.peak <= available:
         return
-    command = f"longtake info {run.model.path or run.model.family} --plan"
+    command = shlex.join(["longtake", "info", str(run.model.path or run.model.family), "--plan"])
     if plan.peak > NO_ROOM * total:
         raise ValueError(
             f"this video takes {said(plan.peak)} at its peak and there are {said(total)} in all: see {command} for "
@@ -239,9 +243,9 @@ def _header(plan: "MemoryPlan") -> str:
 def _table(plan: "MemoryPlan") -> Table:
     from longtake.pipelines.memory_plan import PROGRAM_BYTES
 
-    cache, branches = plan.cache_bytes, plan.request.num_branches
+    cache, branches = plan.cache, plan.request.num_branches
     times = f" x {branches} branches" if branches > 1 else ""
-    steady = f"the same from block {plan.cache.num_blocks} on" if plan.cache.is_steady else "grows to the end"
+    steady = f"the same from block {cache.num_blocks} on" if cache.is_steady else "grows to the end"
     at_a_time = "one latent frame at a time" + (", one tile" if plan.request.tiles_vae else "")
     rows: list[tuple[str, int, str]] = [("weights: " + part, size, "") for part, size in plan.weights.items()]
     rows += [
@@ -249,12 +253,12 @@ def _table(plan: "MemoryPlan") -> Table:
         ("places for them", branches * (cache.allocated + cache.on_host), "taken or not, and what else is remembered"),
         ("read sets", branches * cache.read_sets, f"rotated, as passes read them{times}"),
         ("rotation phases", branches * cache.phases, ""),
-        ("text keys and values", branches * plan.forward.text, f"cross-attention{times}"),
+        ("text keys and values", branches * plan.text, f"cross-attention{times}"),
         ("modulation", plan.modulation, "all layers, all timesteps"),
-        ("forward, at its largest", plan.denoising_activations, "for a moment"),
-        ("VAE's past frames", plan.decode.features, at_a_time),
-        ("decoding, at its largest", plan.decode.activations, "for a moment, the block's pixels included"),
-        ("encoding a text", plan.text_activations, "for a moment"),
+        ("forward, at its largest", plan.denoising, "for a moment"),
+        ("VAE's past frames", plan.features, at_a_time),
+        ("decoding, at its largest", plan.decoding, "for a moment, the block's pixels included"),
+        ("encoding a text", plan.encoding, "for a moment"),
         ("program", PROGRAM_BYTES, "interpreter, libraries"),
     ]
     if plan.request.device_type == "cuda":
@@ -269,3 +273,165 @@ def _table(plan: "MemoryPlan") -> Table:
     for phase, size in plan.phases.items():
         table.add_row(f"peak while {phase}", said(size), "", style="bold" if size == plan.peak else None)
     return table
+
+
+# What to change so that a video fits, in order of least harm: what leaves the video as it is comes first.
+
+LEAST_SAVING = 0.01  # of the peak: less is not worth a line
+SMALLEST_SIDE = 256  # pixels; below, no model here was trained
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that saves memory.
+
+    Attributes:
+        what: In a few words.
+        words: Of the command line.
+        request: The plan's request, changed.
+    """
+
+    what: str
+    words: tuple[str, ...]
+    request: "PlanRequest"
+
+
+def remedies(plan: "MemoryPlan", total: int) -> Iterator[tuple[Remedy, "MemoryPlan"]]:
+    """Changes, each on top of those before, until the plan fits.
+
+    What saves less than a hundredth is left out.
+
+    Args:
+        plan: What does not fit.
+        total: Bytes there are.
+    """
+    from longtake.pipelines.memory_plan import plan_memory
+
+    lossless = (_free_text, _offload_model, _archive_on_host, _offload_cache)
+    lossy = (_half_precision, partial(_encode, bits=8), partial(_encode, bits=4), _tile, _shorten, _shrink)
+    for make in (*lossless, *lossy):
+        if plan.peak <= total:
+            return
+        remedy = make(plan, total)
+        if remedy is None:
+            continue
+        try:
+            with _no_warnings():
+                reached = plan_memory(remedy.request)
+        except ValueError:  # a budget that nothing fits
+            continue
+        if plan.peak - reached.peak >= LEAST_SAVING * plan.peak:
+            plan = reached
+            yield remedy, plan
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence: a budget that is only tried has nothing to warn of."""
+    logger = logging.getLogger("longtake.cache.wrappers.budget")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _free_text(plan: "MemoryPlan", total: int) -> Remedy | None:
+    if plan.request.text_encoder == "freed" or plan.request.offloads:
+        return None
+    return Remedy("free the text encoder", ("--free-text-encoder",), replace(plan.request, text_encoder="freed"))
+
+
+def _offload_model(plan: "MemoryPlan", total: int) -> Remedy | None:
+    if plan.request.device_type != "cuda" or plan.request.offloads:
+        return None
+    request = replace(plan.request, offloads=True)
+    return Remedy("only the part at work on the GPU", ("model.offload=model",), request)
+
+
+def _archive_on_host(plan: "MemoryPlan", total: int) -> Remedy | None:
+    settings = plan.request.policy.settings()
+    if plan.request.device_type != "cuda" or settings.get("archive") != "device":
+        return None
+    return _with_cache(plan, "the archive of old blocks in host memory", settings | {"archive": "host"})
+
+
+def _offload_cache(plan: "MemoryPlan", total: int) -> Remedy | None:
+    settings = plan.request.policy.settings()
+    if plan.request.device_type != "cuda" or settings["policy"] == "offloaded":
+        return None
+    return _with_cache(plan, "keys and values in host memory", {"policy": "offloaded", "inner": settings})
+
+
+def _half_precision(plan: "MemoryPlan", total: int) -> Remedy | None:
+    import torch
+
+    if plan.request.dtype != torch.float32:
+        return None
+    return Remedy("bfloat16", ("model.dtype=bfloat16",), replace(plan.request, dtype=torch.bfloat16))
+
+
+def _encode(plan: "MemoryPlan", total: int, *, bits: int) -> Remedy | None:
+    settings = plan.request.policy.settings()
+    is_far = settings["policy"] == "offloaded"
+    settings = settings["inner"] if is_far else settings
+    if settings["policy"] == "quantized":
+        settings = settings["inner"]
+    if "inner" in settings:
+        return None  # a wrapper of the user's own: what is in it is theirs to say
+    coded = {"policy": "quantized", "bits": bits, "inner": settings}
+    return _with_cache(
+        plan, f"keys and values in {bits} bits", {"policy": "offloaded", "inner": coded} if is_far else coded
+    )
+
+
+def _tile(plan: "MemoryPlan", total: int) -> Remedy | None:
+    # On the CPU the features of all tiles lie in the same memory, and are more than those of the whole frame.
+    if plan.request.device_type != "cuda" or plan.request.tiles_vae:
+        return None
+    return Remedy("decode in tiles", ("model.vae_tiling=true",), replace(plan.request, tiles_vae=True))
+
+
+def _shorten(plan: "MemoryPlan", total: int) -> Remedy | None:
+    """A budget of what is left for one branch's cache, which shortens the window."""
+    settings, branches = plan.request.policy.settings(), plan.request.num_branches
+    held = branches * (plan.cache.stored + plan.cache.read_sets)
+    left = (total - plan.peak + held) // branches
+    if left <= 0 or settings["policy"] == "budget":
+        return None
+    budget = {"policy": "budget", "max_bytes": f"{left // 10**6}MB", "min_bits": 4, "inner": settings}
+    return _with_cache(plan, "a shorter window", budget)
+
+
+def _shrink(plan: "MemoryPlan", total: int) -> Remedy | None:
+    """The largest picture of the same shape that fits by proportion, all but weights taken to follow its area."""
+    request = plan.request
+    fixed = sum(plan.weights.values())
+    scale = max(0.0, (total - fixed) / max(1, plan.peak - fixed)) ** 0.5 * 0.95
+    height, width = (max(16, int(side * scale) // 16 * 16) for side in (request.height, request.width))
+    if min(height, width) < min(SMALLEST_SIDE, request.height, request.width):
+        return None
+    words = f"height={height}", f"width={width}"
+    return Remedy("a smaller picture", words, replace(request, height=height, width=width))
+
+
+def _with_cache(plan: "MemoryPlan", what: str, settings: Mapping[str, Any]) -> Remedy:
+    from longtake.cache import make_policy
+
+    words = ("--cache", settings["policy"], *_overrides(settings, "cache"))
+    return Remedy(what, words, replace(plan.request, policy=make_policy(settings)))
+
+
+def _overrides(settings: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """A policy's settings as dotted overrides, where they differ from its preset."""
+    from longtake.cache import make_policy
+    from longtake.configs.loader import load_preset
+
+    preset = make_policy(load_preset("cache", settings["policy"])).settings()
+    for key, value in settings.items():
+        if key == "inner":
+            yield f"{prefix}.inner.policy={value['policy']}"
+            yield from _overrides(value, f"{prefix}.inner")
+        elif preset[key] != value and value is not None:
+            yield f"{prefix}.{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -279,6 +279,7 @@ class Bank:
         self.geometry, self.num_places, self.block_tokens = geometry, num_places, block_tokens
         device = torch.device("cpu") if on_host and geometry.device.type != "meta" else geometry.device
         self.buffer = geometry.storage.buffer(replace(geometry, device=device), num_places * block_tokens)
+        self.buffer.is_on_host |= on_host
         self.places: dict[int, int] = {}
         self._key_sums: dict[int, Tensor] = {}
 

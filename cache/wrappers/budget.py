@@ -7,47 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
-import torch
-
 from longtake.cache.base import CachePolicy, Geometry, PolicyState
-from longtake.cache.simulation import simulate
+from longtake.cache.footprint import footprint
 from longtake.cache.wrappers.quantized import BITS, Quantized
 from longtake.cache.wrappers.wrapper import Wrapper
-
-MAX_BLOCKS = 600  # at 4 frames a block ten minutes of video
-STEADY_BLOCKS = 12  # without a change: the rest is alike
-
-
-def num_cache_bytes(policy: CachePolicy, geometry: Geometry) -> int:
-    """Most bytes that a cache takes in a rollout, stored tokens and read sets, played on the meta device.
-
-    Args:
-        policy: What to keep and read.
-        geometry: Of the rollout; ``max_frames`` decides for a policy that grows.
-
-    Raises:
-        ValueError: If the policy grows and the length of the rollout is not known.
-    """
-    meta = replace(geometry, device=torch.device("meta"))
-    num_blocks = MAX_BLOCKS
-    if geometry.max_frames is not None:
-        num_blocks = min(num_blocks, -(-geometry.max_frames // geometry.frames_per_block))
-    layers = geometry.num_layers if policy.start(meta).keeps_read_sets else 1
-    per_token = 2 * layers * geometry.batch_size * geometry.num_heads * geometry.head_dim * geometry.dtype.itemsize
-    stored = read = steady = 0
-    for block in simulate(policy, meta, num_blocks, layer=geometry.num_layers - 1):
-        passes = [p for p in (block.denoise, block.commit) if p is not None]
-        tokens = max(p.num_tokens for p in passes) + block.num_frames * geometry.tokens_per_frame
-        grows = block.stats.num_bytes > stored or tokens > read
-        stored, read, steady = max(stored, block.stats.num_bytes), max(read, tokens), 0 if grows else steady + 1
-        if steady == STEADY_BLOCKS:
-            break
-    if steady < STEADY_BLOCKS and geometry.max_frames is None:
-        raise ValueError(
-            f"cache policy {policy.name!r} grows with the video: how much it takes depends on its length (max_frames)."
-        )
-    return stored + int(read * per_token)
-
 
 logger = logging.getLogger(__name__)
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -97,6 +60,10 @@ class Budget(Wrapper):
         """
         return self.choose(geometry).start(geometry)
 
+    def chosen(self, geometry: Geometry) -> CachePolicy:
+        """The policy that ``choose`` takes, and what budgets inside of it choose."""
+        return self.choose(geometry).chosen(geometry)
+
     def choose(self, geometry: Geometry) -> CachePolicy:
         """The first policy that fits, of those tried in order.
 
@@ -105,14 +72,14 @@ class Budget(Wrapper):
         """
         self.inner.check(geometry.frames_per_block, geometry.max_frames)
         for policy in self._encoded(self.inner):
-            size = num_cache_bytes(policy, geometry)
+            size = footprint(policy, geometry).budgeted
             if size <= self.num_bytes:
                 return self._chosen(policy, size)
         smaller = list(self._shorter(policy, geometry))
         sizes: dict[int, int] = {}
 
         def size_of(index: int) -> int:
-            sizes[index] = num_cache_bytes(smaller[index], geometry)
+            sizes[index] = footprint(smaller[index], geometry).budgeted
             return sizes[index]
 
         best = bisect_right(range(len(smaller)), self.num_bytes, key=size_of) - 1

@@ -76,6 +76,10 @@ class Wrapper(CachePolicy):
         """Refuse what the inner policy refuses."""
         self.inner.check(frames_per_block, num_frames)
 
+    def chosen(self, geometry: Geometry) -> CachePolicy:
+        """The policy with what budgets inside of it choose."""
+        return replace(self, inner=self.inner.chosen(geometry))
+
     @abstractmethod
     def start(self, geometry: Geometry) -> PolicyState:
         """Make the empty state of one rollout."""

@@ -10,7 +10,7 @@ from policy_driver import Player, make_geometry, spans
 from longtake.attention import sdpa
 from longtake.cache import Geometry, KVCache, Pass, PlainStorage, make_policy
 from longtake.cache.coded import CodedStorage, Int4, Int8, Raw, codec_of
-from longtake.cache.wrappers.budget import num_cache_bytes
+from longtake.cache.footprint import footprint
 from longtake.rope import axis_frequencies, rotate
 
 SINK = {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3}
@@ -189,7 +189,7 @@ def test_only_the_footprint_that_was_foretold():
     for policy in (SINK, "deep_forcing", {"policy": "quantized", "inner": SINK}):
         _, player = outputs(policy, num_blocks=14)
         cache = player.cache
-        foretold = num_cache_bytes(cache.policy, player.geometry)
+        foretold = footprint(cache.policy, player.geometry).budgeted
         assert cache.stats().num_bytes + cache.num_scratch_bytes <= foretold
         assert cache.stats().num_bytes + cache.num_scratch_bytes >= 0.7 * foretold
 
@@ -204,7 +204,7 @@ def test_budget_gives_up_bits_first_then_frames(max_bytes, min_bits, bits, windo
     budget = make_policy({"policy": "budget", "inner": inner, "max_bytes": max_bytes, "min_bits": min_bits})
     with caplog.at_level(logging.INFO, logger="longtake"):
         chosen = budget.choose(geometry)
-    assert num_cache_bytes(chosen, geometry) <= budget.num_bytes
+    assert footprint(chosen, geometry).budgeted <= budget.num_bytes
     assert getattr(chosen, "bits", None) == bits
     frames = getattr(chosen, "inner", chosen).num_context_frames
     assert frames == window
@@ -213,7 +213,7 @@ def test_budget_gives_up_bits_first_then_frames(max_bytes, min_bits, bits, windo
     if frames < 21:
         inner = replace(getattr(chosen, "inner", chosen), num_context_frames=frames + 1)
         longer = replace(chosen, inner=inner) if bits else inner
-        assert num_cache_bytes(longer, geometry) > budget.num_bytes, "a longer window would have fitted"
+        assert footprint(longer, geometry).budgeted > budget.num_bytes, "a longer window would have fitted"
 
 
 def test_budget_too_small_for_anything():

@@ -1,6 +1,8 @@
 """``info --plan`` and the check before a video, as a user meets them."""
 
 import re
+import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from longtake.pipelines import memory_plan as plans
 from longtake.scripts import memory_plan
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
-from longtake.scripts.memory_remedies import remedies
+from longtake.scripts.memory_plan import remedies
 
 GB = 10**9
 
@@ -56,39 +58,54 @@ def test_the_model_may_be_an_option(capfd):
     assert code == 2 and "no model is named" in stderr
 
 
-def test_what_does_not_fit_gets_remedies_in_order(capfd):
-    words = ("--cache", "deep_forcing", "--seconds", "120", "--device", "cuda", "--memory", "12GB")
-    code, text, _ = call(capfd, "info", "self_forcing", "--plan", *words)
+def test_what_does_not_fit_gets_remedies_that_change_nothing_first(capfd):
+    words = ("--cache", "deep_forcing", "--seconds", "120", "--device", "cuda")
+    code, text, _ = call(capfd, "info", "self_forcing", "--plan", *words, "--memory", "9GB")
     assert code == 0 and "it does not fit" in text
-    order = ["free the text encoder", "bfloat16", "in 8 bits"]
+    order = ["free the text encoder", "only the part at work on the GPU", "keys and values in host memory", "bfloat16"]
     places = [text.index(f"{what}: saves") for what in order]
     assert places == sorted(places)
-    assert "model.dtype=bfloat16" in text and "--cache quantized cache.bits=8 cache.inner.policy=deep_forcing" in text
+    assert "model.dtype=bfloat16" in text and "--cache offloaded cache.inner.policy=deep_forcing" in text
     peaks = [float(size) for size in re.findall(r"saves .* GB, ([\d.]+) GB", text)]
-    assert peaks == sorted(peaks, reverse=True) and peaks[-1] <= 12.0
-
-
-def test_flags_of_remedies_are_the_policies_they_plan(tiny_folder):
-    """What a remedy tells to write gives the very policy that its bytes are of."""
-    request = small_request(tiny_folder, "cache.num_context_frames=15", cache="attention_sink")
-    found = 0
-    for remedy, _ in remedies(plans.plan_memory(request), 0):
-        if not remedy.write.startswith("--cache"):
-            continue
-        _, name, *overrides = remedy.write.split()
-        options = {"prompt": "plan", "model": "mini", "cache": name}
-        assert make_policy(load_run(options=options, overrides=overrides).cache) == remedy.request.policy
-        found += 1
-    large = plans.PlanRequest(
-        **{**vars(request), "height": 640, "width": 640, "num_latent_frames": 60, "device_type": "cuda"}
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] <= 9.0
+    code, text, _ = call(
+        capfd, "info", "self_forcing", "--plan", "--cache", "pack", "--device", "cuda", "--memory", "9GB"
     )
+    assert "--cache pack cache.archive=host" in text
+
+
+@pytest.mark.parametrize(
+    ("cache", "words", "device"),
+    [
+        ("attention_sink", ["cache.num_context_frames=15"], "cpu"),
+        ("attention_sink", ["cache.num_context_frames=15"], "cuda"),
+        ("pack", ["cache.num_sink_frames=4"], "cuda"),
+        ("forcing_kv", ["cache.heads=[[], [0, 2], [1], [], [3], []]"], "cuda"),
+    ],
+)
+def test_flags_of_remedies_are_the_policies_they_plan(cache, words, device):
+    """What a remedy tells to write, read as a shell does, gives the very policy that its bytes are of."""
+    request = memory_plan.plan_of_options(
+        "mini", family=None, overrides=words, device=device, options={"dtype": None, "seconds": 10, "cache": cache}
+    )
+    large = replace(request, height=640, width=640, num_latent_frames=60)
+    found = 0
     for remedy, _ in remedies(plans.plan_memory(large), 0):
-        if remedy.write.startswith("--cache"):
-            _, name, *overrides = remedy.write.split()
+        if remedy.words[0] == "--cache":
+            _, name, *overrides = shlex.split(shlex.join(remedy.words))
             options = {"prompt": "plan", "model": "mini", "cache": name}
             assert make_policy(load_run(options=options, overrides=overrides).cache) == remedy.request.policy
             found += 1
     assert found
+
+
+def test_commands_are_for_a_shell(machine, tmp_path, tiny_folder, capfd):
+    machine(8 * GB, GB // 10)
+    folder = tmp_path / "it's mine"
+    folder.symlink_to(tiny_folder, target_is_directory=True)
+    memory_plan.check_memory(run_of(folder))
+    command = re.search(r"free: (.*) shows why", capfd.readouterr().err)[1]
+    assert shlex.split(command) == ["longtake", "info", str(folder), "--plan"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from policy_rows import POLICY_ROWS
 
 from longtake.cache import make_policy
 from longtake.cache.base import HeadGroup
-from longtake.cache.wrappers.budget import Budget, num_cache_bytes
+from longtake.cache.footprint import footprint
+from longtake.cache.wrappers.budget import Budget
 
 
 def plain(settings):
@@ -41,7 +42,7 @@ class OneByteLess(Budget):
 
 @cache
 def _encoded_to_fit(policy, geometry):
-    return Budget(inner=policy, max_bytes=num_cache_bytes(policy, geometry) - 1).choose(geometry)
+    return Budget(inner=policy, max_bytes=footprint(policy, geometry).budgeted - 1).choose(geometry)
 
 
 def budget(settings):

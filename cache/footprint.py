@@ -1,0 +1,230 @@
+"""Bytes that a policy's cache takes in a rollout, from what the policy keeps and reads.
+
+Passes are simulated for their sizes alone: keys and values are meta tensors, which have a shape and no memory. The
+buffers that ``KVCache`` would allocate for them are added up here, and a test compares them with a live cache.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.cache.base import CachePolicy, Context, Geometry, HeadGroup, Pass, Read
+from longtake.cache.coded import CodedTokens
+from longtake.cache.simulation import SimulatedBlock, simulate
+from longtake.cache.storage import TokenBuffer
+
+MAX_BLOCKS = 600  # of a rollout of unknown length: at 4 frames a block ten minutes of video
+STEADY_BLOCKS = 12  # without a change: the rest is alike
+NUM_KEPT_PHASES = 8  # position tuples that ``GridRotary`` keeps
+COMPLEX_BYTES = 8
+NUM_HELD = 5  # first fields of a footprint: what is held from block to block
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Most bytes of one guidance branch's cache at any time, over layers and batch.
+
+    Attributes:
+        stored: Kept tokens, as ``CacheStats`` counts them.
+        allocated: Places on the rollout's device, taken or not, and whatever else the policy remembers.
+        on_host: Places in host memory, where the rollout runs on another device.
+        read_sets: Rotated keys and values that passes read: of all layers, or of one where they do not stay.
+        phases: Rotations of keys and queries, and what was selected for read sets that do not stay.
+        layer_reads: Of these the largest of one layer.
+        gathering: What exists for a moment while a layer's read set is assembled.
+        budgeted: Kept tokens and the tokens that passes read, as a budget counts them.
+        num_blocks: Blocks after which nothing grows; all blocks where something does to the end.
+        is_steady: Whether nothing grew any more before the end.
+    """
+
+    stored: int = 0
+    allocated: int = 0
+    on_host: int = 0
+    read_sets: int = 0
+    phases: int = 0
+    layer_reads: int = 0
+    gathering: int = 0
+    budgeted: int = 0
+    num_blocks: int = 0
+    is_steady: bool = False
+
+    @property
+    def on_device(self) -> int:
+        """Bytes that the rollout's device holds between passes."""
+        return self.allocated + self.read_sets + self.phases
+
+
+def footprint(
+    policy: CachePolicy,
+    geometry: Geometry,
+    *,
+    num_blocks: int | None = None,
+    window_blocks: int = 1,
+    latent_channels: int = 16,
+) -> Footprint:
+    """Add up what a rollout's cache takes at most.
+
+    One and two layers are simulated, and every further layer takes what the second does; all layers where a policy
+    splits heads, which it does differently in every layer.
+
+    Args:
+        policy: What to keep and read; of a budget what it chooses (``CachePolicy.chosen``).
+        geometry: Of the rollout.
+        num_blocks: Blocks of the whole video; None: of ``geometry.max_frames``.
+        window_blocks: Blocks that a denoising pass spans.
+        latent_channels: Of the latents that the policy is shown.
+
+    Raises:
+        ValueError: If the policy refuses the geometry, or grows and the length of the rollout is not known.
+    """
+    is_wide = geometry.device.type == "cuda" and geometry.dtype.itemsize < 4  # rotates float32 copies
+    geometry = replace(geometry, device=torch.device("meta"))
+    is_known = num_blocks is not None or geometry.max_frames is not None
+    if num_blocks is None:
+        longest = geometry.max_frames
+        num_blocks = MAX_BLOCKS if longest is None else min(MAX_BLOCKS, -(-longest // geometry.frames_per_block))
+    layers = [geometry.num_layers] if policy.splits_heads or geometry.num_layers < 3 else [1, 2]
+    shown = {"window_blocks": window_blocks, "latent_channels": latent_channels}
+    found, *more = (_play(policy, replace(geometry, num_layers=n), num_blocks, is_wide, **shown) for n in layers)
+    for two in more:
+        pairs = list(zip(astuple(found), astuple(two), strict=True))[:-2]
+        sizes = (one + (geometry.num_layers - 1) * (other - one) for one, other in pairs)
+        found = Footprint(*sizes, found.num_blocks, found.is_steady)
+    if not (found.is_steady or is_known):
+        raise ValueError(
+            f"cache policy {policy.name!r} grows with the video: how much it takes depends on its length (max_frames)."
+        )
+    return found
+
+
+def _play(policy: CachePolicy, geometry: Geometry, num_blocks: int, is_wide: bool, **shown: int) -> Footprint:
+    """Simulate a rollout to its end, or until nothing grows any more."""
+    buffers = _Buffers(geometry, stay=policy.start(geometry).keeps_read_sets, is_wide=is_wide)
+    played = simulate(policy, geometry, num_blocks, observe=buffers.observe, **shown)
+    most, steady, grown = (0,) * 8, 0, 0
+    for index, block in enumerate(played, 1):
+        now = tuple(map(max, most, buffers.sizes(block)))
+        grown = index if now[:NUM_HELD] != most[:NUM_HELD] else grown
+        most, steady = now, steady + 1 if now == most else 0
+        if steady == STEADY_BLOCKS:
+            return Footprint(*most, grown, True)
+    return Footprint(*most, num_blocks, False)
+
+
+class _Buffers:
+    """Sizes of the buffers that a ``KVCache`` would have."""
+
+    def __init__(self, geometry: Geometry, *, stay: bool, is_wide: bool) -> None:
+        self.geometry = geometry
+        self.stay = stay
+        self.is_wide = is_wide
+        self.layer_reads = self.gathering = 0
+        self.head_bytes = 2 * geometry.batch_size * geometry.head_dim * geometry.dtype.itemsize  # of one token
+        # (tokens, heads) of every buffer by layer; those that all layers share at -1.
+        self.read_sets: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+        self.positions: dict[tuple[float, ...], None] = {}
+        self.contexts: dict[int, Context] = {}  # what read sets that do not stay are assembled from
+
+    def observe(self, layer: int, pass_: Pass, context: Context) -> None:
+        """Allocate as ``KVCache`` does: the last buffers if they are large enough, else new ones."""
+        g = self.geometry
+        rows, columns = pass_.grid or (g.num_rows, g.num_columns)
+        num_own, parts = pass_.num_frames * rows * columns, context.groups or (context,)
+        key = layer if self.stay and pass_.kind != "encode" else -1
+        if not self.stay and pass_.kind != "encode":
+            self.contexts[layer] = context
+        old = self.read_sets.get(key, [])
+        old = old if len(old) == len(parts) else [(0, ())] * len(parts)
+        self.read_sets[key] = [self._size(part, num_own, last) for part, last in zip(parts, old, strict=True)]
+        self.layer_reads = max(
+            self.layer_reads, sum(self._bytes(_num_tokens(part), self._heads(part)) for part in parts)
+        )
+        for part, last, new in zip(parts, old, self.read_sets[key], strict=True):
+            replaced = 0 if new is last else self._bytes(*last)
+            copied = max((self._copied(read) for read in part.reads), default=0) * len(self._heads(part))
+            self.gathering = max(self.gathering, replaced + copied)
+        for positions in (*(read.positions for part in parts for read in part.reads), context.query_positions):
+            if not isinstance(positions, Tensor):  # phases of single tokens do not stay
+                self.positions.pop(positions, None)
+                self.positions[positions] = None
+        self.positions = dict(list(self.positions.items())[-NUM_KEPT_PHASES:])
+
+    def sizes(self, block: SimulatedBlock) -> tuple[int, ...]:
+        """Bytes after a block, in the order of ``Footprint``."""
+        g = self.geometry
+        seen: set[int] = set()
+        near, far = held_bytes(block.state, seen)
+        selected, _ = held_bytes(self.contexts, seen)
+        read_sets = sum(self._bytes(*buffer) for parts in self.read_sets.values() for buffer in parts)
+        pairs = sum(map(len, self.positions)) * (g.head_dim // 2) + 2 * (g.head_dim // 6)
+        phases = COMPLEX_BYTES * g.tokens_per_frame * pairs + selected
+        passes = [p for p in (block.denoise, block.commit) if p is not None]
+        read = max(p.num_tokens for p in passes) + block.num_frames * g.tokens_per_frame
+        token = self.head_bytes * g.num_heads * (g.num_layers if self.stay else 1)
+        budgeted = block.stats.num_bytes + int(read * token)
+        return block.stats.num_bytes, near, far, read_sets, phases, self.layer_reads, self.gathering, budgeted
+
+    def _heads(self, part: Context | HeadGroup) -> tuple[int, ...]:
+        return part.heads if isinstance(part, HeadGroup) else tuple(range(self.geometry.num_heads))
+
+    def _bytes(self, num_tokens: int, heads: tuple[int, ...]) -> int:
+        return self.head_bytes * num_tokens * len(heads)
+
+    def _copied(self, read: Read) -> int:
+        """Bytes of one head while a read is rotated: wide copies, and decoded numbers before they are rounded."""
+        g, stored = self.geometry, read.stored
+        plain = self.head_bytes * g.num_heads * g.num_layers
+        is_decoded = isinstance(stored, CodedTokens) and stored.buffer.bytes_per_token < plain
+        itemsize = (4 if self.is_wide else 0) + (2 * g.dtype.itemsize if is_decoded else 0)
+        return stored.num_tokens * g.batch_size * g.head_dim * itemsize
+
+    def _size(
+        self, part: Context | HeadGroup, num_own: int, last: tuple[int, tuple[int, ...]]
+    ) -> tuple[int, tuple[int, ...]]:
+        heads, needed = self._heads(part), _num_tokens(part) + num_own
+        if last[0] >= needed and last[1] == heads:
+            return last
+        longest = self.geometry.max_frames
+        doubled = 2 * last[0] if longest is None else min(2 * last[0], longest * self.geometry.tokens_per_frame)
+        return max(needed, part.capacity + num_own if part.capacity else doubled), heads
+
+
+def _num_tokens(part: Context | HeadGroup) -> int:
+    return sum(read.stored.num_tokens for read in part.reads)
+
+
+def held_bytes(value: Any, seen: set[int] | None = None) -> tuple[int, int]:
+    """Bytes of the buffers and tensors that an object holds: on its device, and in host memory.
+
+    Args:
+        value: A policy's state: plain objects, containers and tensors.
+        seen: Objects and storages that are counted already, to which those found are added; views count once.
+    """
+    held = list(_held(value, set() if seen is None else seen))
+    return sum(near for near, _ in held), sum(far for _, far in held)
+
+
+def _held(value: Any, seen: set[int]) -> Iterator[tuple[int, int]]:
+    """Bytes of buffers and tensors that a state holds: on its device, and in host memory; views count once."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            yield storage.nbytes(), 0
+    elif id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, TokenBuffer):
+            size = value.num_tokens * value.bytes_per_token
+            yield (0, size) if value.is_on_host else (size, 0)
+            list(_held(vars(value), seen))  # its tensors are counted
+        elif isinstance(value, Mapping):
+            for part in value.values():
+                yield from _held(part, seen)
+        elif isinstance(value, list | tuple | set):
+            for part in value:
+                yield from _held(part, seen)
+        elif type(value).__module__.startswith("longtake.") and hasattr(value, "__dict__"):
+            yield from _held(vars(value), seen)
