@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 from report_runs import FROZEN, NASTY, POLICIES, SKIPPED, WITHOUT_OVERALL, build_runs, compare, write_videos
@@ -18,11 +19,11 @@ from rich.console import Console
 from longtake.evaluation import report as report_module
 from longtake.evaluation.paired import sign_test
 from longtake.evaluation.published import find_rows, load_published
-from longtake.evaluation.report import write_report
+from longtake.evaluation.report import figures, write_report
 from longtake.evaluation.report.data import DARK, LIGHT, Measure, ReportData
 from longtake.evaluation.report.figures import curve_points, draw_curve, draw_differences, plot_svg
 from longtake.evaluation.report.films import find_video, shared_prompts, strip_indices
-from longtake.evaluation.report.page import least_prompts
+from longtake.evaluation.report.page import least_prompts, render_page
 from longtake.evaluation.report.tables import summary_table
 
 VOID = {"br", "col", "hr", "img", "input", "link", "meta", "wbr"}
@@ -36,10 +37,12 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.open, self.faults, self.elements, self.tables, self.text = [], [], [], [], []
+        self.open, self.faults, self.elements, self.tables, self.texts = [], [], [], [], []
         self.feed(text)
         self.close()
         self.faults += self.open
+        self.text = "".join(self.texts)
+        self.sections = {attrs["id"] for attrs in self.all("section")}
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -60,7 +63,7 @@ class Page(HTMLParser):
             self.faults.append(tag)
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.texts.append(data)
         if self.tables and ("td" in self.open or "th" in self.open):
             self.tables[-1][-1][-1][1] += data
 
@@ -88,9 +91,16 @@ def out(runs, comparison, tmp_path_factory):
 
 
 @pytest.fixture
-def plain(monkeypatch):
-    """Reports without PNG files, which take most of the time."""
+def made(tmp_path, monkeypatch):
+    """Makes the page of some runs, without plots, which take most of the time."""
     monkeypatch.setattr(report_module, "write_figures", lambda data, folder: [])
+    monkeypatch.setattr(figures, "plot_svg", lambda *args, **options: Markup("<svg></svg>"))
+
+    def make(runs, comparison=None, **options):
+        path = write_report(tmp_path, runs, comparison or compare(runs), **options)
+        return Page(path.read_text(encoding="utf-8"))
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +130,8 @@ def test_the_page_is_well_formed_and_complete(page):
     hrefs = [attrs.get("href") or attrs["xlink:href"] for attrs in page.all("a") + page.all("use")]
     links = {href[1:] for href in hrefs if href.startswith("#")}
     assert links <= set(identities)
-    sections = {attrs["id"] for attrs in page.all("section")}
     wanted = "summary differences moments curves motion seams films costs flags all missing published method"
-    assert set(wanted.split()) == sections
+    assert set(wanted.split()) == page.sections
 
 
 def test_the_page_needs_nothing_but_itself(page, text):
@@ -145,15 +154,14 @@ def test_files_beside_the_page_are_all_there(page, out):
 def test_text_from_files_stays_text(page, text):
     scripts = page.all("script")
     assert len(scripts) == 1 and not re.search("<script>document", text)
-    assert "a <script>document.title='owned'</script> & \"quoted\" red circle" in "".join(page.text)
-    assert "'my <out>'" in "".join(page.text) and "\u202e" not in text
+    assert "a <script>document.title='owned'</script> & \"quoted\" red circle" in page.text
+    assert "'my <out>'" in page.text and "\u202e" not in text
 
 
-def test_labels_and_reasons_are_escaped_everywhere(tmp_path, plain):
+def test_labels_and_reasons_are_escaped_everywhere(made):
     evil = "<img src=x onerror=alert(1)>"
     runs = [replace(run, label=f"{evil}{n}", skipped={f"vbench/{evil}": evil}) for n, run in enumerate(build_runs(2))]
-    path = write_report(tmp_path, runs, compare(runs), commands=[evil], protocol={evil: {evil: [evil]}})
-    page = Page(path.read_text(encoding="utf-8"))
+    page = made(runs, commands=[evil], protocol={evil: {evil: [evil]}})
     assert not page.all("img") and not page.faults
     assert not [attrs for _, attrs in page.elements if any(key.startswith("on") for key in attrs)]
 
@@ -187,15 +195,13 @@ def test_the_first_table_holds_the_comparisons_means(page, data):
     assert body[4][0][1] == "smallest difference that could be found"
 
 
-def test_marks_follow_the_direction_of_the_measure(tmp_path, plain):
+def test_marks_follow_the_direction_of_the_measure(made):
     """Lower is better for the seam ratio: the same difference is an improvement there and a loss elsewhere."""
     runs = build_runs(4)
     names = ["proxy/chunk_seam_ratio", "judge/mean_of_six"]
     comparison = compare(runs)
-    write_report(tmp_path, runs, comparison, headline=names)
-    rows = Page((tmp_path / "report.html").read_text(encoding="utf-8")).tables[0][1:5]
     seen = set()
-    for row in rows[1:]:
+    for row in made(runs, comparison, headline=names).tables[0][2:5]:
         for (attrs, _), name, sign in zip(row[1:], names, (-1, 1), strict=False):
             cell = comparison["metrics"][name]["paired"][row[0][0]["data-v"]]
             expected = {1: "up", -1: "down"}[sign * np.sign(cell["difference"])] if cell["significant"] else None
@@ -259,10 +265,8 @@ def test_differences_are_drawn_with_their_intervals_and_only_significant_ones_ar
             assert mark.get_xdata() == [difference.value]
             assert list(artists[label, "whisker"].get_xdata()) == [difference.low, difference.high]
             assert (mark.get_markerfacecolor() != "#ffffff") == difference.is_significant
-            assert (
-                bool(re.search("[\u25b2\u25bc\u25c6]", artists[label, "value"].get_text()))
-                == difference.is_significant
-            )
+            sign = artists[label, "value"].get_text()[-1]
+            assert (sign in "\u25b2\u25bc\u25c6") == difference.is_significant
             seen.add(difference.is_significant)
     assert seen == {True, False}
 
@@ -301,16 +305,16 @@ def test_so_few_prompts_cannot_show_a_difference(num_compared, needed):
     assert num_compared * sign_test(needed, 0) <= 0.05 < num_compared * sign_test(needed - 1, 0)
 
 
-def test_drift_that_was_not_measured_stands_apart(tmp_path, plain):
+def test_drift_that_was_not_measured_stands_apart(made):
     runs = build_runs(2, num_prompts=3, num_windows=4)
     reasons = {"drift/proxy/contrast/delta5": "needs 10 s", "drift/proxy/contrast/abs": "needs 10 s"}
     runs = [replace(run, skipped={**SKIPPED, **reasons}) for run in runs]
-    page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
+    page = made(runs)
     first, second = (table for table in page.tables if table[0][0][1] == "measure" and table[0][1][1] == "why")
     assert all(not row[0][1].startswith("drift/") for row in first[1:])
     cells = ["drift/proxy/contrast/absdrift/proxy/contrast/delta5", "needs 10 s", "every policy"]
     assert [[cell[1] for cell in row] for row in second[1:]] == [cells]
-    assert "Too few prompts: under 6 prompts no difference can be significant, and these are 3." in "".join(page.text)
+    assert "Too few prompts: under 6 prompts no difference can be significant, and these are 3." in page.text
 
 
 def test_csv_files_hold_what_the_comparison_does(out, comparison, runs):
@@ -334,19 +338,24 @@ def test_csv_files_hold_what_the_comparison_does(out, comparison, runs):
     assert len(curves) == len(points)
 
 
-def test_no_cell_is_a_spreadsheets_formula(tmp_path, plain):
-    runs = [replace(run, label=f"=cmd|{n}") for n, run in enumerate(build_runs(2, num_prompts=2, num_windows=3))]
-    write_report(tmp_path, runs, compare(runs))
+def test_no_cell_is_a_spreadsheets_formula(tmp_path, made):
+    made([replace(run, label=f"=cmd|{n}") for n, run in enumerate(build_runs(2, num_prompts=2, num_windows=3))])
     assert {row["policy"] for row in rows_of(tmp_path / "report" / "summary.csv")} == {"'=cmd|0", "'=cmd|1"}
 
 
-def test_frozen_videos_are_flagged(tmp_path, plain):
+def test_frozen_videos_are_flagged(tmp_path, made):
     runs = [run for run in build_runs(14, num_prompts=4, num_windows=6) if run.label in ("full", FROZEN)]
-    rows = ReportData(runs=runs, comparison={}).flags
-    assert {row[0] for row in rows} == {FROZEN} and len(rows) == 4
-    text = write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8")
-    assert "nothing moves in the whole video" in text
-    assert len(rows_of(tmp_path / "report" / "flags.csv")) == 4
+    assert "nothing moves in the whole video" in made(runs).text
+    rows = rows_of(tmp_path / "report" / "flags.csv")
+    assert {row["policy"] for row in rows} == {FROZEN} and len(rows) == 4
+
+
+def test_composite_scores_are_shown_where_there_are_any(made):
+    runs = build_runs(2, num_prompts=2, num_windows=3)
+    scores = {"full": {"total": {"value": 0.8123}}, POLICIES[1]: {"total": {"value": None, "reason": "no musiq"}}}
+    page = made(runs, {**compare(runs), "scores": scores})
+    assert [[cell[1] for cell in row[1:]] for row in page.tables[1]] == [["Total"], ["0.8123"], ["not measured"]]
+    assert ("span", {"title": "no musiq"}) in page.elements
 
 
 def test_only_official_numbers_stand_beside_published_ones(page):
@@ -360,7 +369,7 @@ def test_only_official_numbers_stand_beside_published_ones(page):
 
 
 def test_commands_protocol_and_reasons_for_no_score_are_told(page):
-    text = "".join(page.text)
+    text = page.text
     assert all(command in text for command in COMMANDS)
     assert "feedfacecafe0001" in text and "caches.pack.policy" in text
     assert "No composite VBench score" in text and "Videos: 96; prompts: 12; seeds of a prompt: 2." in text
@@ -374,13 +383,13 @@ def test_a_strip_shows_start_quarters_and_end(out, page):
     assert {image["width"] for image in images} == {str(5 * 128 + 4 * 3)}, "64 pixels, twice as large"
 
 
-def test_videos_that_are_gone_are_told(tmp_path, plain):
+def test_videos_that_are_gone_are_told(tmp_path, made):
     runs = build_runs(2, num_prompts=2, num_seeds=1, num_windows=3)
     folders = write_videos(tmp_path, runs, num_prompts=1)
     (tmp_path / POLICIES[1] / "videos" / "p0000-0.mp4").write_bytes(b"not a video")
-    text = write_report(tmp_path, runs, compare(runs), videos=folders).read_text(encoding="utf-8")
-    assert text.count("data:image/webp") == 1 and "not shown: " in text
-    assert text.count("p0001-0.mp4 is not there any more") == 2
+    page = made(runs, videos=folders)
+    assert len(page.all("img")) == 1 and "not shown: " in page.text
+    assert page.text.count("p0001-0.mp4 is not there any more") == 2
     line = runs[0].videos[0].video
     assert find_video(tmp_path / POLICIES[0], line) == find_video(tmp_path / POLICIES[0] / "videos", line).resolve()
 
@@ -391,27 +400,25 @@ def test_prompts_of_strips_are_the_first_that_most_runs_have(data):
     assert shared_prompts(replace(data, runs=fewer), count=2) == [1, 2]
 
 
-def test_one_run_without_a_baseline_to_compare_with(tmp_path):
-    runs = build_runs(1, num_prompts=3, num_seeds=1)
-    page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
-    sections = {attrs["id"] for attrs in page.all("section")}
-    assert "differences" not in sections and {"summary", "curves", "motion"} <= sections
+def test_one_run_without_a_baseline_to_compare_with(made):
+    page = made(build_runs(1, num_prompts=3, num_seeds=1))
+    assert "differences" not in page.sections and {"summary", "curves", "motion"} <= page.sections
     assert not [attrs for attrs in page.all("button") if "data-toggle" in attrs]
-    assert "3 prompts are few" in "".join(page.text) and "baseline" not in page.tables[0][1][0][1]
+    assert "3 prompts are few" in page.text and "baseline" not in page.tables[0][1][0][1]
 
 
 @pytest.mark.parametrize("overall", [True, False])
 def test_a_run_of_one_prompt_and_one_window_has_neither_intervals_nor_curves(tmp_path, overall):
     runs = build_runs(2, num_prompts=1, num_seeds=1, num_windows=1, overall=overall)
     page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
-    assert not page.faults and "curves" not in {attrs["id"] for attrs in page.all("section")}
+    assert not page.faults and "curves" not in page.sections
     assert "\u2013" in page.tables[0][-1][1][1], "what could be found is not known from one prompt"
 
 
 def test_nothing_measured_is_still_a_report(tmp_path):
     runs = [replace(run, videos=()) for run in build_runs(2)]
     page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
-    assert not page.faults and "no video of this run was measured" in "".join(page.text)
+    assert not page.faults and "no video of this run was measured" in page.text
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path, runs, comparison):
@@ -428,13 +435,13 @@ def test_figures_as_png(out):
             assert image.width > 400 and np.asarray(image.convert("L")).std() > 5
 
 
-def test_sixteen_policies_and_a_hundred_measures_stay_under_six_megabytes(tmp_path, plain):
+def test_sixteen_policies_and_a_hundred_measures_stay_under_six_megabytes(tmp_path):
     runs = build_runs(16, num_prompts=2, num_seeds=1, num_windows=30, num_extra=88)
     comparison = compare(runs, num_resamples=20)
     assert len(comparison["metrics"]) >= 100
-    path = write_report(tmp_path, runs, comparison)
-    assert path.stat().st_size < 5_000_000, "filmstrips take about one more"
-    assert path.read_text(encoding="utf-8").count('class="plot curves"') >= 98
+    page = render_page(ReportData(runs=runs, comparison=comparison), file_names=[])
+    assert len(page) < 5_000_000, "filmstrips take about one more"
+    assert page.count('class="plot curves"') >= 98
 
 
 def test_a_headline_that_was_not_measured_is_refused(tmp_path, runs, comparison):
@@ -461,13 +468,11 @@ def test_the_terminals_table_fits_eighty_columns(runs, data):
     assert all(label in text for label in POLICIES[:4]) and "\u2026" not in text and " - " in text
 
 
-def test_density_stands_among_the_main_costs_only_of_an_evaluation_with_sparse_runs(tmp_path):
+def test_density_stands_among_the_main_costs_only_of_an_evaluation_with_sparse_runs(tmp_path, made):
     runs = build_runs(3, num_prompts=2, num_windows=4)
     assert "attention_density" not in ReportData(runs=runs, comparison={}).costs
     sparse = [replace(run, costs={**run.costs, "attention_density": 0.5}) for run in runs[:2]]
-    page = write_report(tmp_path / "sparse", [*sparse, runs[2]], compare(runs)).read_text()
-    first = page.partition("<table")[2].partition("</table>")[0]
-    assert first.count("attention density") == 1 and first.count(">0.50<") == 2
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "sparse" / "report" / "costs.csv").read_text())))
-    found = {row["policy"]: row["value"] for row in rows if row["cost"] == "attention_density"}
-    assert found == {run.label: "0.5" for run in sparse}
+    cells = [cell[1] for row in made([*sparse, runs[2]], compare(runs)).tables[0] for cell in row]
+    assert cells.count("attention densitycost") == 1 and cells.count("0.50") == 2
+    rows = [row for row in rows_of(tmp_path / "report" / "costs.csv") if row["cost"] == "attention_density"]
+    assert {row["policy"]: row["value"] for row in rows} == {run.label: "0.5" for run in sparse}
