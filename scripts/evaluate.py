@@ -251,13 +251,7 @@ def table(
 
     `longtake evaluate table study more --moments 5,60,120 --page docs/results.md --section policies`
     """
-    from longtake.evaluation.report.tables import (
-        default_columns,
-        find_columns,
-        moment_tables,
-        replace_section,
-        write_curves,
-    )
+    from longtake.evaluation.report.tables import choose_columns, moment_tables, replace_section, write_curves
     from longtake.evaluation.running.runner import ordered_runs, settled_protocol
 
     if (page is None) != (section is None):
@@ -273,7 +267,7 @@ def table(
     if chosen not in labels:
         raise ValueError(f"baseline {chosen!r} is none of the runs: {', '.join(labels)}")
     wanted = None if metrics is None else _words(metrics)
-    columns = default_columns(runs) if wanted is None else find_columns(runs, wanted)
+    columns = choose_columns(runs, wanted)
     levels = _reference(folders[0], runs, columns) if reference else {}
     text = moment_tables(runs, baseline=chosen, moments=times, columns=columns, levels=levels)
     if curves is not None:

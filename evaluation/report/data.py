@@ -13,15 +13,13 @@ from typing import Any
 from longtake.evaluation.flags import flags as video_flags
 from longtake.evaluation.metric import PREFIXES
 from longtake.evaluation.published import Row
-from longtake.evaluation.records import RunScores
+from longtake.evaluation.records import ManifestLine, RunScores
 
 FlagRow = tuple[str, str, str, str, float, float, str]
 """(label, video id, prompt, kind, start in seconds, end in seconds, message)."""
 
-_NUM_HUES = 8
-_NUM_STYLES = 3
+_NUM_HUES, _NUM_STYLES = 8, 3
 """Hues times line styles are the policies that can be told apart; then colours repeat."""
-
 _HEADLINES = (
     r"vbench(_form)?/(long/)?subject_consistency",
     r"vbench(_form)?/(long/)?background_consistency",
@@ -227,11 +225,6 @@ class Measure:
         return list((self.entry.get("curves") or {}).get(label) or [])
 
     @property
-    def is_measured(self) -> bool:
-        """True if any run has a value."""
-        return any(self.level(label).value is not None for label in self._part("runs", None))
-
-    @property
     def has_curve(self) -> bool:
         """True if any run has two windows with values, which make a line."""
         curves = (self.entry.get("curves") or {}).values()
@@ -285,10 +278,10 @@ class ReportData:
 
     def hue_and_line(self, label: str) -> tuple[int, int]:
         """Indices of a policy's colour and line style: neutral for the baseline, then hue by hue, then dashes."""
-        if label == self.baseline and len(self.labels) > 1:
+        order = self.others or self.labels
+        if label not in order:
             return 0, 0
-        position = (self.others if len(self.labels) > 1 else self.labels).index(label)
-        return position % _NUM_HUES + 1, position // _NUM_HUES % _NUM_STYLES
+        return order.index(label) % _NUM_HUES + 1, order.index(label) // _NUM_HUES % _NUM_STYLES
 
     def style(self, label: str) -> str:
         """CSS classes of a policy's colour and line style."""
@@ -301,7 +294,8 @@ class ReportData:
         found = [Measure(name, entry) for name, entry in entries.items()]
         order = {prefix[:-1]: position for position, prefix in enumerate(PREFIXES)}
         found.sort(key=lambda measure: (order.get(measure.family, len(order)), measure.name))
-        return {measure.name: measure for measure in found if measure.is_measured}
+        is_known = {item.name: any(item.level(label).value is not None for label in self.labels) for item in found}
+        return {measure.name: measure for measure in found if is_known[measure.name]}
 
     @cached_property
     def headlines(self) -> list[Measure]:
@@ -319,10 +313,6 @@ class ReportData:
             known = ", ".join(self.measures) or "none"
             raise ValueError(f"headline measure {unknown[0]!r} has no value in this comparison; measured: {known}.")
         return [self.measures[name] for name in self.headline]
-
-    def headlines_at(self, moment: str) -> list[Measure]:
-        """Measures of the first table that have values at a moment of the comparison."""
-        return [measure for measure in self.headlines if moment in measure.moments]
 
     def first(self, patterns: Sequence[str]) -> Measure | None:
         """The measured one that fits the first pattern; official ones before others, clips before whole videos."""
@@ -379,25 +369,23 @@ class ReportData:
             found.setdefault((name, reason), []).append(label)
         return found
 
+    @cached_property
+    def lines(self) -> list[tuple[str, ManifestLine]]:
+        """(label, line of its manifest) of every video."""
+        return [(run.label, video.video) for run in self.runs for video in run.videos]
+
     @property
     def num_prompts(self) -> int:
-        """Distinct prompts over all runs."""
-        return len({video.video.prompt_index for run in self.runs for video in run.videos})
+        """Number of different prompts."""
+        return len({line.prompt_index for _, line in self.lines})
 
     @property
     def num_seeds(self) -> int:
         """Most videos that one run has of one prompt."""
-        counts = Counter((run.label, video.video.prompt_index) for run in self.runs for video in run.videos)
-        return max(counts.values(), default=0)
-
-    @property
-    def num_videos(self) -> int:
-        """Videos over all runs."""
-        return sum(len(run.videos) for run in self.runs)
+        return max(Counter((label, line.prompt_index) for label, line in self.lines).values(), default=0)
 
     @property
     def seconds(self) -> tuple[float, float] | None:
         """Shortest and longest video; None where no manifest says so."""
-        lines = [video.video for run in self.runs for video in run.videos]
-        lengths = [line.num_frames / line.fps for line in lines if line.num_frames and line.fps]
+        lengths = [line.num_frames / line.fps for _, line in self.lines if line.num_frames and line.fps]
         return (min(lengths), max(lengths)) if lengths else None

@@ -93,17 +93,15 @@ def draw_curve(axes: Axes, data: ReportData, measure: Measure) -> list[str]:
 
 def draw_scatter(axes: Axes, data: ReportData, measure: Measure, *, motion: Measure) -> list[str]:
     """Motion against another measure: a large marker with intervals per policy, a small dot per video."""
-    dots = scatter_dots(data, motion, measure)
+    dots = _dots(data, motion, measure)
     heights = {}
     for label in reversed(data.labels):
         x, y = motion.level(label), measure.level(label)
         if x.value is None or y.value is None:
             continue
-        style = _style(data, label)
-        own = [(across, up) for other, across, up in dots if other == label]
-        if own:
-            small = {"marker": "o", "linestyle": "", "markersize": 3, "markeredgewidth": 0, "alpha": 0.3}
-            axes.plot(*zip(*own, strict=True), color=style["color"], **small, gid=_gid(data, label, "dots"))
+        own = [[dot[axis] for dot in dots if dot[0] == label] for axis in (1, 2)]
+        small = _style(data, label, marker="o", linestyle="", markersize=3, alpha=0.3)
+        axes.plot(*own, **small, gid=_gid(data, label, "dots"))
         _draw_estimates(axes, data, label, x=x, y=y)
         heights[label] = y.value
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
@@ -112,15 +110,14 @@ def draw_scatter(axes: Axes, data: ReportData, measure: Measure, *, motion: Meas
     return sorted(heights, key=lambda label: -heights[label])
 
 
-def scatter_dots(data: ReportData, x_measure: Measure, y_measure: Measure) -> list[tuple[str, float, float]]:
+def _dots(data: ReportData, x_measure: Measure, y_measure: Measure) -> list[tuple[str, float, float]]:
     """(label, x, y) of the videos, on the scale of the means."""
     dots = []
     x_scale, y_scale = (finite(measure.spec.get("scale")) or 1.0 for measure in (x_measure, y_measure))
     for run in data.runs:
-        if run.label in data.labels:
-            across, up = run.values(x_measure.name), run.values(y_measure.name)
-            both = sorted(across.keys() & up.keys())
-            dots += [(run.label, x_scale * across[key], y_scale * up[key]) for key in both]
+        across, up = run.values(x_measure.name), run.values(y_measure.name)
+        both = sorted(across.keys() & up.keys())
+        dots += [(run.label, x_scale * across[key], y_scale * up[key]) for key in both]
     return dots[:: max(1, -(-len(dots) // _MAX_DOTS))]
 
 
@@ -281,15 +278,7 @@ def _short(numbers: str) -> str:
 
 
 def write_figures(data: ReportData, folder: Path) -> list[Path]:
-    """Write drift curves, differences, motion against consistency and seams as PNG files.
-
-    Args:
-        data: Contents of the report.
-        folder: Created if missing.
-
-    Returns:
-        The files; a figure without a measured value has none.
-    """
+    """Write curves, differences, motion against consistency and seams as PNG files, as far as they were measured."""
     folder.mkdir(parents=True, exist_ok=True)
     motion, consistency, seams = data.first(MOTION), data.first(CONSISTENCY), data.first(SEAMS)
     written = [draw_curves_png(data, folder / "curves.png")]

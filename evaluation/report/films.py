@@ -45,15 +45,13 @@ def films_by_prompt(data: ReportData) -> list[tuple[int, str, list[Film]]]:
 
 def shared_prompts(data: ReportData, *, count: int = NUM_SHOWN_PROMPTS) -> list[int]:
     """Return the first prompts that most policies have a video of."""
-    pairs = {(run.label, video.video.prompt_index) for run in data.runs for video in run.videos}
-    counts = Counter(prompt for label, prompt in pairs if label in data.labels)
+    counts = Counter(prompt for _, prompt in {(label, line.prompt_index) for label, line in data.lines})
     most = max(counts.values(), default=0)
     return sorted(prompt for prompt, number in counts.items() if number == most)[:count]
 
 
 def _first_video(data: ReportData, label: str, prompt: int) -> ManifestLine | None:
-    run = data.run(label)
-    lines = [video.video for video in run.videos if video.video.prompt_index == prompt] if run is not None else []
+    lines = [line for own, line in data.lines if own == label and line.prompt_index == prompt]
     return min(lines, key=lambda line: line.seed_index, default=None)
 
 

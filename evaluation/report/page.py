@@ -68,22 +68,10 @@ _MAX_CURVE_POINTS = 80_000
 
 
 def render_page(data: ReportData, *, file_names: Sequence[str]) -> str:
-    """Make the page.
-
-    Args:
-        data: Contents of the report.
-        file_names: Files beside the page, relative to it.
-
-    Returns:
-        A whole HTML document.
-    """
-    environment = Environment(
-        loader=PackageLoader("longtake.evaluation.report", package_path=""),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    """Make the HTML document; ``file_names`` are those of files beside it, relative to it."""
+    loader = PackageLoader("longtake.evaluation.report", package_path="")
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+    environment = Environment(loader=loader, **options)
     environment.filters |= {"breakable": breakable, "number": number, "interval": interval, "digits": _two_digits}
     asset = files("longtake.evaluation.report").joinpath
     style, script = (asset(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -94,10 +82,8 @@ def render_page(data: ReportData, *, file_names: Sequence[str]) -> str:
         style=Markup(style),
         script=Markup(script),
         script_hash=digest,
-        light=LIGHT,
-        light_page=LIGHT_PAGE,
-        dark=DARK,
-        dark_page=DARK_PAGE,
+        light=(LIGHT_PAGE, *LIGHT),
+        dark=(DARK_PAGE, *DARK),
         facts=_facts(data),
         fingerprint=_fingerprint(data),
         settings=list(_flatten(data.protocol)),
@@ -123,13 +109,17 @@ def _two_digits(value: float) -> int:
 
 def _sections(data: ReportData) -> dict[str, Any]:
     """{section: its content}; one without content is not shown."""
+    seams = data.first(SEAMS)
     return {
         "summary": {"findings": list(_findings(data)), "composites": _composites(data)},
-        "differences": _panels(data),
+        "differences": [
+            _panel(data, measure, figures.draw_differences, f"difference{position}")
+            for position, measure in enumerate(data.headlines if data.is_compared else ())
+        ],
         "moments": _moments(data),
         "curves": _curves(data),
         "motion": _scatter(data),
-        "seams": _seams(data),
+        "seams": _panel(data, seams, figures.draw_levels, "seam_rows") if seams is not None else None,
         "films": films_by_prompt(data),
         "costs": data.costs,
         "flags": True,
@@ -147,7 +137,7 @@ def _facts(data: ReportData) -> dict[str, str]:
         length = f"{high:.3g} s each" if high - low < 0.5 else f"{low:.3g} to {high:.3g} s"
     return {
         "policies": str(len(data.labels)),
-        "videos": str(data.num_videos),
+        "videos": str(len(data.lines)),
         "prompts": f"{data.num_prompts}" + (f" \u00d7 {data.num_seeds} seeds" if data.num_seeds > 1 else ""),
         "length": length,
         "baseline": data.baseline if len(data.labels) > 1 else "",
@@ -225,34 +215,26 @@ def _composites(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _panels(data: ReportData) -> list[tuple[Measure, Markup | None, str]]:
-    """(measure, plot, its text) of the differences to the baseline."""
-    panels = []
-    for position, measure in enumerate(data.headlines if data.is_compared else ()):
+def _panel(
+    data: ReportData, measure: Measure, draw: figures.Draw, identity: str
+) -> tuple[Measure, Markup | None, str]:
+    """(measure, plot, values and intervals in words); no plot without a value."""
+    is_difference = draw is figures.draw_differences
+    if is_difference:
         estimates = {label: measure.difference(label) for label in data.others}
-        known = any(estimate.value is not None for estimate in estimates.values())
-        identity = f"difference{position}"
-        plot = figures.plot_svg(data, measure, figures.draw_differences, identity=identity) if known else None
-        panels.append((measure, plot, _spoken(estimates, signed=True)))
-    return panels
-
-
-def _seams(data: ReportData) -> tuple[Measure, Markup, str] | None:
-    measure = data.first(SEAMS)
-    if measure is None:
-        return None
-    plot = figures.plot_svg(data, measure, figures.draw_levels, identity="seamrows")
-    return measure, plot, _spoken({label: measure.level(label) for label in data.labels})
+    else:
+        estimates = {label: measure.level(label) for label in data.labels}
+    known = any(estimate.value is not None for estimate in estimates.values())
+    plot = figures.plot_svg(data, measure, draw, identity=identity) if known else None
+    return measure, plot, _spoken(estimates, signed=is_difference)
 
 
 def _spoken(estimates: Mapping[str, Estimate], *, signed: bool = False) -> str:
-    """Values and intervals of a plot in words."""
     digits = digits_for(estimates.values())
     parts = []
     for label, estimate in estimates.items():
-        inside = interval(estimate, digits, signed=signed)
         value = number(estimate.value, digits, signed=signed) or "not measured"
-        parts.append(f"{label}: {value}" + (f" ({inside})" if inside else ""))
+        parts.append(f"{label}: {value} ({interval(estimate, digits, signed=signed)})".removesuffix(" ()"))
     return "; ".join(parts)
 
 

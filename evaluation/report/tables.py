@@ -32,9 +32,9 @@ from longtake.evaluation.report.figures import draw_curves_png
 
 _LEVELS = ("mean", "low", "high", "num_videos", "num_prompts")
 _PAIRED = ("difference", "low", "high", "num_pairs", "num_prompts", "sign_p", "holm_p", "significant")
-_DETECTABLE = "minimum_detectable"
+_PAIRED += ("minimum_detectable",)
 _LEVEL_HEAD = ("metric", "policy", "moment_s", *_LEVELS, "not_measured_because")
-_PAIRED_HEAD = tuple(f"baseline_{name}" for name in (*_PAIRED, _DETECTABLE))
+_PAIRED_HEAD = tuple(f"baseline_{name}" for name in _PAIRED)
 _COLUMNS = {
     "summary.csv": (*_LEVEL_HEAD, *_PAIRED_HEAD),
     "moments.csv": (*_LEVEL_HEAD, *_PAIRED_HEAD),
@@ -83,18 +83,10 @@ def _level_rows(data: ReportData, moment: str | None) -> Iterable[Sequence[Any]]
         if moment is not None and moment not in measure.moments:
             continue
         for label in data.labels:
-            level, difference = measure.level(label, moment), measure.difference(label, moment)
-            paired = difference if label != data.baseline else Estimate(value=None)
-            yield [
-                measure.name,
-                label,
-                moment,
-                level.value,
-                *(level.extra.get(name) for name in _LEVELS[1:]),
-                level.reason,
-                paired.value,
-                *(paired.extra.get(name) for name in (*_PAIRED[1:], _DETECTABLE)),
-            ]
+            level, difference = measure.level(label, moment), measure.difference(label, moment).extra
+            numbers = [level.extra.get(name) for name in _LEVELS]
+            paired = [difference.get(name) if label != data.baseline else None for name in _PAIRED]
+            yield [measure.name, label, moment, *numbers, level.reason, *paired]
 
 
 def _curve_rows(data: ReportData) -> Iterable[Sequence[Any]]:
@@ -107,10 +99,8 @@ def _curve_rows(data: ReportData) -> Iterable[Sequence[Any]]:
 def _video_rows(data: ReportData) -> Iterable[Sequence[Any]]:
     for run in data.runs:
         for video in run.videos:
-            line = video.video
-            for name, score in sorted(video.scores.items()):
-                keys = (name, run.label, line.id, line.prompt_index, line.seed_index)
-                yield [*keys, score.value, score.skipped]
+            keys = (run.label, video.video.id, video.video.prompt_index, video.video.seed_index)
+            yield from ([name, *keys, score.value, score.skipped] for name, score in sorted(video.scores.items()))
 
 
 _MOST_COLUMNS = 3
@@ -119,15 +109,9 @@ _MOST_MEASURES = 5
 
 
 def summary_table(comparison: Mapping[str, Any], *, headline: Sequence[str] | None = None) -> Table:
-    """The first table of the report for the terminal.
+    """The first table of the report for the terminal, with a sign where a difference to the baseline is significant.
 
-    Args:
-        comparison: Result of :func:`longtake.evaluation.comparison.compare_runs`.
-        headline: Names of the measures; None takes the usual ones.
-
-    Returns:
-        A rich table with a sign where the difference to the baseline is significant. Few policies stand in columns,
-        with their intervals; many in rows, without, and with the first measures only.
+    Few policies stand in columns with their intervals; many in rows without, and with the first measures only.
 
     Raises:
         ValueError: If a headline measure has no value.
@@ -187,27 +171,19 @@ _PLAIN_COSTS = ("attention_density", "ms_per_block", "kv_mb")
 """Costs in the last columns, where a run has them."""
 
 
-def default_columns(runs: Sequence[RunScores]) -> list[str]:
-    """Return the default columns: the judge's metrics, else all VBench forms and flow.
-
-    Raises:
-        ValueError: If the runs have none of them.
-    """
-    names = list(dict.fromkeys(name for run in runs for name in run.specs))
-    judged = [name for name in TITLES if name in names]
-    others = [name for name in names if name.startswith(("vbench", "proxy/flow_magnitude", "proxy/motion_kept"))]
-    if not judged and not others:
-        raise ValueError("these runs have no measure of the judge and none of VBench: name some with --metrics")
-    return judged or others
-
-
-def find_columns(runs: Sequence[RunScores], wanted: Sequence[str]) -> list[str]:
-    """Return full names of metrics, whose brackets may be left out in ``wanted``.
+def choose_columns(runs: Sequence[RunScores], wanted: Sequence[str] | None) -> list[str]:
+    """Return full names of metrics, whose brackets may be left out; by default the judge's, else VBench's and flow.
 
     Raises:
         ValueError: If a run has no such metric.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.specs))
+    if wanted is None:
+        judged = [name for name in TITLES if name in names]
+        others = [name for name in names if name.startswith(("vbench", "proxy/flow_magnitude", "proxy/motion_kept"))]
+        if not judged and not others:
+            raise ValueError("these runs have no measure of the judge and none of VBench: name some with --metrics")
+        return judged or others
     found = []
     for word in wanted:
         fitting = [name for name in names if word in (name, name.partition("[")[0])]
@@ -241,13 +217,13 @@ def moment_tables(
     Raises:
         ValueError: If the runs cannot be compared, or none got to any moment.
     """
-    chosen = [_only(run, columns) for run in runs]
+    chosen = _restricted(runs, columns)
     comparison = compare_runs(chosen, baseline=baseline, moments=moments)
     measures = [Measure(name, comparison["metrics"][name]) for name in columns]
     parts = [f"Videos per policy: {', '.join(f'{run.label} {len(run.videos)}' for run in runs)}.\n"]
     for moment in moments:
         key = f"{moment:g}"
-        reached = [run for run in chosen if _reaches(measures, run.label, key)]
+        reached = [run for run in chosen if any(item.level(run.label, key).value is not None for item in measures)]
         if not reached:
             continue
         parts.append(f"### At {key} s\n\n{_level_table(reached, measures, moment, levels or {})}")
@@ -256,9 +232,8 @@ def moment_tables(
             text = f"Minus `{baseline}` on the same prompts and seeds:"
             parts.append(f"{text}\n\n{_difference_table(others, measures, key)}")
     if len(parts) == 1:
-        raise ValueError(
-            f"no video lasts until {', '.join(f'{moment:g}' for moment in moments)} s: give other moments"
-        )
+        times = ", ".join(f"{moment:g}" for moment in moments)
+        raise ValueError(f"no video lasts until {times} s: give other moments")
     return "\n".join(parts)
 
 
@@ -268,10 +243,9 @@ def write_curves(runs: Sequence[RunScores], path: Path, *, baseline: str, column
     Raises:
         ValueError: If no column has a curve.
     """
-    chosen = [_only(run, columns) for run in runs]
-    comparison = compare_runs(chosen, baseline=baseline, moments=())
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = ReportData(runs=chosen, comparison=comparison)
+    comparison = compare_runs(_restricted(runs, columns), baseline=baseline, moments=())
+    data = ReportData(runs=runs, comparison=comparison)
     measured = [name for name in columns if name in data.measures]
     if draw_curves_png(replace(data, headline=measured), path) is None:
         raise ValueError(f"none of {', '.join(columns)} has a curve over time: name others with --metrics")
@@ -297,39 +271,39 @@ def replace_section(page: str, section: str, text: str, *, source: str) -> str:
     return f"{before}{first}\n{text}{last}{after}"
 
 
-def _only(run: RunScores, columns: Sequence[str]) -> RunScores:
-    """A run with some of its metrics."""
-    specs = {name: run.specs[name] for name in columns if name in run.specs}
-    return RunScores(label=run.label, specs=specs, videos=run.videos, skipped=run.skipped, costs=run.costs)
-
-
-def _reaches(measures: Sequence[Measure], label: str, moment: str) -> bool:
-    return any(measure.level(label, moment).value is not None for measure in measures)
+def _restricted(runs: Sequence[RunScores], columns: Sequence[str]) -> list[RunScores]:
+    """Runs with some of their metrics."""
+    return [replace(run, specs={name: run.specs[name] for name in columns if name in run.specs}) for run in runs]
 
 
 def _level_table(runs: Sequence[RunScores], measures: Sequence[Measure], moment: float, levels: Levels) -> str:
     costs = {name: COSTS[name] for name in _PLAIN_COSTS if any(name in run.costs for run in runs)}
     titles = [TITLES.get(measure.name, measure.title) for measure in measures]
-    lines = _head(("policy", "videos", *titles, *costs.values()))
+    rows = []
     for name, values in levels.items():
         known = [_reference(values, measure.name) for measure in measures]
-        lines.append(_line((f"_{name}_", "", *known, *("" for _ in costs))))
+        rows.append([f"_{name}_", "", *known, *("" for _ in costs)])
     for run in runs:
         estimates = [_level(run, measure, moment) for measure in measures]
         count = max(int(estimate.extra.get("num_videos", 0)) for estimate in estimates)
-        prices = (_cost(run.costs.get(name)) for name in costs)
-        lines.append(_line((run.label, str(count), *map(_cell, estimates), *prices)))
-    return "\n".join(lines) + "\n"
+        prices = [_cost(run.costs.get(name)) for name in costs]
+        rows.append([run.label, str(count), *map(_cell, estimates), *prices])
+    return _markdown(["policy", "videos", *titles, *costs.values()], rows)
 
 
 def _difference_table(runs: Sequence[RunScores], measures: Sequence[Measure], moment: str) -> str:
     titles = [_SHARES.get(measure.name, TITLES.get(measure.name, measure.title)) for measure in measures]
-    lines = _head(("policy", "prompts", *titles))
+    rows = []
     for run in runs:
         estimates = [measure.difference(run.label, moment) for measure in measures]
         count = max(int(estimate.extra.get("num_prompts", 0)) for estimate in estimates)
-        lines.append(_line((run.label, str(count), *(_cell(estimate, signed=True) for estimate in estimates))))
-    return "\n".join(lines) + "\n"
+        rows.append([run.label, str(count), *(_cell(estimate, signed=True) for estimate in estimates)])
+    return _markdown(["policy", "prompts", *titles], rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (head, *rows)]
+    return "".join([lines[0], "|" + "---|" * len(head) + "\n", *lines[1:]])
 
 
 def _level(run: RunScores, measure: Measure, moment: float) -> Estimate:
@@ -374,11 +348,3 @@ def _cell(estimate: Estimate, *, signed: bool = False) -> str:
 
 def _cost(value: Any) -> str:
     return "-" if value is None else f"{value:{',.0f' if value >= 100 else '.3g'}}"
-
-
-def _head(titles: Sequence[str]) -> list[str]:
-    return [_line(titles), "|" + "---|" * len(titles)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -12,8 +12,7 @@ from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores, write_json
 from longtake.evaluation.report.tables import (
     TITLES,
-    default_columns,
-    find_columns,
+    choose_columns,
     moment_tables,
     replace_section,
     write_curves,
@@ -75,7 +74,7 @@ LEVELS = {
 
 
 def tables(runs=RUNS, *, moments=(5, 30, 60, 120), columns=None, **options):
-    columns = default_columns(runs) if columns is None else columns
+    columns = choose_columns(runs, None) if columns is None else columns
     return moment_tables(runs, baseline="dense", moments=moments, columns=columns, **options)
 
 
@@ -134,16 +133,16 @@ def test_references_stand_above_and_have_the_mean_of_six():
 
 
 def test_any_measure_with_a_curve_can_be_a_column():
-    assert find_columns(RUNS, ["proxy/flow", "judge/shape"]) == ["proxy/flow[flow=x]", "judge/shape"]
+    assert choose_columns(RUNS, ["proxy/flow", "judge/shape"]) == ["proxy/flow[flow=x]", "judge/shape"]
     text = tables(moments=(30,), columns=["proxy/flow[flow=x]"])
     assert rows(text, "short")[0]["Flow"] == "1.00 [1.00, 1.00]"
     with pytest.raises(ValueError, match="no run has a metric 'proxy/shape'; near it: judge/shape"):
-        find_columns(RUNS, ["proxy/shape"])
+        choose_columns(RUNS, ["proxy/shape"])
     with pytest.raises(ValueError, match="no video lasts until 90 s"):
         tables(moments=(90,))
     other = MetricSpec(name="proxy/x", higher_is_better=None)
     with pytest.raises(ValueError, match="name some with --metrics"):
-        default_columns([replace(DENSE, specs={"proxy/x": other})])
+        choose_columns([replace(DENSE, specs={"proxy/x": other})], None)
 
 
 def test_curves_are_drawn_of_what_has_them(tmp_path):
