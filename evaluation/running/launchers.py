@@ -20,7 +20,7 @@ from longtake.evaluation.running.runner import Evaluation
 from longtake.evaluation.running.worker import do_unit, set_up, start_process
 
 # Of torchrun: a worker is a process of its own and no rank.
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _POLL_SECONDS = 0.1
 # Of ranks that are finished for the others: units of hours are no failure.
@@ -38,21 +38,6 @@ class Watcher(Protocol):
 
     def done(self, unit: Unit) -> None:
         """Note that a unit is finished and on disk."""
-
-
-class Worker(Protocol):
-    """A process that does units, one at a time."""
-
-    slot: int
-    """Number among the workers of its machine."""
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
-        """Call a function in the process; ``BrokenExecutor`` if it dies."""
-        ...
-
-    def steps(self) -> float | None:
-        """Latest news of the unit in work, if there is any."""
-        ...
 
 
 def run_here(
@@ -83,7 +68,7 @@ def run_here(
         units = evaluation.todo()
         if units:
             if is_ray:
-                pool = ray_workers(num_workers, num_units=len(units), threads=threads, is_cuda=is_cuda)
+                pool = _ray_workers(num_workers, num_units=len(units), threads=threads, is_cuda=is_cuda)
             else:
                 pool = local_workers(range(min(num_workers or num_cores(threads), len(units))), threads=threads)
             with pool as workers:
@@ -132,7 +117,7 @@ def run_rank(evaluation: Evaluation, watcher: Watcher, *, should_stop: Callable[
 def do_units(
     evaluation: Evaluation,
     units: Sequence[Unit],
-    workers: Sequence[Worker],
+    workers: "Sequence[_LocalWorker | _RayWorker]",
     *,
     watcher: Watcher,
     should_stop: Callable[[], bool],
@@ -143,7 +128,7 @@ def do_units(
         ValueError: The first failure, after the other workers have finished the units they are in.
     """
     setup, left, failures = evaluation.setup(units), iter(units), []
-    running: dict[Future[Any], tuple[Worker, Unit | None]] = {}
+    running: dict[Future[Any], tuple[_LocalWorker | _RayWorker, Unit | None]] = {}
     for worker in workers:
         running[worker.submit(set_up, setup, worker.slot)] = worker, None
     while running:
@@ -171,7 +156,7 @@ def do_units(
 
 
 @contextmanager
-def local_workers(slots: Sequence[int], *, threads: int) -> "Iterator[list[LocalWorker]]":
+def local_workers(slots: Sequence[int], *, threads: int) -> "Iterator[list[_LocalWorker]]":
     """Workers on this machine, which end with the block: after their units, or at once if it is interrupted.
 
     Args:
@@ -179,7 +164,7 @@ def local_workers(slots: Sequence[int], *, threads: int) -> "Iterator[list[Local
         threads: Of each.
     """
     others = set(multiprocessing.active_children())
-    workers = [LocalWorker(slot, threads) for slot in slots]
+    workers = [_LocalWorker(slot, threads) for slot in slots]
     try:
         yield workers
     except BaseException:
@@ -191,13 +176,8 @@ def local_workers(slots: Sequence[int], *, threads: int) -> "Iterator[list[Local
             worker.pool.shutdown()
 
 
-class LocalWorker:
-    """A pool of one process, so that one that dies for want of memory takes no other's unit with it.
-
-    Args:
-        slot: Number among the workers of this machine.
-        threads: Of the process.
-    """
+class _LocalWorker:
+    """A pool of one process, so that one that dies for want of memory takes no other's unit with it."""
 
     def __init__(self, slot: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -209,7 +189,7 @@ class LocalWorker:
     def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
         """Call a function in the process, which the first call starts."""
         before = dict(os.environ)
-        for name in RANK_VARIABLES:
+        for name in _RANK_VARIABLES:
             os.environ.pop(name, None)
         os.environ.update(_environment(self._threads))
         # Inherited, so that Ctrl-C in a terminal does not reach a process that is just starting.
@@ -230,19 +210,12 @@ class LocalWorker:
 
 
 @contextmanager
-def ray_workers(
+def _ray_workers(
     num_workers: int | None, *, num_units: int, threads: int, is_cuda: bool
-) -> "Iterator[list[RayWorker]]":
-    """Ray actors of the cluster that runs here (``ray start --head``), else of one started for this.
+) -> "Iterator[list[_RayWorker]]":
+    """Actors of the cluster that runs here (``ray start --head``), else of one started for this.
 
-    Args:
-        num_workers: As many as the cluster has room for when None.
-        num_units: More actors are of no use.
-        threads: Of each.
-        is_cuda: Whether each needs a GPU.
-
-    Raises:
-        ValueError: If Ray is missing or the cluster has no room.
+    Without a number there are as many as the cluster has room for.
     """
     ray = _import_ray()
     with _cluster(ray, num_workers, threads):
@@ -253,7 +226,7 @@ def ray_workers(
             wanted = f"{num_workers or 1} actors of {threads} cores" + (" and a GPU" if is_cuda else "")
             raise ValueError(f"the Ray cluster has room for {room} actors, {wanted} are asked for: lower --workers")
         options = {"num_cpus": threads, "num_gpus": int(is_cuda), "runtime_env": {"env_vars": _environment(threads)}}
-        workers = [RayWorker(ray, options) for _ in range(min(num_workers or room, num_units))]
+        workers = [_RayWorker(ray, options) for _ in range(min(num_workers or room, num_units))]
         try:
             yield workers
         finally:
@@ -261,13 +234,8 @@ def ray_workers(
                 worker.stop()
 
 
-class RayWorker:
-    """An actor and the thread that waits for it; Ray's own pool hands units out in turn, also to busy actors.
-
-    Args:
-        ray: The package.
-        options: Of the actor.
-    """
+class _RayWorker:
+    """An actor and the thread that waits for it; Ray's own pool hands units out in turn, also to busy actors."""
 
     # Ray shows an actor its own GPUs only, so the first is the right one.
     slot = 0
@@ -310,7 +278,7 @@ def num_cores(threads: int = 1) -> int:
 
 
 def is_rank() -> bool:
-    """Whether ``torchrun`` started this process."""
+    """Tell whether ``torchrun`` started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 

@@ -2,11 +2,11 @@
 
 Layout of the folder of an evaluation that generates:
 
-protocol.yaml                what is done; going on with another one is refused
-LABEL/units/00000.json       a batch's videos are whole: their manifest lines, and what they cost
-LABEL/videos/p0007-0.mp4     what was made, and what is measured
+protocol.yaml                settings; going on with others is refused
+LABEL/units/00000.json       manifest lines and costs of a batch, written when its videos are whole
+LABEL/videos/p0007-0.mp4     a video that was made and is measured
 LABEL/scores/p0007-0.json    every metric on that video
-LABEL/run.json               what the metrics mean, and what the run is
+LABEL/run.json               meaning of the metrics, settings of the run
 LABEL/manifest.jsonl, costs.json, results.json, and comparison.json, report.html above them: written at the end
 
 Existing videos stay where they are; a single folder of them is a run whose files lie in the evaluation's own folder.
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
 from longtake.evaluation.records import RunScores, write_json, write_manifest
 from longtake.evaluation.results import COSTS_FILE, RESULTS_FILE, RUN_FILE, load_run, results_json, run_record
@@ -39,7 +39,7 @@ from longtake.evaluation.running.suites import load_prompts, prompts_sha256
 
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
-LOCK_FILE = ".lock"
+_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Evaluation:
         self.keep_videos = keep_videos
         protocol = resolve_backbones(protocol)
         if protocol.videos is not None:
-            self.protocol, self.runs = protocol, self._existing(protocol)
+            self.protocol, self.runs = protocol, self._existing(protocol, protocol.videos)
             labels = [run.label for run in self.runs]
             if protocol.baseline is not None and protocol.baseline not in labels:
                 raise ValueError(f"baseline {protocol.baseline!r} is none of the runs: {', '.join(labels)}")
@@ -87,14 +87,9 @@ class Evaluation:
         """Of the runs, in order."""
         return [run.label for run in self.runs]
 
-    @property
-    def baseline(self) -> str:
-        """The run that the others are compared with."""
-        return self.protocol.baseline or self.labels[0]
-
     @cached_property
     def header(self) -> dict[str, Any]:
-        """What every run's results say of the evaluation."""
+        """Protocol, its fingerprint and its settings, for every run's results."""
         return {
             "protocol": self.protocol.name,
             "fingerprint": self.protocol.fingerprint(),
@@ -109,8 +104,12 @@ class Evaluation:
             ValueError: If another process works in it, or it holds another evaluation.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / LOCK_FILE).open("ab") as lock:
-            _take(lock, self.out)
+        with (self.out / _LOCK_FILE).open("ab") as lock:
+            try:
+                # Goes with the process, however that ends.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process works in {self.out}: stop it or wait") from error
             settle(self.out, self.protocol)
             for run in self.runs:
                 for path in run.folder.glob("*/.*.tmp*"):
@@ -149,30 +148,25 @@ class Evaluation:
                 # Another version of the program may go on, or a protocol of another name that asks for the same; the
                 # results name those that began.
                 keys = [key for key in record if _deciding(known[key]) != _deciding(record[key])]
-                if not keys:
-                    continue
-                raise ValueError(
-                    f"{run.folder} was begun with other metrics, weights or settings ({', '.join(keys)} differ): use "
-                    "another --out"
-                )
+                if keys:
+                    raise ValueError(
+                        f"{run.folder} was begun with other metrics, weights or settings ({', '.join(keys)} differ): "
+                        "use another --out"
+                    )
 
-    def finish(self) -> list[RunScores]:
-        """Write every run's manifest, costs and results, the comparison and the report.
-
-        Returns:
-            The runs.
-        """
+    def finish(self) -> None:
+        """Write every run's manifest, costs and results, the comparison and the report."""
         for run in self.runs:
             lines = [line for unit in run.units for line in unit.finished_lines()]
             lines.sort(key=lambda line: (line.prompt_index, line.seed_index, line.id))
             write_manifest(run.folder / MANIFEST, lines)
-        return write_results(self.out)
+        write_results(self.out)
 
-    def _existing(self, protocol: Protocol) -> list[RunPlan]:
+    def _existing(self, protocol: Protocol, videos: str) -> list[RunPlan]:
         from longtake.evaluation.running.video_folder import plan_videos
 
         return plan_videos(
-            Path(str(protocol.videos)),
+            Path(videos),
             self.out,
             manifest=None if protocol.manifest is None else Path(protocol.manifest),
             prompt_file=None if protocol.prompt_file is None else Path(protocol.prompt_file),
@@ -314,11 +308,3 @@ def _deciding(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     return {key: item for key, item in value.items() if key not in ("tool", "protocol")}
-
-
-def _take(lock: IO[bytes], out: Path) -> None:
-    try:
-        # Goes with the process, however that ends.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"another process works in {out}: stop it or wait") from error
