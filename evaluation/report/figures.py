@@ -38,7 +38,7 @@ _VARIABLES |= {LIGHT_PAGE: "page", _SOFT: "soft", _RULE: "line", _BLIND: "blind"
 """{colour of a drawing: variable of the page's style sheet}, which has other values on a dark screen."""
 _LINES = ("-", "--", ":")
 _MARKERS = ("o", "D", "s")
-CURVE_LEFT, CURVE_RIGHT = 0.06, 0.81
+CURVE_LEFT, CURVE_RIGHT = 0.06, 0.79
 """Sides of the axes as shares of the width; the page's readout lies over them."""
 _MAX_DOTS = 1500
 """Videos in a scatter; of more, every second, third, ... is drawn."""
@@ -100,7 +100,9 @@ def draw_scatter(axes: Axes, data: ReportData, measure: Measure, *, motion: Meas
         if x.value is None or y.value is None:
             continue
         own = [[dot[axis] for dot in dots if dot[0] == label] for axis in (1, 2)]
-        small = _style(data, label, marker="o", linestyle="", markersize=3, alpha=0.3)
+        small = _style(
+            data, label, marker="o", linestyle="", markersize=3, alpha=0.3, markerfacecolor=None, markeredgewidth=0
+        )
         axes.plot(*own, **small, gid=_gid(data, label, "dots"))
         _draw_estimates(axes, data, label, x=x, y=y)
         heights[label] = y.value
@@ -123,46 +125,38 @@ def _dots(data: ReportData, x_measure: Measure, y_measure: Measure) -> list[tupl
 
 def draw_differences(axes: Axes, data: ReportData, measure: Measure) -> list[str]:
     """Paired differences to the baseline around zero; the stretch too small to be found is shaded."""
-    rows = {label: measure.difference(label) for label in data.others}
-    for position, (label, estimate) in enumerate(rows.items()):
-        size = finite(estimate.extra.get("minimum_detectable"))
-        if size is not None:
-            axes.barh(position, 2 * size, 1.0, -size, color=_BLIND, zorder=0, gid=_gid(data, label, "blind"))
-    verdicts = {label: measure.verdict(label) for label in data.others}
-    return _draw_rows(axes, data, rows, verdicts=verdicts, reference=0.0)
+    return _draw_rows(axes, data, measure, labels=data.others, is_difference=True)
 
 
 def draw_levels(axes: Axes, data: ReportData, measure: Measure) -> list[str]:
     """Mean and interval of every policy around one."""
-    return _draw_rows(axes, data, {label: measure.level(label) for label in data.labels}, reference=1.0)
+    return _draw_rows(axes, data, measure, labels=data.labels, is_difference=False)
 
 
 _ROWS = (draw_differences, draw_levels)
 
 
 def _draw_rows(
-    axes: Axes,
-    data: ReportData,
-    rows: Mapping[str, Estimate],
-    *,
-    reference: float,
-    verdicts: Mapping[str, str] | None = None,
+    axes: Axes, data: ReportData, measure: Measure, *, labels: Sequence[str], is_difference: bool
 ) -> list[str]:
+    rows = {label: measure.difference(label) if is_difference else measure.level(label) for label in labels}
     digits = digits_for(rows.values())
-    axes.axvline(reference, color=_SOFT, linewidth=0.8, zorder=1)
+    axes.axvline(0.0 if is_difference else 1.0, color=_SOFT, linewidth=0.8, zorder=1)
+    row = {"transform": axes.get_yaxis_transform(), "va": "center"}
     for position, (label, estimate) in enumerate(rows.items()):
-        verdict = "" if verdicts is None else verdicts[label]
-        is_filled = verdicts is None or estimate.is_significant
+        verdict = measure.verdict(label) if is_difference else ""
+        size = finite(estimate.extra.get("minimum_detectable")) if is_difference else None
+        if size is not None:
+            axes.barh(position, 2 * size, 1.0, -size, color=_BLIND, zorder=0, gid=_gid(data, label, "blind"))
+        is_filled = not is_difference or estimate.is_significant
         _draw_estimates(axes, data, label, x=estimate, y=Estimate(value=position), is_filled=is_filled)
-        text = number(estimate.value, digits, signed=verdicts is not None) or "not measured"
-        row = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        words = f"{text} {VERDICTS[verdict][0]}".rstrip()
+        text = f"{number(estimate.value, digits, signed=is_difference) or 'not measured'} {VERDICTS[verdict][0]}"
         colour = {"up": _UP, "down": _DOWN}.get(verdict, _INK if estimate.value is not None else _SOFT)
-        axes.text(1.03, position, words, color=colour, gid=_gid(data, label, "value"), **row)
+        axes.text(1.03, position, text, color=colour, gid=_gid(data, label, "value"), **row)
         axes.text(-0.03, position, plain_text(label), ha="right", gid=_gid(data, label, "name"), **row)
     axes.set_yticks([])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.spines["left"].set_visible(False)
     return []
 
@@ -173,13 +167,13 @@ def _draw_estimates(
     """A marker with whiskers where there are intervals."""
     if x.value is None or y.value is None:
         return
-    style = _style(data, label)
-    bars = {"color": style["color"], "linewidth": 1.6}
+    colour = LIGHT[data.hue_and_line(label)[0]]
+    bars = {"color": colour, "linewidth": 1.6, "gid": _gid(data, label, "whisker")}
     if x.low is not None and x.high is not None:
-        axes.plot([x.low, x.high], [y.value, y.value], **bars, gid=_gid(data, label, "whisker"))
+        axes.plot([x.low, x.high], [y.value, y.value], **bars)
     if y.low is not None and y.high is not None:
-        axes.plot([x.value, x.value], [y.low, y.high], **bars, gid=_gid(data, label, "whisker"))
-    face = style["color"] if is_filled else LIGHT_PAGE
+        axes.plot([x.value, x.value], [y.low, y.high], **bars)
+    face = colour if is_filled else LIGHT_PAGE
     style = _style(data, label, markersize=6, markerfacecolor=face, markeredgewidth=1.2, linestyle="")
     axes.plot(x.value, y.value, **style, gid=_gid(data, label, "mark"))
 
@@ -187,8 +181,8 @@ def _draw_estimates(
 def _style(data: ReportData, label: str, **changes: Any) -> dict[str, Any]:
     hue, line = data.hue_and_line(label)
     style = {"color": LIGHT[hue], "linestyle": _LINES[line], "marker": _MARKERS[line], "markersize": 5}
-    style["markeredgewidth"] = 0
-    return style | changes
+    hollow = {"markerfacecolor": LIGHT_PAGE if line else LIGHT[hue], "markeredgewidth": 1.2 if line else 0}
+    return style | hollow | changes
 
 
 def _gid(data: ReportData, label: str, kind: str) -> str:
@@ -247,7 +241,7 @@ def plot_svg(data: ReportData, measure: Measure, draw: Draw, *, identity: str) -
         axes = figure.subplots()
         labels = draw(axes, data, measure)
         if labels:
-            _legend(axes, data, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=0.35)
+            _legend(axes, data, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9.5, handlelength=2.2)
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return Markup(_inline(text.getvalue(), identity))
