@@ -13,7 +13,7 @@ from longtake.cache.storage import TokenBuffer, take_tokens
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
 
 
-class Codec(Protocol):
+class _Codec(Protocol):
     """Encodes every token and head by itself, so that a token can be moved without touching its neighbours."""
 
     def planes(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
@@ -44,7 +44,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Int8:
+class _Int8:
     """Eight bits per channel and one float16 scale per token and head, symmetric around 0.
 
     At 128 channels 1.016 bytes per number; half a percent of error for a Gaussian.
@@ -66,7 +66,7 @@ class Int8:
 
 
 @dataclass(frozen=True)
-class Int4:
+class _Int4:
     """Four bits per channel, two channels to a byte, and one float16 scale per group of neighbouring channels.
 
     Attributes:
@@ -101,14 +101,14 @@ def _scales(x: Tensor, levels: int) -> Tensor:
     return (x.abs().amax(dim=-1, keepdim=True) / levels).clamp_(min=SMALLEST_SCALE).half()
 
 
-def codec_of(bits: int, *, group_size: int = 16) -> Codec:
+def codec_of(bits: int, *, group_size: int = 16) -> _Codec:
     """The codec of a number of bits.
 
     Args:
         bits: 16 (as they are), 8 or 4.
         group_size: Of four bits.
     """
-    return {16: Raw(), 8: Int8(), 4: Int4(group_size)}[bits]
+    return {16: Raw(), 8: _Int8(), 4: _Int4(group_size)}[bits]
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class CodedStorage:
         is_on_host: Keep the codes in the host's memory; they are decoded on the rollout's device.
     """
 
-    keys: Codec = Raw()
-    values: Codec = Raw()
+    keys: _Codec = Raw()
+    values: _Codec = Raw()
     is_on_host: bool = False
 
     def buffer(self, geometry: Geometry, num_tokens: int, *, num_heads: int | None = None) -> "CodedBuffer":
@@ -131,7 +131,7 @@ class CodedStorage:
 
 
 @dataclass(frozen=True)
-class CodedTokens:
+class _CodedTokens:
     """Places of a buffer, decoded when they are asked for."""
 
     buffer: "CodedBuffer"
@@ -167,7 +167,7 @@ class CodedBuffer(TokenBuffer):
         self, geometry: Geometry, num_tokens: int, *, num_heads: int | None = None, storage: CodedStorage
     ) -> None:
         super().__init__(geometry, num_tokens, num_heads=num_heads)
-        self._codecs: dict[str, Codec] = {"keys": storage.keys, "values": storage.values}
+        self._codecs: dict[str, _Codec] = {"keys": storage.keys, "values": storage.values}
         self.is_on_host = storage.is_on_host
         self._is_far = storage.is_on_host and geometry.device.type == "cuda"
         self._stream = torch.cuda.Stream(geometry.device) if self._is_far else None
@@ -191,9 +191,9 @@ class CodedBuffer(TokenBuffer):
                 self._copy(plane, planes[side + suffix][:, start : start + x.shape[1]])
         self._forget(layer)
 
-    def read(self, layer: int, start: int, end: int) -> CodedTokens:
+    def read(self, layer: int, start: int, end: int) -> _CodedTokens:
         """Tokens of places ``start`` to ``end``."""
-        return CodedTokens(self, layer, start, end)
+        return _CodedTokens(self, layer, start, end)
 
     def decode(self, side: str, layer: int, start: int, end: int) -> Tensor:
         """Keys or values of places ``start`` to ``end``, in the rollout's dtype and on its device."""

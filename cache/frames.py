@@ -150,7 +150,7 @@ class FrameStore:
         size, parts = self.frame_size, []
         for count, slot, is_backwards in _walks(slots):
             stored = self.buffer.read(layer, slot * size, (slot + count) * size)
-            parts.append((count, Backwards(stored, size) if is_backwards else stored))
+            parts.append((count, _Backwards(stored, size) if is_backwards else stored))
         return parts
 
     def save(self, layer: int, slots: Sequence[int]) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ def _walks(slots: Sequence[int]) -> list[tuple[int, int, bool]]:
 
 
 @dataclass(frozen=True)
-class Backwards:
+class _Backwards:
     """Frames in the reverse of the order in which they are stored, turned round when they are read."""
 
     stored: Stored

@@ -91,7 +91,7 @@ def load_run(
     for layer in layers:
         merged = _merge(merged, layer)
     merged["cache"] = _cache_of(merged)
-    return from_mapping(merged | literal)
+    return _from_mapping(merged | literal)
 
 
 def load_complete(path: Path) -> RunConfig:
@@ -100,10 +100,10 @@ def load_complete(path: Path) -> RunConfig:
     Raises:
         ValueError: If the file cannot be read or a key is missing or unknown.
     """
-    return from_mapping(_read(path))
+    return _from_mapping(_read(path))
 
 
-def from_mapping(values: Mapping[str, Any]) -> RunConfig:
+def _from_mapping(values: Mapping[str, Any]) -> RunConfig:
     """Build a run from a complete mapping, such as ``RunConfig.as_mapping`` returns; null is the default.
 
     Raises:

@@ -54,7 +54,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputConfig:
+class _OutputConfig:
     """Where the video goes, and how much is kept to go on from.
 
     Attributes:
@@ -176,7 +176,7 @@ class RunConfig:
     width: int | None = None
     prompt_changes: tuple[PromptChange, ...] = ()
     attention: Mapping[str, Any] = field(default_factory=lambda: {"policy": "dense"})
-    output: OutputConfig = field(default_factory=OutputConfig)
+    output: _OutputConfig = field(default_factory=_OutputConfig)
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)

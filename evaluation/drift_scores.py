@@ -124,7 +124,7 @@ SCALARS: dict[str, _Scalar] = {
 _SOURCES = {"delta5": "Forcing-KV", "helios15": "Helios", "vde_linear": "BlockVid", "vde_log": "BlockVid"}
 
 
-def drift_name(metric: str, scalar: str) -> str:
+def _drift_name(metric: str, scalar: str) -> str:
     """``drift/METRIC/SCALAR``, the metric with its prefix."""
     return f"drift/{metric}/{scalar}"
 
@@ -147,7 +147,7 @@ def _spec(spec: MetricSpec, name: str, scalar: _Scalar) -> MetricSpec:
     higher = None if spec.higher_is_better is None else spec.higher_is_better == (scalar.better == 1)
     return replace(
         spec,
-        name=drift_name(spec.name, name),
+        name=_drift_name(spec.name, name),
         higher_is_better=higher if scalar.better else False,
         unit="" if scalar.is_relative else spec.unit,
         range=spec.range if name in ("first5", "last5") else (None, None),
@@ -180,7 +180,7 @@ def drift_scores(spec: MetricSpec, score: Score, fps: float) -> dict[str, Score]
     curve = _Curve(windows=windows, num_frames=num_frames, fps=fps)
     refusal = _refusal(spec, score, curve)
     return {
-        drift_name(spec.name, name): Score.none(refusal) if refusal else _score(curve, SCALARS[name])
+        _drift_name(spec.name, name): Score.none(refusal) if refusal else _score(curve, SCALARS[name])
         for name in ([] if spec.name.startswith(("drift/", "set/")) else SCALARS)
     }
 

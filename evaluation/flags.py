@@ -33,7 +33,7 @@ SEAM_RATIO = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flag:
+class _Flag:
     """Something that is wrong with a video.
 
     Attributes:
@@ -49,7 +49,7 @@ class Flag:
     message: str
 
 
-def flags(scores: Mapping[str, Score]) -> list[Flag]:
+def flags(scores: Mapping[str, Score]) -> list[_Flag]:
     """Find what is wrong with a video.
 
     Args:
@@ -58,7 +58,7 @@ def flags(scores: Mapping[str, Score]) -> list[Flag]:
     Returns:
         In the order of :data:`KINDS`; a video may have several cuts.
     """
-    found: list[Flag] = []
+    found: list[_Flag] = []
     for name, judge in KINDS.values():
         score = scores.get(name)
         if score is not None and score.value is not None:
@@ -70,28 +70,28 @@ _Details = Mapping[str, Any]
 _Scores = Mapping[str, Score]
 
 
-def _static(value: float, details: _Details, scores: _Scores) -> list[Flag]:
+def _static(value: float, details: _Details, scores: _Scores) -> list[_Flag]:
     if not details.get("is_one_picture") and (value < STATIC_SHARE or _value(scores, "proxy/frozen_tail_s") > 0.0):
         return []
     flicker = scores.get("proxy/flicker_excess")
     if flicker is not None and flicker.value is not None and flicker.details["worst_window"] >= FLICKER_LEVELS:
         return []  # The picture does change, and the other flag says how.
-    return [Flag(kind="static", start_s=0.0, end_s=details["seconds"], message="nothing moves in the whole video")]
+    return [_Flag(kind="static", start_s=0.0, end_s=details["seconds"], message="nothing moves in the whole video")]
 
 
-def _frozen_tail(value: float, details: _Details, scores: _Scores) -> list[Flag]:
+def _frozen_tail(value: float, details: _Details, scores: _Scores) -> list[_Flag]:
     if value < max(FROZEN_SECONDS, FROZEN_OVER_REST * details["longest_rest_before_s"]):
         return []
     message = f"stands still for the last {value:.1f} s, after it moved"
-    return [Flag(kind="frozen_tail", start_s=details["start_s"], end_s=details["end_s"], message=message)]
+    return [_Flag(kind="frozen_tail", start_s=details["start_s"], end_s=details["end_s"], message=message)]
 
 
-def _loop(value: float, details: _Details, scores: _Scores) -> list[Flag]:
+def _loop(value: float, details: _Details, scores: _Scores) -> list[_Flag]:
     period = details["period_s"]
     if value < LOOP_SHARE or period is None or _repeats_truly(period, scores):
         return []
     message = f"plays the same {period:.2f} s again and again"
-    return [Flag(kind="loop", start_s=details["start_s"], end_s=details["end_s"], message=message)]
+    return [_Flag(kind="loop", start_s=details["start_s"], end_s=details["end_s"], message=message)]
 
 
 def _repeats_truly(period: float, scores: _Scores) -> bool:
@@ -102,14 +102,14 @@ def _repeats_truly(period: float, scores: _Scores) -> bool:
     return any(round(ratio) >= 1 and abs(ratio / round(ratio) - 1.0) < PERIOD_TOLERANCE for ratio in plays)
 
 
-def _cut(value: float, details: _Details, scores: _Scores) -> list[Flag]:
+def _cut(value: float, details: _Details, scores: _Scores) -> list[_Flag]:
     # Where a loop begins again it jumps, which is the loop's doing.
     loop = scores.get("proxy/loop_share")
     if loop is not None and loop.value and loop.details["period_s"]:
         times = [time for time in details["times_s"] if not _begins_again(time, loop.details, details["times_s"])]
     else:
         times = details["times_s"]
-    return [Flag(kind="cut", start_s=time, end_s=time, message=f"cuts at {time:.2f} s") for time in times]
+    return [_Flag(kind="cut", start_s=time, end_s=time, message=f"cuts at {time:.2f} s") for time in times]
 
 
 def _begins_again(time: float, loop: _Details, cuts: Sequence[float]) -> bool:
@@ -120,27 +120,27 @@ def _begins_again(time: float, loop: _Details, cuts: Sequence[float]) -> bool:
     return first <= time <= loop["end_s"]
 
 
-def _flicker(value: float, details: _Details, scores: _Scores) -> list[Flag]:
+def _flicker(value: float, details: _Details, scores: _Scores) -> list[_Flag]:
     worst = details["worst_window"]
     if worst < FLICKER_LEVELS:
         return []
     message = f"brightness of the whole picture flickers by {worst:.1f} grey levels"
-    return [Flag(kind="flicker", start_s=details["worst_start_s"], end_s=details["worst_end_s"], message=message)]
+    return [_Flag(kind="flicker", start_s=details["worst_start_s"], end_s=details["worst_end_s"], message=message)]
 
 
-def _colour_drift(value: float, details: _Details, scores: _Scores) -> list[Flag]:
+def _colour_drift(value: float, details: _Details, scores: _Scores) -> list[_Flag]:
     trend = details["trend"]
     if not trend or abs(trend["change"]) < DRIFT_LEVELS or trend["steadiness"] < DRIFT_STEADINESS:
         return []
     message = f"{trend['feature']} drifts by {trend['change']:+.0f} grey levels"
-    return [Flag(kind="colour_drift", start_s=trend["start_s"], end_s=trend["end_s"], message=message)]
+    return [_Flag(kind="colour_drift", start_s=trend["start_s"], end_s=trend["end_s"], message=message)]
 
 
-def _seams(value: float, details: _Details, scores: _Scores) -> list[Flag]:
+def _seams(value: float, details: _Details, scores: _Scores) -> list[_Flag]:
     if value < SEAM_RATIO:
         return []
     message = f"jumps {value:.1f} times as far where blocks begin as elsewhere"
-    return [Flag(kind="seams", start_s=details["first_s"], end_s=details["last_s"], message=message)]
+    return [_Flag(kind="seams", start_s=details["first_s"], end_s=details["last_s"], message=message)]
 
 
 def _value(scores: _Scores, name: str) -> float:
@@ -148,7 +148,7 @@ def _value(scores: _Scores, name: str) -> float:
     return score.value if score is not None and score.value is not None else 0.0
 
 
-KINDS: Mapping[str, tuple[str, Callable[[float, _Details, _Scores], list[Flag]]]] = {
+KINDS: Mapping[str, tuple[str, Callable[[float, _Details, _Scores], list[_Flag]]]] = {
     "static": ("proxy/static_share", _static),
     "frozen_tail": ("proxy/frozen_tail_s", _frozen_tail),
     "loop": ("proxy/loop_share", _loop),

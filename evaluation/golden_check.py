@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longtake.evaluation.backbones import Backbones
-from longtake.evaluation.long import fused, mapped_clip_to_clip
 from longtake.evaluation.metric import Metric, Score, VideoInfo
 from longtake.evaluation.metrics import make_metrics
-from longtake.evaluation.metrics.dimensions import DIMENSIONS
+from longtake.evaluation.metrics.dimensions import DIMENSIONS, fused, mapped_clip_to_clip
 from longtake.evaluation.metrics.vbench import imaging
+from longtake.evaluation.preprocessing import clip_ranges, middle
 from longtake.evaluation.running.video_folder import prompt_of_name
-from longtake.evaluation.sampling import clip_ranges, middle
 from longtake.evaluation.scores import quality7, semantic, total
 from longtake.evaluation.video import VideoSource, measure
 
@@ -26,7 +25,7 @@ TOLERANCE = 1e-6
 MUSIQ_MODES = ("shorter", "shorter_centercrop", "None")
 
 
-class Check(NamedTuple):
+class _Check(NamedTuple):
     """One number.
 
     Attributes:
@@ -47,7 +46,7 @@ class Check(NamedTuple):
         return self.error <= TOLERANCE
 
 
-def check_golden(folder: Path, backbones: Backbones) -> list[Check]:
+def check_golden(folder: Path, backbones: Backbones) -> list[_Check]:
     """Compute every golden number that is measured here.
 
     Args:
@@ -72,7 +71,7 @@ def check_golden(folder: Path, backbones: Backbones) -> list[Check]:
     return checks
 
 
-def golden_scores(scores: Mapping[str, Score], folder: str = "") -> dict[str, Score]:
+def _golden_scores(scores: Mapping[str, Score], folder: str = "") -> dict[str, Score]:
     """{dimension: score} of the metrics ``vbench/FOLDER...`` and ``vbench_form/FOLDER...[...]``.
 
     Args:
@@ -84,15 +83,15 @@ def golden_scores(scores: Mapping[str, Score], folder: str = "") -> dict[str, Sc
     return {name: stems[folder + name] for name in names if folder + name in stems}
 
 
-def _near(name: str, expected: float, got: float | None) -> Check:
-    return Check(name, expected, got, math.inf if got is None else abs(got - expected))
+def _near(name: str, expected: float, got: float | None) -> _Check:
+    return _Check(name, expected, got, math.inf if got is None else abs(got - expected))
 
 
-def _equal(name: str, expected: Any, got: Any) -> Check:
-    return Check(name, expected, got, 0.0 if got == expected else math.inf)
+def _equal(name: str, expected: Any, got: Any) -> _Check:
+    return _Check(name, expected, got, 0.0 if got == expected else math.inf)
 
 
-def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> Iterator[Check]:
+def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> Iterator[_Check]:
     """The decoded bytes and every dimension of every video whose file is there."""
     metrics, _ = make_metrics(backbones, groups=("vbench",))
     scorer = backbones.get("musiq")
@@ -110,12 +109,12 @@ def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> It
             width=source.width,
             prompt=expected["prompt"],
         )
-        scores = golden_scores(measure(source, info, metrics))
+        scores = _golden_scores(measure(source, info, metrics))
         for dimension in (dimension.name for dimension in DIMENSIONS):
             yield from _dimension(f"{name}: {dimension}", dimension, expected, scores.get(dimension))
         for mode in MUSIQ_MODES if scorer is not None else ():
             metric: Metric = imaging(("short",), scorer, mode=mode)
-            value = golden_scores(measure(source, info, [metric]))["imaging_quality"].value
+            value = _golden_scores(measure(source, info, [metric]))["imaging_quality"].value
             yield _near(f"{name}: imaging_quality, {mode}", expected["imaging_quality_raw_0_100"][mode], value)
 
 
@@ -126,7 +125,7 @@ def _sha256_rgb(source: VideoSource) -> str:
     return digest.hexdigest()
 
 
-def _dimension(name: str, dimension: str, golden: Mapping[str, Any], score: Score | None) -> Iterator[Check]:
+def _dimension(name: str, dimension: str, golden: Mapping[str, Any], score: Score | None) -> Iterator[_Check]:
     value = None if score is None else score.value
     if dimension == "imaging_quality":
         yield _near(f"{name}, longer", golden["imaging_quality_raw_0_100"]["longer"], value)
@@ -145,7 +144,7 @@ def _dimension(name: str, dimension: str, golden: Mapping[str, Any], score: Scor
         yield _near(name, golden[dimension], value)
 
 
-def _samplings(golden: Mapping[str, Any]) -> Iterator[Check]:
+def _samplings(golden: Mapping[str, Any]) -> Iterator[_Check]:
     for case, expected in golden.get("get_frame_indices_middle", {}).items():
         num, length = (int(part.partition("=")[2]) for part in case.split(","))
         yield _equal(f"middle frames, {case}", expected, middle(num, length))
@@ -157,12 +156,12 @@ def _samplings(golden: Mapping[str, Any]) -> Iterator[Check]:
         yield _equal(f"clips of {video}", expected, clip_ranges(num_frames, fps, 2))
 
 
-def _prompts(golden: Mapping[str, Any]) -> Iterator[Check]:
+def _prompts(golden: Mapping[str, Any]) -> Iterator[_Check]:
     for name, expected in golden.get("get_prompt_from_filename_short", {}).items():
         yield _equal(f"prompt of {name}", expected, prompt_of_name(Path(name).stem)[0])
 
 
-def _scores(golden: Mapping[str, Any]) -> Iterator[Check]:
+def _scores(golden: Mapping[str, Any]) -> Iterator[_Check]:
     if "total_score" not in golden:
         return
     expected = golden["total_score"]
@@ -176,7 +175,7 @@ def _scores(golden: Mapping[str, Any]) -> Iterator[Check]:
         yield _near(f"score: {name}", expected[name], make(values)[0])
 
 
-def _fusions(golden: Mapping[str, Any]) -> Iterator[Check]:
+def _fusions(golden: Mapping[str, Any]) -> Iterator[_Check]:
     for example in golden.get("fuse_examples", []):
         dimension, inclip, between = example["dimension"], example["inclip_score"], example["clip2clip_score"]
         name = f"fusion of {inclip} and {between}, {dimension}"

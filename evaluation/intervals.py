@@ -58,7 +58,7 @@ def wilson_interval(num_right: int, num_trials: int) -> Interval:
     return Interval(mean=share, low=low, high=high, num_prompts=num_trials)
 
 
-def bootstrap_by_prompt(
+def _bootstrap_by_prompt(
     values: Sequence[float] | NDArray, prompts: Sequence[int] | NDArray, *, num_resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Mean and 95 % interval where the values of one prompt are not independent of each other.
@@ -164,7 +164,7 @@ def _percentiles(rows: NDArray) -> NDArray[np.float64]:
     return rows[:, below].T * (1 - share) + rows[:, above].T * share
 
 
-def paired_by_prompt(
+def _paired_by_prompt(
     values: dict[tuple[int, int], float], baseline: dict[tuple[int, int], float], *, seed: int = 0
 ) -> Interval:
     """Mean difference ``values - baseline`` over the videos both have, with its interval clustered by prompt.
@@ -179,7 +179,7 @@ def paired_by_prompt(
     """
     common = sorted(values.keys() & baseline.keys())
     differences = [values[key] - baseline[key] for key in common]
-    return bootstrap_by_prompt(differences, [key[0] for key in common], seed=seed)
+    return _bootstrap_by_prompt(differences, [key[0] for key in common], seed=seed)
 
 
 def ratio_by_prompt(

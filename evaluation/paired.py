@@ -74,7 +74,7 @@ def mean_interval(
     return column_intervals(column, prompts, weight, num_resamples=num_resamples, seed=seed)[0]
 
 
-def paired_difference(
+def _paired_difference(
     values: Values, baseline: Values, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Paired:
     """``values - baseline`` over the videos both have: same prompt, same seed.
@@ -116,14 +116,14 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 @cache
-def sign_test(num_positive: int, num_negative: int) -> float:
+def _sign_test(num_positive: int, num_negative: int) -> float:
     """Two-sided exact p that so many of so many signs are positive if both are equally likely; ties are left out."""
     n, k = num_positive + num_negative, min(num_positive, num_negative)
     return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 @cache
-def detectable_errors(num_clusters: int) -> float:
+def _detectable_errors(num_clusters: int) -> float:
     """How many standard errors a true mean must be from zero to be found with 80 % power at the two-sided 5 % level.
 
     2.80 for many clusters; Student's quantiles make it more for few, whose standard error is itself uncertain.
@@ -214,8 +214,8 @@ def column_pairs(
             high=float(high[i]),
             num_pairs=int(pairs[i]),
             num_prompts=int(counts[i]),
-            sign_p=sign_test(int(positive[i]), int(negative[i])) if counts[i] else nan,
-            minimum_detectable=detectable_errors(int(counts[i])) * float(errors[i]) if counts[i] > 1 else nan,
+            sign_p=_sign_test(int(positive[i]), int(negative[i])) if counts[i] else nan,
+            minimum_detectable=_detectable_errors(int(counts[i])) * float(errors[i]) if counts[i] > 1 else nan,
         )
         for i in range(len(counts))
     ]

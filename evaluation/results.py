@@ -57,10 +57,10 @@ def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
     )
     imported = read_imported(folder)
     run = merge_imported(run, imported) if imported else run
-    return with_drift(run) if has_drift else run
+    return _with_drift(run) if has_drift else run
 
 
-def with_drift(run: RunScores) -> RunScores:
+def _with_drift(run: RunScores) -> RunScores:
     """A run with the drift numbers of every measure that has a curve."""
     specs = dict(run.specs)
     added: list[dict[str, Score]] = [{} for _ in run.videos]
@@ -88,7 +88,7 @@ def run_record(label: str, header: Mapping[str, Any], specs: Sequence[Any], skip
         skipped: {metric: why it is not computed}.
     """
     # Through JSON, so that tuples and lists compare as equal.
-    tool = {"name": "longtake", "version": __version__, "git": git_commit()}
+    tool = {"name": "longtake", "version": __version__, "git": _git_commit()}
     header = {**header, "tool": tool}
     values = {"schema": SCHEMA, "label": label, "header": header, "specs": specs, "skipped": skipped}
     return json.loads(json.dumps(values))
@@ -125,7 +125,7 @@ def results_json(run: RunScores) -> dict[str, Any]:
 
 
 @cache
-def git_commit() -> str | None:
+def _git_commit() -> str | None:
     """Commit of the checkout that the program runs from, None for an installed package."""
     git = Path(__file__).resolve().parents[1] / ".git"
     try:

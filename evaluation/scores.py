@@ -19,7 +19,7 @@ Value = tuple[float | None, str | None]
 
 
 @dataclass(frozen=True)
-class Norm:
+class _Norm:
     """How a dimension enters a score: ``weight * (value - low) / (high - low)``."""
 
     low: float
@@ -27,25 +27,25 @@ class Norm:
     weight: float = 1.0
 
 
-QUALITY: Mapping[str, Norm] = {
-    "subject_consistency": Norm(0.1462, 1.0),
-    "background_consistency": Norm(0.2615, 1.0),
-    "temporal_flickering": Norm(0.6293, 1.0),
-    "motion_smoothness": Norm(0.706, 0.9975),
-    "dynamic_degree": Norm(0.0, 1.0, weight=0.5),
-    "aesthetic_quality": Norm(0.0, 1.0),
-    "imaging_quality": Norm(0.0, 1.0),
+QUALITY: Mapping[str, _Norm] = {
+    "subject_consistency": _Norm(0.1462, 1.0),
+    "background_consistency": _Norm(0.2615, 1.0),
+    "temporal_flickering": _Norm(0.6293, 1.0),
+    "motion_smoothness": _Norm(0.706, 0.9975),
+    "dynamic_degree": _Norm(0.0, 1.0, weight=0.5),
+    "aesthetic_quality": _Norm(0.0, 1.0),
+    "imaging_quality": _Norm(0.0, 1.0),
 }
-SEMANTIC: Mapping[str, Norm] = {
-    "object_class": Norm(0.0, 1.0),
-    "multiple_objects": Norm(0.0, 1.0),
-    "human_action": Norm(0.0, 1.0),
-    "color": Norm(0.0, 1.0),
-    "spatial_relationship": Norm(0.0, 1.0),
-    "scene": Norm(0.0, 0.8222),
-    "appearance_style": Norm(0.0009, 0.2855),
-    "temporal_style": Norm(0.0, 0.364),
-    "overall_consistency": Norm(0.0, 0.364),
+SEMANTIC: Mapping[str, _Norm] = {
+    "object_class": _Norm(0.0, 1.0),
+    "multiple_objects": _Norm(0.0, 1.0),
+    "human_action": _Norm(0.0, 1.0),
+    "color": _Norm(0.0, 1.0),
+    "spatial_relationship": _Norm(0.0, 1.0),
+    "scene": _Norm(0.0, 0.8222),
+    "appearance_style": _Norm(0.0009, 0.2855),
+    "temporal_style": _Norm(0.0, 0.364),
+    "overall_consistency": _Norm(0.0, 0.364),
 }
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0
 NOT_IN_LONG = ("temporal_flickering",)
@@ -118,7 +118,7 @@ def member_name(dimension: str, variant: Variant) -> str:
     return f"vbench/{folder[variant]}{dimension}"
 
 
-def _weighted(values: Mapping[str, float | None], norms: Mapping[str, Norm], variant: Variant) -> Value:
+def _weighted(values: Mapping[str, float | None], norms: Mapping[str, _Norm], variant: Variant) -> Value:
     reason = _missing(values, norms, variant)
     if reason is not None:
         return None, reason

@@ -159,10 +159,10 @@ def find_videos(folder: Path | str) -> list[Path]:
     videos = [entry for entry in entries if _is_video(entry) or _is_frame_folder(entry)]
     if not videos and _images(folder):
         return [folder]
-    return sorted(videos, key=natural_key)
+    return sorted(videos, key=_natural_key)
 
 
-def natural_key(path: Path) -> tuple:
+def _natural_key(path: Path) -> tuple:
     """Sort by name with numbers by their value: frame 2 before frame 10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part.casefold()) for part in parts], path.name
@@ -251,7 +251,7 @@ def _check_fps(fps: float) -> None:
 
 def _images(folder: Path) -> list[Path]:
     entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return sorted((entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES), key=natural_key)
+    return sorted((entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES), key=_natural_key)
 
 
 def _is_video(path: Path) -> bool:

@@ -111,7 +111,7 @@ class Clock:
         return video
 
 
-def find_transformers(pipe: DiffusionPipeline, *, what: str) -> list[WanTransformer3DModel]:
+def _find_transformers(pipe: DiffusionPipeline, *, what: str) -> list[WanTransformer3DModel]:
     """The networks of a pipeline, each once.
 
     Args:
@@ -133,7 +133,7 @@ def find_transformers(pipe: DiffusionPipeline, *, what: str) -> list[WanTransfor
                 f"{name} is a {type(transformer).__name__}, {what} knows WanTransformer3DModel: use a Wan text-, "
                 "image- or video-to-video pipeline, and compile in place with transformer.compile()."
             )
-        check_parallel(transformer)
+        _check_parallel(transformer)
         for layer, block in enumerate(transformer.blocks):
             processor = type(block.attn1.processor)
             if processor is not WanAttnProcessor or block.attn1.add_k_proj is not None:
@@ -145,7 +145,7 @@ def find_transformers(pipe: DiffusionPipeline, *, what: str) -> list[WanTransfor
     return list(found)
 
 
-def check_parallel(transformer: WanTransformer3DModel) -> None:
+def _check_parallel(transformer: WanTransformer3DModel) -> None:
     """Refuse tokens and heads that are spread over devices.
 
     Raises:
@@ -243,7 +243,7 @@ def sparse_wan(
             run what the policy plans.
     """
     setting = _setting(attention, backend)
-    transformers = find_transformers(pipe, what="sparse_wan")
+    transformers = _find_transformers(pipe, what="sparse_wan")
     sparse = SparseWan(pipe, setting)
     with ExitStack() as undo:
         for transformer in transformers:
@@ -322,7 +322,7 @@ class SparseWan:
         handle = transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
         try:
             for layer, block in enumerate(transformer.blocks):
-                block.attn1.set_processor(SparseWanProcessor(self, layer, len(own)))
+                block.attn1.set_processor(_SparseWanProcessor(self, layer, len(own)))
             yield
         finally:
             handle.remove()
@@ -350,12 +350,12 @@ class SparseWan:
     def _check_forward(self, transformer: WanTransformer3DModel) -> None:
         for layer, block in enumerate(transformer.blocks):
             processor = block.attn1.processor
-            if not isinstance(processor, SparseWanProcessor) or processor.sparse is not self:
+            if not isinstance(processor, _SparseWanProcessor) or processor.sparse is not self:
                 raise ValueError(
                     f"{type(processor).__name__} has taken the place of the sparse processor of block {layer}: change "
                     "processors before sparse_wan or after it. LongVideoPipeline takes attention= in its call instead."
                 )
-        check_parallel(transformer)
+        _check_parallel(transformer)
         if transformer.gradient_checkpointing and torch.is_grad_enabled():
             raise ValueError(
                 "gradient checkpointing runs a forward again when the next step may have begun, and its plans may "
@@ -377,7 +377,7 @@ class SparseWan:
         return sparse_attention(q, k, v, geometry, policy=self._meter, memory=forward.memory, backend=self.backend)
 
 
-class SparseWanProcessor:
+class _SparseWanProcessor:
     """What ``WanAttnProcessor`` does for self-attention, over the blocks that a policy picks.
 
     Args:
@@ -494,7 +494,7 @@ def allocated_wan(
     """
     if not isinstance(allocation, StepAllocation):
         allocation = build(StepAllocation, allocation or {}, what="the step allocation")
-    transformers = find_transformers(pipe, what="allocated_wan")
+    transformers = _find_transformers(pipe, what="allocated_wan")
     _check_scheduler(pipe)
     allocated = AllocatedWan(pipe, allocation)
     with ExitStack() as undo:
@@ -577,7 +577,7 @@ class AllocatedWan:
 
     def _check_forward(self, transformer: WanTransformer3DModel, timestep: Tensor) -> None:
         _check_scheduler(self._pipe)
-        check_parallel(transformer)
+        _check_parallel(transformer)
         if timestep.ndim > 1:
             raise ValueError(
                 "the transformer was given a timestep for each token, and allocated_wan knows one for all: "

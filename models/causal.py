@@ -197,8 +197,8 @@ class CausalTransformer:
         hooked = self._hooks()
         try:
             for layer, block in enumerate(blocks):
-                block.attn1.set_processor(CachedSelfAttention(self, layer))
-                block.attn2.set_processor(CachedCrossAttention(self, layer))
+                block.attn1.set_processor(_CachedSelfAttention(self, layer))
+                block.attn2.set_processor(_CachedCrossAttention(self, layer))
             for module, hook in hooked:
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
             yield
@@ -355,7 +355,7 @@ class _AddedTokens(ModelHook):
         return output + tokens.to(output)
 
 
-class CachedSelfAttention:
+class _CachedSelfAttention:
     """Hands un-rotated queries, keys and values to the cache, one segment after the other."""
 
     _attention_backend = None
@@ -382,7 +382,7 @@ class CachedSelfAttention:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-class CachedCrossAttention:
+class _CachedCrossAttention:
     """Cross-attention whose text keys and values are computed once per prompt."""
 
     _attention_backend = None

@@ -30,7 +30,7 @@ REPEAT = "Rep"
 TENSOR = "tensor"
 
 
-class FeatureMap:
+class _FeatureMap:
     """The causal convolutions' memory of past frames, kept outside the VAE so that several streams can share it.
 
     Args:
@@ -101,7 +101,7 @@ class StreamingDecoder:
         """
         self.vae = vae
         self.num_frames = 0
-        self._features = FeatureMap(vae.decoder)
+        self._features = _FeatureMap(vae.decoder)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the next latent frames of the stream.
@@ -116,7 +116,7 @@ class StreamingDecoder:
         Raises:
             ValueError: If ``latents`` is not 5-D, holds no frame, or the VAE's tiling is on.
         """
-        check_frames(latents, name="latents")
+        _check_frames(latents, name="latents")
         if self.vae.use_tiling:
             raise ValueError(
                 "the VAE's tiling is on, and this stream decodes whole frames: use streaming_decoder(vae), or call "
@@ -167,7 +167,7 @@ class StreamingEncoder:
         """
         self.vae = vae
         self.num_frames = 0
-        self._features = FeatureMap(vae.encoder)
+        self._features = _FeatureMap(vae.encoder)
         self._waiting: Tensor | None = None
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class StreamingEncoder:
         Raises:
             ValueError: If ``frames`` is not 5-D or holds no frame.
         """
-        check_frames(frames, name="frames")
+        _check_frames(frames, name="frames")
         if self._waiting is not None:
             frames = torch.cat([self._waiting, frames], dim=2)
         groups: list[Tensor] = []
@@ -257,7 +257,7 @@ def _encode_groups(vae: AutoencoderKLWan, groups: list[Tensor], slots: list) -> 
     return moments.chunk(2, dim=1)[0]
 
 
-def check_frames(tensor: Tensor, *, name: str) -> None:
+def _check_frames(tensor: Tensor, *, name: str) -> None:
     """Refuse what is no video.
 
     Raises:
@@ -328,7 +328,7 @@ class _Tiles:
     """The streams of a frame's tiles, row by row."""
 
     size: tuple[int, int]
-    maps: list[list[FeatureMap]] = field(default_factory=list)
+    maps: list[list[_FeatureMap]] = field(default_factory=list)
 
 
 class TiledDecoder:
@@ -369,7 +369,7 @@ class TiledDecoder:
         Raises:
             ValueError: If ``latents`` is not 5-D, holds no frame, or has another size than those before.
         """
-        check_frames(latents, name="latents")
+        _check_frames(latents, name="latents")
         size = (latents.shape[-2], latents.shape[-1])
         if self._tiles is None:
             self._tiles = self._make_tiles(size)
@@ -426,9 +426,9 @@ class TiledDecoder:
 
     def _make_tiles(self, size: tuple[int, int]) -> _Tiles:
         rows, columns = self.tiling.starts(*size)
-        return _Tiles(size, [[FeatureMap(self.vae.decoder) for _ in columns] for _ in rows])
+        return _Tiles(size, [[_FeatureMap(self.vae.decoder) for _ in columns] for _ in rows])
 
-    def _named_maps(self) -> Iterator[tuple[str, FeatureMap]]:
+    def _named_maps(self) -> Iterator[tuple[str, _FeatureMap]]:
         for row, maps in enumerate(self._tiles.maps if self._tiles is not None else ()):
             for column, features in enumerate(maps):
                 yield f"tile_{row}_{column}", features
@@ -450,7 +450,7 @@ def streaming_decoder(vae: AutoencoderKLWan) -> StreamingDecoder | TiledDecoder:
 @apply_forward_hook
 @torch.no_grad()
 def _decode_tiles(
-    vae: AutoencoderKLWan, latents: Tensor, maps: list[list[FeatureMap]], tiling: Tiling, is_first: bool
+    vae: AutoencoderKLWan, latents: Tensor, maps: list[list[_FeatureMap]], tiling: Tiling, is_first: bool
 ) -> Tensor:
     height, width = latents.shape[-2:]
     row_starts, column_starts = tiling.starts(height, width)
@@ -472,7 +472,7 @@ def _cut(latents: Tensor, row: int, column: int, tiling: Tiling) -> Tensor:
     return latents[:, :, :, row : row + tiling.height, column : column + tiling.width]
 
 
-def _decode_tile(vae: AutoencoderKLWan, latents: Tensor, features: FeatureMap, is_first: bool) -> Tensor:
+def _decode_tile(vae: AutoencoderKLWan, latents: Tensor, features: _FeatureMap, is_first: bool) -> Tensor:
     """One tile of the next frames, as the decoder makes it: not clamped, pixels still in patches."""
     features.move(execution_device(vae))
     parts = []

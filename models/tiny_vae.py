@@ -72,7 +72,7 @@ class TinyLayout:
         return cls(size("1.", 1, usual.latent_channels), tuple(widths), tuple(growths), patch_size)
 
 
-class FrameMemory(nn.Module):
+class _FrameMemory(nn.Module):
     """Three convolutions over a frame and the one before it, added to the frame.
 
     Args:
@@ -89,7 +89,7 @@ class FrameMemory(nn.Module):
         return functional.relu(self.conv(torch.cat([x, before], dim=1)) + x)
 
 
-class Growth(nn.Module):
+class _Growth(nn.Module):
     """Makes one or more frames of each.
 
     Args:
@@ -120,8 +120,8 @@ class TinyVae(nn.Module):
         parts: dict[int, nn.Module] = {1: _convolution(layout.latent_channels, widths[0])}
         for stage, growth in enumerate(layout.growths):
             start = FIRST_STAGE + stage * STAGE_ENTRIES
-            parts |= {start + index: FrameMemory(widths[stage]) for index in range(NUM_MEMORIES)}
-            parts[start + STAGE_ENTRIES - 2] = Growth(widths[stage], growth)
+            parts |= {start + index: _FrameMemory(widths[stage]) for index in range(NUM_MEMORIES)}
+            parts[start + STAGE_ENTRIES - 2] = _Growth(widths[stage], growth)
             parts[start + STAGE_ENTRIES - 1] = _convolution(widths[stage], widths[stage + 1], bias=False)
         parts[LAST] = _convolution(widths[-1], 3 * layout.patch_size**2)
         self.decoder = nn.ModuleDict({str(place): part for place, part in parts.items()})
@@ -226,7 +226,7 @@ class StreamingTinyDecoder:
             raise ValueError("VAE stream state lacks 'num_frames': the file is incomplete or no VAE stream state")
         widths = {}
         for place, part in self.vae.decoder.items():
-            if isinstance(part, FrameMemory):
+            if isinstance(part, _FrameMemory):
                 widths[f"memory_{int(place):02d}"] = part.conv[0].out_channels
         found = {name: tensor.shape[1] for name, tensor in tensors.items() if tensor.ndim == 4}
         if found != (widths if numbers["num_frames"] else {}) or len(found) != len(tensors):

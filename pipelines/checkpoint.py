@@ -136,7 +136,7 @@ class CheckpointFolder:
         path = self.path(checkpoint.next_block)
         checkpoint.save(path)
         with_temporary(self.newest, lambda temporary: _link(path, temporary))
-        for block in crowded(self.blocks(), num_kept=self.num_kept):
+        for block in _crowded(self.blocks(), num_kept=self.num_kept):
             self.path(block).unlink(missing_ok=True)
 
     def load(self, next_block: int) -> Checkpoint:
@@ -148,7 +148,7 @@ class CheckpointFolder:
         return Checkpoint.load(self.path(next_block))
 
 
-def crowded(blocks: Sequence[int], *, num_kept: int) -> list[int]:
+def _crowded(blocks: Sequence[int], *, num_kept: int) -> list[int]:
     """Choose the checkpoints to drop so that ``num_kept`` stay and spread over the video.
 
     Those go, one after the other, whose neighbours are nearest to each other; never the newest, and never the one

@@ -53,7 +53,7 @@ class ConditioningLatents(Protocol):
         ...
 
 
-class TakenLatents:
+class _TakenLatents:
     """Stands for conditioning latents that a checkpoint holds already; it has none to give.
 
     Args:
@@ -153,7 +153,7 @@ class ClipEncoder:
         """Turn a pipeline's conditioning arguments into conditioning latents.
 
         Args:
-            given: ``image`` (see ``make_stills``), ``video`` (see ``make_clips``), or ``video_latents``: (batch,
+            given: ``image`` (see ``_make_stills``), ``video`` (see ``make_clips``), or ``video_latents``: (batch,
                 channels, latent frames, height, width), normalised, whole blocks; or a stream. At most one is not
                 None.
             family: Of the model.
@@ -173,7 +173,7 @@ class ClipEncoder:
         (kind,) = kinds
         if kind == "video_latents":
             return self._from_latents(given[kind])
-        clips = make_stills(given[kind]) if kind == "image" else make_clips(given[kind])
+        clips = _make_stills(given[kind]) if kind == "image" else make_clips(given[kind])
         if len(clips) not in (1, self.batch_size):
             raise ValueError(f"{len(clips)} {kind}s for {self.batch_size} samples: give one, or one per sample.")
         family = replace(family, frames_per_block=frames_per_block)
@@ -216,8 +216,8 @@ def _plan(clip: "Clip", kind: str, *, family: ModelFamily, height: int, width: i
     if kind not in family.starts:
         listed = ", ".join(("text", *family.starts))
         raise ValueError(f"this model does not start from a {kind}; it starts from: {listed}.")
-    check_crop(clip, height=height, width=width)
-    return cut_clip(clip, fps=family.fps, first_block_frames=first, frames_per_block=family.frames_per_block)
+    _check_crop(clip, height=height, width=width)
+    return _cut_clip(clip, fps=family.fps, first_block_frames=first, frames_per_block=family.frames_per_block)
 
 
 def check_start(config: RunConfig, family: ModelFamily) -> None:
@@ -247,7 +247,7 @@ def start_arguments(config: RunConfig, source: RunFolder | None = None) -> dict[
     arguments: dict[str, Any] = {"include_start": start.include}
     record = None if source is None else source.record["start"]
     if source is not None and source.checkpoints.blocks():
-        return arguments | {"video_latents": TakenLatents(record["num_latent_frames"])}
+        return arguments | {"video_latents": _TakenLatents(record["num_latent_frames"])}
     clip = _open_start(start)
     if record is not None and source is not None and _sha256(start.path) != record["sha256"]:
         raise ValueError(f"{start.path} is not the file any more that {source.path} began with: restore it")
@@ -288,7 +288,7 @@ def _planned(start: StartConfig, config: RunConfig, family: ModelFamily) -> tupl
 
 def _open_start(start: StartConfig) -> "Clip":
     if start.kind == "image":
-        return make_stills(Path(start.path))[0]
+        return _make_stills(Path(start.path))[0]
     return make_clip(Path(start.path), seconds=start.seconds)
 
 
@@ -361,7 +361,7 @@ class Cut:
     num_left_out: int
 
 
-def cut_clip(clip: Clip, *, fps: float, first_block_frames: int, frames_per_block: int) -> Cut:
+def _cut_clip(clip: Clip, *, fps: float, first_block_frames: int, frames_per_block: int) -> Cut:
     """Choose the frames of a clip that are encoded.
 
     The encoder makes one latent frame of the first pixel frame and one of every four behind it, so the beginning is
@@ -445,7 +445,7 @@ def make_clips(video: Any) -> list[Clip]:
     return [make_clip(video)]
 
 
-def make_stills(image: Any) -> list[Clip]:
+def _make_stills(image: Any) -> list[Clip]:
     """Clips of one frame: of an image, or of one image for each prompt.
 
     Args:
@@ -458,7 +458,7 @@ def make_stills(image: Any) -> list[Clip]:
     if isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4):
         if not len(image):
             raise ValueError("the list of images is empty.")
-        return [still for item in image for still in make_stills(item)]
+        return [still for item in image for still in _make_stills(item)]
     if isinstance(image, Clip):
         return [image]
     if isinstance(image, str | Path):
@@ -481,7 +481,7 @@ def _open_image(path: Path) -> Image.Image:
         raise ValueError(f"cannot read {path} as an image: {error}") from error
 
 
-def check_crop(clip: Clip, *, height: int, width: int) -> None:
+def _check_crop(clip: Clip, *, height: int, width: int) -> None:
     """Refuse a picture of which a crop to the video's shape would keep next to nothing.
 
     Raises:

@@ -105,8 +105,8 @@ class ModelLoading(WanPipeline):
         where = f"'{path}'" if path else "what is given"
         if path is not None:
             check_model_folder(path, parts=[part for part in WEIGHTS if part not in given], preset=preset)
-        configs = ({} if path is None else read_configs(path)) | {part: _config(part, given[part]) for part in given}
-        check_configs(configs, settings, where=where, size=settings.size if preset else None)
+        configs = ({} if path is None else _read_configs(path)) | {part: _config(part, given[part]) for part in given}
+        _check_configs(configs, settings, where=where, size=settings.size if preset else None)
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         given = {part: _load(part, value, dtype) for part, value in given.items()}
         if path is not None:
@@ -234,7 +234,7 @@ def check_model_folder(
             raise ValueError(f"'{folder / part}' holds no .safetensors weights.")
 
 
-def read_configs(folder: Path, *, names: Mapping[str, str] | None = None) -> dict[str, Config]:
+def _read_configs(folder: Path, *, names: Mapping[str, str] | None = None) -> dict[str, Config]:
     """Read the configurations of a diffusers folder by part, as far as they are there, and ``model_index``.
 
     Args:
@@ -251,7 +251,7 @@ def read_configs(folder: Path, *, names: Mapping[str, str] | None = None) -> dic
     return {part: _read(file) for part, file in files.items() if file.is_file()}
 
 
-def check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where: str, size: str | None = None) -> None:
+def _check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where: str, size: str | None = None) -> None:
     """Refuse parts that are no causal Wan2.1 model, do not fit each other, or are not of the family's size.
 
     Args:
@@ -364,7 +364,7 @@ def _config(part: str, value: Any) -> Mapping[str, Any]:
         path = Path(value)
         if not path.is_dir():
             raise ValueError(f"{part}='{path}' is no folder: give that part of a diffusers folder, or an object.")
-        return read_configs(path.parent, names={part: path.name}).get(part, {})
+        return _read_configs(path.parent, names={part: path.name}).get(part, {})
     if part == "tokenizer":
         return {"model_max_length": value.model_max_length}
     if not isinstance(value, nn.Module):

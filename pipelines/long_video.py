@@ -68,7 +68,7 @@ def to_pixels(video: Tensor) -> Tensor:
     return video.float().mul(0.5).add(0.5).clamp_(0.0, 1.0).transpose(1, 2)
 
 
-class PositionUse:
+class _PositionUse:
     """Watches the positions of every block's reads, and warns once when they leave the trained range.
 
     Attention sees distances only, so the largest distance within one read is what counts.
@@ -149,7 +149,7 @@ class VideoRollout:
         self.decode = decode
         self.include_start = include_start
         self.num_emitted_frames = 0
-        self.positions = PositionUse(rollout.policy.name, pipe.family.num_trained_frames)
+        self.positions = _PositionUse(rollout.policy.name, pipe.family.num_trained_frames)
         self._prompts = [tuple(prompts)]
         stream, self._pixels = pipe.pixel_stream()
         self._decoder = stream if decode else None

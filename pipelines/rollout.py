@@ -25,7 +25,7 @@ StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
 MERGE_LIMIT = 4096
 
 
-class Pixels(Protocol):
+class _Pixels(Protocol):
     """The part of a VAE that a rollout needs."""
 
     def pool(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
@@ -76,7 +76,7 @@ class LatentRollout:
         initial_latents: Tensor | ConditioningLatents | None = None,
         schedule: Sequence[PromptSwitch] = (),
         negative_prompt_embeds: Tensor | None = None,
-        pixels: Pixels | None = None,
+        pixels: _Pixels | None = None,
         settings: RolloutSettings | None = None,
         **fields: Any,
     ) -> None:
@@ -388,7 +388,7 @@ def rollout_latents(
     initial_latents: Tensor | ConditioningLatents | None = None,
     schedule: Sequence[tuple[int, Tensor, str]] = (),
     negative_prompt_embeds: Tensor | None = None,
-    pixels: Pixels | None = None,
+    pixels: _Pixels | None = None,
     **settings: Any,
 ) -> Iterator[Block]:
     """Roll a transformer out over latent frames, without text and pixels.
@@ -457,7 +457,7 @@ class _Branches:
         embeds: Sequence[Tensor],
         *,
         settings: RolloutSettings,
-        pixels: Pixels | None,
+        pixels: _Pixels | None,
     ) -> None:
         self.causal = causal
         self.caches = caches

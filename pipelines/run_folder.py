@@ -296,16 +296,16 @@ def branch_point(source: RunFolder, *, at: float) -> tuple[int, int]:
     video = source.record["video"]
     start, num_blocks = 0, 0
     for entry in BlockLog.read(source.log_path):
-        if starts_at(start, at=at, fps=video["fps"]):
+        if _starts_at(start, at=at, fps=video["fps"]):
             return entry["index"], start
         start += entry["num_frames"]
         num_blocks += 1
-    if num_blocks and start < video["num_frames"] and starts_at(start, at=at, fps=video["fps"]):
+    if num_blocks and start < video["num_frames"] and _starts_at(start, at=at, fps=video["fps"]):
         return num_blocks, start
     raise ValueError(f"{source.path} has {start / video['fps']:.2f} s: give --at a time within them")
 
 
-def starts_at(frame: int, *, at: float, fps: float) -> bool:
+def _starts_at(frame: int, *, at: float, fps: float) -> bool:
     """Whether a block that starts with this pixel frame starts at or after ``at`` seconds."""
     return frame >= at * fps - 1e-6
 

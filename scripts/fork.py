@@ -44,11 +44,11 @@ def fork(
 
     source = RunFolder(folder)
     source.check()
-    time = parse_time(at)
+    time = _parse_time(at)
     path = out or free_place(folder.with_name(f"{folder.name}-fork"))
     refuse_existing(path)
     branch_point(source, at=time)
-    config = forked_config(source, at=time, prompt=prompt, event=event, seconds=seconds)
+    config = _forked_config(source, at=time, prompt=prompt, event=event, seconds=seconds)
     use_recorded_setup(source)
     pipe = load_pipeline(config.model)
     session = start_session(pipe, config, source)
@@ -61,7 +61,7 @@ def fork(
             raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def parse_time(text: str) -> float:
+def _parse_time(text: str) -> float:
     """Read a time: ``20s``, ``20``, ``1m30s``, ``1:30``.
 
     Returns:
@@ -79,7 +79,7 @@ def parse_time(text: str) -> float:
     return time
 
 
-def forked_config(
+def _forked_config(
     source: "RunFolder", *, at: float, prompt: str | None, event: str = "keep", seconds: float | None
 ) -> RunConfig:
     """Change a run's configuration from a time on.

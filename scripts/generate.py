@@ -128,7 +128,7 @@ def generate(
 
     `longtake generate "a red star swaying over a teal plain background" --init-video clip.mp4 --init-seconds 5`
     """
-    texts, overrides = split_words(words or [])
+    texts, overrides = _split_words(words or [])
     options: dict[str, Any] = {
         "seconds": seconds,
         "cache": cache,
@@ -137,7 +137,7 @@ def generate(
         "model": model,
         "negative_prompt": negative_prompt,
         "seed": seed,
-        "start": start_options(init_image, init_video, init_seconds, continuation_only),
+        "start": _start_options(init_image, init_video, init_seconds, continuation_only),
     }
     if contact_sheet is not None:
         overrides = [*overrides, f"output.contact_sheet={str(contact_sheet).lower()}"]
@@ -164,7 +164,7 @@ def generate(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def start_options(
+def _start_options(
     image: Path | None, video: Path | None, seconds: float | None, continuation_only: bool | None
 ) -> dict[str, Any] | None:
     """Put what a video goes on from as the key ``start`` has it; None where no option speaks of it."""
@@ -177,7 +177,7 @@ def start_options(
     return {key: value for key, value in values.items() if value is not None} or None
 
 
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+def _split_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Tell prompts from overrides.
 
     Args:
@@ -207,7 +207,7 @@ def read_prompts(path: Path) -> list[str]:
     return texts
 
 
-def folder_names(texts: list[str]) -> list[str]:
+def _folder_names(texts: list[str]) -> list[str]:
     """Name a folder for every prompt: its first words, a hash of it, and a number where it is repeated.
 
     The name depends on nothing else in the list, so that lines may be added anywhere later.
@@ -220,11 +220,11 @@ def folder_names(texts: list[str]) -> list[str]:
     for text in texts:
         seen[text] += 1
         repeat = f"-{seen[text]}" if seen[text] > 1 else ""
-        names.append(f"{slug(text)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{repeat}")
+        names.append(f"{_slug(text)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{repeat}")
     return names
 
 
-def slug(text: str) -> str:
+def _slug(text: str) -> str:
     """Turn a prompt's first words into a file name."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return words[:SLUG_LENGTH].strip("-") or "take"
@@ -240,7 +240,7 @@ def _place(run: RunConfig, out: Path | None) -> tuple[Path, Path | None]:
     if out is None and run.output.folder is not None:
         out = Path(run.output.folder)
     if out is None:
-        return free_place(RUNS / slug(run.prompt)), None
+        return free_place(RUNS / _slug(run.prompt)), None
     path, deliver = (out.with_suffix(""), out.absolute()) if out.suffix == ".mp4" else (out, None)
     for taken in (path, deliver):
         if taken is not None and taken.exists():
@@ -287,7 +287,7 @@ def _generate_many(
         # The same line again is asked for as another take of it.
         runs[index] = replace(runs[index], seed=runs[index].seed + seen[text])
         seen[text] += 1
-    paths = [parent / name for name in folder_names(texts)]
+    paths = [parent / name for name in _folder_names(texts)]
     todo = [(run, path) for run, path in zip(runs, paths, strict=True) if not _is_finished(run, path)]
     err.print(f"{len(texts)} prompts, {len(texts) - len(todo)} finished already, {len(todo)} to make in {parent}")
     if not todo:

@@ -61,7 +61,7 @@ def policies(
             make_policy(settings),
             num_blocks=blocks,
             frames_per_block=frames_per_block,
-            events=parse_events(event),
+            events=_parse_events(event),
             layer=layer,
             png=png or Path(f"{name}.png"),
         )
@@ -97,7 +97,7 @@ def changed(name: str, changes: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def parse_events(texts: Sequence[str]) -> "dict[int, Event]":
+def _parse_events(texts: Sequence[str]) -> "dict[int, Event]":
     """Read ``BLOCK:EVENT`` texts into events by block index.
 
     Raises:

@@ -18,7 +18,7 @@ REFERENCE = re.compile(r"arXiv:[0-9.]+[0-9]")
 
 
 @dataclass(frozen=True)
-class PolicyFacts:
+class _PolicyFacts:
     """What the table of policies says of one.
 
     Attributes:
@@ -85,7 +85,7 @@ def events(policy: CachePolicy) -> list[Event]:
 
 
 @cache
-def facts(policy: CachePolicy, geometry: Geometry | None = None) -> PolicyFacts:
+def facts(policy: CachePolicy, geometry: Geometry | None = None) -> _PolicyFacts:
     """Play a policy until nothing changes any more, or for a minute if that never comes.
 
     One layer is played for all: policies that treat layers differently keep as much in each of them, or refuse a
@@ -104,7 +104,7 @@ def facts(policy: CachePolicy, geometry: Geometry | None = None) -> PolicyFacts:
         raise ValueError(f"what {policy.name} needs is made for a model of other shapes ({error}).") from error
 
 
-def _measured(policy: CachePolicy, geometry: Geometry | None) -> PolicyFacts:
+def _measured(policy: CachePolicy, geometry: Geometry | None) -> _PolicyFacts:
     g = geometry or wan_1_3b(policy.published_block)
     played = replace(g, num_layers=1)
     try:
@@ -126,7 +126,7 @@ def _measured(policy: CachePolicy, geometry: Geometry | None) -> PolicyFacts:
     grows = 0.0 if is_settled else stored / seconds * MINUTE
     token_bytes = 2 * g.num_layers * g.num_heads * g.head_dim * g.dtype.itemsize * g.batch_size
     context = round(attended) + policy.published_window * g.frames_per_block * g.tokens_per_frame
-    return PolicyFacts(
+    return _PolicyFacts(
         context_frames=context / g.tokens_per_frame,
         context_tokens=context,
         attended_bytes=round(attended * token_bytes),

@@ -27,7 +27,7 @@ WHOLE = 0.99  # a frame of which so much is read is read
 MAX_LISTED = 3  # runs of numbers before a list is shortened
 
 
-def toy_geometry(frames_per_block: int = 3) -> Geometry:
+def _toy_geometry(frames_per_block: int = 3) -> Geometry:
     """The bundled model's shapes: 6 layers, 6 heads of 32, 4 x 4 tokens a frame."""
     return Geometry(
         num_layers=6,
@@ -53,7 +53,7 @@ def play(
     Raises:
         ValueError: If the policy does not know an event, has no room for such blocks, or there is no such layer.
     """
-    geometry, window = toy_geometry(frames_per_block), policy.published_window
+    geometry, window = _toy_geometry(frames_per_block), policy.published_window
     if not -geometry.num_layers <= layer < geometry.num_layers:
         raise ValueError(f"layer={layer} does not exist: the model played has layers 0 to {geometry.num_layers - 1}.")
     settings = {"window_blocks": window, "latent_channels": TOY_CHANNELS, "layer": layer}

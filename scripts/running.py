@@ -80,7 +80,7 @@ def load_pipeline(model: ModelConfig) -> "LongVideoPipeline":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     folder, device = model_folder(model), _device(model.device)
-    check_placing(model, device)
+    _check_placing(model, device)
     family = load_family(model.family)
     try:
         pipe = LongVideoPipeline.from_pretrained(
@@ -109,7 +109,7 @@ def _device(name: str) -> str:
     return name
 
 
-def check_placing(model: ModelConfig, device: str) -> None:
+def _check_placing(model: ModelConfig, device: str) -> None:
     """Refuse offloading without a device to compute on, before any weight is loaded.
 
     Args:
@@ -218,7 +218,7 @@ def run_in_folder(
     from longtake.pipelines.run_video import run_video
 
     try:
-        with block_progress(session, err) as show:
+        with _block_progress(session, err) as show:
             outcome = run_video(folder, session, on_block=show, should_stop=should_stop, allow_changes=allow_changes)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -234,7 +234,7 @@ def run_in_folder(
 
 
 @contextmanager
-def block_progress(session: "VideoRollout", console: Console) -> Iterator[Callable[["RunProgress"], None]]:
+def _block_progress(session: "VideoRollout", console: Console) -> Iterator[Callable[["RunProgress"], None]]:
     """A bar in a terminal, a line every tenth of the video elsewhere."""
     columns = (
         TextColumn("block {task.completed:.0f}/{task.total:.0f}"),

@@ -71,7 +71,7 @@ NUMBERS = ("origin", "end", "num_frames", "num_kept", "shift", "top", "chosen_fo
 TENSORS = ("numbers", "uses", "queries", "choice")
 
 
-class ParticipativeState(PolicyState):
+class _ParticipativeState(PolicyState):
     """What one rollout keeps."""
 
     def __init__(self, settings: Settings, geometry: Geometry) -> None:
@@ -367,7 +367,7 @@ class DeepForcing(CachePolicy):
         self.check(geometry.frames_per_block, geometry.max_frames)
         if self.compression == "none":
             return FrameState(_DeepSink(own=self), geometry)
-        return ParticipativeState(self, geometry)
+        return _ParticipativeState(self, geometry)
 
     def sink_shift(self, elapsed: int, num_frames: int) -> int:
         """How far the sink moves for a block that does not fit any more.

@@ -52,14 +52,14 @@ class HeadMap:
         return tuple(head for head in range(self.num_heads) if head not in self.static[layer])
 
 
-def shipped_maps() -> dict[str, HeadMap]:
+def _shipped_maps() -> dict[str, HeadMap]:
     """Maps that come with the package, by name."""
     folder = files("longtake.configs").joinpath("heads")
     texts = {entry.name: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")}
-    return {name.removesuffix(".yaml"): parse_head_map(yaml.safe_load(texts[name]), name) for name in sorted(texts)}
+    return {name.removesuffix(".yaml"): _parse_head_map(yaml.safe_load(texts[name]), name) for name in sorted(texts)}
 
 
-def find_head_map(name: str, num_layers: int, num_heads: int) -> HeadMap:
+def _find_head_map(name: str, num_layers: int, num_heads: int) -> HeadMap:
     """Look a map up.
 
     Args:
@@ -71,7 +71,7 @@ def find_head_map(name: str, num_layers: int, num_heads: int) -> HeadMap:
         ValueError: If there is none, or it belongs to a model of another shape.
     """
     shape = f"{num_layers} layers of {num_heads} heads"
-    shipped = shipped_maps()
+    shipped = _shipped_maps()
     if name == "auto":
         fitting = [
             known for known in shipped.values() if (known.num_layers, known.num_heads) == (num_layers, num_heads)
@@ -84,7 +84,7 @@ def find_head_map(name: str, num_layers: int, num_heads: int) -> HeadMap:
     if name in shipped:
         found = shipped[name]
     elif Path(name).is_file():
-        found = parse_head_map(yaml.safe_load(Path(name).read_text(encoding="utf-8")), name)
+        found = _parse_head_map(yaml.safe_load(Path(name).read_text(encoding="utf-8")), name)
     else:
         raise ValueError(f"head_map={name!r} is no file and none of: auto, {', '.join(shipped)}; {PROFILER}.")
     if (found.num_layers, found.num_heads) != (num_layers, num_heads):
@@ -95,7 +95,7 @@ def find_head_map(name: str, num_layers: int, num_heads: int) -> HeadMap:
     return found
 
 
-def parse_head_map(content: Any, name: str) -> HeadMap:
+def _parse_head_map(content: Any, name: str) -> HeadMap:
     """Read ``num_heads`` and ``static_heads`` (a list per layer), or the file format of the Forcing-KV repository.
 
     Raises:
@@ -148,7 +148,7 @@ class _Group:
     numbers: Tensor | None = None
 
 
-class HeadGroupState(PolicyState):
+class _HeadGroupState(PolicyState):
     """What one rollout keeps."""
 
     def __init__(self, settings: Settings, geometry: Geometry, head_map: HeadMap) -> None:
@@ -405,10 +405,10 @@ class ForcingKV(CachePolicy):
                 f"is {frames_per_block}: use {frames_per_block} or fewer."
             )
 
-    def start(self, geometry: Geometry) -> HeadGroupState:
+    def start(self, geometry: Geometry) -> _HeadGroupState:
         """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
-        return HeadGroupState(self, geometry, self.map_for(geometry))
+        return _HeadGroupState(self, geometry, self.map_for(geometry))
 
     def map_for(self, geometry: Geometry) -> HeadMap:
         """The head map of a rollout's model.
@@ -417,7 +417,7 @@ class ForcingKV(CachePolicy):
             ValueError: If there is none, or it belongs to a model of another shape.
         """
         if not self.heads:
-            return find_head_map(self.head_map, geometry.num_layers, geometry.num_heads)
+            return _find_head_map(self.head_map, geometry.num_layers, geometry.num_heads)
         if len(self.heads) != geometry.num_layers:
             raise ValueError(
                 f"heads lists {len(self.heads)} layers, this model has {geometry.num_layers}: give one list per layer."

@@ -238,7 +238,7 @@ SCORED_QUERIES_IN = 8  # one query in so many is scored by softmax mass; PackFor
 
 
 @dataclass(frozen=True)
-class PickedTokens:
+class _PickedTokens:
     """Some tokens of others, a different choice for each sample, in the memory that reads them."""
 
     source: Stored
@@ -264,7 +264,7 @@ class PickedTokens:
         return take_tokens(tensor, self.index.to(tensor.device)).to(self.device, non_blocking=True)
 
 
-class Bank:
+class _Bank:
     """Un-rotated keys and values of blocks of ``block_tokens``, first in first out, and the sums of their keys.
 
     Args:
@@ -316,7 +316,7 @@ class Bank:
             first = self.places[run[0]]
             stored = self.buffer.read(layer, first * size, (first + len(run)) * size)
             if self.buffer.geometry.device != here:
-                stored = PickedTokens(stored, torch.arange(len(run) * size), here)
+                stored = _PickedTokens(stored, torch.arange(len(run) * size), here)
             found.append((run, stored))
         return found
 
@@ -325,7 +325,7 @@ class Bank:
         first = torch.tensor([self.places[s] * self.block_tokens for s in starts], device=ranks.device)[ranks]
         index = first[..., None] + torch.arange(self.block_tokens, device=ranks.device)
         stored = self.buffer.read(layer, 0, self.num_places * self.block_tokens)
-        return PickedTokens(stored, index.flatten(1), self.geometry.device)
+        return _PickedTokens(stored, index.flatten(1), self.geometry.device)
 
     def query_scores(self, layer: int, starts: Sequence[int], query_sum: Tensor, num_heads: int) -> Tensor:
         """Sum of the products of all queries with all keys of a block, by sums: exact, as products are bilinear.
@@ -392,7 +392,7 @@ Ranks = tuple[int, ...] | Tensor
 """Chosen candidates in time order: the same for all samples, or (batch, chosen)."""
 
 
-class PackState(PolicyState):
+class _PackState(PolicyState):
     """State of a ``Pack``: blocks by partition, their tokens, and the sums by which the bank is searched.
 
     Args:
@@ -412,7 +412,7 @@ class PackState(PolicyState):
         self.size = size, geometry.num_rows, geometry.num_columns
         self.cells = policy.cells(geometry)
         self.store = FrameStore(geometry, (math.ceil(policy.num_sink_frames / size) + num_recents) * size)
-        self.bank = Bank(
+        self.bank = _Bank(
             geometry,
             num_places=num_places,
             block_tokens=math.prod(self.cells),
@@ -763,7 +763,7 @@ class Pack(CachePolicy):
         size = geometry.frames_per_block, geometry.num_rows, geometry.num_columns
         return num_cells(size, self.factors(geometry))
 
-    def start(self, geometry: Geometry) -> PackState:
+    def start(self, geometry: Geometry) -> _PackState:
         """Make the empty state of one rollout.
 
         Raises:
@@ -772,4 +772,4 @@ class Pack(CachePolicy):
         network = None
         if self.compressor_weights is not None and self.needs_weights:
             network = load_compressor(self.compressor_weights, self.compressor, geometry.device)
-        return PackState(self, geometry, network)
+        return _PackState(self, geometry, network)

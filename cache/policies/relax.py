@@ -14,7 +14,7 @@ from longtake.cache.policies.sliding_window import check_positions
 from longtake.cache.storage import Stored
 
 
-class HistoryPolicy(Protocol):
+class _HistoryPolicy(Protocol):
     """What a ``FramePolicy`` has to say beside, to have history chosen."""
 
     num_sink_frames: int
@@ -30,7 +30,7 @@ class HistoryPolicy(Protocol):
 
 
 @dataclass(frozen=True)
-class Chosen:
+class _Chosen:
     """Some of several frames, each sample its own; gathered when it is read.
 
     Attributes:
@@ -70,7 +70,7 @@ class HistoryState(FrameState):
     A choice is a tensor on the device: nothing waits for it. It follows from what is stored, so it is not saved.
     """
 
-    def __init__(self, policy: HistoryPolicy, geometry: Geometry) -> None:
+    def __init__(self, policy: _HistoryPolicy, geometry: Geometry) -> None:
         super().__init__(policy, geometry)
         self._choices: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
@@ -100,7 +100,7 @@ class HistoryState(FrameState):
         frames, index = self._choices[pass_.start_frame]
         slots = self.slots(pass_)
         candidates = tuple(self._tokens(layer, [slots[frame]])[0] for frame in frames)
-        chosen = Chosen(candidates, index, self.store.frame_size)
+        chosen = _Chosen(candidates, index, self.store.frame_size)
         # Elsewhere than on the CPU the device would have to be waited for, to know which of them it is.
         known = index.device.type == "cpu"
         shown = tuple(frames[i] for i in index[0].tolist()) if known else frames[: index.shape[1]]

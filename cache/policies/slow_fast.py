@@ -12,7 +12,7 @@ from longtake.cache.base import CacheStats, Context, Geometry, Number, Pass, Rea
 from longtake.cache.frames import FramePlan, FramePolicy, FrameState
 
 
-class SlowMemoryPolicy(Protocol):
+class _SlowMemoryPolicy(Protocol):
     """What a ``FramePolicy`` has to say beside, to have a slow memory."""
 
     num_sink_frames: int
@@ -26,14 +26,14 @@ class SlowMemoryPolicy(Protocol):
         """Frames in the slow memory for the block at ``start_frame``."""
 
 
-class SlowMemoryState(FrameState):
+class _SlowMemoryState(FrameState):
     """Sinks and a queue of last frames, and behind their slots the slow memory, oldest first.
 
     Whether a frame enters the slow memory is a tensor on the device, one decision per sample: the memory moves up by
     one or stays, by an index, so that nothing waits for a decision and tokens are moved as they are encoded.
     """
 
-    def __init__(self, policy: SlowMemoryPolicy, geometry: Geometry) -> None:
+    def __init__(self, policy: _SlowMemoryPolicy, geometry: Geometry) -> None:
         super().__init__(policy, geometry)
         rows = geometry.num_layers if policy.decided_by == "each_layer" else 1
         self._is_shared = rows == 1
@@ -215,10 +215,10 @@ class SlowFast(FramePolicy):
                 f"the one before it: use {2 * frames_per_block} or more."
             )
 
-    def start(self, geometry: Geometry) -> SlowMemoryState:
+    def start(self, geometry: Geometry) -> _SlowMemoryState:
         """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
-        return SlowMemoryState(self, geometry)
+        return _SlowMemoryState(self, geometry)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """Sinks and the fast memory without the block."""

@@ -16,7 +16,7 @@ SAME_PLACE = 1e-4  # what a token at the same place in the frame is ahead of an 
 ROUNDING = 1e-6  # of the cosine of equal keys
 
 
-def random_projection(num_channels: int, num_projections: int, like: Tensor) -> Tensor | None:
+def _random_projection(num_channels: int, num_projections: int, like: Tensor) -> Tensor | None:
     """Directions in which near keys stay near: (num_channels, num_projections), the same in every run.
 
     None where all channels are no more, or ``num_projections`` is 0: then neighbours are found exactly.
@@ -32,7 +32,7 @@ def directions(keys: Tensor, projection: Tensor | None) -> Tensor:
 
     Args:
         keys: (batch, tokens, heads, head_dim), un-rotated.
-        projection: From ``random_projection``; None: all channels.
+        projection: From ``_random_projection``; None: all channels.
     """
     unit = _unit(keys)
     return unit if projection is None else normalize(unit @ projection, dim=-1)
@@ -191,7 +191,7 @@ class TempCacheState(PolicyState):
         self._numbers = [empty.long()] * geometry.num_layers
         self._counts = [empty] * geometry.num_layers
         channels = geometry.num_heads * geometry.head_dim
-        self._projection = random_projection(channels, policy.num_projections, empty.to(geometry.dtype))
+        self._projection = _random_projection(channels, policy.num_projections, empty.to(geometry.dtype))
         # Kept, so that a commit looks at its own keys alone: 2 % of what a token of the 1.3B model takes.
         width = channels if self._projection is None else policy.num_projections
         self._seen = [empty.to(geometry.dtype)[..., None].expand(-1, -1, width)] * geometry.num_layers

@@ -43,7 +43,7 @@ class CommitReads(Wrapper):
 
     def start(self, geometry: Geometry) -> PolicyState:
         """Make the inner policy's empty state, with other reads for commits."""
-        return CommitReadsState(self, self.inner.start(geometry))
+        return _CommitReadsState(self, self.inner.start(geometry))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Part:
         return self.stored.values[:, self.start : self.end]
 
 
-class CommitReadsState(PolicyState):
+class _CommitReadsState(PolicyState):
     """The inner policy's state; only what commits read is different."""
 
     def __init__(self, policy: CommitReads, inner: PolicyState) -> None:

@@ -25,6 +25,8 @@ called with the path of ``weights``, or without arguments if there is none::
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import math
 import re
 import sys
 import types
@@ -36,16 +38,243 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from longtake.configs.fields import build
-from longtake.evaluation.backbones.adapters import Adapter, adapt
-from longtake.evaluation.backbones.base import ROLES, Backbones, check_role
+from longtake.evaluation.backbones.base import (
+    ROLES,
+    AestheticHead,
+    Backbones,
+    FlowEstimator,
+    FrameEncoder,
+    FrameScorer,
+    Interpolator,
+    VideoTextScorer,
+    check_role,
+)
+
+RAFT_ITERATIONS = 20
+"""Refinement steps of RAFT in VBench's dynamic degree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A network in a role.
+
+    Attributes:
+        role: Which.
+        model: The network, called the way its authors call it, or through the role's own interface.
+        name: Goes into metrics' names.
+        weights_sha256: Of its weights file.
+        official: Whether it is VBench's own choice.
+        device: Where the network lives; results come back to the CPU.
+    """
+
+    role: str
+    model: Any
+    name: str
+    weights_sha256: str | None = None
+    official: bool = False
+    device: str = "cpu"
+
+    def _call(self, function: Callable, *tensors: Any, **options: Any) -> Any:
+        """Run without gradients, with tensors on the device and only the options the function knows."""
+        moved = [t.to(self.device) if isinstance(t, Tensor) else t for t in tensors]
+        known = {key: value for key, value in options.items() if _takes(function, key)}
+        with torch.no_grad():
+            return function(*moved, **known)
+
+    def _checked(self, output: Any, *shape: int | None) -> Tensor:
+        """Refuse what is not a finite tensor of that shape; None stands for any length."""
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{self._who} gave {type(output).__name__}, not a tensor")
+        fits = output.ndim == len(shape) and all(
+            want in (None, have) for want, have in zip(shape, output.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if length is None else str(length) for length in shape)
+            raise ValueError(f"{self._who} gave a tensor of shape {tuple(output.shape)}: needs ({wanted})")
+        output = output.detach().to("cpu", torch.float32)
+        if not output.isfinite().all():
+            raise ValueError(f"{self._who} gave NaN or infinity: check its weights and its precision")
+        return output
+
+    @property
+    def _who(self) -> str:
+        return f"backbone {self.name!r} ({self.role})"
+
+
+class _EncoderAdapter(Adapter):
+    """``encode``, ``encode_image``, ``embed``, or the network itself: (B, 3, H, W) -> (B, D)."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See :class:`FrameEncoder`."""
+        function = _first_method(self.model, "encode", "encode_image", "embed")
+        return self._checked(self._call(function, images), len(images), None)
+
+
+class _HeadAdapter(Adapter):
+    """``rate`` or the network itself: (B, 768) -> (B, 1)."""
+
+    def rate(self, features: Tensor) -> Tensor:
+        """See :class:`AestheticHead`."""
+        function = _first_method(self.model, "rate")
+        try:
+            output = self._call(function, features)
+        except RuntimeError as error:
+            width = features.shape[-1]
+            raise ValueError(
+                f"{self._who} does not take features of length {width}: it belongs to CLIP ViT-L/14 (768), "
+                "given as 'aesthetic_clip'"
+            ) from error
+        return self._checked(output, len(features), 1)
+
+    __call__ = rate
+
+
+class _ScorerAdapter(Adapter):
+    """``score`` or the network itself: (1, 3, h, w) -> a number."""
+
+    def score(self, image: Tensor) -> float:
+        """See :class:`FrameScorer`."""
+        output = self._call(_first_method(self.model, "score"), image)
+        if isinstance(output, Tensor) and output.numel() != 1:
+            raise ValueError(f"{self._who} gave {output.numel()} numbers for one image: needs one")
+        try:
+            value = float(output)
+        except TypeError as error:
+            raise ValueError(f"{self._who} gave {type(output).__name__}, not a number") from error
+        if not math.isfinite(value):
+            raise ValueError(f"{self._who} gave {value}: check its weights and its precision")
+        return value
+
+
+class _FlowAdapter(Adapter):
+    """``flow``, or RAFT's ``(image1, image2, iters=20, test_mode=True) -> (..., flow)``."""
+
+    def flow(self, a: Tensor, b: Tensor) -> Tensor:
+        """See :class:`FlowEstimator`."""
+        function = _first_method(self.model, "flow")
+        output = self._call(function, a, b, iters=RAFT_ITERATIONS, test_mode=True)
+        # RAFT gives (flow at an eighth of the size, flow), or a list of refinements: the last is the one.
+        if isinstance(output, list | tuple) and output:
+            output = output[-1]
+        if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1:
+            output = output[0]
+        return self._checked(output, 2, *a.shape[-2:])
+
+
+class _InterpolatorAdapter(Adapter):
+    """``middle``, or AMT's ``(in_0, in_1, embt) -> {"imgt_pred": image}``."""
+
+    def middle(self, a: Tensor, b: Tensor) -> Tensor:
+        """See :class:`Interpolator`."""
+        if _has_method(self.model, "middle"):
+            output = self._call(self.model.middle, a, b)
+        else:
+            time = torch.full((1, 1, 1, 1), 0.5)
+            output = self._call(self.model, a, b, time, scale_factor=1.0, eval=True)
+        if isinstance(output, dict):
+            if "imgt_pred" not in output:
+                raise ValueError(f"{self._who} gave a dict with {sorted(output)}: needs 'imgt_pred'")
+            output = output["imgt_pred"]
+        return self._checked(output, *a.shape)
+
+
+class _VideoTextAdapter(Adapter):
+    """``encode_video`` or ViCLIP's ``encode_vision(clips, test=True)``, and ``encode_text(text)``."""
+
+    def encode_video(self, clips: Tensor) -> Tensor:
+        """See :class:`VideoTextScorer`."""
+        function = _first_method(self.model, "encode_video", "encode_vision")
+        return self._checked(self._call(function, clips, test=True), len(clips), None)
+
+    def encode_text(self, text: str) -> Tensor:
+        """See :class:`VideoTextScorer`."""
+        output = self._call(self.model.encode_text, text)
+        if isinstance(output, Tensor) and output.ndim == 1:
+            output = output[None]
+        return self._checked(output, 1, None)
+
+
+_ADAPTERS: dict[type, tuple[type[Adapter], tuple[str, ...]]] = {
+    FrameEncoder: (_EncoderAdapter, ("encode", "encode_image", "embed")),
+    AestheticHead: (_HeadAdapter, ("rate",)),
+    FrameScorer: (_ScorerAdapter, ("score",)),
+    FlowEstimator: (_FlowAdapter, ("flow",)),
+    Interpolator: (_InterpolatorAdapter, ("middle",)),
+    VideoTextScorer: (_VideoTextAdapter, ()),
+}
+
+
+def _adapt(
+    role: str, model: Any, *, name: str, weights_sha256: str | None = None, official: bool = False, device: str = "cpu"
+) -> Adapter:
+    """Put a network into a role.
+
+    Args:
+        role: A key of ``ROLES``.
+        model: An object with the role's own method, or with the one its authors gave it; networks are moved to the
+            device and set to evaluation.
+        name: Goes into the names of the metrics that use it.
+        weights_sha256: Of its weights file.
+        official: Whether it is the network, with the weights, that VBench uses here.
+        device: For networks.
+
+    Returns:
+        An object with the role's interface.
+
+    Raises:
+        ValueError: If the object cannot be called in any of the known ways, or is said to be official without the
+            hash of its weights.
+    """
+    adapter, methods = _ADAPTERS[ROLES[role].kind]
+    if adapter is _VideoTextAdapter:
+        usable = _has_method(model, "encode_text") and any(
+            _has_method(model, method) for method in ("encode_video", "encode_vision")
+        )
+        wanted = "encode_text and encode_video (or encode_vision)"
+    else:
+        usable = callable(model) or any(_has_method(model, method) for method in methods)
+        wanted = " or ".join(methods) + ", or to be callable itself"
+    if not usable:
+        raise ValueError(f"backbone {name!r} ({role}) is {type(model).__name__}: it needs {wanted}")
+    if official and weights_sha256 is None:
+        raise ValueError(
+            f"backbone {name!r} ({role}) is said to be official, without weights to show for it: name its weights file"
+        )
+    if isinstance(model, nn.Module):
+        model = model.to(device).eval()
+    return adapter(role=role, model=model, name=name, weights_sha256=weights_sha256, official=official, device=device)
+
+
+def _has_method(model: Any, name: str) -> bool:
+    return hasattr(model, name) and callable(getattr(model, name))
+
+
+def _first_method(model: Any, *names: str) -> Callable:
+    """The first of the methods it has, or itself."""
+    return next((getattr(model, name) for name in names if _has_method(model, name)), model)
+
+
+def _takes(function: Callable, option: str) -> bool:
+    """Whether a function can be given a keyword; what hides its signature is given none."""
+    if isinstance(function, torch.jit.ScriptModule):
+        return False
+    # A module's own __call__ takes anything and hands it to forward.
+    target = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.kind is p.VAR_KEYWORD or p.name == option for p in parameters)
+
 
 _PREFIXES = ("stub", "build", "make", "load")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneEntry:
+class _BackboneEntry:
     """One role of a YAML file.
 
     Attributes:
@@ -97,7 +326,7 @@ def load_backbones(path: Path, *, device: str = "cpu") -> Backbones:
     raise ValueError(f"{path.name}: backbones come from a .py file of factories or a .yaml file")
 
 
-def file_sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex; a file that has not changed is read once per process.
 
     Raises:
@@ -116,7 +345,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def role_of(name: str) -> str | None:
+def _role_of(name: str) -> str | None:
     """The role that a class or function of this name offers a backbone for, None if none."""
     plain = name.lower().replace("_", "")
     prefix = next((prefix for prefix in _PREFIXES if plain.startswith(prefix)), "")
@@ -130,7 +359,7 @@ def role_of(name: str) -> str | None:
 def _from_python(path: Path, *, device: str) -> Backbones:
     factories = _factories(_run(path), path)
     found = {role: _from_factory(role, factory, where=path.name, device=device) for role, factory in factories.items()}
-    return Backbones(found, {path.name: file_sha256(path)})
+    return Backbones(found, {path.name: _file_sha256(path)})
 
 
 def _run(path: Path) -> types.ModuleType:
@@ -156,7 +385,7 @@ def _factories(module: types.ModuleType, path: Path) -> dict[str, Callable]:
         # What the file only imports, it does not offer.
         if isinstance(value, type | types.FunctionType) and value.__module__ != module.__name__:
             continue
-        role = role_of(name)
+        role = _role_of(name)
         if role is None:
             continue
         if role in factories:
@@ -178,11 +407,11 @@ def _from_factory(role: str, factory: Callable, *, where: str, device: str) -> A
     default = factory.__name__ if hasattr(factory, "__name__") else role
     model = _made(factory, (), who=f"{where}: {default} ({role})")
     name, weights, official = (_own(model, attribute) for attribute in ("name", "weights", "official"))
-    return adapt(
+    return _adapt(
         role,
         model,
         name=_checked_name(name if isinstance(name, str) else default),
-        weights_sha256=file_sha256(Path(weights)) if isinstance(weights, str | Path) else None,
+        weights_sha256=_file_sha256(Path(weights)) if isinstance(weights, str | Path) else None,
         official=official is True,
         device=device,
     )
@@ -204,16 +433,16 @@ def _made(factory: Callable, arguments: tuple, *, who: str) -> Any:
 
 def _from_yaml(path: Path, *, device: str) -> Backbones:
     entries = _entries(path)
-    files = {path.name: file_sha256(path)}
+    files = {path.name: _file_sha256(path)}
     # Every file is there and has its hash before the first network is made.
     hashes = {role: _weights_hash(entry, path.parent, role=role) for role, entry in entries.items()}
     for role, entry in entries.items():
         code = _code_file(entry, path.parent, role=role)
         if code is not None:
-            files[code.name] = file_sha256(code)
+            files[code.name] = _file_sha256(code)
     found = {}
     for role, entry in entries.items():
-        found[role] = adapt(
+        found[role] = _adapt(
             role,
             _model(entry, path.parent, role=role, device=device),
             name=_checked_name(entry.name or _default_name(entry)),
@@ -224,7 +453,7 @@ def _from_yaml(path: Path, *, device: str) -> Backbones:
     return Backbones(found, files)
 
 
-def _entries(path: Path) -> dict[str, BackboneEntry]:
+def _entries(path: Path) -> dict[str, _BackboneEntry]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -241,20 +470,20 @@ def _entries(path: Path) -> dict[str, BackboneEntry]:
         if not isinstance(settings, Mapping):
             raise ValueError(f"{path.name}: {role} is {settings!r}: give a mapping with torchscript or factory")
         try:
-            entries[role] = build(BackboneEntry, settings, what=f"backbone {role!r}")
+            entries[role] = build(_BackboneEntry, settings, what=f"backbone {role!r}")
         except ValueError as error:
             raise ValueError(f"{path.name}, {role}: {error}") from error
     return entries
 
 
-def _weights_hash(entry: BackboneEntry, folder: Path, *, role: str) -> str | None:
+def _weights_hash(entry: _BackboneEntry, folder: Path, *, role: str) -> str | None:
     stated = entry.torchscript or entry.weights
     if stated is None:
         return None
     file = folder / Path(stated).expanduser()
     if not file.is_file():
         raise ValueError(f"backbone {role!r}: no file {file}; weights are not downloaded: put it there")
-    found = file_sha256(file)
+    found = _file_sha256(file)
     if entry.sha256 is not None and found != entry.sha256.lower():
         raise ValueError(
             f"backbone {role!r}: {file.name} has SHA-256 {found}, not {entry.sha256}: another file, or a broken one"
@@ -262,7 +491,7 @@ def _weights_hash(entry: BackboneEntry, folder: Path, *, role: str) -> str | Non
     return found
 
 
-def _code_file(entry: BackboneEntry, folder: Path, *, role: str) -> Path | None:
+def _code_file(entry: _BackboneEntry, folder: Path, *, role: str) -> Path | None:
     """The Python file that the factory is in, if it is given as one."""
     module = (entry.factory or "").split(":")[0]
     if not module.endswith(".py"):
@@ -273,7 +502,7 @@ def _code_file(entry: BackboneEntry, folder: Path, *, role: str) -> Path | None:
     return file
 
 
-def _model(entry: BackboneEntry, folder: Path, *, role: str, device: str) -> Any:
+def _model(entry: _BackboneEntry, folder: Path, *, role: str, device: str) -> Any:
     if entry.torchscript is not None:
         file = folder / Path(entry.torchscript).expanduser()
         try:
@@ -288,7 +517,7 @@ def _model(entry: BackboneEntry, folder: Path, *, role: str, device: str) -> Any
     return _made(factory, arguments, who=f"backbone {role!r}: {entry.factory}")
 
 
-def _function(entry: BackboneEntry, folder: Path, *, role: str) -> Callable:
+def _function(entry: _BackboneEntry, folder: Path, *, role: str) -> Callable:
     module, function = entry.factory.split(":")
     code = _code_file(entry, folder, role=role)
     if code is not None:
@@ -303,7 +532,7 @@ def _function(entry: BackboneEntry, folder: Path, *, role: str) -> Callable:
     return getattr(found, function)
 
 
-def _default_name(entry: BackboneEntry) -> str:
+def _default_name(entry: _BackboneEntry) -> str:
     return Path(entry.torchscript).stem if entry.torchscript else entry.factory.split(":")[1]
 
 

@@ -4,20 +4,11 @@ from collections.abc import Sequence
 
 from longtake.evaluation.backbones import Backbones, classical_backbones
 from longtake.evaluation.metric import Metric
-from longtake.evaluation.metrics.classical import Classical
-from longtake.evaluation.metrics.colour import COLOUR
-from longtake.evaluation.metrics.flicker import FLICKER
-from longtake.evaluation.metrics.flow import FlowMetric
+from longtake.evaluation.metrics.course import COLOUR, FLICKER, SEAMS, SHOTS, SPECTRUM, TrackMetric
 from longtake.evaluation.metrics.judge import JudgeMetric
-from longtake.evaluation.metrics.nss import NaturalStatistics
+from longtake.evaluation.metrics.motion import REPETITION, STILLNESS, FlowMetric
 from longtake.evaluation.metrics.quality import vbench_metrics
-from longtake.evaluation.metrics.repetition import REPETITION
-from longtake.evaluation.metrics.seams import SEAMS
-from longtake.evaluation.metrics.shots import SHOTS
-from longtake.evaluation.metrics.spectrum import SPECTRUM
-from longtake.evaluation.metrics.stillness import STILLNESS
-from longtake.evaluation.metrics.stills import StillsMetric
-from longtake.evaluation.metrics.track import TrackMetric
+from longtake.evaluation.metrics.stills import Classical, NaturalStatistics, StillsMetric
 
 GROUPS = ("vbench", "long", "weight_free", "judge")
 """``vbench``: whole videos; ``long``: clips of two seconds (VBench-Long); ``weight_free``: ours; ``judge``: the mini

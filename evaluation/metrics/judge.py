@@ -94,11 +94,11 @@ class JudgeMetric:
 
     def start(self, video: VideoInfo) -> "JudgeMeter":
         """A meter for one video; one that is not of the bundled world gets scores without values."""
-        reason = why_not(video)
+        reason = _why_not(video)
         if reason is not None:
             return JudgeMeter(video, None, reason=reason)
-        given = (suite_scenes() if self._scenes is None else self._scenes).get(video.prompt)
-        return JudgeMeter(video, given or middling_scene(video.prompt), is_given=given is not None)
+        given = (_suite_scenes() if self._scenes is None else self._scenes).get(video.prompt)
+        return JudgeMeter(video, given or _middling_scene(video.prompt), is_given=given is not None)
 
 
 @cache
@@ -107,15 +107,15 @@ def _judge() -> ClipJudge:
 
 
 @cache
-def suite_scenes() -> Mapping[str, Scene]:
+def _suite_scenes() -> Mapping[str, Scene]:
     """{caption: scene} of the suite's first scenes; where two share a caption, the first."""
     scenes = held_back_scenes(NUM_KNOWN, seed=PROMPT_SEED)
     return {describe(scene): scene for scene in reversed(scenes)}
 
 
-def why_not(video: VideoInfo) -> str | None:
+def _why_not(video: VideoInfo) -> str | None:
     """Why the judge cannot see a video, in one clause; None if it can."""
-    if not is_caption(video.prompt):
+    if not _is_caption(video.prompt):
         return "its prompt is no caption of the bundled world of moving scenes"
     if len(video.segments) > 1:
         return "its prompt changes over time"
@@ -129,7 +129,7 @@ def why_not(video: VideoInfo) -> str | None:
     return None
 
 
-def is_caption(prompt: str) -> bool:
+def _is_caption(prompt: str) -> bool:
     """Whether a prompt is in the words of the bundled world and says all that its captions say."""
     try:
         found = parse_caption(prompt)
@@ -141,13 +141,13 @@ def is_caption(prompt: str) -> bool:
     return is_complete and found["background"] is not None and found["texture"] is not None
 
 
-def middling_scene(caption: str) -> Scene:
+def _middling_scene(caption: str) -> Scene:
     """A scene with the caption, the rest of it in the middle of what scenes have; no landmarks.
 
     Raises:
         ValueError: If it is no caption of the bundled world.
     """
-    if not is_caption(caption):
+    if not _is_caption(caption):
         raise ValueError(f"caption={caption!r} is no caption of the moving scenes: write it like describe() does.")
     found = parse_caption(caption)
     second = found["second"]
@@ -180,7 +180,7 @@ def _middling_actor(found: Mapping[str, Any], *, row: int | None) -> Actor:
     )
 
 
-def scene_periods(caption: str) -> list[float]:
+def _scene_periods(caption: str) -> list[float]:
     """Seconds after which something in a true scene of the caption repeats, each once, shortest first.
 
     What repeats after a multiple of all of them repeats as it should.
@@ -240,6 +240,6 @@ class JudgeMeter:
         if measure == "motion_magnitude":
             details = {
                 "true_scene": "known" if self._is_given else "middling",
-                "scene_periods_s": scene_periods(self._video.prompt),
+                "scene_periods_s": _scene_periods(self._video.prompt),
             }
         return Score(value=sum(values) / len(values), windows=windows, details=details)

@@ -18,10 +18,9 @@ from longtake.evaluation.metrics.dimensions import (
     Dimension,
     Variant,
 )
-from longtake.evaluation.metrics.vbench import aesthetic, consistency, flickering, imaging
+from longtake.evaluation.metrics.vbench import SegmentAlignment, aesthetic, agreement, consistency, flickering, imaging
 from longtake.evaluation.metrics.vbench_motion import dynamics, smoothness
-from longtake.evaluation.metrics.vbench_text import SegmentAlignment, agreement
-from longtake.evaluation.transforms import dinov2_transform, dreamsim_transform
+from longtake.evaluation.preprocessing import dinov2_transform, dreamsim_transform
 
 Maker = Callable[..., Metric]
 ONE_PASS: tuple[tuple[Dimension, Maker, tuple[str, ...]], ...] = (

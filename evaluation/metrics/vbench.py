@@ -5,7 +5,7 @@ gives up to three numbers from one pass: of the whole video, of VBench-Long's cl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from longtake.evaluation.long import clip_to_clip_scores
-from longtake.evaluation.metric import Meter, MetricSpec, Score, VideoInfo, WindowMeans
+from longtake.evaluation.metric import Meter, MetricSpec, Score, VideoInfo, Window, WindowMeans
 from longtake.evaluation.metrics.dimensions import (
     AESTHETIC,
     BACKGROUND,
     FLICKERING,
     IMAGING,
+    OVERALL,
     SUBJECT,
+    Batches,
     Dimension,
+    Span,
+    Spans,
     Variant,
+    clip_to_clip_scores,
+    clips_score,
     metric_spec,
+    whole_score,
 )
-from longtake.evaluation.metrics.spans import Batches, Span, Spans, clips_score, whole_score
-from longtake.evaluation.transforms import MusiqMode, clip_transform, dino_transform, musiq_transform
+from longtake.evaluation.preprocessing import MusiqMode, clip_transform, dino_transform, middle, musiq_transform
 
 Specs = Mapping[Variant, MetricSpec]
 Features = Callable[[np.ndarray], Tensor]
@@ -119,7 +124,7 @@ class SpanMeter(ABC):
         return [tally.span for tally in self.spans.clips]
 
 
-class FlickeringMeter(SpanMeter):
+class _FlickeringMeter(SpanMeter):
     """``(255 - mean |I[t+1] - I[t]|) / 255``."""
 
     def __init__(self, video: VideoInfo, specs: Specs) -> None:
@@ -130,7 +135,7 @@ class FlickeringMeter(SpanMeter):
         """Differences of each frame from the one before."""
         for index, frame in enumerate(frames, start=start):
             if self._last is not None:
-                difference = mean_absolute_difference(self._last, frame)
+                difference = _mean_absolute_difference(self._last, frame)
                 self.spans.add(index - 1, index, difference)
                 self.windows.add(index, 1.0 - difference / 255.0)
             self._last = frame
@@ -141,12 +146,12 @@ class FlickeringMeter(SpanMeter):
         return None if mean is None else (255.0 - mean) / 255.0
 
 
-def mean_absolute_difference(a: np.ndarray, b: np.ndarray) -> float:
+def _mean_absolute_difference(a: np.ndarray, b: np.ndarray) -> float:
     """Mean of ``|a - b|`` over two uint8 arrays of one shape, exactly."""
     return float(np.sum(np.maximum(a, b) - np.minimum(a, b), dtype=np.uint64)) / a.size
 
 
-class ConsistencyMeter(SpanMeter):
+class _ConsistencyMeter(SpanMeter):
     """Mean over frames of ``(max(0, cos to the frame before) + max(0, cos to the span's first)) / 2``.
 
     Args:
@@ -228,7 +233,7 @@ def _clamped_cosines(a: Tensor, b: Tensor) -> list[float]:
     return [max(0.0, cosine) for cosine in cosine_similarity(a, b).tolist()]
 
 
-class FrameQualityMeter(SpanMeter):
+class _FrameQualityMeter(SpanMeter):
     """Mean over frames of a value that each frame has by itself.
 
     Args:
@@ -252,7 +257,7 @@ class FrameQualityMeter(SpanMeter):
 
 def flickering(variants: tuple[Variant, ...]) -> SpanMetric:
     """``temporal_flickering``: needs no network; identical to VBench's, without its static filter."""
-    return SpanMetric({variant: metric_spec(FLICKERING, variant) for variant in variants}, FlickeringMeter)
+    return SpanMetric({variant: metric_spec(FLICKERING, variant) for variant in variants}, _FlickeringMeter)
 
 
 def consistency(
@@ -277,7 +282,7 @@ def consistency(
 
     def meter(video: VideoInfo, specs: Specs) -> Meter:
         second = first_features if "long_dev" in specs else None
-        return ConsistencyMeter(video, specs, features=features, first_features=second, dimension=dimension.name)
+        return _ConsistencyMeter(video, specs, features=features, first_features=second, dimension=dimension.name)
 
     def networks(variant: Variant) -> list[tuple[str, Any]]:
         return [("enc", encoder), ("c2c", first_encoder)] if variant == "long_dev" else [("enc", encoder)]
@@ -300,7 +305,7 @@ def aesthetic(variants: tuple[Variant, ...], encoder: Any, head: Any) -> SpanMet
         return (head.rate(features).reshape(-1) / 10).tolist()
 
     def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return FrameQualityMeter(video, specs, quality)
+        return _FrameQualityMeter(video, specs, quality)
 
     networks = [("aesthetic", encoder), ("aesthetic", head)]
     return SpanMetric({variant: metric_spec(AESTHETIC, variant, networks) for variant in variants}, meter)
@@ -319,6 +324,163 @@ def imaging(variants: tuple[Variant, ...], scorer: Any, *, mode: MusiqMode = "lo
         return [scorer.score(musiq_transform(frame[None], mode=mode)) for frame in frames]
 
     def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return FrameQualityMeter(video, specs, quality)
+        return _FrameQualityMeter(video, specs, quality)
 
     return SpanMetric({variant: metric_spec(IMAGING, variant, [("iqa", scorer)]) for variant in variants}, meter)
+
+
+NUM_FRAMES = 8
+"""Frames that ViCLIP looks at."""
+
+
+class _SampledClips:
+    """Eight frames of each of some spans, gathered as a video streams by; a span that has all lets go of its frames.
+
+    Args:
+        spans: They may overlap.
+    """
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self._open = {span: sampled_frames(span) for span in spans}
+        self._images: dict[int, Tensor] = {}
+
+    def take(self, start: int, frames: np.ndarray) -> Iterator[tuple[Span, Tensor]]:
+        """The spans that are complete with the batch whose first frame is ``start``, with (1, 8, 3, 224, 224)."""
+        end = start + len(frames)
+        asked = sorted({index for indices in self._open.values() for index in indices if start <= index < end})
+        if not asked:
+            return
+        images = clip_transform(frames[[index - start for index in asked]], loader="uint8")
+        self._images.update(zip(asked, images, strict=True))
+        for span, indices in list(self._open.items()):
+            if indices[-1] < end:
+                yield span, torch.stack([self._images[index] for index in indices])[None]
+                del self._open[span]
+        needed = {index for indices in self._open.values() for index in indices}
+        self._images = {index: image for index, image in self._images.items() if index in needed}
+
+
+class _AgreementMeter(SpanMeter):
+    """Cosine between the features of the middle frames of eight equal stretches and those of the prompt.
+
+    Args:
+        video: To be measured; without a prompt there is no score.
+        specs: One per variant.
+        scorer: Encodes eight frames, and a text.
+    """
+
+    reason = "the video has no prompt"
+
+    def __init__(self, video: VideoInfo, specs: Specs, scorer: Any) -> None:
+        super().__init__(video, specs)
+        self._scorer = scorer
+        wanted = [self.spans.whole.span] if "short" in specs else []
+        wanted += [clip for clip in self.clips if clip not in wanted]
+        self._clips = _SampledClips(wanted if video.prompt else [])
+        self._values: dict[Span, float] = {}
+        self._text: Tensor | None = None
+
+    def take(self, start: int, frames: np.ndarray) -> None:
+        """Score the spans whose last frame has come."""
+        for span, clip in self._clips.take(start, frames):
+            if self._text is None:
+                self._text = _encoded_text(self._scorer, self.video.prompt)
+            self._values[span] = cosine(self._scorer, clip, self._text)
+
+    def short(self) -> Score:
+        """Of the whole video."""
+        return whole_score(self._values.get(self.spans.whole.span), reason=self.reason)
+
+    def long(self) -> Score:
+        """Mean over the clips, each against the whole prompt."""
+        return clips_score(self.clips, [self._values.get(clip) for clip in self.clips], reason=self.reason)
+
+
+class SegmentAlignment:
+    """``proxy/segment_alignment``: where the prompt changes, each prompt against the frames while it held.
+
+    One window per segment, so that the curve shows which prompts a rollout followed; the value is their mean. The
+    layout of "CLIP score per 10 s" (LongLive) with the network and the sampling of VBench's ``overall_consistency``.
+
+    Args:
+        scorer: As for :func:`agreement`.
+    """
+
+    def __init__(self, scorer: Any) -> None:
+        self._scorer = scorer
+        spec = MetricSpec(
+            name=f"proxy/segment_alignment[clip={scorer.name}]",
+            higher_is_better=True,
+            unit="-1..1",
+            range=(-1.0, 1.0),
+            backbone=scorer.name,
+            weights_sha256=scorer.weights_sha256,
+            transform=OVERALL.transform,
+            description="Cosine between features of eight frames of a segment and of its prompt, mean over segments.",
+        )
+        self.specs = (spec,)
+
+    def start(self, video: VideoInfo) -> Meter:
+        """A meter for one video."""
+        return _SegmentMeter(video, self.specs[0].name, self._scorer)
+
+
+class _SegmentMeter:
+    def __init__(self, video: VideoInfo, name: str, scorer: Any) -> None:
+        self._name, self._scorer = name, scorer
+        self._prompts: dict[Span, str] = {}
+        for segment in video.segments:
+            start, end = (min(round(s * video.fps), video.num_frames) for s in (segment.start_s, segment.end_s))
+            if start < end:
+                self._prompts[Span(start, end - start, video.fps)] = segment.prompt
+        self._clips = _SampledClips(list(self._prompts))
+        self._batches = Batches(video, BATCH, self._take)
+        self._values: dict[Span, float] = {}
+
+    def push(self, frames: np.ndarray) -> None:
+        """Take the next frames: (F, H, W, 3) uint8."""
+        with torch.no_grad():
+            self._batches.push(frames)
+
+    def finish(self) -> Mapping[str, Score]:
+        """Mean over the segments, and a window for each."""
+        with torch.no_grad():
+            self._batches.close()
+        if not self._values:
+            return {self._name: Score.none("the video has one prompt")}
+        windows = tuple(Window(start_frame=s.start, num_frames=s.length, value=v) for s, v in self._values.items())
+        return {self._name: Score(value=sum(self._values.values()) / len(self._values), windows=windows)}
+
+    def _take(self, start: int, frames: np.ndarray) -> None:
+        for span, clip in self._clips.take(start, frames):
+            self._values[span] = cosine(self._scorer, clip, _encoded_text(self._scorer, self._prompts[span]))
+
+
+def _encoded_text(scorer: Any, prompt: str) -> Tensor:
+    """(1, D), of length 1."""
+    return normalize(scorer.encode_text(prompt), dim=-1)
+
+
+def cosine(scorer: Any, clip: Tensor, text: Tensor) -> float:
+    """Between the features of (1, 8, 3, 224, 224) and a text's."""
+    return float((normalize(scorer.encode_video(clip), dim=-1) @ text.T)[0, 0])
+
+
+def sampled_frames(span: Span) -> list[int]:
+    """The frames of a span that are looked at; the last is repeated in spans that are too short."""
+    return [span.start + index for index in middle(NUM_FRAMES, span.length)]
+
+
+def agreement(variants: tuple[Variant, ...], scorer: Any) -> SpanMetric:
+    """``overall_consistency``.
+
+    Args:
+        variants: To measure.
+        scorer: ``encode_video`` of (1, 8, 3, 224, 224) and ``encode_text``, both to (1, D).
+    """
+
+    def meter(video: VideoInfo, specs: Specs) -> Meter:
+        return _AgreementMeter(video, specs, scorer)
+
+    networks = [("clip", scorer)]
+    return SpanMetric({variant: metric_spec(OVERALL, variant, networks) for variant in variants}, meter)

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from longtake.evaluation.metric import Meter, Score, VideoInfo
-from longtake.evaluation.metrics.dimensions import DYNAMIC, SMOOTHNESS, Variant, metric_spec
-from longtake.evaluation.metrics.spans import Span, Tally, clips_score, whole_score
+from longtake.evaluation.metrics.dimensions import (
+    DYNAMIC,
+    SMOOTHNESS,
+    Span,
+    Tally,
+    Variant,
+    clips_score,
+    metric_spec,
+    whole_score,
+)
 from longtake.evaluation.metrics.vbench import SpanMeter, SpanMetric, Specs
-from longtake.evaluation.sampling import stride_for_8fps
-from longtake.evaluation.transforms import pad_to_multiple, to_tensor, unpad
+from longtake.evaluation.preprocessing import pad_to_multiple, stride_for_8fps, to_tensor, unpad
 
 AMT_MULTIPLE, RAFT_MULTIPLE = 16, 8
 """Sides of the images that the two networks take, in pixels."""
@@ -25,7 +32,7 @@ PIXELS_PER_256 = 6.0
 """A pair moves above this flow on a video whose shorter side has 256 pixels, and in proportion on others."""
 
 
-class SmoothnessMeter(SpanMeter):
+class _SmoothnessMeter(SpanMeter):
     """``(255 - mean |I[2k+1] - middle(I[2k], I[2k+2])|) / 255``, frames counted from the start of the span.
 
     Args:
@@ -83,7 +90,7 @@ class SmoothnessMeter(SpanMeter):
         return self._inputs[index], self._padding
 
 
-class DynamicMeter(SpanMeter):
+class _DynamicMeter(SpanMeter):
     """Whether at least a quarter of the sampled frames' number of pairs moves more than a threshold.
 
     Frames are sampled from the start of each span, at about eight a second. The number of pairs needed is rounded
@@ -180,7 +187,7 @@ def smoothness(variants: tuple[Variant, ...], interpolator: Any) -> SpanMetric:
     """
 
     def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return SmoothnessMeter(video, specs, interpolator)
+        return _SmoothnessMeter(video, specs, interpolator)
 
     networks = [("interp", interpolator)]
     return SpanMetric({variant: metric_spec(SMOOTHNESS, variant, networks) for variant in variants}, meter)
@@ -195,7 +202,7 @@ def dynamics(variants: tuple[Variant, ...], estimator: Any) -> SpanMetric:
     """
 
     def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return DynamicMeter(video, specs, estimator)
+        return _DynamicMeter(video, specs, estimator)
 
     networks = [("flow", estimator)]
     return SpanMetric({variant: metric_spec(DYNAMIC, variant, networks) for variant in variants}, meter)

@@ -62,7 +62,7 @@ REVISIT_SHIFT = 6  # pixels; a camera that is late by less has not forgotten the
 MIN_SEEN = 0.5  # share of the background that has to be seen for it to be compared without the object
 
 
-def bright_mask(frames: Tensor) -> Tensor:
+def _bright_mask(frames: Tensor) -> Tensor:
     """Mark where an object may be: bright pixels and two pixels around them.
 
     Args:
@@ -75,7 +75,7 @@ def bright_mask(frames: Tensor) -> Tensor:
     return F.max_pool2d(bright, 5, stride=1, padding=2) > 0.5
 
 
-def median_background(frames: Tensor) -> tuple[Tensor, Tensor]:
+def _median_background(frames: Tensor) -> tuple[Tensor, Tensor]:
     """Take the per-pixel median over the frames in which no object covers the pixel.
 
     Args:
@@ -85,13 +85,13 @@ def median_background(frames: Tensor) -> tuple[Tensor, Tensor]:
         (3, H, W) median, over all frames where an object always covers the pixel; and (H, W) bool, True where the
         background was seen.
     """
-    covered = bright_mask(frames)
+    covered = _bright_mask(frames)
     seen = ~covered.all(dim=0)[0]
     uncovered = torch.where(covered & seen, torch.nan, frames)
     return uncovered.nanmedian(dim=0).values, seen
 
 
-def masked_psnr(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+def _masked_psnr(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
     """Peak signal-to-noise ratio over the pixels of a mask.
 
     Args:
@@ -113,14 +113,14 @@ def background_psnr(reference: tuple[Tensor, Tensor], frames: Tensor) -> float:
     The object's place is left out, unless more than half of the picture would be: a picture that has gone bright
     all over is no object.
     """
-    median, seen = median_background(frames)
+    median, seen = _median_background(frames)
     both = seen & reference[1]
     if both.float().mean() < MIN_SEEN:
         both = torch.ones_like(both)
-    return masked_psnr(median, reference[0], both).item()
+    return _masked_psnr(median, reference[0], both).item()
 
 
-def motion_share(frames: Tensor) -> float:
+def _motion_share(frames: Tensor) -> float:
     """Share of pixels that change visibly from one looked-at frame to the next, mean over the frames.
 
     Args:
@@ -130,7 +130,7 @@ def motion_share(frames: Tensor) -> float:
     return (change > VISIBLE_CHANGE).float().mean().item()
 
 
-def presence(frames: Tensor) -> float:
+def _presence(frames: Tensor) -> float:
     """Share of the (frames, 3, H, W) frames that show at least a small bright object."""
     pixels = (frames.amax(dim=1) > BRIGHT).sum(dim=(1, 2))
     return (pixels >= MIN_BRIGHT_PIXELS).float().mean().item()
@@ -149,27 +149,27 @@ def revisit_psnr(earlier: Tensor, later: Tensor) -> float:
     if len(later) == 0:
         return float("nan")
     width = later.shape[-1]
-    free_earlier, free_later = ~bright_mask(earlier)[:, 0], ~bright_mask(later)[:, 0]
+    free_earlier, free_later = ~_bright_mask(earlier)[:, 0], ~_bright_mask(later)[:, 0]
     best = torch.full((len(later),), -torch.inf)
     for shift in range(-REVISIT_SHIFT, REVISIT_SHIFT + 1):
         here = slice(max(0, shift), width + min(0, shift))
         there = slice(max(0, -shift), width + min(0, -shift))
         free = free_later[..., here] & free_earlier[..., there]
-        psnr = masked_psnr(later[..., here], earlier[..., there], free)
+        psnr = _masked_psnr(later[..., here], earlier[..., there], free)
         best = torch.fmax(best, psnr)
     best = best[best.isfinite()]
     return best.mean().item() if len(best) else float("nan")
 
 
-def sampled_scene(scene: Scene, num_frames: int, *, start: int = 0) -> Tensor:
+def _sampled_scene(scene: Scene, num_frames: int, *, start: int = 0) -> Tensor:
     """Render the frames of a true scene that the measures look at: (frames, 3, 64, 64) float32 in [0, 1]."""
     pixels = render(scene, np.arange(start, num_frames, FRAME_STRIDE))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
 
 
-def true_motion_share(scene: Scene, *, num_frames: int = 60 * FPS) -> float:
+def _true_motion_share(scene: Scene, *, num_frames: int = 60 * FPS) -> float:
     """:func:`motion_share` of the true scene over its first minute."""
-    return motion_share(sampled_scene(scene, num_frames))
+    return _motion_share(_sampled_scene(scene, num_frames))
 
 
 @dataclass
@@ -200,7 +200,7 @@ class WindowMeter:
             _Video(
                 expected=expected_verdict(parse_caption(describe(scene))),
                 round_trip=round(CAMERAS[scene.camera] * FPS) // FRAME_STRIDE,
-                true_motion=true_motion_share(scene),
+                true_motion=_true_motion_share(scene),
                 background=None,
                 first_visits=[],
             )
@@ -247,15 +247,15 @@ class WindowMeter:
         row["one_object"] = is_right(verdict, video.expected, "count") if video.expected["count"] == "one" else np.nan
         row["background_psnr"] = self._background(video, clip)
         row["revisit_psnr"] = self._revisit(video, clip)
-        row["motion_magnitude"] = motion_share(clip) / video.true_motion
-        row["object_present"] = presence(clip) if video.expected["event"] == "none" else np.nan
+        row["motion_magnitude"] = _motion_share(clip) / video.true_motion
+        row["object_present"] = _presence(clip) if video.expected["event"] == "none" else np.nan
         return row
 
     def _background(self, video: _Video, clip: Tensor) -> float:
         if video.round_trip:
             return float("nan")
         if video.background is None:
-            video.background = median_background(clip)
+            video.background = _median_background(clip)
             return float("nan")
         return background_psnr(video.background, clip)
 
@@ -273,7 +273,7 @@ SECONDS = 20.0
 MEMORIES = ("background_psnr", "revisit_psnr")
 
 
-def repeat_frames(looked_at: Tensor) -> Tensor:
+def _repeat_frames(looked_at: Tensor) -> Tensor:
     """Make (1, F, 3, H, W) video of (f, 3, H, W) frames that are a quarter of a second apart, by holding each."""
     return looked_at.repeat_interleave(FRAME_STRIDE, dim=0)[None]
 
@@ -287,7 +287,7 @@ def forgotten(scene: Scene, *, seed: int) -> Scene:
     return replace(scene, texture_x=other.texture_x, texture_y=other.texture_y, landmarks=other.landmarks)
 
 
-def with_amnesia(scene: Scene, *, num_frames: int, seed: int = 0) -> tuple[Tensor, int]:
+def _with_amnesia(scene: Scene, *, num_frames: int, seed: int = 0) -> tuple[Tensor, int]:
     """Render a video that turns into :func:`forgotten` once everything has been seen.
 
     Returns:
@@ -295,12 +295,12 @@ def with_amnesia(scene: Scene, *, num_frames: int, seed: int = 0) -> tuple[Tenso
     """
     change = max(CLIP_SECONDS, CAMERAS[scene.camera])
     window = int(-(-change // CLIP_SECONDS))
-    before = sampled_scene(scene, window * CLIP_FRAMES * FRAME_STRIDE)
-    after = sampled_scene(forgotten(scene, seed=seed), num_frames, start=window * CLIP_FRAMES * FRAME_STRIDE)
-    return repeat_frames(torch.cat([before, after])), window
+    before = _sampled_scene(scene, window * CLIP_FRAMES * FRAME_STRIDE)
+    after = _sampled_scene(forgotten(scene, seed=seed), num_frames, start=window * CLIP_FRAMES * FRAME_STRIDE)
+    return _repeat_frames(torch.cat([before, after])), window
 
 
-def truth_levels(judge: ClipJudge, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
+def _truth_levels(judge: ClipJudge, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
     """Measure the true scenes of a study's prompts.
 
     Args:
@@ -315,10 +315,10 @@ def truth_levels(judge: ClipJudge, scenes: Sequence[Scene]) -> dict[str, dict[st
     true: dict[str, list[float]] = {name: [] for name in MEASURES}
     lost: dict[str, list[float]] = {name: [] for name in MEMORIES}
     for scene in scenes:
-        for row in WindowMeter(judge, [scene]).push(repeat_frames(sampled_scene(scene, num_frames))):
+        for row in WindowMeter(judge, [scene]).push(_repeat_frames(_sampled_scene(scene, num_frames))):
             for name in MEASURES:
                 true[name].append(row[0][name])
-        video, change = with_amnesia(scene, num_frames=num_frames)
+        video, change = _with_amnesia(scene, num_frames=num_frames)
         for row in WindowMeter(judge, [scene]).push(video)[change:]:
             for name in MEMORIES:
                 lost[name].append(row[0][name])
@@ -343,6 +343,6 @@ def reference_levels(folder: Path, prompts: Sequence[int], *, prompt_seed: int) 
     known = json.loads(path.read_text()) if path.is_file() else {"key": None}
     if known["key"] != key:
         scenes = held_back_scenes(prompts[-1] + 1, seed=prompt_seed)
-        known = {"key": key, "levels": truth_levels(judge, [scenes[index] for index in prompts])}
+        known = {"key": key, "levels": _truth_levels(judge, [scenes[index] for index in prompts])}
         path.write_text(json.dumps(known, indent=1) + "\n")
     return known["levels"]

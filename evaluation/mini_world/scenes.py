@@ -75,7 +75,7 @@ class Actor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Landmark:
+class _Landmark:
     """A dim mark at a fixed place of the panned strip; never in the caption. Lengths in 64-pixel-frame pixels."""
 
     kind: str
@@ -112,7 +112,7 @@ class Scene:
     camera: str
     camera_phase: float
     event: str
-    landmarks: tuple[Landmark, ...]
+    landmarks: tuple[_Landmark, ...]
     says_speed: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Scene:
                 **values,
                 "actor": Actor(**values["actor"]),
                 "second": None if second is None else Actor(**second),
-                "landmarks": tuple(Landmark(**mark) for mark in values["landmarks"]),
+                "landmarks": tuple(_Landmark(**mark) for mark in values["landmarks"]),
             }
         )
 
@@ -158,11 +158,11 @@ def _sample_actor(rng: np.random.Generator, *, row: int | None, taken: str | Non
     )
 
 
-def _sample_landmarks(rng: np.random.Generator) -> tuple[Landmark, ...]:
+def _sample_landmarks(rng: np.random.Generator) -> tuple[_Landmark, ...]:
     marks = []
     for column in range(5):
         marks.append(
-            Landmark(
+            _Landmark(
                 kind=_choice(rng, LANDMARK_KINDS),
                 tint=int(rng.integers(len(LANDMARK_TINTS))),
                 x=12.0 + 25.0 * column + float(rng.uniform(-6.0, 6.0)),
@@ -210,7 +210,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def is_held_back(scene: Scene) -> bool:
+def _is_held_back(scene: Scene) -> bool:
     """Tell whether the scene's combination of prompted attributes is kept out of the training set."""
     first = (scene.actor.shape, scene.actor.colour, scene.actor.motion, scene.background, scene.texture)
     return zlib.crc32(" ".join(first).encode()) % HELD_BACK_SHARE == 0
@@ -220,7 +220,7 @@ def _draw_until(seed: int, stream: int, index: int, *, held_back: bool) -> Scene
     rng = np.random.default_rng([seed, stream, index])
     while True:
         scene = sample_scene(rng)
-        if is_held_back(scene) == held_back:
+        if _is_held_back(scene) == held_back:
             return scene
 
 
@@ -304,7 +304,7 @@ def vocabulary() -> list[str]:
     return sorted({*text.split(), "a", "an", "and", "over", "background", "with", "the", "camera"})
 
 
-def camera_offset(scene: Scene, frame_indices: np.ndarray) -> np.ndarray:
+def _camera_offset(scene: Scene, frame_indices: np.ndarray) -> np.ndarray:
     """Return how far right the view stands in the strip, (F,) float64, pixels of a 64-pixel frame."""
     period = CAMERAS[scene.camera]
     seconds = np.asarray(frame_indices, dtype=np.float64) / FPS
@@ -331,7 +331,7 @@ def revisit_pairs(scene: Scene, num_frames: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class ObjectState:
+class _ObjectState:
     """True state of one object per frame, in pixels of a 64-pixel frame.
 
     Attributes:
@@ -417,7 +417,7 @@ def _pillar(size: int) -> np.ndarray:
     return np.clip((grid - PILLAR_LEFT) / pixel + 0.5, 0.0, 1.0).astype(np.float32)
 
 
-def object_mask(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE, which: str = "actor") -> np.ndarray:
+def _object_mask(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE, which: str = "actor") -> np.ndarray:
     """Return the visible part of an object as anti-aliased coverage.
 
     Args:
@@ -443,13 +443,13 @@ def object_mask(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE, wh
     return mask
 
 
-def object_state(scene: Scene, frame_indices: np.ndarray, *, which: str = "actor") -> ObjectState:
+def object_state(scene: Scene, frame_indices: np.ndarray, *, which: str = "actor") -> _ObjectState:
     """Return the true centre, radius and visibility of an object; arguments as in :func:`object_mask`."""
-    mask = object_mask(scene, frame_indices, which=which)
+    mask = _object_mask(scene, frame_indices, which=which)
     actor = scene.actor if which == "actor" else scene.second
     center, radius = _trajectory(actor, frame_indices, scene.event)
     whole = {"circle": np.pi, "square": np.pi, "triangle": 3.0, "star": 2.49}[actor.shape] * radius**2
-    return ObjectState(center, radius, np.clip(mask.sum(axis=(1, 2)) / whole, 0.0, 1.0))
+    return _ObjectState(center, radius, np.clip(mask.sum(axis=(1, 2)) / whole, 0.0, 1.0))
 
 
 def _square_wave(position: np.ndarray, period: float, edge: float) -> np.ndarray:
@@ -494,7 +494,7 @@ def _panorama(scene: Scene, size: int, columns_per_pixel: int) -> np.ndarray:
 def _backdrop(scene: Scene, frame_indices: np.ndarray, size: int) -> np.ndarray:
     """Background as the camera sees it, (1 or F, size, size, 3) float32; one frame when the camera is still."""
     columns_per_pixel = 4
-    offsets = camera_offset(scene, frame_indices) if scene.camera != "still" else camera_offset(scene, np.zeros(1))
+    offsets = _camera_offset(scene, frame_indices) if scene.camera != "still" else _camera_offset(scene, np.zeros(1))
     strip = _panorama(scene, size, columns_per_pixel)
     # A pixel sees the mean of its columns, wherever the view stands.
     width = strip.shape[1] - columns_per_pixel

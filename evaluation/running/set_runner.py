@@ -10,11 +10,10 @@ import torch
 
 from longtake.evaluation.backbones import Backbones
 from longtake.evaluation.metric import VideoInfo
+from longtake.evaluation.preprocessing import clip_transform, dino_transform, dinov2_transform, dreamsim_transform
 from longtake.evaluation.records import SCHEMA, write_json
 from longtake.evaluation.running.video_folder import plan_videos
-from longtake.evaluation.sets.features import FeatureCollector, read_features
-from longtake.evaluation.sets.scores import SetScores, set_scores
-from longtake.evaluation.transforms import clip_transform, dino_transform, dinov2_transform, dreamsim_transform
+from longtake.evaluation.sets import FeatureCollector, SetScores, read_features, set_scores
 from longtake.evaluation.video import VideoSource, measure
 
 SETS_FILE = "sets.json"

@@ -87,7 +87,7 @@ def entry_title(entry: str) -> str:
     return entry or "(no entry: tensors at the top)"
 
 
-def list_entries(checkpoint: Checkpoint) -> str:
+def _list_entries(checkpoint: Checkpoint) -> str:
     """Name a checkpoint's entries with their numbers of tensors, for messages."""
     return ", ".join(f"{entry_title(entry)}: {len(found)}" for entry, found in checkpoint.entries.items())
 
@@ -109,12 +109,12 @@ def choose_entry(checkpoint: Checkpoint, key: str | None = None, *, order: Seque
     if key is not None:
         if key in checkpoint.entries:
             return key
-        raise ValueError(f"'{checkpoint.path}' has no entry {key!r}; it holds {list_entries(checkpoint)}.")
+        raise ValueError(f"'{checkpoint.path}' has no entry {key!r}; it holds {_list_entries(checkpoint)}.")
     for wanted in order:
         for entry in checkpoint.entries:
             if entry == wanted or (wanted and entry.rpartition(".")[2] == wanted):
                 return entry
     raise ValueError(
-        f"'{checkpoint.path}' holds {list_entries(checkpoint)}, none of which is taken unasked: name the one that is "
+        f"'{checkpoint.path}' holds {_list_entries(checkpoint)}, none of which is taken unasked: name the one that is "
         "meant with key (--key)."
     )

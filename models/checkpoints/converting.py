@@ -305,7 +305,7 @@ def summarise(conversion: Conversion) -> Rows:
         (what, text) rows.
     """
     found, adapter, request = conversion.transformer, conversion.adapter, conversion.request
-    stored = dtypes_of(found.infos.values())
+    stored = _dtypes_of(found.infos.values())
     rows = [
         ("source", f"{found.checkpoint.path} ({found.checkpoint.container})"),
         ("entry", entry_title(found.entry)),
@@ -323,13 +323,13 @@ def summarise(conversion: Conversion) -> Rows:
     return rows
 
 
-def dtypes_of(infos: Iterable[TensorInfo]) -> str:
+def _dtypes_of(infos: Iterable[TensorInfo]) -> str:
     """Name the dtypes in use."""
     return ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
 
 
 def _entry_text(tensors: Mapping[str, TensorInfo], identity: Identity) -> str:
-    text = f"{_weights_text(tensors)}, {dtypes_of(tensors.values())}: {identity.title}"
+    text = f"{_weights_text(tensors)}, {_dtypes_of(tensors.values())}: {identity.title}"
     if identity.kind == "lora":
         text += f", rank {', '.join(map(str, adapter_rank(tensors)))}"
     text += f", {identity.naming} naming" if identity.naming else ""

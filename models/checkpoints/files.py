@@ -27,7 +27,7 @@ _TEXTS = {
 }
 
 
-def detect_container(path: Path) -> Literal["safetensors", "pickle"]:
+def _detect_container(path: Path) -> Literal["safetensors", "pickle"]:
     """Tell a safetensors file from a zipped pickle.
 
     Args:
@@ -129,7 +129,7 @@ DTYPES = {
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
-class SafetensorsCheckpoint(Checkpoint):
+class _SafetensorsCheckpoint(Checkpoint):
     """One safetensors file, or the shards of one model."""
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
@@ -163,7 +163,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise ValueError(f"'{self._files[name]}' changed while it was read ({error}).") from error
 
 
-def open_shards(folder: Path, *, index: Path | None = None) -> SafetensorsCheckpoint | None:
+def open_shards(folder: Path, *, index: Path | None = None) -> _SafetensorsCheckpoint | None:
     """Open the safetensors files of a folder as one model.
 
     Args:
@@ -182,8 +182,8 @@ def open_shards(folder: Path, *, index: Path | None = None) -> SafetensorsCheckp
     if not indexes:
         files = sorted(folder.glob("*.safetensors"))
         for file in files:
-            check_shard(file, siblings={other.name for other in files})
-        return SafetensorsCheckpoint(folder, files) if files else None
+            _check_shard(file, siblings={other.name for other in files})
+        return _SafetensorsCheckpoint(folder, files) if files else None
     listed = read_json(indexes[0]).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise ValueError(f"'{indexes[0]}' has no weight_map: it is no index of shards.")
@@ -194,14 +194,14 @@ def open_shards(folder: Path, *, index: Path | None = None) -> SafetensorsCheckp
             f"'{indexes[0]}' lists {len(names)} shards, {len(missing)} of which are not beside it "
             f"({', '.join(missing[:5])}): download them too."
         )
-    checkpoint = SafetensorsCheckpoint(index or folder, [folder / name for name in names])
+    checkpoint = _SafetensorsCheckpoint(index or folder, [folder / name for name in names])
     absent = [name for name in listed if name not in checkpoint.entries[FLAT]]
     if absent:
         raise ValueError(f"'{indexes[0]}' lists {len(absent)} tensors that no shard holds ({absent[0]}...).")
     return checkpoint
 
 
-def check_shard(file: Path, *, siblings: set[str] = frozenset()) -> None:
+def _check_shard(file: Path, *, siblings: set[str] = frozenset()) -> None:
     """Refuse a shard whose siblings are not there.
 
     Args:
@@ -257,7 +257,7 @@ _DAMAGE = (
 )
 
 
-class PickleCheckpoint(Checkpoint):
+class _PickleCheckpoint(Checkpoint):
     """A zipped pickle, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
@@ -367,10 +367,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"checkpoint '{path}' does not exist.")
     if path.name.endswith(_INDEX):
         return open_shards(path.parent, index=path)
-    if detect_container(path) == "pickle":
-        return PickleCheckpoint(path)
-    check_shard(path)
-    return SafetensorsCheckpoint(path, [path])
+    if _detect_container(path) == "pickle":
+        return _PickleCheckpoint(path)
+    _check_shard(path)
+    return _SafetensorsCheckpoint(path, [path])
 
 
 def _open_folder(folder: Path) -> Checkpoint:

@@ -25,7 +25,7 @@ _KOHYA = "lora_unet_"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class _Pair:
     """The two factors of one weight's change: ``W += scale * B @ A``."""
 
     down: str  # name of A, (rank, in)
@@ -46,7 +46,7 @@ class Adapter:
 
     checkpoint: Checkpoint
     entry: str
-    pairs: Mapping[str, Pair]
+    pairs: Mapping[str, _Pair]
 
     @property
     def ranks(self) -> list[int]:
@@ -187,7 +187,7 @@ def _pair(
     alpha: float,
     shape: tuple[int, ...],
     path: object,
-) -> Pair:
+) -> _Pair:
     (down,), (up,) = sides["A"], sides["B"]
     a, b = tensors[down].shape, tensors[up].shape
     if len(shape) != 2 or len(a) != 2 or len(b) != 2 or (b[0], a[1]) != shape or a[0] != b[1] or not a[0]:
@@ -195,4 +195,4 @@ def _pair(
             f"adapter '{path}' does not fit {target} of shape {list(shape)}: {down} is {list(a)}, {up} is {list(b)}; "
             "(rank, in) and (out, rank) fit."
         )
-    return Pair(down=down, up=up, rank=a[0], scale=alpha / a[0])
+    return _Pair(down=down, up=up, rank=a[0], scale=alpha / a[0])

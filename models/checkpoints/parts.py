@@ -103,7 +103,7 @@ def write_weights(
     return [folder / name for name in names]
 
 
-def write_raw(file: BinaryIO, tensor: Tensor) -> None:
+def _write_raw(file: BinaryIO, tensor: Tensor) -> None:
     """Write a tensor's numbers, little-endian, row by row."""
     file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -147,7 +147,7 @@ def _write_tensor(file: BinaryIO, tensor: OutputTensor) -> bool:
     for piece in _pieces(found):
         cast = piece.to(tensor.info.dtype)
         is_finite = is_finite and bool(torch.isfinite(cast).all())
-        write_raw(file, cast)
+        _write_raw(file, cast)
     return is_finite
 
 

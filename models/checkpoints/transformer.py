@@ -37,7 +37,7 @@ _FROM_ORIGINAL = {
 _CLASSES = ("WanTransformer3DModel", "WanModel", "CausalWanModel")
 
 
-def known_size(config: Mapping[str, Any]) -> str | None:
+def _known_size(config: Mapping[str, Any]) -> str | None:
     """Name a transformer's size.
 
     Args:
@@ -50,7 +50,7 @@ def known_size(config: Mapping[str, Any]) -> str | None:
     return SIZES.get((width, config["ffn_dim"], config["num_layers"]))
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     """Read a transformer's ``config.json``, Wan's own or diffusers'.
 
     Args:
@@ -78,7 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
     )
 
 
-def config_beside(folder: Path) -> Path | None:
+def _config_beside(folder: Path) -> Path | None:
     """Find the ``config.json`` of a Wan transformer in a folder; one of something else is passed by."""
     path = folder / "config.json"
     if path.is_file() and read_json(path).get("_class_name") in _CLASSES:
@@ -86,12 +86,12 @@ def config_beside(folder: Path) -> Path | None:
     return None
 
 
-def transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *, path: object) -> dict[str, Any]:
+def _transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *, path: object) -> dict[str, Any]:
     """Find the arguments of the ``WanTransformer3DModel`` that has these weights.
 
     Args:
         shapes: Diffusers name to shape, complete.
-        given: What ``read_config`` found; the head's width is in no shape, all else has to agree with the shapes.
+        given: What ``_read_config`` found; the head's width is in no shape, all else has to agree with the shapes.
         path: For messages.
 
     Returns:
@@ -224,7 +224,7 @@ class Transformer:
     @property
     def size(self) -> str | None:
         """``1.3B``, ``14B``, or None for any other."""
-        return known_size(self.config)
+        return _known_size(self.config)
 
     @property
     def is_image_to_video(self) -> bool:
@@ -282,8 +282,8 @@ def find_transformer(checkpoint: Checkpoint, *, key: str | None = None, config: 
     except ValueError as error:
         raise ValueError(f"'{path}': {error}") from error
     shapes = {name: stored[source].shape for name, source in sources.items()}
-    config = config or config_beside(checkpoint.folder)
-    arguments = transformer_config(shapes, read_config(config) if config else {}, path=path)
+    config = config or _config_beside(checkpoint.folder)
+    arguments = _transformer_config(shapes, _read_config(config) if config else {}, path=path)
     expected = expected_shapes(arguments)
     check_shapes(shapes, expected, path=path)
     ordered = {name: sources[name] for name in expected}

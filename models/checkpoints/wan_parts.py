@@ -43,7 +43,7 @@ _DOWN = re.compile(r"encoder\.downsamples\.(\d+)\.(.+)")
 _UP = re.compile(r"decoder\.upsamples\.(\d+)\.(.+)")
 
 
-def vae_name(name: str, *, num_res_blocks: int) -> str | None:
+def _vae_name(name: str, *, num_res_blocks: int) -> str | None:
     """Translate a name of Wan's own VAE.
 
     Args:
@@ -72,7 +72,7 @@ def vae_name(name: str, *, num_res_blocks: int) -> str | None:
     return _OUTSIDE_NAMES.get(name)
 
 
-def vae_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) -> dict[str, Any]:
+def _vae_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) -> dict[str, Any]:
     """Find the arguments of the ``AutoencoderKLWan`` that has these weights.
 
     Args:
@@ -117,7 +117,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) -> dict[s
     }
 
 
-def vae_part(checkpoint: Checkpoint) -> WrittenPart:
+def _vae_part(checkpoint: Checkpoint) -> WrittenPart:
     """Describe the ``vae`` folder of an original VAE file.
 
     Args:
@@ -138,8 +138,8 @@ def vae_part(checkpoint: Checkpoint) -> WrittenPart:
         what = "a VAE in diffusers naming: give its folder, with config.json" if found.kind == "vae" else found.title
         raise ValueError(f"'{path}' is {what}; --vae takes Wan2.1_VAE.pth or a diffusers folder.")
     require_floats(path, infos)
-    config = vae_config({name: info.shape for name, info in infos.items()}, path=path)
-    names = {name: vae_name(name, num_res_blocks=config["num_res_blocks"]) for name in stored}
+    config = _vae_config({name: info.shape for name, info in infos.items()}, path=path)
+    names = {name: _vae_name(name, num_res_blocks=config["num_res_blocks"]) for name in stored}
     unknown = [name for name, new in names.items() if new is None]
     if unknown:
         raise ValueError(f"'{path}' has names that Wan2.1's VAE has not: {listing(unknown)} of {len(names)}.")
@@ -173,7 +173,7 @@ _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 _TIED = "encoder.embed_tokens.weight"  # the same numbers as shared.weight, stored once
 
 
-def text_encoder_name(name: str) -> str | None:
+def _text_encoder_name(name: str) -> str | None:
     """Translate a name of Wan's own text encoder.
 
     Args:
@@ -190,7 +190,7 @@ def text_encoder_name(name: str) -> str | None:
     return f"encoder.block.{match[1]}.{_BLOCK[match[2]]}" if match[2] in _BLOCK else None
 
 
-def text_encoder_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) -> UMT5Config:
+def _text_encoder_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) -> UMT5Config:
     """Find the configuration of the ``UMT5EncoderModel`` that has these weights.
 
     Args:
@@ -223,7 +223,7 @@ def text_encoder_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) 
     )
 
 
-def text_encoder_part(checkpoint: Checkpoint) -> WrittenPart:
+def _text_encoder_part(checkpoint: Checkpoint) -> WrittenPart:
     """Describe the ``text_encoder`` folder of an original text encoder file.
 
     Args:
@@ -247,15 +247,15 @@ def text_encoder_part(checkpoint: Checkpoint) -> WrittenPart:
             f"'{path}' is {what}; --text-encoder takes models_t5_umt5-xxl-enc-bf16.pth or a transformers folder."
         )
     require_floats(path, infos)
-    unknown = [name for name in stored if text_encoder_name(name) is None]
+    unknown = [name for name in stored if _text_encoder_name(name) is None]
     if unknown:
         raise ValueError(f"'{path}' has names that Wan's text encoder has not: {listing(unknown)} of {len(stored)}.")
-    config = text_encoder_config({name: info.shape for name, info in infos.items()}, path=path)
+    config = _text_encoder_config({name: info.shape for name, info in infos.items()}, path=path)
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _TIED}
-    check_shapes({text_encoder_name(name): info.shape for name, info in infos.items()}, expected, path=path)
-    sources = {text_encoder_name(name): source for name, source in stored.items()}
+    check_shapes({_text_encoder_name(name): info.shape for name, info in infos.items()}, expected, path=path)
+    sources = {_text_encoder_name(name): source for name, source in stored.items()}
     tensors = renamed(checkpoint, entry, sources, order=list(expected))
     return WrittenPart(
         name="text_encoder",
@@ -281,7 +281,7 @@ def find_vae(path: Path) -> Part:
         ValueError: If it is something else.
     """
     if not path.is_dir():
-        return vae_part(open_checkpoint(path))
+        return _vae_part(open_checkpoint(path))
     folder = _inside(path, "vae")
     config = _config(folder)
     if config.get("_class_name") != "AutoencoderKLWan":
@@ -299,7 +299,7 @@ def find_text_encoder(path: Path) -> Part:
         ValueError: If it is something else.
     """
     if not path.is_dir():
-        return text_encoder_part(open_checkpoint(path))
+        return _text_encoder_part(open_checkpoint(path))
     folder = _inside(path, "text_encoder")
     config = _config(folder)
     if config.get("model_type") != "umt5":

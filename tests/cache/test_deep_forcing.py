@@ -6,7 +6,7 @@ from deep_forcing import DeepForcingReference
 from policy_driver import Player, make_geometry, random, spans
 
 from longtake.cache import Pass, make_policy
-from longtake.cache.policies.deep_forcing import ParticipativeState
+from longtake.cache.policies.deep_forcing import _ParticipativeState
 
 SMALL = {"num_context_frames": 9, "num_sink_frames": 2, "num_budget_frames": 7, "num_recent_frames": 4}
 GRID = (2, 2)
@@ -201,7 +201,7 @@ def test_a_choice_made_without_queries_does_not_stand_in_the_way():
                 for layer in range(2):
                     player.cache.state.select(layer, Pass("denoise", span.index, span.start, 3))
             outputs.append(player.block(span))
-    assert isinstance(player.cache.state, ParticipativeState)
+    assert isinstance(player.cache.state, _ParticipativeState)
     assert all(
         torch.equal(x, y) for a, b in zip(outputs[:9], outputs[9:], strict=True) for x, y in zip(a, b, strict=True)
     )

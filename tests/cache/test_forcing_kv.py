@@ -9,7 +9,7 @@ from forcing_kv import ForcingKVReference
 from policy_driver import Player, make_geometry, random, spans
 
 from longtake.cache import Pass, make_policy
-from longtake.cache.policies.forcing_kv import HeadMap, find_head_map, format_head_map, shipped_maps
+from longtake.cache.policies.forcing_kv import HeadMap, _find_head_map, _shipped_maps, format_head_map
 
 GRID = (3, 4)
 HEADS = ((), (1,), ())
@@ -100,12 +100,12 @@ def test_the_sink_moves_up_where_positions_are_contiguous():
 
 
 def test_shipped_maps_fit_their_models():
-    maps = shipped_maps()
+    maps = _shipped_maps()
     published = maps["self_forcing"]
     assert (published.num_layers, published.num_heads, published.num_static) == (30, 12, 134)
-    assert find_head_map("auto", 30, 12) == published
+    assert _find_head_map("auto", 30, 12) == published
     config = json.loads((Path(__file__).parents[2] / "models/mini/transformer/config.json").read_text())
-    mini = find_head_map("auto", config["num_layers"], config["num_attention_heads"])
+    mini = _find_head_map("auto", config["num_layers"], config["num_attention_heads"])
     assert mini == maps["mini"] and 0 < mini.num_static < mini.num_layers * mini.num_heads
     assert published.dynamic(13) == tuple(range(11)) and published.static[13] == (11,)
 
@@ -114,14 +114,14 @@ def test_maps_are_read_from_files(tmp_path):
     found = HeadMap(((0,), (), (1, 2)), 3)
     path = tmp_path / "heads.yaml"
     path.write_text(format_head_map(found, "a test\nof two lines"))
-    assert find_head_map(str(path), 3, 3) == found
+    assert _find_head_map(str(path), 3, 3) == found
     theirs = {
         "num_heads": 3,
         "layers": [{"layer_idx": i, "local_head": list(row)} for i, row in enumerate(found.static)],
     }
     path = tmp_path / "heads.json"
     path.write_text(json.dumps(theirs))
-    assert find_head_map(str(path), 3, 3) == found
+    assert _find_head_map(str(path), 3, 3) == found
 
 
 def test_errors_name_the_profiler(tmp_path):
@@ -145,4 +145,4 @@ def test_errors_name_the_profiler(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text("prompt: a cat")
     with pytest.raises(ValueError, match="is no head map"):
-        find_head_map(str(path), 3, 2)
+        _find_head_map(str(path), 3, 2)

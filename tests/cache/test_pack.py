@@ -8,7 +8,7 @@ from policy_driver import Player, make_geometry, random, spans
 from safetensors.torch import save_file
 
 from longtake.cache import Geometry, Pass, make_policy
-from longtake.cache.policies.pack import Bank, LatentCompressor, cell_factors, load_compressor, num_cells, pool_tokens
+from longtake.cache.policies.pack import LatentCompressor, _Bank, cell_factors, load_compressor, num_cells, pool_tokens
 from longtake.cache.simulation import simulate
 from longtake.rope import axis_frequencies, cell_coordinates, pack_backward, rotate
 
@@ -214,7 +214,7 @@ def test_everything_chosen_is_full_attention():
 
 def filled_bank(num_blocks=6, tokens=5, on_host=False):
     geometry = make_geometry(3, batch=2)
-    bank = Bank(geometry, num_places=num_blocks, block_tokens=tokens, on_host=on_host)
+    bank = _Bank(geometry, num_places=num_blocks, block_tokens=tokens, on_host=on_host)
     starts = [3 * i for i in range(num_blocks)]
     bank.hand_over([], starts)
     generator = torch.Generator().manual_seed(0)

@@ -47,14 +47,14 @@ NO_ROOM = {("relax", 4), ("slow_fast", 4)}
 def test_every_policy_can_be_played_and_sizes_do_not_depend_on_the_device(name, block):
     """Sizes on the meta device are what real tensors have; frames read exist, and are named."""
     from longtake.scripts.policy_facts import preset_policy
-    from longtake.scripts.policy_pictures import toy_geometry
+    from longtake.scripts.policy_pictures import _toy_geometry
 
     policy = preset_policy(name)
     if (name, block) in NO_ROOM:
         with pytest.raises(ValueError, match=f"block of {block} frames.* use 8 or more"):
-            policy.start(toy_geometry(block))
+            policy.start(_toy_geometry(block))
         return
-    real = toy_geometry(block)
+    real = _toy_geometry(block)
     sizes = []
     for device in ("cpu", "meta"):
         shapes = Geometry(**{**vars(real), "device": torch.device(device)})

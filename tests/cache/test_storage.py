@@ -9,12 +9,12 @@ from policy_driver import Player, make_geometry, spans
 
 from longtake.attention import sdpa
 from longtake.cache import Geometry, KVCache, Pass, PlainStorage, make_policy
-from longtake.cache.coded import CodedStorage, Int4, Int8, Raw, codec_of
+from longtake.cache.coded import CodedStorage, Raw, _Int4, _Int8, codec_of
 from longtake.cache.footprint import footprint
 from longtake.rope import axis_frequencies, rotate
 
 SINK = {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3}
-CODECS = [Raw(), Int8(), Int4(16), Int4(32)]
+CODECS = [Raw(), _Int8(), _Int4(16), _Int4(32)]
 
 
 def tokens(*shape, seed=0):
@@ -42,7 +42,7 @@ def coded(codec, x):
     return codec.decode(planes, x.dtype)
 
 
-@pytest.mark.parametrize(("codec", "most"), [(Raw(), 0.0), (Int8(), 0.01), (Int4(16), 0.12), (Int4(32), 0.13)])
+@pytest.mark.parametrize(("codec", "most"), [(Raw(), 0.0), (_Int8(), 0.01), (_Int4(16), 0.12), (_Int4(32), 0.13)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.05, 1.0, 40.0])
 def test_error_of_a_codec(codec, most, dtype, scale):

@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity
 
 from longtake.cache import Pass, make_policy
 from longtake.cache.policies import tempcache
-from longtake.cache.policies.tempcache import directions, merge_repeats, random_projection
+from longtake.cache.policies.tempcache import _random_projection, directions, merge_repeats
 from longtake.cache.storage import KeysValues
 
 GRID = (2, 2)
@@ -130,8 +130,8 @@ def test_neighbours_are_found_in_random_directions_too():
     base = torch.randn(1, size, 4, 64, generator=generator)
     values = torch.randn(1, 2 * size, 4, 64, generator=generator)
     cells = torch.arange(size)[None]
-    projection = random_projection(4 * 64, 64, base)
-    assert projection.shape == (256, 64) and random_projection(64, 64, base) is None
+    projection = _random_projection(4 * 64, 64, base)
+    assert projection.shape == (256, 64) and _random_projection(64, 64, base) is None
     merged = {}
     for noise in (0.0, 0.3, 3.0):
         order = torch.randperm(size, generator=generator)

@@ -10,7 +10,7 @@ import yaml
 from longtake.cache import POLICIES, make_policy
 from longtake.configs.families import load_family
 from longtake.configs.fields import build
-from longtake.configs.loader import from_mapping, is_override, load_preset, load_run, preset_names
+from longtake.configs.loader import _from_mapping, is_override, load_preset, load_run, preset_names
 from longtake.configs.run import MAX_PROMPT_WORDS
 from longtake.samplers import SAMPLERS, make_sampler
 
@@ -43,7 +43,7 @@ def test_defaults_are_complete():
 def test_a_run_survives_its_own_yaml():
     config = run("cache.num_context_frames=9", "prompt_changes=[{at: 5, prompt: a blue ring}]", seconds=12.5, seed=3)
     text = yaml.safe_dump(config.as_mapping())
-    assert from_mapping(yaml.safe_load(text)) == config
+    assert _from_mapping(yaml.safe_load(text)) == config
 
 
 def test_a_saved_run_loads_as_a_file(tmp_path):

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from longtake.evaluation.backbones import ROLES, Backbones, load_backbones
-from longtake.evaluation.backbones.adapters import adapt
-from longtake.evaluation.backbones.loading import file_sha256, role_of
+from longtake.evaluation.backbones.loading import _adapt, _file_sha256, _role_of
 
 STUBS = Path(__file__).resolve().parents[1] / "golden" / "vbench" / "stubs.py"
 
@@ -147,7 +146,7 @@ def test_the_roles_own_interfaces_work_too():
             return torch.zeros(1, 4)
 
     image = torch.rand(1, 3, 8, 8)
-    made = {role: adapt(role, Everything(), name="all") for role in ROLES}
+    made = {role: _adapt(role, Everything(), name="all") for role in ROLES}
     assert made["dino"].encode(image).shape == (1, 192)
     assert made["raft"].flow(image, image).shape == (2, 8, 8)
     assert torch.equal(made["amt"].middle(image, image), image)
@@ -174,7 +173,7 @@ def test_the_roles_own_interfaces_work_too():
     ],
 )
 def test_which_names_offer_which_role(name, role):
-    assert role_of(name) == role
+    assert _role_of(name) == role
 
 
 def test_what_a_file_imports_it_does_not_offer(file_of):
@@ -248,7 +247,7 @@ def test_what_a_network_gives_is_checked(role, output, message):
     image = torch.rand(1, 3, 8, 8)
     calls = {"raft": "flow", "amt": "middle", "musiq": "score", "aesthetic_head": "rate"}
     arguments = {"raft": (image, image), "amt": (image, image), "aesthetic_head": (torch.rand(1, 768),)}
-    backbone = adapt(role, lambda *given: output, name="mine")
+    backbone = _adapt(role, lambda *given: output, name="mine")
     with pytest.raises(ValueError, match=message) as caught:
         getattr(backbone, calls.get(role, "encode"))(*arguments.get(role, (image,)))
     assert f"backbone 'mine' ({role})" in str(caught.value)
@@ -256,7 +255,7 @@ def test_what_a_network_gives_is_checked(role, output, message):
 
 def test_a_head_on_the_wrong_clip_says_so():
     """ViT-B/32 has 512 features: the commonest mistake is to give the background's CLIP to the aesthetic head."""
-    head = adapt("aesthetic_head", nn.Linear(768, 1), name="laion")
+    head = _adapt("aesthetic_head", nn.Linear(768, 1), name="laion")
     with pytest.raises(ValueError, match="does not take features of length 512: .*'aesthetic_clip'"):
         head(torch.rand(1, 512))
 
@@ -265,7 +264,7 @@ def test_the_clip_stands_in_for_the_aesthetic_one_but_not_officially(file_of):
     text = "class Clip:\n    weights = __file__\n    official = True\n    __call__ = len\n"
     backbones = load_backbones(file_of(text))
     assert backbones.get("clip").official and not backbones.get("aesthetic_clip").official
-    assert backbones.get("clip").weights_sha256 == file_sha256(Path(file_of(text)))
+    assert backbones.get("clip").weights_sha256 == _file_sha256(Path(file_of(text)))
     both = load_backbones(file_of(text + "class AestheticClip(Clip):\n    name = 'large'\n", name="both.py"))
     assert both.get("aesthetic_clip").official and both.get("aesthetic_clip").name == "large"
 
@@ -273,7 +272,7 @@ def test_the_clip_stands_in_for_the_aesthetic_one_but_not_officially(file_of):
 def test_networks_are_set_to_evaluation():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9))
     image = torch.rand(1, 3, 4, 4)
-    assert torch.equal(adapt("dino", model, name="x").encode(image), image.flatten(1))
+    assert torch.equal(_adapt("dino", model, name="x").encode(image), image.flatten(1))
     assert not model.training
 
 
@@ -361,8 +360,8 @@ def test_nothing_runs_before_every_file_is_checked(tmp_path, file_of):
 
 
 def test_a_set_of_backbones():
-    one = Backbones({"dino": adapt("dino", len, name="mine")}, {"a.py": "1"})
-    two = Backbones({"dino": adapt("dino", len, name="other"), "raft": adapt("raft", len, name="flow")})
+    one = Backbones({"dino": _adapt("dino", len, name="mine")}, {"a.py": "1"})
+    two = Backbones({"dino": _adapt("dino", len, name="other"), "raft": _adapt("raft", len, name="flow")})
     assert one.or_else(two).names == {"dino": "mine", "raft": "flow"} and one.or_else(two).files == {"a.py": "1"}
     assert Backbones().get("dino") is None and Backbones().get("aesthetic_clip") is None and Backbones().names == {}
     assert "MUSIQ-SPAQ" in one.why_missing("musiq")

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from longtake.evaluation.backbones import classical_backbones, dis, lucas_kanade
-from longtake.evaluation.backbones.classical import HogHist, LinearBlend
-from longtake.evaluation.backbones.dis import OpenCvDis
-from longtake.evaluation.backbones.lucas_kanade import TorchLucasKanade
-from longtake.evaluation.transforms import dino_transform
+from longtake.evaluation.backbones import classical, classical_backbones
+from longtake.evaluation.backbones.classical import HogHist, _LinearBlend, _OpenCvDis, _TorchLucasKanade
+from longtake.evaluation.preprocessing import dino_transform
 
 HAS_OPENCV = importlib.util.find_spec("cv2") is not None
 
@@ -30,9 +28,9 @@ def texture():
 
 
 ESTIMATORS = {
-    "torch_lk": TorchLucasKanade,
-    "opencv_dis": OpenCvDis,
-    "opencv_dis_fast": partial(OpenCvDis, preset="fast"),
+    "torch_lk": _TorchLucasKanade,
+    "opencv_dis": _OpenCvDis,
+    "opencv_dis_fast": partial(_OpenCvDis, preset="fast"),
 }
 
 
@@ -113,8 +111,8 @@ def test_nothing_to_see_is_no_motion(estimator):
 
 def test_without_a_pyramid_large_motions_are_lost(texture, monkeypatch):
     """The wrong variant: Lucas-Kanade on one level sees a few pixels far."""
-    monkeypatch.setattr(lucas_kanade, "COARSEST_SIDE", 10_000)
-    flow = TorchLucasKanade().flow(*(view[..., :90, :90] for view in shifted(texture, 16, 8)))
+    monkeypatch.setattr(classical, "COARSEST_SIDE", 10_000)
+    flow = _TorchLucasKanade().flow(*(view[..., :90, :90] for view in shifted(texture, 16, 8)))
     assert (flow.flatten(1).median(1)[0] - torch.tensor([16.0, 8.0])).norm() > 5
 
 
@@ -152,24 +150,24 @@ def test_wrong_pairs_are_refused(estimator, shapes):
 def test_settings_of_lucas_kanade_are_checked():
     for wrong in ({"window": 6}, {"window": 1}, {"iterations": 0}):
         with pytest.raises(ValueError, match="an odd window from 3"):
-            TorchLucasKanade(**wrong)
+            _TorchLucasKanade(**wrong)
 
 
 @pytest.mark.skipif(not HAS_OPENCV, reason="opencv-python-headless is not installed")
 def test_opencv_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="preset='best': use medium or fast"):
-        OpenCvDis(preset="best")
+        _OpenCvDis(preset="best")
     with pytest.raises(ValueError, match="too small for flow 'opencv_dis': use 16 pixels"):
-        OpenCvDis().flow(torch.zeros(1, 3, 15, 64), torch.zeros(1, 3, 15, 64))
+        _OpenCvDis().flow(torch.zeros(1, 3, 15, 64), torch.zeros(1, 3, 15, 64))
 
 
 def test_without_opencv_the_name_says_so(monkeypatch):
     names = {"dino": "hog+hist", "raft": "opencv_dis" if HAS_OPENCV else "torch_lk", "amt": "linear_blend"}
     assert classical_backbones().names == names
-    monkeypatch.setattr(dis.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(classical.importlib.util, "find_spec", lambda name: None)
     assert classical_backbones().names == names | {"raft": "torch_lk"}
     with pytest.raises(ValueError, match=r"needs the package opencv-python-headless \(not installed\): pip install"):
-        OpenCvDis()
+        _OpenCvDis()
     assert not any(classical_backbones().get(role).official for role in names)
 
 
@@ -219,4 +217,4 @@ def test_features_are_never_empty_and_frames_do_not_mix(scene):
 
 def test_the_blend_is_the_mean():
     a, b = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
-    torch.testing.assert_close(LinearBlend().middle(a, b), (a + b) / 2)
+    torch.testing.assert_close(_LinearBlend().middle(a, b), (a + b) / 2)

@@ -9,7 +9,7 @@ import pytest
 
 from longtake.evaluation.comparison import compare_runs
 from longtake.evaluation.metric import MetricSpec, Score, Window
-from longtake.evaluation.paired import holm, mean_interval, paired_difference
+from longtake.evaluation.paired import _paired_difference, holm, mean_interval
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores
 from longtake.evaluation.scores import QUALITY, quality7
 
@@ -83,7 +83,7 @@ def test_means_and_differences_are_those_of_the_values(comparison, runs):
             [expected.mean, expected.low, expected.high], rel=1e-12
         )
         assert (cell["num_videos"], cell["num_prompts"]) == (24, 12)
-    pairs = {name: paired_difference(scaled[name], scaled["full"], num_resamples=500) for name in ("sink", "pack")}
+    pairs = {name: _paired_difference(scaled[name], scaled["full"], num_resamples=500) for name in ("sink", "pack")}
     adjusted = holm({name: pair.sign_p for name, pair in pairs.items()})
     for name, pair in pairs.items():
         cell = cells["paired"][name]

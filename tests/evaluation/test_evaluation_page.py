@@ -12,9 +12,9 @@ import yaml
 from longtake.evaluation.drift_scores import SCALARS
 from longtake.evaluation.metric import PREFIXES
 from longtake.evaluation.metrics import GROUPS
-from longtake.evaluation.paired import holm, sign_test
+from longtake.evaluation.paired import _sign_test, holm
 from longtake.evaluation.running.protocol import load_protocol, resolve_generation
-from longtake.evaluation.vbench_io.recipe import ENVIRONMENT
+from longtake.evaluation.vbench_io.export import ENVIRONMENT
 from longtake.scripts.main import app
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -73,7 +73,8 @@ def test_prompts_needed_for_the_sign_test():
     for policies, prompts in zip(header.split("|")[2:-1], row.split("|")[2:-1], strict=True):
         count, needed = int(policies), int(prompts)
         best = {
-            n: max(holm(dict.fromkeys(map(str, range(count)), sign_test(n, 0))).values()) for n in (needed, needed - 1)
+            n: max(holm(dict.fromkeys(map(str, range(count)), _sign_test(n, 0))).values())
+            for n in (needed, needed - 1)
         }
         assert best[needed] <= 0.05 < best[needed - 1]
         assert needed == 1 + ceil(log2(count / 0.05))

@@ -7,8 +7,8 @@ import pytest
 
 from longtake.evaluation.flags import KINDS, flags
 from longtake.evaluation.metric import Score, VideoInfo
-from longtake.evaluation.metrics import COURSE, flicker, shots
-from longtake.evaluation.metrics.track import TrackMetric
+from longtake.evaluation.metrics import COURSE, course
+from longtake.evaluation.metrics.course import TrackMetric
 from longtake.evaluation.video import VideoSource
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
@@ -195,7 +195,7 @@ def test_flashes_and_jumping_objects_are_no_cuts():
         [moving_shapes(seconds=2), moving_shapes(seed=9, seconds=3), background(5)[None] * 0 + 30]
     )
     video = to_video(np.concatenate([with_cut, np.repeat(with_cut[-1:], 30, axis=0)]))
-    assert measured(video, measures=(shots.SHOTS,))["proxy/cuts"].details["frames"] == [32, 80]
+    assert measured(video, measures=(course.SHOTS,))["proxy/cuts"].details["frames"] == [32, 80]
 
 
 def test_cut_of_light_alone_is_a_cut_and_flicker_of_the_same_size_is_not():
@@ -287,7 +287,7 @@ def test_a_measure_without_its_defence_fails(monkeypatch):
         smooth = np.stack([cells[max(0, t - 4) : t + 5].mean(axis=0) for t in range(len(cells))])
         return np.median(cells - smooth, axis=1)
 
-    assert measured(video, measures=(flicker.FLICKER,))["proxy/flicker_excess"].value < 1.0
-    monkeypatch.setattr(flicker, "brightness_swings", median_only)
-    naive = replace(flicker.FLICKER)
+    assert measured(video, measures=(course.FLICKER,))["proxy/flicker_excess"].value < 1.0
+    monkeypatch.setattr(course, "brightness_swings", median_only)
+    naive = replace(course.FLICKER)
     assert measured(video, measures=(naive,))["proxy/flicker_excess"].value > 3.0

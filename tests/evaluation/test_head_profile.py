@@ -5,7 +5,7 @@ import torch
 
 from longtake.attention import sdpa
 from longtake.cache import Geometry, KVCache, Pass
-from longtake.cache.policies.forcing_kv import find_head_map
+from longtake.cache.policies.forcing_kv import _find_head_map
 from longtake.evaluation.head_profile import HeadProfile
 from longtake.rope import axis_frequencies, rotate
 
@@ -82,6 +82,6 @@ def test_the_command_writes_a_map_of_the_model(tmp_path):
     path = tmp_path / "heads.yaml"
     words = ["profile-heads", "mini", "--num-prompts", "1", "--seconds", "3", "--out", str(path)]
     assert run_app(app, words) == 0
-    assert find_head_map(str(path), 6, 6).num_heads == 6
+    assert _find_head_map(str(path), 6, 6).num_heads == 6
     assert run_app(app, words) == 2, "nothing is written over"
     assert run_app(app, [*words[:-1], str(tmp_path / "other.yaml"), "--threshold", "2"]) == 2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longtake.evaluation.intervals import bootstrap_by_prompt, cluster_bootstrap, paired_by_prompt, wilson_interval
+from longtake.evaluation.intervals import _bootstrap_by_prompt, _paired_by_prompt, cluster_bootstrap, wilson_interval
 
 
 def test_wilson_matches_published_values():
@@ -34,8 +34,8 @@ def test_bootstrap_covers_the_true_mean_of_clustered_values_and_ignoring_cluster
         level = rng.normal(size=30)
         values = (level[:, None] + 0.1 * rng.normal(size=(30, 4))).ravel()
         prompts = np.repeat(np.arange(30), 4)
-        interval = bootstrap_by_prompt(values, prompts, num_resamples=400, seed=trial)
-        naive = bootstrap_by_prompt(values, np.arange(120), num_resamples=400, seed=trial)
+        interval = _bootstrap_by_prompt(values, prompts, num_resamples=400, seed=trial)
+        naive = _bootstrap_by_prompt(values, np.arange(120), num_resamples=400, seed=trial)
         hits += interval.low <= 0.0 <= interval.high
         naive_hits += naive.low <= 0.0 <= naive.high
     assert hits >= 180
@@ -43,14 +43,14 @@ def test_bootstrap_covers_the_true_mean_of_clustered_values_and_ignoring_cluster
 
 
 def test_bootstrap_weighs_prompts_equally_and_leaves_out_nan():
-    interval = bootstrap_by_prompt([1.0, 1.0, 1.0, 0.0, np.nan], [0, 0, 0, 1, 2])
+    interval = _bootstrap_by_prompt([1.0, 1.0, 1.0, 0.0, np.nan], [0, 0, 0, 1, 2])
     assert interval.mean == 0.5
     assert interval.num_prompts == 2
 
 
 def test_bootstrap_of_nothing_and_of_one_prompt_claims_no_interval():
-    assert np.isnan(bootstrap_by_prompt([np.nan], [0]).mean)
-    lone = bootstrap_by_prompt([0.25, 0.75], [7, 7])
+    assert np.isnan(_bootstrap_by_prompt([np.nan], [0]).mean)
+    lone = _bootstrap_by_prompt([0.25, 0.75], [7, 7])
     assert lone.mean == 0.5
     assert np.isnan(lone.low)
     assert not lone.excludes_zero
@@ -60,10 +60,10 @@ def test_pairing_removes_the_spread_between_prompts():
     rng = np.random.default_rng(1)
     base = {(p, s): float(10 * rng.normal()) for p in range(20) for s in range(2)}
     better = {key: value + 1.0 for key, value in base.items() if key != (3, 1)}
-    paired = paired_by_prompt(better, base)
+    paired = _paired_by_prompt(better, base)
     assert paired.mean == pytest.approx(1.0)
     assert paired.excludes_zero
-    unpaired = bootstrap_by_prompt(list(better.values()), [p for p, _ in better])
+    unpaired = _bootstrap_by_prompt(list(better.values()), [p for p, _ in better])
     assert not unpaired.excludes_zero
 
 

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vbench_stubs import Stub, moving_squares, scores, stubs
 
-from longtake.evaluation.golden_check import golden_scores
-from longtake.evaluation.long import (
+from longtake.evaluation.golden_check import _golden_scores
+from longtake.evaluation.metrics import make_metrics
+from longtake.evaluation.metrics.dimensions import (
+    _official_clip_to_clip,
+    _quantile_table,
     clip_to_clip_scores,
     consistency,
     fused,
     mapped_clip_to_clip,
-    official_clip_to_clip,
-    quantile_table,
 )
-from longtake.evaluation.metrics import make_metrics
-from longtake.evaluation.transforms import dinov2_transform, dreamsim_transform
+from longtake.evaluation.preprocessing import dinov2_transform, dreamsim_transform
 
 SUBJECT, BACKGROUND = "subject_consistency", "background_consistency"
 
@@ -41,9 +41,9 @@ def measure(frames, groups=("long",), **about):
 )
 def test_every_clip_scores_as_a_video_of_its_own(num_frames, fps):
     frames = moving_squares(num_frames)
-    long = golden_scores(measure(frames, fps=fps), "long/")
+    long = _golden_scores(measure(frames, fps=fps), "long/")
     ranges = slow.clips(num_frames, fps)
-    alone = [golden_scores(measure(frames[start:end], ("vbench",), fps=float(int(fps)))) for start, end in ranges]
+    alone = [_golden_scores(measure(frames[start:end], ("vbench",), fps=float(int(fps)))) for start, end in ranges]
     assert len(long) == 8
     for name, score in long.items():
         rows = score.details["clips"]
@@ -64,12 +64,12 @@ def test_every_clip_scores_as_a_video_of_its_own(num_frames, fps):
 def test_the_development_branch_compares_first_frames(name, transform, cells):
     frames = moving_squares(28)
     found = measure(frames, fps=4.0)
-    long, dev = golden_scores(found, "long/")[name], golden_scores(found, "long_dev/")[name]
+    long, dev = _golden_scores(found, "long/")[name], _golden_scores(found, "long_dev/")[name]
     firsts = frames[[start for start, _ in slow.clips(28, 4.0)]]
     between = slow.consistency(Stub("s", cells=cells).encode(transform(firsts)).double().numpy())
     assert len(firsts) == 4
     assert dev.details["clip2clip_score"] == pytest.approx(between, abs=1e-6)
-    mapped = np.interp(between, np.arange(101) / 100, quantile_table(name))
+    mapped = np.interp(between, np.arange(101) / 100, _quantile_table(name))
     assert dev.details["mapped_clip2clip_score"] == pytest.approx(mapped, abs=1e-6)
     for row, inclip in zip(dev.details["clips"], long.details["clips"], strict=True):
         assert row["inclip_score"] == inclip["value"]
@@ -80,7 +80,7 @@ def test_the_development_branch_compares_first_frames(name, transform, cells):
 def test_without_the_flag_the_clip_to_clip_value_is_told_and_not_used():
     frames = moving_squares(20)
     frames[8:] = 255 - frames[8:]
-    score = golden_scores(measure(frames), "long/")[SUBJECT]
+    score = _golden_scores(measure(frames), "long/")[SUBJECT]
     assert score.details["clip2clip_score"] < 0.6
     assert score.value == pytest.approx(np.mean([row["inclip_score"] for row in score.details["clips"]]))
 
@@ -89,13 +89,13 @@ def test_without_the_flag_the_clip_to_clip_value_is_told_and_not_used():
 def test_a_single_clip_has_no_clip_to_clip_term(num_frames):
     found = measure(moving_squares(num_frames))
     for name in (SUBJECT, BACKGROUND):
-        dev = golden_scores(found, "long_dev/")[name]
+        dev = _golden_scores(found, "long_dev/")[name]
         assert dev.details["clip2clip_score"] == dev.details["mapped_clip2clip_score"] == 0.0
-        assert dev.value == golden_scores(found, "long/")[name].value
+        assert dev.value == _golden_scores(found, "long/")[name].value
 
 
 def test_clips_too_short_for_a_value_are_left_out():
-    found = golden_scores(measure(moving_squares(5), fps=1.0), "long/")
+    found = _golden_scores(measure(moving_squares(5), fps=1.0), "long/")
     # Clips of two frames: no frame is left out to be interpolated.
     assert found["motion_smoothness"].skipped == "needs at least 3 frames"
     assert found[SUBJECT].weight == 3
@@ -123,7 +123,7 @@ def test_opposite_clips_count_as_missing_and_are_not_punished():
 
 @pytest.mark.parametrize("dimension", [SUBJECT, BACKGROUND])
 def test_the_table_rises_from_0_to_1(dimension):
-    table = quantile_table(dimension)
+    table = _quantile_table(dimension)
     assert len(table) == 101
     assert table[0] == 0.0 and table[100] == 1.0
     assert list(table) == sorted(table)
@@ -133,24 +133,24 @@ def test_the_table_rises_from_0_to_1(dimension):
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(value=st.floats(-0.1, 1.1), dimension=st.sampled_from([SUBJECT, BACKGROUND]))
 def test_the_table_is_read_linearly_and_flat_outside(value, dimension):
-    expected = np.interp(value, np.arange(101) / 100, quantile_table(dimension))
+    expected = np.interp(value, np.arange(101) / 100, _quantile_table(dimension))
     assert mapped_clip_to_clip(value, dimension) == pytest.approx(expected, abs=1e-12)
     assert fused(0.8, value, dimension) == pytest.approx(0.4 + expected / 2 if expected else 0.8)
 
 
 def test_even_strong_drift_costs_little():
     assert mapped_clip_to_clip(0.35, SUBJECT) > 0.89
-    assert quantile_table(SUBJECT)[50] == pytest.approx(0.933, abs=5e-4)
-    assert quantile_table(BACKGROUND)[90] == pytest.approx(0.972, abs=5e-4)
+    assert _quantile_table(SUBJECT)[50] == pytest.approx(0.933, abs=5e-4)
+    assert _quantile_table(BACKGROUND)[90] == pytest.approx(0.972, abs=5e-4)
 
 
 def test_other_dimensions_have_no_table():
     with pytest.raises(ValueError, match="'imaging_quality' has no clip-to-clip table"):
-        quantile_table("imaging_quality")
+        _quantile_table("imaging_quality")
 
 
 def test_the_official_tool_does_not_find_names_with_an_underscore():
     by_video = {"p0007-0.mp4": 0.8, "a_cat.mp4": 0.3}
-    assert official_clip_to_clip("p0007-0_003.mp4", by_video) == 0.8
-    assert official_clip_to_clip("p0007-0_full.mp4", by_video) == 0.8
-    assert official_clip_to_clip("a_cat_000.mp4", by_video) == 0.0
+    assert _official_clip_to_clip("p0007-0_003.mp4", by_video) == 0.8
+    assert _official_clip_to_clip("p0007-0_full.mp4", by_video) == 0.8
+    assert _official_clip_to_clip("a_cat_000.mp4", by_video) == 0.0

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.evaluation.intervals import bootstrap_by_prompt
+from longtake.evaluation.intervals import _bootstrap_by_prompt
 from longtake.evaluation.paired import (
+    _detectable_errors,
+    _paired_difference,
+    _sign_test,
     column_intervals,
     column_pairs,
-    detectable_errors,
     holm,
     mean_interval,
-    paired_difference,
-    sign_test,
 )
 
 TRIALS = 300
@@ -53,7 +53,7 @@ def test_paired_intervals_hold_the_true_difference_and_are_narrower_than_unpaire
         baseline = _clustered(rng, between=2.0)
         change = _clustered(rng, between=0.3, within=0.2, mean=0.25)
         values = {key: baseline[key] + change[key] for key in baseline}
-        paired = paired_difference(values, baseline, num_resamples=600, seed=trial)
+        paired = _paired_difference(values, baseline, num_resamples=600, seed=trial)
         held += paired.low <= 0.25 <= paired.high
         assert paired.high - paired.low < 0.5 * (mean_interval(values).high - mean_interval(values).low)
     assert 0.91 <= held / TRIALS <= 0.98
@@ -62,9 +62,9 @@ def test_paired_intervals_hold_the_true_difference_and_are_narrower_than_unpaire
 def test_a_difference_of_the_detectable_size_is_found_in_80_of_100_repetitions():
     rng = np.random.default_rng(7)
     zero = dict.fromkeys(_clustered(rng, num_prompts=30), 0.0)
-    size = np.mean([paired_difference(_clustered(rng, num_prompts=30), zero).minimum_detectable for _ in range(40)])
+    size = np.mean([_paired_difference(_clustered(rng, num_prompts=30), zero).minimum_detectable for _ in range(40)])
     found = [
-        paired_difference(_clustered(rng, num_prompts=30, mean=size), zero, num_resamples=600).excludes_zero
+        _paired_difference(_clustered(rng, num_prompts=30, mean=size), zero, num_resamples=600).excludes_zero
         for _ in range(TRIALS)
     ]
     assert 0.74 <= np.mean(found) <= 0.88
@@ -75,7 +75,7 @@ def test_a_difference_of_the_detectable_size_is_found_in_80_of_100_repetitions()
     [(0, 0, 1.0), (5, 5, 1.0), (9, 1, 22 / 1024), (1, 9, 22 / 1024), (8, 0, 2 / 256), (6, 2, 74 / 256), (3, 2, 1.0)],
 )
 def test_sign_test_by_hand(positive, negative, p):
-    assert sign_test(positive, negative) == pytest.approx(p, rel=1e-12)
+    assert _sign_test(positive, negative) == pytest.approx(p, rel=1e-12)
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
@@ -84,27 +84,27 @@ def test_sign_test_is_the_share_of_sign_patterns_at_least_as_lopsided(positive, 
     n = positive + negative
     distance = abs(positive - negative)
     reference = sum(comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= distance) / 2**n
-    assert sign_test(positive, negative) == pytest.approx(reference, rel=1e-12)
+    assert _sign_test(positive, negative) == pytest.approx(reference, rel=1e-12)
 
 
 def test_signs_are_counted_by_prompt_and_ties_left_out():
     baseline = {(p, s): 1.0 for p in range(9) for s in range(4)}
     values = {(p, s): 1.0 + (p != 8) * (0.3 if s else -0.1) for p, s in baseline}
-    paired = paired_difference(values, baseline)
+    paired = _paired_difference(values, baseline)
     assert (paired.num_pairs, paired.num_prompts) == (36, 9)
-    assert paired.sign_p == sign_test(8, 0) == 2 / 256
+    assert paired.sign_p == _sign_test(8, 0) == 2 / 256
 
 
 def test_equal_numbers_added_in_another_order_are_a_tie():
     values = {(0, 0): 0.1, (0, 1): 0.7, (0, 2): 0.3}
-    assert paired_difference(values, {(0, 0): 0.3, (0, 1): 0.1, (0, 2): 0.7}).sign_p == 1.0
+    assert _paired_difference(values, {(0, 0): 0.3, (0, 1): 0.1, (0, 2): 0.7}).sign_p == 1.0
 
 
 def test_students_quantiles_against_a_table():
     table = {2: (12.706, 1.376), 3: (4.303, 1.061), 4: (3.182, 0.978), 6: (2.571, 0.920), 11: (2.228, 0.879)}
     for num_clusters, (t975, t80) in table.items():
-        assert detectable_errors(num_clusters) == pytest.approx(t975 + t80, rel=0.01)
-    assert detectable_errors(10**6) == pytest.approx(2.8016, abs=1e-3)
+        assert _detectable_errors(num_clusters) == pytest.approx(t975 + t80, rel=0.01)
+    assert _detectable_errors(10**6) == pytest.approx(2.8016, abs=1e-3)
 
 
 def test_holm_against_a_worked_table():
@@ -125,7 +125,7 @@ def test_holm_keeps_false_alarms_rare_where_plain_tests_do_not():
     plain = adjusted = 0
     for _ in range(400):
         ups = rng.binomial(40, 0.5, size=12)
-        p = {str(i): sign_test(int(k), int(40 - k)) for i, k in enumerate(ups)}
+        p = {str(i): _sign_test(int(k), int(40 - k)) for i, k in enumerate(ups)}
         plain += min(p.values()) <= 0.05
         adjusted += min(holm(p).values()) <= 0.05
     assert adjusted / 400 <= 0.06 < 0.25 < plain / 400
@@ -145,8 +145,8 @@ def test_many_columns_at_once_are_what_one_at_a_time_gives():
         own = {k: float(v) for k, v in zip(keys, values[:, column], strict=True) if not np.isnan(v)}
         other = dict(zip(keys, baseline[:, column].tolist(), strict=True))
         assert repr(intervals[column]) == repr(mean_interval(own, num_resamples=500))
-        assert repr(pairs[column]) == repr(paired_difference(own, other, num_resamples=500))
-        plain = bootstrap_by_prompt(list(own.values()), [p for p, _ in own], num_resamples=500)
+        assert repr(pairs[column]) == repr(_paired_difference(own, other, num_resamples=500))
+        plain = _bootstrap_by_prompt(list(own.values()), [p for p, _ in own], num_resamples=500)
         assert (intervals[column].num_prompts, intervals[column].mean) == (
             plain.num_prompts,
             pytest.approx(plain.mean, nan_ok=True),
@@ -167,19 +167,19 @@ def test_order_and_added_prompts_without_partner_change_nothing():
     rng = np.random.default_rng(10)
     baseline, values = _clustered(rng), _clustered(rng)
     shuffled = {key: values[key] for key in sorted(values, reverse=True)}
-    expected = paired_difference(values, baseline)
-    assert paired_difference(shuffled, baseline) == expected
-    assert paired_difference({**values, (99, 0): 5.0}, baseline) == expected
-    swapped = paired_difference(baseline, values)
+    expected = _paired_difference(values, baseline)
+    assert _paired_difference(shuffled, baseline) == expected
+    assert _paired_difference({**values, (99, 0): 5.0}, baseline) == expected
+    swapped = _paired_difference(baseline, values)
     assert swapped.difference == pytest.approx(-expected.difference)
     assert swapped.sign_p == expected.sign_p
 
 
 def test_nothing_and_one_prompt_claim_no_interval():
-    nothing = paired_difference({}, {(0, 0): 1.0})
+    nothing = _paired_difference({}, {(0, 0): 1.0})
     assert (nothing.num_pairs, nothing.num_prompts) == (0, 0)
     assert isnan(nothing.difference) and isnan(nothing.sign_p) and isnan(nothing.minimum_detectable)
     assert not nothing.excludes_zero
-    one = paired_difference({(0, 0): 2.0, (0, 1): 4.0}, {(0, 0): 1.0, (0, 1): 1.0})
+    one = _paired_difference({(0, 0): 2.0, (0, 1): 4.0}, {(0, 0): 1.0, (0, 1): 1.0})
     assert one.difference == 2.0 and isnan(one.low) and one.sign_p == 1.0
     assert isnan(mean_interval({}).mean)

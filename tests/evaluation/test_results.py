@@ -7,7 +7,7 @@ import pytest
 
 from longtake.evaluation.metric import MetricSpec, Score, Window
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores, write_json, write_manifest
-from longtake.evaluation.results import load_run, results_json, run_record, with_drift
+from longtake.evaluation.results import _with_drift, load_run, results_json, run_record
 from longtake.evaluation.scores import QUALITY, TOTALS, quality7
 
 SPECS = {
@@ -160,7 +160,7 @@ def test_every_curve_has_its_drift(tmp_path):
     names = results_json(run)["metrics"]
     assert names["drift/proxy/level/slope_per_minute"]["comparable_to_published"] is False
     plain = RunScores(label="x", specs={}, videos=[replace(video, scores={}) for video in VIDEOS])
-    assert with_drift(plain).specs == {}
+    assert _with_drift(plain).specs == {}
 
 
 def test_the_tool_and_the_codec_are_named(tmp_path):

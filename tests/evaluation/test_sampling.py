@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.evaluation.sampling import clip_ranges, equal_parts, first_last, middle, percent, stride_for_8fps
+from longtake.evaluation.preprocessing import _equal_parts, _first_last, clip_ranges, middle, percent, stride_for_8fps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "vbench" / "golden.json"
 COUNTS = st.integers(1, 4000)
@@ -73,11 +73,11 @@ def test_a_half_stride_goes_to_the_even_neighbour():
 
 
 def test_ends_of_a_video():
-    assert first_last(480, 16, 5) == ((0, 80), (400, 80))
-    assert first_last(160, 16, 5) == ((0, 80), (80, 80))
+    assert _first_last(480, 16, 5) == ((0, 80), (400, 80))
+    assert _first_last(160, 16, 5) == ((0, 80), (80, 80))
     assert percent(480, 15) == ((0, 72), (408, 72))
     assert percent(3, 10) == ((0, 1), (2, 1))
-    assert equal_parts(10, 3) == [(0, 3), (3, 3), (6, 4)]
+    assert _equal_parts(10, 3) == [(0, 3), (3, 3), (6, 4)]
 
 
 @exact
@@ -85,9 +85,9 @@ def test_ends_of_a_video():
 def test_equal_parts_are_a_partition(num_frames, num_parts):
     if num_parts > num_frames:
         with pytest.raises(ValueError, match="use 1 to num_frames parts"):
-            equal_parts(num_frames, num_parts)
+            _equal_parts(num_frames, num_parts)
         return
-    parts = equal_parts(num_frames, num_parts)
+    parts = _equal_parts(num_frames, num_parts)
     assert [frame for start, length in parts for frame in range(start, start + length)] == list(range(num_frames))
     assert max(length for _, length in parts) - min(length for _, length in parts) <= 1
 
@@ -102,7 +102,7 @@ def test_equal_parts_are_a_partition(num_frames, num_parts):
         (lambda: middle(0, 5), "at least 1"),
         (lambda: middle(5, 0), "at least 1"),
         (lambda: stride_for_8fps(0), "above 0"),
-        (lambda: first_last(159, 16, 5), "use at least 10 s of video"),
+        (lambda: _first_last(159, 16, 5), "use at least 10 s of video"),
         (lambda: percent(100, 51), "at most 50"),
         (lambda: percent(100, 0), "more than 0"),
         (lambda: percent(1, 15), "at least 2 frames"),

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.evaluation.transforms import (
+from longtake.evaluation.preprocessing import (
+    _umt_transform,
     clip_transform,
     dino_transform,
     dinov2_transform,
@@ -19,7 +20,6 @@ from longtake.evaluation.transforms import (
     musiq_transform,
     pad_to_multiple,
     to_tensor,
-    umt_transform,
     unpad,
 )
 from longtake.evaluation.video import VideoSource
@@ -95,7 +95,7 @@ def test_dino_clip_and_umt(shape, loader):
     found = [
         dino_transform(frames, side=24, loader=loader),
         clip_transform(frames, side=24, loader=loader),
-        umt_transform(frames, loader=loader),
+        _umt_transform(frames, loader=loader),
     ]
     for index, frame in enumerate(frames):
         dino = resized(frame, shorter_to(frame, 24), "bilinear", loader=loader)

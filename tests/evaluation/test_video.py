@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo
-from longtake.evaluation.video import VideoSource, find_videos, measure, natural_key
+from longtake.evaluation.video import VideoSource, _natural_key, find_videos, measure
 from longtake.pipelines import video_file
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "vbench"
@@ -415,5 +415,5 @@ def test_videos_of_a_folder_are_found_in_natural_order(tmp_path):
 
 def test_natural_order_needs_more_than_text_order():
     names = ["take10b", "take9", "take10a", "Take1"]
-    ordered = [path.name for path in sorted(map(Path, names), key=natural_key)]
+    ordered = [path.name for path in sorted(map(Path, names), key=_natural_key)]
     assert ordered == ["Take1", "take9", "take10a", "take10b"] != sorted(names)

@@ -8,10 +8,10 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load, save
 
 from longtake.models.streaming_vae import (
-    FeatureMap,
     StreamingDecoder,
     StreamingEncoder,
     TiledDecoder,
+    _FeatureMap,
     streaming_decoder,
 )
 
@@ -139,7 +139,7 @@ def test_tiles_are_for_decoding_and_a_stream_keeps_those_it_began_with(vae, late
 
 def test_tiles_rest_in_host_memory_and_never_grow(vae, latents, monkeypatch):
     moves = []
-    monkeypatch.setattr(FeatureMap, "move", lambda features, device: moves.append((id(features), str(device))))
+    monkeypatch.setattr(_FeatureMap, "move", lambda features, device: moves.append((id(features), str(device))))
     decoder = TiledDecoder(vae)
     sizes = []
     for start in (0, 2, 3):

@@ -6,13 +6,13 @@ import logging
 import pytest
 import torch
 
-from longtake.pipelines.long_video import PositionUse
+from longtake.pipelines.long_video import _PositionUse
 
 PROMPT = "a red circle moving left over a navy plain background"
 
 
 def test_warns_once_when_a_read_leaves_the_trained_range(caplog):
-    use = PositionUse("some", 21)
+    use = _PositionUse("some", 21)
     with caplog.at_level(logging.WARNING):
         for highest in (2, 20):
             use.see((0.0, float(highest)))
@@ -32,14 +32,14 @@ def test_warns_once_when_a_read_leaves_the_trained_range(caplog):
 
 
 def test_goes_on_without_a_second_warning(caplog):
-    first, second = PositionUse("some", 5), PositionUse("some", 5)
+    first, second = _PositionUse("some", 5), _PositionUse("some", 5)
     first.see((0.0, 9.0))
     second.load(json.loads(json.dumps(first.as_mapping())))
     caplog.clear()
     second.see((0.0, 12.0))
     assert caplog.records == [] and second.reach == 12.0
-    fresh = PositionUse("some", 5)
-    fresh.load(PositionUse("some", 5).as_mapping())
+    fresh = _PositionUse("some", 5)
+    fresh.load(_PositionUse("some", 5).as_mapping())
     assert fresh.last is None
 
 

@@ -19,7 +19,7 @@ from run_fakes import PROMPT, FakeSession, generate, make_config, resume
 from longtake.configs.families import load_family
 from longtake.configs.loader import load_run
 from longtake.pipelines import checkpoint
-from longtake.pipelines.checkpoint import crowded
+from longtake.pipelines.checkpoint import _crowded
 from longtake.pipelines.run_folder import BlockLog, RunFolder, branch_point, fork_run
 from longtake.pipelines.run_video import run_video
 from longtake.pipelines.video_file import count_frames
@@ -203,7 +203,7 @@ def test_dropped_states_leave_even_gaps():
     kept = []
     for block in range(10, 2010, 10):
         kept.append(block)
-        for drop in crowded(kept, num_kept=8):
+        for drop in _crowded(kept, num_kept=8):
             kept.remove(drop)
     gaps = [after - before for before, after in zip([0, *kept], kept, strict=False)]
     assert len(kept) == 8 and kept[-1] == 2000

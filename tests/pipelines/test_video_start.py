@@ -10,7 +10,7 @@ from PIL import Image
 
 from longtake.models import VaePixels
 from longtake.pipelines import rollout_latents
-from longtake.pipelines.conditioning import Clip, TakenLatents
+from longtake.pipelines.conditioning import Clip, _TakenLatents
 from longtake.samplers import SeededNoise
 
 PROMPT = "a red circle moving left over a navy plain background"
@@ -157,13 +157,13 @@ def test_a_saved_video_goes_on_without_its_clip(tiny_pipe, stop):
     for _ in range(stop):
         session.next_block()
     state = session.state_dict()
-    resumed = tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, seed=3, video_latents=TakenLatents(9))
+    resumed = tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, seed=3, video_latents=_TakenLatents(9))
     resumed.load_state_dict(*state)
     rest = list(resumed)
     assert [c.index for c in rest] == [0, 1, 2][stop:]
     assert torch.equal(made(rest), made(whole)[:, 12 * stop :])
     with pytest.raises(ValueError, match="in none of its saved states"):
-        tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, video_latents=TakenLatents(9)).next_block()
+        tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, video_latents=_TakenLatents(9)).next_block()
 
 
 def test_a_state_in_the_middle_of_the_start_is_refused(tiny_pipe):
@@ -183,7 +183,7 @@ def test_a_pending_given_block_keeps_its_timestep(tiny_pipe):
     whole = made(chunks(tiny_pipe, video=clip(33)))
     session = tiny_pipe.start(PROMPT, num_frames=24, cache=SINK, seed=3, video=clip(33))
     list(session.observe())
-    resumed = tiny_pipe.start(PROMPT, num_frames=24, cache=SINK, seed=3, video_latents=TakenLatents(9))
+    resumed = tiny_pipe.start(PROMPT, num_frames=24, cache=SINK, seed=3, video_latents=_TakenLatents(9))
     resumed.load_state_dict(*session.state_dict())
     assert torch.equal(made(list(resumed)), whole)
 

@@ -17,8 +17,8 @@ from longtake.pipelines import checkpoint
 from longtake.pipelines.run_folder import RunFolder
 from longtake.pipelines.video_file import count_frames
 from longtake.scripts.console import run_app
-from longtake.scripts.fork import parse_time
-from longtake.scripts.generate import folder_names, read_prompts, slug
+from longtake.scripts.fork import _parse_time
+from longtake.scripts.generate import _folder_names, _slug, read_prompts
 from longtake.scripts.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,13 +332,13 @@ def test_policies_and_info(tiny_folder, capfd):
 
 
 def test_times_and_names():
-    assert [parse_time(text) for text in ("20s", "20", "1m30s", "1:30", "2m", "0.5")] == [20, 20, 90, 90, 120, 0.5]
+    assert [_parse_time(text) for text in ("20s", "20", "1m30s", "1:30", "2m", "0.5")] == [20, 20, 90, 90, 120, 0.5]
     for text in ("", "s", "-3", "0", "1h", "soon"):
         with pytest.raises(ValueError):
-            parse_time(text)
-    assert slug("A Red Circle, bouncing!") == "a-red-circle-bouncing" and slug("…") == "take"
-    names = folder_names(["a", "b", "a", "a!"])
-    assert len(set(names)) == 4 and folder_names(["b", "a"])[1] == names[0]
+            _parse_time(text)
+    assert _slug("A Red Circle, bouncing!") == "a-red-circle-bouncing" and _slug("…") == "take"
+    names = _folder_names(["a", "b", "a", "a!"])
+    assert len(set(names)) == 4 and _folder_names(["b", "a"])[1] == names[0]
 
 
 def test_prompt_files(tmp_path):

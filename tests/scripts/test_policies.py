@@ -8,7 +8,7 @@ from PIL import Image
 from longtake.cache import POLICIES, make_policy
 from longtake.scripts import main
 from longtake.scripts.console import run_app
-from longtake.scripts.policies import changed, parse_events
+from longtake.scripts.policies import _parse_events, changed
 from longtake.scripts.policy_facts import MOST_BLOCKS, facts, wan_1_3b
 from longtake.scripts.policy_pictures import draw, lines, numbers, play
 
@@ -89,7 +89,7 @@ def test_settings_reach_into_mappings():
         "policy": "full",
         "deep": {"x": [1, 2]},
     }
-    assert parse_events(["6:recache", "9:cut"]) == {6: "recache", 9: "cut"}
+    assert _parse_events(["6:recache", "9:cut"]) == {6: "recache", 9: "cut"}
 
 
 def test_numbers_are_ranges():

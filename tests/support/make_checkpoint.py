@@ -19,7 +19,7 @@ from checkpoint_layouts import FAMILIES, RANKS, SIZES, FileLayout, contents
 from torch import Tensor
 
 from longtake.models.checkpoints import DTYPES, OutputTensor, TensorInfo, expected_shapes, write_weights
-from longtake.models.checkpoints.parts import write_json, write_raw
+from longtake.models.checkpoints.parts import _write_raw, write_json
 from longtake.scripts.console import err, out, run_app
 
 # What a tensor holds, by the file's name for it: (entry, diffusers name of the weight, shape) -> numbers.
@@ -77,7 +77,7 @@ def _write_pickle(path: Path, tensors: Mapping[str, list[OutputTensor]], extra: 
     with path.open("r+b") as file:
         for start, tensor in zip(starts, (tensor for found in tensors.values() for tensor in found), strict=True):
             file.seek(start)
-            write_raw(file, tensor.load().to(tensor.info.dtype))
+            _write_raw(file, tensor.load().to(tensor.info.dtype))
 
 
 def _storage_starts(path: Path) -> list[int]:

@@ -8,12 +8,25 @@ from hypothesis import strategies as st
 from longtake.evaluation.backbones import classical_backbones
 from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.metrics import COURSE, make_metrics
-from longtake.evaluation.metrics.colour import monotone_share
-from longtake.evaluation.metrics.repetition import REPETITION, _repeats, find_loop
-from longtake.evaluation.metrics.seams import SEAMS
-from longtake.evaluation.metrics.spectrum import spectral_slope
-from longtake.evaluation.metrics.stillness import STILLNESS, explained_by_camera, find_stillness, moves
-from longtake.evaluation.metrics.track import Pooling, TrackMeter, TrackMetric, area_weights, mean_difference
+from longtake.evaluation.metrics.course import (
+    SEAMS,
+    Pooling,
+    TrackMeter,
+    TrackMetric,
+    _area_weights,
+    _monotone_share,
+    _spectral_slope,
+    mean_difference,
+)
+from longtake.evaluation.metrics.motion import (
+    REPETITION,
+    STILLNESS,
+    _explained_by_camera,
+    _find_loop,
+    _find_stillness,
+    _repeats,
+    moves,
+)
 
 
 def info(video, fps=16.0, **facts):
@@ -50,7 +63,7 @@ def wandering(num_frames, seed=0, size=48):
 
 @pytest.mark.parametrize(("length", "cells"), [(64, 32), (7, 3), (5, 5), (100, 32), (33, 32)])
 def test_area_weights_are_exact_shares(length, cells):
-    weights = area_weights(length, cells)
+    weights = _area_weights(length, cells)
     fine = np.kron(np.eye(cells), np.ones((1, length))) @ np.kron(np.eye(length), np.ones((cells, 1))) / length
     assert np.allclose(weights, fine, atol=1e-6)
     assert np.allclose(weights.sum(axis=1), 1.0, atol=1e-6)
@@ -59,7 +72,7 @@ def test_area_weights_are_exact_shares(length, cells):
 def test_pooling_of_any_size():
     picture = noise(1, 37, 51)[0]
     pool = Pooling(37, 51, 8)
-    expected = np.einsum("rh,hwc,kw->rkc", area_weights(37, 8), picture, area_weights(51, 8))
+    expected = np.einsum("rh,hwc,kw->rkc", _area_weights(37, 8), picture, _area_weights(51, 8))
     assert np.allclose(pool(picture), expected, atol=1e-3)
     assert Pooling(3, 51, 8).shape == (3, 8)
 
@@ -143,7 +156,7 @@ def test_slow_motion_is_no_stillness():
     """Half a pixel a second: nothing between neighbouring frames, plain after one second of a large picture."""
     rows = np.arange(256)[None, :] + 2.0 * np.arange(64)[:, None] / 16
     frames = np.broadcast_to((120 + 60 * np.sin(rows / 9.0))[:, :, None, None], (64, 256, 64, 3)).astype(np.uint8)
-    assert find_stillness(track_of(frames)).is_still[4:].mean() == 0.0
+    assert _find_stillness(track_of(frames)).is_still[4:].mean() == 0.0
 
 
 @pytest.mark.parametrize(("sigma", "camera"), [(0.0, 0.4), (2.0, 0.2)])
@@ -156,11 +169,11 @@ def test_camera_explains_its_own_change_and_not_grain(sigma, camera):
         waves = np.cos(9 * x + 4 * y) + np.sin(7 * y - 5 * x) + np.cos(19 * x)
         return 120 + 25 * waves + rng.normal(0, sigma, rows.shape)
 
-    assert explained_by_camera(picture(0.0), picture(0.01)) > camera
-    assert explained_by_camera(picture(0.0), picture(0.0, zoom=0.01)) > camera
+    assert _explained_by_camera(picture(0.0), picture(0.01)) > camera
+    assert _explained_by_camera(picture(0.0), picture(0.0, zoom=0.01)) > camera
     assert moves(picture(0.0), picture(0.01))
     still = rng.normal(0, 1, (2, 32, 32)) * max(sigma, 1.0) + picture(0.0)
-    assert explained_by_camera(*still) < 0.05 and not moves(*still)
+    assert _explained_by_camera(*still) < 0.05 and not moves(*still)
     assert not moves(still[0], still[1] + 20), "more light is no motion"
     still[1][5:9, 5:9] += 40
     assert moves(*still)
@@ -176,8 +189,8 @@ def test_duplicates_count_earlier_frames_anywhere():
 @pytest.mark.parametrize("period", [17, 32, 45])
 def test_loop_has_its_period(period):
     video = wandering(150)
-    assert find_loop(track_of(video)) is None
-    loop = find_loop(track_of(video[np.arange(150) % period]))
+    assert _find_loop(track_of(video)) is None
+    loop = _find_loop(track_of(video[np.arange(150) % period]))
     assert loop.period == period
     assert loop.end == 150 and loop.start <= 8
 
@@ -234,8 +247,8 @@ def test_spectral_slope_of_known_spectra(slope):
     amplitudes = 20.0 * np.arange(1.0, 17.0) ** slope
     waves[-1] = np.cos(np.pi * index)[:, None] * 0.5
     series = 100 + (amplitudes[:, None, None] * waves).sum(axis=0)
-    assert spectral_slope(series) == pytest.approx(slope, abs=1e-3)
-    assert spectral_slope(np.full((32, 3), 7.0)) is None
+    assert _spectral_slope(series) == pytest.approx(slope, abs=1e-3)
+    assert _spectral_slope(np.full((32, 3), 7.0)) is None
 
 
 def test_monotone_share_equals_the_slow_fit():
@@ -247,8 +260,8 @@ def test_monotone_share_equals_the_slow_fit():
             for index in range(15)
         ]
         left = np.square(values - slow).sum() / np.square(values - values.mean()).sum()
-        assert monotone_share(values) == pytest.approx(1 - left, abs=1e-9)
-    assert monotone_share(np.ones(4)) == 0.0
+        assert _monotone_share(values) == pytest.approx(1 - left, abs=1e-9)
+    assert _monotone_share(np.ones(4)) == 0.0
 
 
 def test_names_are_honest():

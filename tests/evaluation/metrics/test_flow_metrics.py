@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from longtake.evaluation.backbones import classical_backbones
-from longtake.evaluation.backbones.lucas_kanade import TorchLucasKanade
+from longtake.evaluation.backbones.classical import _TorchLucasKanade
 from longtake.evaluation.metric import VideoInfo
-from longtake.evaluation.metrics.flow import FLOW_SPECS, FlowMetric, estimate_flow, warp_error
+from longtake.evaluation.metrics.motion import FLOW_SPECS, FlowMetric, _estimate_flow, warp_error
 
 
 @dataclass
@@ -96,7 +96,7 @@ def test_top_five_percent():
     assert found["flow_magnitude_mean"].value == pytest.approx(0.35)
 
 
-@pytest.mark.parametrize("estimator", [TorchLucasKanade(), classical_backbones().get("raft")], ids=lambda e: e.name)
+@pytest.mark.parametrize("estimator", [_TorchLucasKanade(), classical_backbones().get("raft")], ids=lambda e: e.name)
 def test_panned_texture(estimator):
     found = measured(panned(40, 2), estimator)
     assert found["flow_magnitude_mean"].value == pytest.approx(4.0, rel=0.15)
@@ -137,15 +137,15 @@ def test_motion_kept_of_a_video_that_slows_down():
     places = np.concatenate([2 * np.arange(80), 160 + np.arange(80)])
     wide = texture()
     video = np.stack([wide[:, place : place + 80] for place in places])
-    found = measured(video, TorchLucasKanade())
+    found = measured(video, _TorchLucasKanade())
     assert found["motion_kept"].value == pytest.approx(0.5, abs=0.08)
     still = np.repeat(video[:1], 40, axis=0)
-    assert "nothing moves" in measured(still, TorchLucasKanade())["motion_kept"].skipped
+    assert "nothing moves" in measured(still, _TorchLucasKanade())["motion_kept"].skipped
 
 
 def test_padding_is_cut_off_again():
     first, second = (torch.rand(1, 3, 33, 41) * 255 for _ in range(2))
-    assert estimate_flow(Known(1.0), first, second).shape == (2, 33, 41)
+    assert _estimate_flow(Known(1.0), first, second).shape == (2, 33, 41)
 
 
 def test_tiny_frames_have_a_reason():

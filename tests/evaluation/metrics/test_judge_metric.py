@@ -11,10 +11,10 @@ from longtake.evaluation.metrics import make_metrics
 from longtake.evaluation.metrics.judge import (
     SPECS,
     JudgeMetric,
-    is_caption,
-    middling_scene,
-    scene_periods,
-    suite_scenes,
+    _is_caption,
+    _middling_scene,
+    _scene_periods,
+    _suite_scenes,
 )
 from longtake.evaluation.mini_world.drift import MEASURES, WINDOW_FRAMES, WindowMeter
 from longtake.evaluation.mini_world.judge import load_judge
@@ -107,7 +107,7 @@ def test_larger_pictures_are_brought_to_the_judges_size():
 
 
 def test_suite_is_known_by_its_captions():
-    known = suite_scenes()
+    known = _suite_scenes()
     for prompt in moving_scenes(24):
         assert describe(known[prompt.text]) == prompt.text
     assert known[describe(SCENES[0])] == SCENES[0]
@@ -123,13 +123,13 @@ def test_other_captions_get_a_middling_scene():
 @pytest.mark.parametrize("scene", SCENES[:12], ids=range(12))
 def test_middling_scene_says_the_same(scene):
     caption = describe(scene)
-    assert is_caption(caption)
-    assert parse_caption(describe(middling_scene(caption))) == parse_caption(caption)
+    assert _is_caption(caption)
+    assert parse_caption(describe(_middling_scene(caption))) == parse_caption(caption)
 
 
 def test_middling_scene_of_another_prompt():
     with pytest.raises(ValueError, match="no caption of the moving scenes"):
-        middling_scene("a cat over a calm background")
+        _middling_scene("a cat over a calm background")
 
 
 def test_true_scenes_raise_no_flags():
@@ -145,14 +145,14 @@ def test_true_scenes_raise_no_flags():
 
 
 def test_periods():
-    assert scene_periods("a red circle swaying quickly over a navy plain background") == [2.0]
-    assert scene_periods("a red circle swaying over a navy plain background with the camera panning slowly") == [
+    assert _scene_periods("a red circle swaying quickly over a navy plain background") == [2.0]
+    assert _scene_periods("a red circle swaying over a navy plain background with the camera panning slowly") == [
         2.0,
         4.0,
         12.0,
     ]
     leaves = "a red circle swaying out of the frame and back over a navy plain background"
-    assert 5.0 in scene_periods(leaves)
+    assert 5.0 in _scene_periods(leaves)
 
 
 def test_specs_name_the_weights():

@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 
 from longtake.evaluation.metric import VideoInfo
-from longtake.evaluation.metrics import nss
-from longtake.evaluation.metrics.classical import (
+from longtake.evaluation.metrics import stills
+from longtake.evaluation.metrics.course import LUMA_WEIGHTS
+from longtake.evaluation.metrics.stills import (
     STATISTICS,
     Classical,
+    Still,
+    StillsMetric,
     blockiness,
     clipped_fraction,
     colorfulness,
+    reduction,
+    shrink,
     statistics,
     texture,
 )
-from longtake.evaluation.metrics.stills import Still, StillsMetric, reduction, shrink
-from longtake.evaluation.metrics.track import LUMA_WEIGHTS
 
 RNG = np.random.default_rng(0)
 
@@ -158,13 +161,13 @@ def test_sharpness_drift_follows_blur_only(textured):
 @pytest.mark.parametrize(("shape", "draw"), [(1.0, "laplace"), (2.0, "normal")])
 def test_generalised_gaussians_are_recovered(shape, draw):
     samples = getattr(np.random.default_rng(3), draw)(0, 3.0, (256, 256)).astype(np.float32)
-    found, deviation = nss._symmetric(samples, (1, 1))
+    found, deviation = stills._symmetric(samples, (1, 1))
     assert found.item() == pytest.approx(shape, rel=0.05)
     assert deviation.item() == pytest.approx(samples.std(), rel=0.01)
     # Halves of the same shape; the wider one also has more of the mass.
     is_left = np.random.default_rng(4).uniform(size=samples.shape) < 0.2
     skewed = np.where(is_left, -0.5, 2.0).astype(np.float32) * np.abs(samples)
-    found, mean, left, right = (value.item() for value in nss._asymmetric(skewed, (1, 1)))
+    found, mean, left, right = (value.item() for value in stills._asymmetric(skewed, (1, 1)))
     assert found == pytest.approx(shape, rel=0.08)
     assert right / left == pytest.approx(4.0, rel=0.05)
     assert mean == pytest.approx(skewed.mean(), rel=0.05)
@@ -172,9 +175,9 @@ def test_generalised_gaussians_are_recovered(shape, draw):
 
 def test_normalised_brightness_equals_the_slow_one():
     luma = RNG.uniform(0, 255, (17, 20)).astype(np.float32)
-    taps = np.exp(-0.5 * (np.arange(-3, 4) / nss.SIGMA) ** 2)
+    taps = np.exp(-0.5 * (np.arange(-3, 4) / stills.SIGMA) ** 2)
     kernel = np.outer(taps, taps) / taps.sum() ** 2
-    found = nss.normalised(luma)
+    found = stills.normalised(luma)
     for row, column in ((0, 0), (5, 7), (10, 13)):
         window = luma[row : row + 7, column : column + 7].astype(float)
         mean = (kernel * window).sum()
@@ -184,7 +187,9 @@ def test_normalised_brightness_equals_the_slow_one():
 
 def test_nss_drift_ignores_motion_and_light_and_sees_blur_and_grain(textured):
     def drift(video):
-        return measured(video.clip(0, 255).round().astype(np.uint8), [nss.NaturalStatistics()])["proxy/nss_drift_self"]
+        return measured(video.clip(0, 255).round().astype(np.uint8), [stills.NaturalStatistics()])[
+            "proxy/nss_drift_self"
+        ]
 
     half = np.arange(160)[:, None, None, None] >= 80
     steady = drift(textured).value
@@ -199,11 +204,11 @@ def test_nss_drift_ignores_motion_and_light_and_sees_blur_and_grain(textured):
 
 
 def test_nss_needs_pixels():
-    small = measured(RNG.integers(0, 256, (20, 12, 30, 3), dtype=np.uint8), [nss.NaturalStatistics()])
+    small = measured(RNG.integers(0, 256, (20, 12, 30, 3), dtype=np.uint8), [stills.NaturalStatistics()])
     assert "16 pixels" in small["proxy/nss_drift_self"].skipped
 
 
 def test_whitening_gives_unit_covariance():
     rows = np.random.default_rng(6).normal(0, 1, (4000, 3)) @ np.diag([1.0, 5.0, 20.0])
-    white = (rows - rows.mean(axis=0)) @ nss.whitening(rows)
+    white = (rows - rows.mean(axis=0)) @ stills._whitening(rows)
     assert np.allclose(np.cov(white.T), np.eye(3), atol=0.05)

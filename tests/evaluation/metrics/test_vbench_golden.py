@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from longtake.evaluation.backbones import Backbones, load_backbones
-from longtake.evaluation.golden_check import TOLERANCE, check_golden, golden_scores
-from longtake.evaluation.long import fused, official_clip_to_clip
+from longtake.evaluation.golden_check import TOLERANCE, _golden_scores, check_golden
 from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.metrics import make_metrics
+from longtake.evaluation.metrics.dimensions import _official_clip_to_clip, fused
 from longtake.evaluation.video import VideoSource, measure
 
 FOLDER = Path(__file__).resolve().parents[2] / "golden" / "vbench"
@@ -117,10 +117,10 @@ def test_a_run_of_vbench_long_whose_names_had_underscores(golden, backbones, bui
         about = VideoInfo(
             id=name, num_frames=len(frames), fps=fps, height=frames.shape[1], width=frames.shape[2], prompt=name
         )
-        dev = golden_scores(measure(source, about, metrics), "long_dev/")["subject_consistency"]
+        dev = _golden_scores(measure(source, about, metrics), "long_dev/")["subject_consistency"]
         by_video = {f"vid_{number}.mp4": dev.details["clip2clip_score"]}
         for index, clip in enumerate(dev.details["clips"]):
-            lost = official_clip_to_clip(f"vid_{number}_{index:03d}.mp4", by_video)
+            lost = _official_clip_to_clip(f"vid_{number}_{index:03d}.mp4", by_video)
             ours.append(fused(clip["inclip_score"], lost, "subject_consistency"))
         drifted.append(dev)
     np.testing.assert_allclose(sorted(ours), sorted(row["video_results"] for row in rows), atol=TOLERANCE, rtol=0)

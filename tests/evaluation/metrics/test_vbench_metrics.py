@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vbench_stubs import ROLES, Stub, info, moving_squares, scores, stubs
 
-from longtake.evaluation.golden_check import golden_scores
+from longtake.evaluation.golden_check import _golden_scores
 from longtake.evaluation.metric import Score, Segment
 from longtake.evaluation.metrics import GROUPS, make_metrics
 from longtake.evaluation.metrics.dimensions import of_own_prompts
-from longtake.evaluation.metrics.vbench import flickering
+from longtake.evaluation.metrics.vbench import SegmentAlignment, flickering
 from longtake.evaluation.metrics.vbench_motion import dynamics
-from longtake.evaluation.metrics.vbench_text import SegmentAlignment
-from longtake.evaluation.transforms import clip_transform, dino_transform, musiq_transform
+from longtake.evaluation.preprocessing import clip_transform, dino_transform, musiq_transform
 
 BOTH = ("vbench", "long")
 
@@ -27,7 +26,7 @@ def all_metrics(**kwargs):
 
 
 def short_scores(frames, **about):
-    return golden_scores(scores(make_metrics(stubs(), groups=("vbench",))[0], frames, **about))
+    return _golden_scores(scores(make_metrics(stubs(), groups=("vbench",))[0], frames, **about))
 
 
 def dynamic_score(frames, fps):

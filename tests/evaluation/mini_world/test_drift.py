@@ -11,13 +11,13 @@ from longtake.evaluation.mini_world.drift import (
     MAX_PSNR,
     WINDOW_FRAMES,
     WindowMeter,
-    masked_psnr,
-    median_background,
-    motion_share,
-    repeat_frames,
-    sampled_scene,
-    truth_levels,
-    with_amnesia,
+    _masked_psnr,
+    _median_background,
+    _motion_share,
+    _repeat_frames,
+    _sampled_scene,
+    _truth_levels,
+    _with_amnesia,
 )
 from longtake.evaluation.mini_world.judge import load_judge
 from longtake.evaluation.mini_world.scenes import held_back_scenes, render
@@ -107,7 +107,7 @@ def test_a_picture_gone_bright_is_not_excused_as_an_object(judge, still):
 def test_forgetting_what_the_caption_does_not_say_costs_revisits_and_nothing_else(judge, scenes):
     panned = [scene for scene in scenes if scene.camera != "still"][:4]
     for scene in panned:
-        video, change = with_amnesia(scene, num_frames=NUM_FRAMES)
+        video, change = _with_amnesia(scene, num_frames=NUM_FRAMES)
         rows, true = _measure(judge, scene, video), _measure(judge, scene, _video(scene))
         for row, before in list(zip(rows, true, strict=True))[change:]:
             assert row["revisit_psnr"] < 30.0 < before["revisit_psnr"] == MAX_PSNR
@@ -154,22 +154,22 @@ def test_meter_holds_one_window_and_one_round_trip_at_most(judge, scenes):
     scene = next(s for s in scenes if s.camera == "panning slowly")
     meter = WindowMeter(judge, [scene])
     for start in range(0, 16 * 60, 12):
-        frames = sampled_scene(scene, start + 12, start=start)
-        meter.push(repeat_frames(frames))
+        frames = _sampled_scene(scene, start + 12, start=start)
+        meter.push(_repeat_frames(frames))
     assert len(meter._waiting) < 20
     assert len(meter._videos[0].first_visits) == 48
 
 
 def test_median_background_ignores_a_passing_object_and_keeps_a_resting_one(still):
-    frames = sampled_scene(still[0], 80)
+    frames = _sampled_scene(still[0], 80)
     background = torch.from_numpy(
         render(replace(still[0], actor=replace(still[0].actor, anchor_x=-999)), np.arange(1))
     )
-    median, seen = median_background(frames)
+    median, seen = _median_background(frames)
     error = (median - background[0].permute(2, 0, 1) / 255.0).abs().amax(dim=0)
     assert error[seen].max() < 0.02
     assert seen.float().mean() > 0.7
-    assert motion_share(frames) > 0.0
+    assert _motion_share(frames) > 0.0
 
 
 def test_masked_psnr_matches_the_definition_and_is_capped():
@@ -177,13 +177,13 @@ def test_masked_psnr_matches_the_definition_and_is_capped():
     second[:, 0] = 0.9
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[0] = False
-    assert masked_psnr(first, second, mask).item() == pytest.approx(20.0, abs=1e-3)
-    assert masked_psnr(first, first, mask).item() == MAX_PSNR
-    assert masked_psnr(first, second, torch.zeros_like(mask)).isnan()
+    assert _masked_psnr(first, second, mask).item() == pytest.approx(20.0, abs=1e-3)
+    assert _masked_psnr(first, first, mask).item() == MAX_PSNR
+    assert _masked_psnr(first, second, torch.zeros_like(mask)).isnan()
 
 
 def test_truth_levels_separate_memory_from_forgetting(judge, scenes):
-    levels = truth_levels(judge, scenes[:12])
+    levels = _truth_levels(judge, scenes[:12])
     for name in ("background_psnr", "revisit_psnr"):
         assert levels["forgotten"][name] < levels["true scene"][name] == MAX_PSNR
     assert levels["true scene"]["background"] > 0.95

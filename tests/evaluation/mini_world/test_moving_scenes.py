@@ -14,11 +14,11 @@ from longtake.evaluation.mini_world.scenes import (
     COLOURS,
     FPS,
     Scene,
-    camera_offset,
+    _camera_offset,
+    _is_held_back,
+    _object_mask,
     describe,
     held_back_scenes,
-    is_held_back,
-    object_mask,
     object_state,
     parse_caption,
     render,
@@ -70,7 +70,7 @@ def test_json_round_trip(seed):
 def test_object_is_where_the_state_says_and_has_its_colour(seed):
     scene = sample_scene(np.random.default_rng(seed))
     frames = np.arange(0, 81, 9)
-    video, mask, state = render(scene, frames), object_mask(scene, frames), object_state(scene, frames)
+    video, mask, state = render(scene, frames), _object_mask(scene, frames), object_state(scene, frames)
     for frame, alpha, center, seen in zip(video, mask, state.center, state.visibility, strict=True):
         if alpha.max() < 1.0 or seen < 0.95:
             continue
@@ -83,16 +83,16 @@ def test_object_is_where_the_state_says_and_has_its_colour(seed):
 
 def test_plain_background_has_its_colour():
     scene = replace(training_scene(0), texture="plain", camera="still", landmarks=(), event="none", second=None)
-    outside = object_mask(scene, np.arange(4)) == 0.0
+    outside = _object_mask(scene, np.arange(4)) == 0.0
     assert (
         np.abs(render(scene, np.arange(4))[outside] - np.array(BACKGROUNDS[scene.background], dtype=float)).max() <= 1
     )
 
 
 def test_training_and_held_back_prompts_are_disjoint():
-    assert not any(is_held_back(training_scene(index)) for index in range(200))
+    assert not any(_is_held_back(training_scene(index)) for index in range(200))
     held_back = held_back_scenes(50)
-    assert all(is_held_back(scene) for scene in held_back)
+    assert all(_is_held_back(scene) for scene in held_back)
     assert training_scene(7) == training_scene(7)
     assert training_scene(7) != training_scene(7, seed=1)
 
@@ -104,8 +104,8 @@ def test_camera_returns_to_the_same_background():
         pairs = revisit_pairs(scene, period + 5)
         assert pairs == [(index, index + period) for index in range(5)]
         first, later = np.array(pairs).T
-        assert np.allclose(camera_offset(scene, first), camera_offset(scene, later))
-        clear = (object_mask(scene, first) == 0.0) & (object_mask(scene, later) == 0.0)
+        assert np.allclose(_camera_offset(scene, first), _camera_offset(scene, later))
+        clear = (_object_mask(scene, first) == 0.0) & (_object_mask(scene, later) == 0.0)
         difference = np.abs(render(scene, first).astype(int) - render(scene, later))[clear]
         assert difference.max() <= 1
         # Half a round trip away the view is another one, or the test above would prove nothing.
@@ -145,4 +145,4 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="describe"):
         parse_caption("a red circle")
     with pytest.raises(ValueError, match="which"):
-        object_mask(replace(training_scene(0), second=None), np.arange(2), which="second")
+        _object_mask(replace(training_scene(0), second=None), np.arange(2), which="second")

@@ -17,7 +17,7 @@ from report_runs import FROZEN, NASTY, POLICIES, SKIPPED, WITHOUT_OVERALL, build
 from rich.console import Console
 
 from longtake.evaluation import report as report_module
-from longtake.evaluation.paired import sign_test
+from longtake.evaluation.paired import _sign_test
 from longtake.evaluation.published import find_rows, load_published
 from longtake.evaluation.report import figures, write_report
 from longtake.evaluation.report.data import DARK, LIGHT, Measure, ReportData
@@ -302,7 +302,7 @@ def test_clips_are_preferred_to_whole_videos_and_official_numbers_to_both():
 def test_so_few_prompts_cannot_show_a_difference(num_compared, needed):
     """Even if every prompt agrees: the smallest p of the sign test, times Holm's factor, is above 5 %."""
     assert least_prompts(num_compared) == needed
-    assert num_compared * sign_test(needed, 0) <= 0.05 < num_compared * sign_test(needed - 1, 0)
+    assert num_compared * _sign_test(needed, 0) <= 0.05 < num_compared * _sign_test(needed - 1, 0)
 
 
 def test_drift_that_was_not_measured_stands_apart(made):

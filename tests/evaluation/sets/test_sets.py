@@ -7,11 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.evaluation.metric import VideoInfo
-from longtake.evaluation.sets.features import FeatureCollector, read_features, write_features
-from longtake.evaluation.sets.frechet import frechet, frechet_name, frechet_of_features
-from longtake.evaluation.sets.prdc import prdc
-from longtake.evaluation.sets.scores import set_scores
-from longtake.evaluation.sets.stream import histogram_agreement, spectrum, stream
+from longtake.evaluation.sets import (
+    FeatureCollector,
+    _frechet_name,
+    _frechet_of_features,
+    _histogram_agreement,
+    _prdc,
+    _spectrum,
+    _write_features,
+    frechet,
+    read_features,
+    set_scores,
+    stream,
+)
 
 
 def _features(seed, num=60, dims=8, shift=0.0, scale=1.0):
@@ -31,34 +39,34 @@ def _frechet_by_eigenvalues(x, y):
 def test_frechet_against_eigenvalues_of_the_product_and_against_moments():
     x, y = _features(0) @ _features(1, 8, 8), _features(2, 50, shift=0.3)
     expected = _frechet_by_eigenvalues(x, y)
-    assert frechet_of_features(x, y) == pytest.approx(expected, rel=1e-9)
+    assert _frechet_of_features(x, y) == pytest.approx(expected, rel=1e-9)
     moments = [m for a in (x, y) for m in (a.mean(axis=0), np.cov(a, rowvar=False))]
     assert frechet(*moments) == pytest.approx(expected, rel=1e-9)
-    assert frechet_of_features(y, x) == pytest.approx(expected, rel=1e-9)
+    assert _frechet_of_features(y, x) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_of_known_gaussians():
     one, four = np.eye(3), 4 * np.eye(3)
     assert frechet(np.zeros(3), one, np.ones(3), four) == pytest.approx(3 + 3 * (2 - 1) ** 2)
     x = _features(3)
-    assert frechet_of_features(x, x) == pytest.approx(0.0, abs=1e-12)
-    assert frechet_of_features(x + 0.5, x) == pytest.approx(8 * 0.25, rel=1e-9)
+    assert _frechet_of_features(x, x) == pytest.approx(0.0, abs=1e-12)
+    assert _frechet_of_features(x + 0.5, x) == pytest.approx(8 * 0.25, rel=1e-9)
 
 
 def test_frechet_of_singular_covariances_is_exact():
     x = _features(4, num=20, dims=200)
-    assert frechet_of_features(x, x, allow_small=True) == pytest.approx(0.0, abs=1e-10)
-    assert frechet_of_features(x, x + 0.1, allow_small=True) == pytest.approx(200 * 0.01, rel=1e-9)
+    assert _frechet_of_features(x, x, allow_small=True) == pytest.approx(0.0, abs=1e-10)
+    assert _frechet_of_features(x, x + 0.1, allow_small=True) == pytest.approx(200 * 0.01, rel=1e-9)
 
 
 def test_small_sets_are_refused_because_their_distance_is_biased():
     x, y = _features(5, num=30, dims=40), _features(6, num=30, dims=40)
     with pytest.raises(ValueError, match="30 and 30 videos are too small for 40 dimensions"):
-        frechet_of_features(x, y)
+        _frechet_of_features(x, y)
     large = [_features(seed, num=4000, dims=40) for seed in (7, 8)]
-    assert frechet_of_features(x, y, allow_small=True) > 20 * frechet_of_features(*large)
+    assert _frechet_of_features(x, y, allow_small=True) > 20 * _frechet_of_features(*large)
     with pytest.raises(ValueError, match="too small"):
-        frechet_of_features(x[:1], y, allow_small=True)
+        _frechet_of_features(x[:1], y, allow_small=True)
 
 
 @pytest.mark.parametrize(
@@ -76,15 +84,15 @@ def test_what_is_no_gaussian_is_refused(arguments, message):
 
 def test_features_must_match_and_be_finite():
     with pytest.raises(ValueError, match="equal dimensions"):
-        frechet_of_features(_features(0, dims=4), _features(0, dims=5))
+        _frechet_of_features(_features(0, dims=4), _features(0, dims=5))
     with pytest.raises(ValueError, match="NaN"):
-        prdc(np.full((9, 2), np.nan), _features(0, dims=2))
+        _prdc(np.full((9, 2), np.nan), _features(0, dims=2))
 
 
 def test_fvd_is_the_name_of_one_network_only():
-    assert frechet_name("DINO", "real") == "set/frechet[enc=DINO][ref=real]"
-    assert frechet_name("I3D", "real") == "set/frechet[enc=I3D][ref=real]"
-    assert frechet_name("I3D", "real", is_standard_i3d=True) == "set/fvd[ref=real]"
+    assert _frechet_name("DINO", "real") == "set/frechet[enc=DINO][ref=real]"
+    assert _frechet_name("I3D", "real") == "set/frechet[enc=I3D][ref=real]"
+    assert _frechet_name("I3D", "real", is_standard_i3d=True) == "set/fvd[ref=real]"
 
 
 # Precision, recall, density, coverage
@@ -112,24 +120,24 @@ def _prdc_by_loops(features, reference, k):
 @settings(deadline=None, derandomize=True, max_examples=25)
 def test_prdc_is_what_loops_over_pairs_give(seed, shift, scale, k):
     x, y = _features(seed, 14, 3, shift, scale), _features(seed + 1, 11, 3)
-    result = prdc(x, y, num_neighbours=k)
+    result = _prdc(x, y, num_neighbours=k)
     expected = _prdc_by_loops(x, y, k)
     assert (result.precision, result.recall, result.density, result.coverage) == pytest.approx(expected)
 
 
 def test_identical_far_and_collapsed_sets():
     x = _features(9, 700, 4)  # more than are handled at once
-    same = prdc(x, x)
+    same = _prdc(x, x)
     assert (same.precision, same.recall, same.density, same.coverage) == (1.0, 1.0, 1.0, 1.0)
-    far = prdc(x + 100.0, x)
+    far = _prdc(x + 100.0, x)
     assert (far.precision, far.recall, far.density, far.coverage) == (0.0, 0.0, 0.0, 0.0)
-    narrow = prdc(0.05 * x, x)
+    narrow = _prdc(0.05 * x, x)
     assert narrow.precision == 1.0 and narrow.recall < 0.1
 
 
 def test_more_neighbours_than_there_are_is_refused():
     with pytest.raises(ValueError, match="num_neighbours=5 in a set of 5 videos"):
-        prdc(_features(0, 5), _features(1, 9))
+        _prdc(_features(0, 5), _features(1, 9))
 
 
 # STREAM
@@ -157,17 +165,17 @@ def _spectrum_by_sums(features):
 def test_spectrum_is_what_sums_give():
     features = _features(10, 16, 5).cumsum(axis=0)
     means, skews = _spectrum_by_sums(features)
-    result = spectrum(features)
+    result = _spectrum(features)
     assert result.mean == pytest.approx(means, rel=1e-9)
     assert result.skewness == pytest.approx(skews, rel=1e-7)
-    still = spectrum(np.ones((16, 5)))
+    still = _spectrum(np.ones((16, 5)))
     assert np.isfinite(still.skewness).all()
 
 
 @pytest.mark.parametrize("frames", [2, 15])
 def test_an_odd_number_of_frames_is_refused(frames):
     with pytest.raises(ValueError, match="even number of frames"):
-        spectrum(np.zeros((frames, 3)))
+        _spectrum(np.zeros((frames, 3)))
 
 
 def _videos(seed, num=40, frames=16, dims=6, *, noise=1.0, level=0.0):
@@ -199,8 +207,8 @@ def test_stream_needs_videos_of_one_shape():
 def test_histograms_share_their_range():
     rng = np.random.default_rng(13)
     x, y = rng.normal(5, 1, size=(300, 1)), rng.normal(25, 1, size=(300, 1))
-    assert histogram_agreement(x, x[::-1]) == pytest.approx(1.0)
-    assert histogram_agreement(x, y) < 0.1
+    assert _histogram_agreement(x, x[::-1]) == pytest.approx(1.0)
+    assert _histogram_agreement(x, y) < 0.1
 
 
 # Features on disk
@@ -255,8 +263,8 @@ def test_collecting_refuses_odd_numbers_and_short_videos(tmp_path):
 def test_reading_refuses_nothing_garbage_and_mixed_shapes(tmp_path):
     with pytest.raises(ValueError, match="holds no features"):
         read_features(tmp_path)
-    write_features(tmp_path, "a", np.zeros((4, 3)))
-    write_features(tmp_path, "b", np.zeros((6, 3)))
+    _write_features(tmp_path, "a", np.zeros((4, 3)))
+    _write_features(tmp_path, "b", np.zeros((6, 3)))
     with pytest.raises(ValueError, match=r"\(4, 3\), \(6, 3\)"):
         read_features(tmp_path)
     (tmp_path / "c.npy").write_bytes(b"not an array")

@@ -10,7 +10,7 @@ import pytest
 
 from longtake.evaluation.records import read_manifest, write_manifest
 from longtake.evaluation.vbench_io import export_custom, export_long, export_standard, import_results
-from longtake.evaluation.vbench_io.layout import CUSTOM_DIMENSIONS, LONG_DIMENSIONS
+from longtake.evaluation.vbench_io.export import CUSTOM_DIMENSIONS, LONG_DIMENSIONS
 
 FAKE_TOOL = """
 import argparse, json, os, sys

@@ -13,14 +13,14 @@ from transformers import UMT5Config, UMT5EncoderModel
 from longtake.configs.families import ModelFamily
 from longtake.models.checkpoints import ConversionRequest, TensorInfo, converting, plan_conversion
 from longtake.models.checkpoints.wan_parts import (
+    _text_encoder_config,
+    _text_encoder_name,
+    _text_encoder_part,
+    _vae_config,
+    _vae_part,
     find_text_encoder,
     find_tokenizer,
     find_vae,
-    text_encoder_config,
-    text_encoder_name,
-    text_encoder_part,
-    vae_config,
-    vae_part,
 )
 
 REAL_VAE = {"base": 96, "mult": [1, 2, 4, 4], "blocks": 2, "temporal": [False, True, True]}
@@ -106,7 +106,7 @@ def numbers(shapes, seed=0):
 
 def test_the_real_vae_has_the_names_of_both_worlds(header_only):
     shapes = original_vae(**REAL_VAE)
-    part = vae_part(header_only(infos(shapes)))
+    part = _vae_part(header_only(infos(shapes)))
     with torch.device("meta"):
         model = AutoencoderKLWan()
     assert {t.name: t.info.shape for t in part.tensors} == {n: tuple(t.shape) for n, t in model.state_dict().items()}
@@ -116,14 +116,14 @@ def test_the_real_vae_has_the_names_of_both_worlds(header_only):
     }
     source = {name: name for name in shapes}  # a name instead of a tensor shows where it went
     theirs = convert_wan_vae_to_diffusers(source)
-    from longtake.models.checkpoints.wan_parts import vae_name
+    from longtake.models.checkpoints.wan_parts import _vae_name
 
-    assert {vae_name(name, num_res_blocks=2): name for name in shapes} == theirs
+    assert {_vae_name(name, num_res_blocks=2): name for name in shapes} == theirs
 
 
 def test_a_tiny_vae_file_loads_and_decodes(tmp_path):
     shapes = original_vae(**TINY_VAE)
-    assert vae_config(shapes, path="x")["temperal_downsample"] == [True]
+    assert _vae_config(shapes, path="x")["temperal_downsample"] == [True]
     weights = numbers(shapes)
     path = tmp_path / "Wan2.1_VAE.pth"
     torch.save(weights, path)
@@ -148,15 +148,15 @@ def test_what_is_no_vae_is_refused(tmp_path, header_only, tiny_folder):
         ({"module.conv2.bias": (16,)}, "which are one without wrappers"),
     ):
         with pytest.raises(ValueError, match=message):
-            vae_part(header_only(infos(shapes | change)))
+            _vae_part(header_only(infos(shapes | change)))
     del shapes["decoder.head.2.bias"]
     with pytest.raises(ValueError, match=r"missing: 1 \(decoder.conv_out.bias\)"):
-        vae_part(header_only(infos(shapes)))
+        _vae_part(header_only(infos(shapes)))
     del shapes["conv2.weight"]
     with pytest.raises(ValueError, match="no complete Wan VAE: it lacks 'conv2.weight'"):
-        vae_part(header_only(infos(shapes)))
+        _vae_part(header_only(infos(shapes)))
     with pytest.raises(ValueError, match="is a UMT5 text encoder; --vae takes"):
-        vae_part(header_only(infos(original_text_encoder(**TINY_T5))))
+        _vae_part(header_only(infos(original_text_encoder(**TINY_T5))))
     with pytest.raises(ValueError, match="diffusers naming: give its folder"):
         find_vae(next((tiny_folder / "vae").glob("*.safetensors")))
     with pytest.raises(ValueError, match="is no Wan VAE: its config.json names 'WanTransformer3DModel'"):
@@ -211,7 +211,7 @@ def test_a_tiny_text_encoder_gives_the_same_numbers(tmp_path):
 
 def test_the_real_text_encoder_has_the_names_of_transformers(header_only):
     shapes = original_text_encoder(vocab=256384, dim=4096, inner=4096, ff=10240, layers=24, heads=64)
-    part = text_encoder_part(header_only(infos(shapes, torch.bfloat16)))
+    part = _text_encoder_part(header_only(infos(shapes, torch.bfloat16)))
     # google/umt5-xxl's published configuration.
     config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     with torch.device("meta"):
@@ -219,22 +219,22 @@ def test_the_real_text_encoder_has_the_names_of_transformers(header_only):
     wanted = {n: tuple(t.shape) for n, t in model.state_dict().items() if n != "encoder.embed_tokens.weight"}
     assert {tensor.name: tensor.info.shape for tensor in part.tensors} == wanted and len(wanted) == 242
     assert part.config["dtype"] == "bfloat16" and part.config["architectures"] == ["UMT5EncoderModel"]
-    assert text_encoder_config(shapes, path="x").dense_act_fn == "gelu_new"
-    assert text_encoder_name("blocks.0.ffn.gate.1.weight") is None
+    assert _text_encoder_config(shapes, path="x").dense_act_fn == "gelu_new"
+    assert _text_encoder_name("blocks.0.ffn.gate.1.weight") is None
 
 
 def test_what_is_no_text_encoder_is_refused(header_only, tiny_folder):
     shapes = original_text_encoder(**TINY_T5)
     with pytest.raises(ValueError, match="names that Wan's text encoder has not"):
-        text_encoder_part(header_only(infos(shapes | {"blocks.0.ffn.fc3.weight": (1,)})))
+        _text_encoder_part(header_only(infos(shapes | {"blocks.0.ffn.fc3.weight": (1,)})))
     with pytest.raises(ValueError, match=r"missing: 1 \(encoder.block.1.layer.0.SelfAttention.v.weight\)"):
         del shapes["blocks.1.attn.v.weight"]
-        text_encoder_part(header_only(infos(shapes)))
+        _text_encoder_part(header_only(infos(shapes)))
     with pytest.raises(ValueError, match="no complete UMT5 text encoder: 'token_embedding.weight'"):
         del shapes["token_embedding.weight"]
-        text_encoder_part(header_only(infos(shapes)))
+        _text_encoder_part(header_only(infos(shapes)))
     with pytest.raises(ValueError, match="is a Wan VAE; --text-encoder takes"):
-        text_encoder_part(header_only(infos(original_vae(**TINY_VAE))))
+        _text_encoder_part(header_only(infos(original_vae(**TINY_VAE))))
     with pytest.raises(ValueError, match="transformers naming: give its folder"):
         find_text_encoder(next((tiny_folder / "text_encoder").glob("*.safetensors")))
     with pytest.raises(ValueError, match="is no UMT5 text encoder"):

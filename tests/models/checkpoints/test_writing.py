@@ -157,5 +157,5 @@ def test_a_description_says_why_a_file_cannot_be_converted(tmp_path):
 
 def test_describing_reads_no_weights(tmp_path, monkeypatch):
     (path,) = write_family(tmp_path / "repository", "self_forcing")
-    monkeypatch.setattr(files.PickleCheckpoint, "read", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(files._PickleCheckpoint, "read", lambda *args: pytest.fail("a weight was read"))
     assert dict(describe_checkpoint(path))["taken unasked"] == "generator_ema"

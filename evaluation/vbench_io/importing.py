@@ -1,14 +1,18 @@
-"""The official VBench's ``*_eval_results.json`` read back: scores, their videos, and what is wrong with them."""
+"""Results of the official VBench, read and merged into a run as metrics."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longtake.configs.fields import did_you_mean
+from longtake.evaluation.metric import MetricSpec, Score, Window
+from longtake.evaluation.preprocessing import clip_ranges
+from longtake.evaluation.records import ManifestLine, RunScores, write_json
 from longtake.evaluation.scores import DEV_DIMENSIONS, Variant, member_name
-from longtake.evaluation.vbench_io.layout import DIMENSIONS
+from longtake.evaluation.vbench_io.export import DIMENSIONS
 
 TOLERANCE = 1e-6
 _CLIPS = "split_clip"
@@ -17,7 +21,7 @@ _WEIGHT_KEYS = ("cnt_per_video", "frame_count")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class _Entry:
     """One video, or one clip of VBench-Long.
 
     Attributes:
@@ -50,7 +54,7 @@ class Imported:
     dimension: str
     variant: Variant
     official_score: float
-    entries: tuple[Entry, ...]
+    entries: tuple[_Entry, ...]
     file: str
     commit: str | None = None
     notes: tuple[str, ...] = ()
@@ -170,14 +174,14 @@ def _parts(row: Mapping[str, Any]) -> tuple[str, ...]:
     return PurePosixPath(row["video_path"].replace("\\", "/")).parts
 
 
-def _entry(row: Mapping[str, Any], is_long: bool, where: str) -> Entry:
+def _entry(row: Mapping[str, Any], is_long: bool, where: str) -> _Entry:
     key = next((key for key in _VALUE_KEYS if key in row), None)
     if key is None:
         raise ValueError(f"{where}: {row['video_path']!r} has no {_VALUE_KEYS[0]}.")
     value = _number(row[key], f"{where}: {key} of {row['video_path']!r}")
     video, clip = _names(_parts(row), is_long)
     weight = next((_number(row[key], f"{where}: {key}") for key in _WEIGHT_KEYS if key in row), None)
-    return Entry(video=video, clip=clip, value=value, weight=weight)
+    return _Entry(video=video, clip=clip, value=value, weight=weight)
 
 
 def _names(parts: tuple[str, ...], is_long: bool) -> tuple[str, str]:
@@ -191,13 +195,13 @@ def _names(parts: tuple[str, ...], is_long: bool) -> tuple[str, str]:
     return (head, stem) if head and (tail.isdigit() or tail == "full") else (stem, stem)
 
 
-def _imaging(score: float, entries: tuple[Entry, ...], where: str) -> tuple[float, tuple[Entry, ...]]:
+def _imaging(score: float, entries: tuple[_Entry, ...], where: str) -> tuple[float, tuple[_Entry, ...]]:
     """The tool gives 0..100 per video and a hundredth of it as score; repackaged results may be all the same."""
     mean = sum(entry.value for entry in entries) / len(entries)
     for score_scale, value_scale in ((1.0, 1.0), (0.01, 1.0), (1.0, 100.0)):
         own, expected = score * score_scale, mean * value_scale / 100
         if 0 <= own <= 1 and abs(own - expected) <= 1e-4 and mean * value_scale > 1:
-            values = (Entry(**{**vars(entry), "value": entry.value * value_scale}) for entry in entries)
+            values = (_Entry(**{**vars(entry), "value": entry.value * value_scale}) for entry in entries)
             return own, tuple(values)
     raise ValueError(
         f"{where}: score {score:g} and mean {mean:g} of its videos do not fit: expected 0..100 per video and a "
@@ -233,3 +237,184 @@ def _missing_terms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"no clip-to-clip term for {count} of {len(rows)} clips: an underscore in the name, a hard cut, or no 2nd clip"
     ]
+
+
+PROVENANCE = "imported: official VBench"
+CLIP_SECONDS = 2.0
+NOT_SCORED = "not in the official results that were imported"
+AGREES = 1e-4
+"""Difference up to which a mean of videos is the official score: frames per video may differ a little."""
+
+
+def merge_imported(run: RunScores, results: Mapping[str, Imported]) -> RunScores:
+    """Add official results to a run; they replace what the run measured under the same names.
+
+    Args:
+        run: Whose videos were scored, under their ids, as ``p0007-0`` or as ``PROMPT-0``.
+        results: Of :func:`longtake.evaluation.vbench_io.import_results`.
+
+    Returns:
+        The run with the metrics, ``imported: official VBench`` among the details of every score and the official
+        scores in its header. A video that the results do not hold has no value and says so. VBench-Long's clips of
+        two seconds become the windows of a curve.
+
+    Raises:
+        ValueError: If a result is of a video that the run does not have, or of one video twice.
+    """
+    names = _line_names([video.video for video in run.videos])
+    specs = dict(run.specs)
+    scores: list[dict[str, Score]] = [dict(video.scores) for video in run.videos]
+    header = dict(run.header.get("imported", {}))
+    for metric, result in results.items():
+        spec = specs[metric] = _spec(result)
+        by_video = _by_video(result, names)
+        for index, video in enumerate(run.videos):
+            scores[index][metric] = _score(result, by_video.get(index, []), video.video)
+        header[metric] = _record(result, spec, [own[metric] for own in scores])
+    videos = [replace(video, scores=own) for video, own in zip(run.videos, scores, strict=True)]
+    skipped = {name: why for name, why in run.skipped.items() if name not in results}
+    return replace(run, specs=specs, videos=videos, skipped=skipped, header={**run.header, "imported": header})
+
+
+def _line_names(lines: Sequence[ManifestLine]) -> dict[str, int]:
+    """{file stem a video may have been scored under: its index}; stems of two videos are none of either."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for index, line in enumerate(lines):
+        stems = (line.id, f"p{line.prompt_index:04d}-{line.seed_index}", f"{line.prompt}-{line.seed_index}")
+        for stem in stems:
+            found[stem].add(index)
+    return {stem: next(iter(indices)) for stem, indices in found.items() if len(indices) == 1}
+
+
+def _by_video(result: Imported, names: Mapping[str, int]) -> dict[int, list[_Entry]]:
+    unknown = sorted({entry.video for entry in result.entries} - names.keys())
+    if unknown:
+        raise ValueError(
+            f"{result.file}: {len(unknown)} videos of {result.dimension} are not in this run, e.g. {unknown[0]!r}: "
+            "import results of this run's own export."
+        )
+    grouped: dict[int, dict[str, _Entry]] = defaultdict(dict)
+    for entry in result.entries:
+        own = grouped[names[entry.video]]
+        if entry.clip in own:
+            raise ValueError(f"{result.file}: {result.dimension} of {entry.clip or entry.video!r} stands there twice.")
+        own[entry.clip] = entry
+    return {index: [own[clip] for clip in sorted(own)] for index, own in grouped.items()}
+
+
+def _score(result: Imported, entries: Sequence[_Entry], line: ManifestLine) -> Score:
+    if not entries:
+        return Score.none(NOT_SCORED)
+    details = {"provenance": PROVENANCE}
+    if result.variant == "short":
+        entry = entries[0]
+        return Score(value=entry.value, weight=entry.weight or _frame_weight(result, line), details=details)
+    values = [entry.value for entry in entries]
+    return Score(
+        value=sum(values) / len(values),
+        weight=float(len(values)),
+        windows=_windows(values, line),
+        details={**details, "clips": values},
+    )
+
+
+def _frame_weight(result: Imported, line: ManifestLine) -> float:
+    """The tool pools frames of all videos in these dimensions; each video gives one less than it has."""
+    is_pooled = result.dimension in DEV_DIMENSIONS  # which are the two consistencies
+    return float(line.num_frames - 1) if is_pooled and line.num_frames > 1 else 1.0
+
+
+def _windows(values: Sequence[float], line: ManifestLine) -> tuple[Window, ...]:
+    """Clips as a curve, if they are those of two seconds; the last one's frames that no clip before it has."""
+    if line.num_frames < 1 or line.fps < 1:
+        return ()
+    ranges = clip_ranges(line.num_frames, line.fps, int(CLIP_SECONDS))
+    if len(ranges) != len(values):
+        return ()
+    windows, end = [], 0
+    for (start, length), value in zip(ranges, values, strict=True):
+        windows.append(Window(start_frame=end, num_frames=start + length - end, value=value))
+        end = start + length
+    return tuple(windows)
+
+
+def _record(result: Imported, spec: MetricSpec, scores: Sequence[Score]) -> dict[str, object]:
+    present = [score for score in scores if score.value is not None]
+    total = sum(score.weight for score in present)
+    mean = spec.scale * sum(score.value * score.weight for score in present) / total
+    notes = list(result.notes)
+    if abs(mean - result.official_score) > AGREES:
+        notes.append(f"the mean of its videos is {mean:.6f}: the tool weighs or leaves out videos in another way")
+    return {
+        "provenance": PROVENANCE,
+        "file": result.file,
+        "commit": result.commit,
+        "official_score": result.official_score,
+        "notes": notes,
+    }
+
+
+def _spec(result: Imported) -> MetricSpec:
+    is_long, is_pooled = result.variant != "short", result.dimension in DEV_DIMENSIONS
+    highest = 100.0 if result.dimension == "imaging_quality" else 1.0
+    commit = f"vbench@{result.commit[:7]}" if result.commit not in (None, "unknown") else "vbench, commit not recorded"
+    flag = {"short": "", "long": ", no --dev_flag", "long_dev": ", --dev_flag"}[result.variant] if is_pooled else ""
+    return MetricSpec(
+        name=result.metric,
+        higher_is_better=None if result.dimension == "dynamic_degree" else True,
+        unit=f"0..{highest:g}",
+        range=(-1.0 if result.dimension.endswith(("style", "overall_consistency")) else 0.0, highest),
+        formula=f"{commit}{' long' if is_long else ''}{flag}",
+        backbone=PROVENANCE,
+        clip_seconds=CLIP_SECONDS if is_long else None,
+        grouping="clip" if is_long else "frame" if is_pooled else "video",
+        scale=1.0 / highest,
+        description="As the official tool computed it.",
+    )
+
+
+IMPORTED_FILE = "imported.json"
+
+
+def write_imported(folder: Path, results: Mapping[str, Imported]) -> Path:
+    """Keep official results in a run's folder; metrics kept there before stay unless they come again.
+
+    Args:
+        folder: Of the run.
+        results: Of :func:`longtake.evaluation.vbench_io.import_results`; see that they merge before they are kept.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If results kept before cannot be read.
+    """
+    kept = {**read_imported(folder), **results}
+    path = folder / IMPORTED_FILE
+    write_json(path, {name: asdict(result) for name, result in kept.items()})
+    return path
+
+
+def read_imported(folder: Path) -> dict[str, Imported]:
+    """Official results that were kept in a run's folder, {metric name: result}; none if there are none.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    path = folder / IMPORTED_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            name: Imported(
+                **{
+                    **values,
+                    "entries": tuple(_Entry(**entry) for entry in values["entries"]),
+                    "notes": tuple(values["notes"]),
+                }
+            )
+            for name, values in content.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"cannot read {path}: {error!r}: delete it and import again.") from error

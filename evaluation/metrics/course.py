@@ -1,0 +1,522 @@
+"""Metrics of a video's course: cuts, flicker, colour drift, seams and temporal spectrum, from one small picture per frame."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, Window, WindowMeans
+
+LUMA_GRID = 32
+MIN_CELL = 4
+"""Pixels a side of a cell of brightness, at least: smaller ones hold mostly grain and the codec's errors."""
+COLOUR_GRID = 8
+LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""ITU-R BT.601."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """The course of a video.
+
+    Attributes:
+        video: What was announced.
+        luma: (T, rows, columns) float32 in 0..255, area means over a grid of at most 32x32 cells of at
+            least 4x4 pixels.
+        colour: (T, rows, columns, 3) float32 in 0..255, RGB means over a grid of at most 8x8 cells.
+        difference: (T,) float64, mean absolute difference of the full frames to the frame before; 0 for the first.
+        is_duplicate: (T,) bool, whether some earlier frame is the same in every pixel.
+    """
+
+    video: VideoInfo
+    luma: np.ndarray
+    colour: np.ndarray
+    difference: np.ndarray
+    is_duplicate: np.ndarray
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that came."""
+        return len(self.difference)
+
+    @property
+    def fps(self) -> float:
+        """Frames per second."""
+        return self.video.fps
+
+    def frames_in(self, seconds: float) -> int:
+        """Frames nearest to a time, at least 1."""
+        return max(1, round(self.fps * seconds))
+
+
+@dataclass(frozen=True)
+class TrackMeasure:
+    """Numbers that are read off a track.
+
+    Attributes:
+        specs: What they are.
+        measure: Takes the track, gives a score for every spec.
+    """
+
+    specs: tuple[MetricSpec, ...]
+    measure: Callable[[Track], Mapping[str, Score]]
+
+
+class TrackMetric:
+    """Records the track of a video and takes every measure that needs no more than that.
+
+    Args:
+        measures: To take once all frames have come.
+    """
+
+    def __init__(self, measures: Sequence[TrackMeasure]) -> None:
+        self.measures = tuple(measures)
+        self.specs = tuple(spec for measure in self.measures for spec in measure.specs)
+
+    def start(self, video: VideoInfo) -> "TrackMeter":
+        """A meter for one video."""
+        return TrackMeter(video, self.measures)
+
+
+class TrackMeter:
+    """Shrinks frames to their entry in the track as they come.
+
+    Args:
+        video: What is announced.
+        measures: To take at the end.
+    """
+
+    def __init__(self, video: VideoInfo, measures: Sequence[TrackMeasure] = ()) -> None:
+        self._video, self._measures = video, measures
+        grid = tuple(max(1, min(LUMA_GRID, side // MIN_CELL)) for side in (video.height, video.width))
+        self._pool = Pooling(video.height, video.width, grid)
+        rows, columns = self._pool.shape
+        self._pool_colour = Pooling(rows, columns, COLOUR_GRID)
+        self._luma: list[np.ndarray] = []
+        self._colour: list[np.ndarray] = []
+        self._difference: list[float] = []
+        self._is_duplicate: list[bool] = []
+        self._digests: set[bytes] = set()
+        self._before: np.ndarray | None = None
+
+    def push(self, frames: np.ndarray) -> None:
+        """Take the next frames, (F, H, W, 3) uint8."""
+        for frame in frames:
+            small = self._pool(frame)
+            # Half precision resolves an eighth of a grey level at worst, a tenth of what the measures look for.
+            self._luma.append((small @ LUMA_WEIGHTS).astype(np.float16))
+            self._colour.append(self._pool_colour(small).astype(np.float16))
+            self._difference.append(mean_difference(self._before, frame) if self._before is not None else 0.0)
+            digest = hashlib.sha1(np.ascontiguousarray(frame), usedforsecurity=False).digest()
+            self._is_duplicate.append(digest in self._digests)
+            self._digests.add(digest)
+            self._before = frame
+        if self._before is not None:
+            # The piece may be a buffer that is filled again.
+            self._before = self._before.copy()
+
+    def track(self) -> Track:
+        """Everything that came so far."""
+        rows, columns = self._pool.shape
+        colour_rows, colour_columns = self._pool_colour.shape
+        num_frames = len(self._difference)
+        return Track(
+            video=self._video,
+            luma=np.array(self._luma, dtype=np.float32).reshape(num_frames, rows, columns),
+            colour=np.array(self._colour, dtype=np.float32).reshape(num_frames, colour_rows, colour_columns, 3),
+            difference=np.array(self._difference),
+            is_duplicate=np.array(self._is_duplicate, dtype=bool),
+        )
+
+    def finish(self) -> dict[str, Score]:
+        """The scores of every measure."""
+        track = self.track()
+        return {name: score for measure in self._measures for name, score in measure.measure(track).items()}
+
+
+class Pooling:
+    """Area means over a grid of equal cells, for pictures of any size.
+
+    Args:
+        height: Of the pictures.
+        width: Of the pictures.
+        grid: Cells along each side, or down and across; fewer where there are fewer pixels.
+    """
+
+    def __init__(self, height: int, width: int, grid: int | tuple[int, int]) -> None:
+        rows, columns = grid if isinstance(grid, tuple) else (grid, grid)
+        self._rows = _area_weights(height, min(rows, height))
+        self._columns = _area_weights(width, min(columns, width)).T.copy()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the grid."""
+        return self._rows.shape[0], self._columns.shape[1]
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        """Pool (H, W, C) of any dtype to (rows, columns, C) float32."""
+        height, width, channels = picture.shape
+        rows = self._rows @ picture.reshape(height, width * channels).astype(np.float32)
+        rows = rows.reshape(-1, width, channels).transpose(0, 2, 1)
+        return (rows @ self._columns).transpose(0, 2, 1)
+
+
+def _area_weights(length: int, cells: int) -> np.ndarray:
+    """(cells, length) float32: row i averages the i-th of so many equal parts; pixels on a border count in part."""
+    edges = np.linspace(0.0, length, cells + 1)
+    pixels = np.arange(length)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (overlap.clip(min=0.0) * (cells / length)).astype(np.float32)
+
+
+def mean_difference(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean absolute difference of two uint8 arrays, exact."""
+    # The difference of the greater and the lesser stays within uint8, which keeps this at memory speed.
+    apart = np.maximum(first, second)
+    apart -= np.minimum(first, second)
+    return float(apart.sum(dtype=np.uint64)) / apart.size
+
+
+UNLIKE = 0.35
+"""Of a scale on which equal layouts are 0 and unrelated ones about 1. Motion between two frames stays below 0.1."""
+JUMP = 30.0
+"""Grey levels (root mean square over the cells) that count as a cut where the layout stays: another light."""
+MOST = 6.0
+"""Grey levels that at least half of the cells change by: things that jump about in front of a scene are no cut."""
+ISOLATION = 3.0
+"""A cut stands out from every other change nearby by this factor: fast motion and flicker come in rows."""
+NEARBY_SECONDS = 0.5
+NEARBY_SECONDS_OF_JUMPS = 1.0
+"""Slow flicker jumps twice a second."""
+LASTING_SECONDS = 0.25
+"""Means over this long before and after have to differ as well: a single bad frame is no cut."""
+FLAT = 3.0
+"""Grey levels of layout (root mean square) below which a picture is taken for empty, and its layout for grain."""
+
+CUTS = MetricSpec(
+    name="proxy/cuts",
+    higher_is_better=False,
+    unit="cuts",
+    range=(0.0, None),
+    description="Hard cuts; a long take has none. Changes of brightness alone do not count, unless they last.",
+)
+
+
+def _find_cuts(track: Track) -> list[int]:
+    """First frames after a cut, in order."""
+    if track.num_frames < 3:
+        return []
+    cells = track.colour.reshape(track.num_frames, -1, 3)
+    layout = cells - cells.mean(axis=1, keepdims=True)
+    unlike = _unlikeness(layout[:-1], layout[1:])
+    jumps = _apart(cells[:-1], cells[1:])
+    most = np.median(np.abs(cells[1:] - cells[:-1]).max(axis=2), axis=1)
+    lasting = track.frames_in(LASTING_SECONDS)
+    found = []
+    for index in np.flatnonzero((most >= MOST) & ((unlike >= UNLIKE) | (jumps >= JUMP))):
+        before = slice(max(0, index + 1 - lasting), index + 1)
+        after = slice(index + 1, index + 1 + lasting)
+        changes_layout = (
+            unlike[index] >= UNLIKE
+            and _stands_out(unlike, index, track.frames_in(NEARBY_SECONDS))
+            and _unlikeness(layout[before].mean(axis=0), layout[after].mean(axis=0)) >= UNLIKE
+        )
+        jumps_for_good = (
+            jumps[index] >= JUMP
+            and _stands_out(jumps, index, track.frames_in(NEARBY_SECONDS_OF_JUMPS))
+            and _apart(cells[before].mean(axis=0), cells[after].mean(axis=0)) >= JUMP
+        )
+        if changes_layout or jumps_for_good:
+            found.append(int(index) + 1)
+    return found
+
+
+def _shots(track: Track) -> list[tuple[int, int]]:
+    """Stretches between cuts, as (first frame, one past the last)."""
+    edges = [0, *_find_cuts(track), track.num_frames]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _unlikeness(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Squared distance of two layouts (..., cells, 3) over the sum of their squares."""
+    power = np.square(first).mean(axis=(-1, -2)) + np.square(second).mean(axis=(-1, -2))
+    return np.square(first - second).mean(axis=(-1, -2)) / (power + FLAT**2)
+
+
+def _apart(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(first - second).mean(axis=(-1, -2)))
+
+
+def _stands_out(values: np.ndarray, index: int, reach: int) -> bool:
+    others = np.concatenate([values[max(0, index - reach) : index], values[index + 1 : index + 1 + reach]])
+    return bool(others.size == 0 or values[index] >= ISOLATION * others.max())
+
+
+def _measure_cuts(track: Track) -> dict[str, Score]:
+    """Number of cuts, with their times."""
+    if track.num_frames < 3:
+        return {CUTS.name: Score.none("needs 3 frames")}
+    found = _find_cuts(track)
+    details = {"frames": found, "times_s": [index / track.fps for index in found]}
+    return {CUTS.name: Score(value=float(len(found)), details=details)}
+
+
+SHOTS = TrackMeasure((CUTS,), _measure_cuts)
+
+
+REACH_SECONDS = 0.25
+"""A frame is compared with the mean of this long on both sides: what swings twice a second or faster counts in full,
+once a second by a third, and a scene that brightens and darkens more slowly does not."""
+
+FLICKER_EXCESS = MetricSpec(
+    name="proxy/flicker_excess",
+    higher_is_better=False,
+    unit="grey levels",
+    range=(0.0, 255.0),
+    description="Mean distance of the picture's brightness from its mean over half a second, as far as most of the "
+    "picture shares it: motion makes some places lighter and others darker.",
+)
+
+
+def _brightness_swings(track: Track) -> np.ndarray:
+    """(T,) float64: by how many grey levels each frame is lighter than the half second around it.
+
+    It is the mean or the median over the cells of a small picture, whichever is less, and 0 where they disagree
+    about the direction: an object moves the mean, stripes that pass by move the median. NaN where there is no whole
+    half second of one shot around the frame: at the ends of the video and beside cuts.
+    """
+    reach = track.frames_in(REACH_SECONDS)
+    swings = np.full(track.num_frames, np.nan)
+    for start, end in _shots(track):
+        if end - start <= 2 * reach:
+            continue
+        cells = track.luma[start:end].reshape(end - start, -1)
+        sums = np.concatenate([np.zeros((1, cells.shape[1])), np.cumsum(cells, axis=0, dtype=np.float64)])
+        means = (sums[2 * reach + 1 :] - sums[: -2 * reach - 1]) / (2 * reach + 1)
+        excess = cells[reach : end - start - reach] - means
+        mean, median = excess.mean(axis=1), np.median(excess, axis=1)
+        least = np.where(np.abs(mean) < np.abs(median), mean, median)
+        swings[start + reach : end - reach] = np.where(mean * median > 0, least, 0.0)
+    return swings
+
+
+def _measure_flicker(track: Track) -> dict[str, Score]:
+    """Mean swing of the brightness, and its course."""
+    swings = np.abs(_brightness_swings(track))
+    known = np.flatnonzero(~np.isnan(swings))
+    if not len(known):
+        return {FLICKER_EXCESS.name: Score.none(f"needs a shot of more than {2 * REACH_SECONDS:g} s")}
+    means = WindowMeans(track.video)
+    for index in known:
+        means.add(int(index), float(swings[index]))
+    windows = means.windows(track.num_frames)
+    worst = max((window for window in windows if window.value is not None), key=lambda window: window.value or 0.0)
+    details = {
+        "largest": float(swings[known].max()),
+        "worst_window": worst.value,
+        "worst_start_s": worst.start_frame / track.fps,
+        "worst_end_s": (worst.start_frame + worst.num_frames) / track.fps,
+    }
+    return {FLICKER_EXCESS.name: Score(value=float(swings[known].mean()), windows=windows, details=details)}
+
+
+FLICKER = TrackMeasure((FLICKER_EXCESS,), _measure_flicker)
+
+
+REFERENCE_SECONDS = 5.0
+"""What came out of the model's training length is what the rest is held against."""
+STEP_SECONDS = 0.25
+MIN_SHOT_SECONDS = 2.0
+FEATURES = ("red", "green", "blue", "saturation", "contrast")
+
+COLOUR_DRIFT = MetricSpec(
+    name="proxy/colour_drift",
+    higher_is_better=False,
+    unit="grey levels",
+    range=(0.0, None),
+    description="Distance of the last five seconds' mean colour, saturation and contrast from those of the first five "
+    "(of the halves, in videos under ten seconds).",
+)
+
+
+def reference_frames(num_frames: int, fps: float) -> int:
+    """Frames at either end that are compared: five seconds, or half of a video of less than ten; at least 1."""
+    return max(1, min(round(REFERENCE_SECONDS * fps), num_frames // 2))
+
+
+def colours(track: Track) -> np.ndarray:
+    """(T, 5) float64 of each frame: mean red, green and blue, mean distance from grey, deviation of the brightness."""
+    cells = track.colour.reshape(track.num_frames, -1, 3)
+    luma = cells @ LUMA_WEIGHTS
+    saturation = np.sqrt(np.square(cells - luma[..., None]).mean(axis=2)).mean(axis=1)
+    return np.column_stack([cells.mean(axis=1), saturation, luma.std(axis=1)]).astype(np.float64)
+
+
+def trend(track: Track) -> dict[str, float | str]:
+    """How far, and how steadily, colours move within the longest shot.
+
+    Returns:
+        ``feature``: which of the five moves furthest; ``change``: by how many grey levels, from the first to the last
+        fifth of the shot; ``steadiness``: the share of its variance that the best rising (or falling) curve explains,
+        1 for a drift, near 0 for what comes and goes; ``start_s`` and ``end_s`` of the shot. Empty if no shot lasts
+        two seconds.
+    """
+    start, end = max(_shots(track), key=lambda shot: shot[1] - shot[0])
+    if end - start < MIN_SHOT_SECONDS * track.fps:
+        return {}
+    step = track.frames_in(STEP_SECONDS)
+    rows = colours(track)[start:end]
+    num_steps = len(rows) // step
+    rows = rows[: num_steps * step].reshape(num_steps, step, -1).mean(axis=1)
+    fifth = max(1, num_steps // 5)
+    changes = rows[-fifth:].mean(axis=0) - rows[:fifth].mean(axis=0)
+    most = int(np.abs(changes).argmax())
+    return {
+        "feature": FEATURES[most],
+        "change": float(changes[most]),
+        "steadiness": _monotone_share(rows[:, most] * np.sign(changes[most])),
+        "start_s": start / track.fps,
+        "end_s": end / track.fps,
+    }
+
+
+def _monotone_share(values: np.ndarray) -> float:
+    """Share of the variance of a series that its best non-decreasing fit explains; 0 for a constant.
+
+    The fit is found by pooling adjacent violators.
+    """
+    spread = float(np.square(values - values.mean()).sum())
+    if spread <= 1e-9 * len(values):
+        return 0.0
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = float(value), 1
+        while blocks and blocks[-1][0] > mean:
+            other, number = blocks.pop()
+            mean = (mean * count + other * number) / (count + number)
+            count += number
+        blocks.append((mean, count))
+    fit = np.concatenate([np.full(count, mean) for mean, count in blocks])
+    return 1.0 - float(np.square(values - fit).sum()) / spread
+
+
+def _measure_colour(track: Track) -> dict[str, Score]:
+    """Distance of windows from the first five seconds, and the trend within the longest shot."""
+    if track.num_frames < 2:
+        return {COLOUR_DRIFT.name: Score.none("needs 2 frames")}
+    rows = colours(track)
+    length = reference_frames(track.num_frames, track.fps)
+    first, last = rows[:length].mean(axis=0), rows[-length:].mean(axis=0)
+    windows = tuple(
+        Window(
+            start_frame=window.start_frame,
+            num_frames=window.num_frames,
+            value=float(np.linalg.norm(rows[window.start_frame :][: window.num_frames].mean(axis=0) - first)),
+        )
+        for window in WindowMeans(track.video).windows(track.num_frames)
+    )
+    details = {
+        "compared_s": length / track.fps,
+        "changes": {name: float(change) for name, change in zip(FEATURES, last - first, strict=True)},
+        "trend": trend(track),
+    }
+    return {COLOUR_DRIFT.name: Score(value=float(np.linalg.norm(last - first)), windows=windows, details=details)}
+
+
+COLOUR = TrackMeasure((COLOUR_DRIFT,), _measure_colour)
+
+
+LEAST_DIFFERENCE = 0.1
+"""Grey levels, mean over the picture: anything less is none, so that standing still between jumps gives a number."""
+
+CHUNK_SEAM_RATIO = MetricSpec(
+    name="proxy/chunk_seam_ratio",
+    higher_is_better=False,
+    unit="ratio",
+    range=(0.0, None),
+    description="Mean difference of neighbouring frames where a block of the rollout begins, over that elsewhere; "
+    "1 where seams do not show.",
+)
+
+
+def _measure_seams(track: Track) -> dict[str, Score]:
+    """Frame differences at the known starts of blocks against those elsewhere."""
+    starts = sorted({start for start in track.video.chunk_starts if 0 < start < track.num_frames})
+    if not track.video.chunk_starts:
+        return {CHUNK_SEAM_RATIO.name: Score.none("the starts of the rollout's blocks (chunk_starts) are not known")}
+    elsewhere = np.ones(track.num_frames, dtype=bool)
+    elsewhere[[0, *starts]] = False
+    if not starts or not elsewhere.any():
+        return {CHUNK_SEAM_RATIO.name: Score.none("needs two blocks, one of more than a frame")}
+    at_seams = track.difference[starts]
+    usual = float(track.difference[elsewhere].mean())
+    ratio = max(float(at_seams.mean()), LEAST_DIFFERENCE) / max(usual, LEAST_DIFFERENCE)
+    details = {
+        "at_seams": float(at_seams.mean()),
+        "elsewhere": usual,
+        "first_s": starts[0] / track.fps,
+        "last_s": starts[-1] / track.fps,
+        "seams": [[start, float(value)] for start, value in zip(starts, at_seams, strict=True)],
+    }
+    return {CHUNK_SEAM_RATIO.name: Score(value=ratio, details=details)}
+
+
+SEAMS = TrackMeasure((CHUNK_SEAM_RATIO,), _measure_seams)
+
+
+MIN_FRAMES = 8
+MIN_CHANGE = 0.05
+"""Grey levels: a colour cell that changes less in a window has no spectrum."""
+OFFSET = 1e-6
+"""Added to amplitudes before the logarithm, as STREAM does."""
+
+SPECTRAL_SLOPE = MetricSpec(
+    name="proxy/temporal_spectral_slope",
+    higher_is_better=None,
+    unit="log amplitude per log frequency",
+    formula="STREAM, per two-second window, on pooled colours",
+    description="Power law of the changes over time: about -1 for smooth motion, towards 0 for flicker and grain; "
+    "cells that do not change are left out.",
+)
+
+
+def _spectral_slope(series: np.ndarray) -> float | None:
+    """Slope of log amplitude over log frequency, mean over the series that change.
+
+    Args:
+        series: (T, D), T >= 4.
+
+    Returns:
+        The slope B of STREAM's fit ``log(amplitude_k + 1e-6) = B log k + log A`` for k = 1..T/2 by least squares; None
+        if nothing changes.
+
+    Source: STREAM, arXiv:2403.09669.
+    """
+    num_frames = len(series)
+    changing = series[:, series.std(axis=0) >= MIN_CHANGE].astype(np.float64)
+    if not changing.shape[1]:
+        return None
+    amplitudes = 2.0 * np.abs(np.fft.rfft(changing, axis=0)) / (1.0 + num_frames / 2.0)
+    logs = np.log(amplitudes[1 : num_frames // 2 + 1] + OFFSET)
+    frequencies = np.log(np.arange(1, len(logs) + 1))
+    frequencies -= frequencies.mean()
+    slopes = frequencies @ logs / np.square(frequencies).sum()
+    return float(slopes.mean())
+
+
+def _measure_spectrum(track: Track) -> dict[str, Score]:
+    """The slope of every window, and their mean."""
+    series = track.colour.reshape(track.num_frames, -1)
+    windows = []
+    for window in WindowMeans(track.video).windows(track.num_frames):
+        part = series[window.start_frame : window.start_frame + window.num_frames]
+        value = _spectral_slope(part) if len(part) >= MIN_FRAMES else None
+        windows.append(Window(start_frame=window.start_frame, num_frames=window.num_frames, value=value))
+    values = [window.value for window in windows if window.value is not None]
+    if not values:
+        return {SPECTRAL_SLOPE.name: Score.none(f"nothing changes in any window of {MIN_FRAMES} frames or more")}
+    return {SPECTRAL_SLOPE.name: Score(value=sum(values) / len(values), windows=tuple(windows))}
+
+
+SPECTRUM = TrackMeasure((SPECTRAL_SLOPE,), _measure_spectrum)
