@@ -22,7 +22,7 @@ import typer
 
 from longtake.configs.loader import is_override, load_run
 from longtake.configs.run import RunConfig, check_prompt
-from longtake.scripts.console import EXIT_INTERRUPTED, err, stop_requests
+from longtake.scripts.console import EXIT_INTERRUPTED, err, run_app, stop_requests
 from longtake.scripts.memory_plan import check_memory
 from longtake.scripts.running import (
     check_settings,
@@ -320,6 +320,6 @@ def _is_finished(run: RunConfig, path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    from longtake.scripts.main import app, run_app
-
-    sys.exit(run_app(app, ["generate", *sys.argv[1:]]))
+    program = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+    program.command(no_args_is_help=True)(generate)
+    sys.exit(run_app(program))

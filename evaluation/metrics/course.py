@@ -1,4 +1,4 @@
-"""Metrics of a video's course: cuts, flicker, colour drift, seams and temporal spectrum, from one small picture per frame."""
+"""Metrics of a video's course: cuts, flicker, colour drift, seams, spectrum; from one small picture per frame."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

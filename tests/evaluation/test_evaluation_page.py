@@ -72,10 +72,8 @@ def test_prompts_needed_for_the_sign_test():
     row = next(line for line in PAGE.splitlines() if line.startswith("| prompts needed"))
     for policies, prompts in zip(header.split("|")[2:-1], row.split("|")[2:-1], strict=True):
         count, needed = int(policies), int(prompts)
-        best = {
-            n: max(holm(dict.fromkeys(map(str, range(count)), _sign_test(n, 0))).values())
-            for n in (needed, needed - 1)
-        }
+        labels = list(map(str, range(count)))
+        best = {n: max(holm(dict.fromkeys(labels, _sign_test(n, 0))).values()) for n in (needed, needed - 1)}
         assert best[needed] <= 0.05 < best[needed - 1]
         assert needed == 1 + ceil(log2(count / 0.05))
 
