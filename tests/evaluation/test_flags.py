@@ -288,6 +288,6 @@ def test_a_measure_without_its_defence_fails(monkeypatch):
         return np.median(cells - smooth, axis=1)
 
     assert measured(video, measures=(course.FLICKER,))["proxy/flicker_excess"].value < 1.0
-    monkeypatch.setattr(course, "brightness_swings", median_only)
+    monkeypatch.setattr(course, "_brightness_swings", median_only)
     naive = replace(course.FLICKER)
     assert measured(video, measures=(naive,))["proxy/flicker_excess"].value > 3.0
