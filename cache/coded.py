@@ -131,7 +131,7 @@ class CodedStorage:
 
 
 @dataclass(frozen=True)
-class _CodedTokens:
+class CodedTokens:
     """Places of a buffer, decoded when they are asked for."""
 
     buffer: "CodedBuffer"
@@ -191,9 +191,9 @@ class CodedBuffer(TokenBuffer):
                 self._copy(plane, planes[side + suffix][:, start : start + x.shape[1]])
         self._forget(layer)
 
-    def read(self, layer: int, start: int, end: int) -> _CodedTokens:
+    def read(self, layer: int, start: int, end: int) -> CodedTokens:
         """Tokens of places ``start`` to ``end``."""
-        return _CodedTokens(self, layer, start, end)
+        return CodedTokens(self, layer, start, end)
 
     def decode(self, side: str, layer: int, start: int, end: int) -> Tensor:
         """Keys or values of places ``start`` to ``end``, in the rollout's dtype and on its device."""
