@@ -1,21 +1,27 @@
-"""Plots of a report, drawn once with matplotlib: inline SVG for the page and PNG files beside it."""
+"""Pictures of a report: plots as inline SVG and as PNG files, both drawn with matplotlib, and filmstrips."""
 
 import re
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from io import StringIO
+from io import BytesIO, StringIO
 from math import ceil, nan
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageOps
 
+from longtake.evaluation.records import NUM_SHOWN_PROMPTS, ManifestLine
 from longtake.evaluation.report.data import (
     CONSISTENCY,
     LIGHT,
@@ -31,6 +37,7 @@ from longtake.evaluation.report.data import (
     number,
     plain_text,
 )
+from longtake.evaluation.video import VideoSource
 
 _INK, _SOFT, _RULE, _BLIND, _UP, _DOWN = LIGHT[0], "#59626f", "#dfe3e8", "#e9ecf0", "#0b6b8a", "#b03a0a"
 _VARIABLES = {colour: f"h{index}" for index, colour in enumerate(LIGHT)}
@@ -100,10 +107,8 @@ def draw_scatter(axes: Axes, data: ReportData, measure: Measure, *, motion: Meas
         if x.value is None or y.value is None:
             continue
         own = [[dot[axis] for dot in dots if dot[0] == label] for axis in (1, 2)]
-        small = _style(
-            data, label, marker="o", linestyle="", markersize=3, alpha=0.3, markerfacecolor=None, markeredgewidth=0
-        )
-        axes.plot(*own, **small, gid=_gid(data, label, "dots"))
+        colour, name = LIGHT[data.hue_and_line(label)[0]], _gid(data, label, "dots")
+        axes.plot(*own, "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.3, gid=name)
         _draw_estimates(axes, data, label, x=x, y=y)
         heights[label] = y.value
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
@@ -320,3 +325,100 @@ def _png(
             figure.supxlabel(plain_text(note), fontsize=8)
         figure.savefig(path, dpi=130, metadata={"Software": None})
     return path
+
+
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_FRAME = (144, 128)
+"""Width and height that a frame fits into, in pixels."""
+_QUALITY = 62
+_GAP = 3
+"""Transparent pixels between two frames of a strip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Film:
+    """A policy's strip of a prompt, or the reason why there is none."""
+
+    label: str
+    uri: str = ""
+    alt: str = ""
+    width: int = 240
+    height: int = 0
+    reason: str = ""
+
+
+def films_by_prompt(data: ReportData) -> list[tuple[int, str, list[_Film]]]:
+    """(prompt index, its text, a film per policy) of the prompts shown; empty without folders of videos."""
+    found = []
+    for prompt in shared_prompts(data) if data.videos else ():
+        lines = {label: line for label in data.videos if (line := _first_video(data, label, prompt)) is not None}
+        films = [_film(data.videos[label], lines[label], label) for label in data.labels if label in lines]
+        if films:
+            found.append((prompt, lines[films[0].label].prompt, films))
+    return found
+
+
+def shared_prompts(data: ReportData, *, count: int = NUM_SHOWN_PROMPTS) -> list[int]:
+    """Return the first prompts that most policies have a video of."""
+    counts = Counter(prompt for _, prompt in {(label, line.prompt_index) for label, line in data.lines})
+    most = max(counts.values(), default=0)
+    return sorted(prompt for prompt, number in counts.items() if number == most)[:count]
+
+
+def _first_video(data: ReportData, label: str, prompt: int) -> ManifestLine | None:
+    lines = [line for own, line in data.lines if own == label and line.prompt_index == prompt]
+    return min(lines, key=lambda line: line.seed_index, default=None)
+
+
+def _film(folder: Path, line: ManifestLine, label: str) -> _Film:
+    path = find_video(folder, line)
+    if path is None:
+        return _Film(label=label, reason=f"{PurePosixPath(line.file).name} is not there any more")
+    try:
+        image = _strip(VideoSource.open(path, fps=line.fps or None))
+    except ValueError as error:
+        return _Film(label=label, reason=f"not shown: {error}")
+    buffer = BytesIO()
+    image.save(buffer, format="WEBP", quality=_QUALITY, method=4)
+    uri = "data:image/webp;base64," + b64encode(buffer.getvalue()).decode("ascii")
+    shares = ", ".join(f"{share:.0%}" for share in _SHARES)
+    alt = f"{label}, seed {line.seed_index}: frames at {shares} of the video"
+    return _Film(label=label, uri=uri, alt=alt, width=image.width, height=image.height)
+
+
+def find_video(folder: Path, line: ManifestLine) -> Path | None:
+    """Return a manifest line's video below the folder, or in it under its own name; None if there is none."""
+    candidates = (folder / line.file, folder / PurePosixPath(line.file).name)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def strip_indices(num_frames: int) -> list[int]:
+    """Return indices of the first frame, of one at each quarter and of the last."""
+    return [round(share * (num_frames - 1)) for share in _SHARES]
+
+
+def _strip(source: VideoSource) -> Image.Image:
+    """Frames of a video side by side, decoded as a stream that stops after the last one needed."""
+    wanted = strip_indices(source.num_frames)
+    found: dict[int, np.ndarray] = {}
+    start = 0
+    for piece in source.pieces():
+        found |= {index: piece[index - start] for index in wanted if start <= index < start + len(piece)}
+        start += len(piece)
+        if len(found) == len(set(wanted)):
+            break
+    frames = [_resized(found[index]) for index in wanted]
+    width = frames[0].width
+    strip = Image.new("RGBA", ((width + _GAP) * len(frames) - _GAP, frames[0].height), (0, 0, 0, 0))
+    for position, frame in enumerate(frames):
+        strip.paste(frame, (position * (width + _GAP), 0))
+    return strip
+
+
+def _resized(frame: np.ndarray) -> Image.Image:
+    """A frame in its box; small ones are enlarged by a whole factor with sharp edges."""
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    factor = int(min(_FRAME[0] / image.width, _FRAME[1] / image.height))
+    if factor:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return ImageOps.contain(image, _FRAME, Image.Resampling.LANCZOS)

@@ -36,7 +36,6 @@ from longtake.evaluation.report.data import (
     number,
     plain_text,
 )
-from longtake.evaluation.report.films import films_by_prompt
 from longtake.evaluation.scores import QUALITY
 
 _FAMILIES = {
@@ -120,7 +119,7 @@ def _sections(data: ReportData) -> dict[str, Any]:
         "curves": _curves(data),
         "motion": _scatter(data),
         "seams": _panel(data, seams, figures.draw_levels, "seam_rows") if seams is not None else None,
-        "films": films_by_prompt(data),
+        "films": figures.films_by_prompt(data),
         "costs": data.costs,
         "flags": True,
         "all": [(family, list(group)) for family, group in groupby(data.measures.values(), key=lambda it: it.family)],
@@ -330,7 +329,7 @@ def _published(data: ReportData) -> dict[str, Any] | None:
     rows = [row for row in data.published if _PUBLISHED.keys() & row.numbers.keys()]
     if not rows:
         return None
-    own = {label: official_numbers(data, label) for label in data.labels}
+    own = {label: _official_numbers(data, label) for label in data.labels}
     return {
         "columns": {name: title for name, title in _PUBLISHED.items() if any(name in row.numbers for row in rows)},
         "own": own if any(own.values()) else {},
@@ -338,7 +337,7 @@ def _published(data: ReportData) -> dict[str, Any] | None:
     }
 
 
-def official_numbers(data: ReportData, label: str) -> dict[str, float]:
+def _official_numbers(data: ReportData, label: str) -> dict[str, float]:
     """{column: percent} of a policy, official numbers only."""
     found: dict[str, float] = {}
     scores: Mapping[str, Mapping[str, object]] = (data.comparison.get("scores") or {}).get(label) or {}

@@ -21,8 +21,15 @@ from longtake.evaluation.paired import _sign_test
 from longtake.evaluation.published import find_rows, load_published
 from longtake.evaluation.report import figures, write_report
 from longtake.evaluation.report.data import DARK, LIGHT, Measure, ReportData
-from longtake.evaluation.report.figures import curve_points, draw_curve, draw_differences, plot_svg
-from longtake.evaluation.report.films import find_video, shared_prompts, strip_indices
+from longtake.evaluation.report.figures import (
+    curve_points,
+    draw_curve,
+    draw_differences,
+    find_video,
+    plot_svg,
+    shared_prompts,
+    strip_indices,
+)
 from longtake.evaluation.report.page import least_prompts, render_page
 from longtake.evaluation.report.tables import summary_table
 
@@ -149,6 +156,11 @@ def test_files_beside_the_page_are_all_there(page, out):
     names = [attrs["href"] for attrs in page.all("a") if not attrs["href"].startswith("#")]
     assert {"report/summary.csv", "report/curves.png", "comparison.json"} <= set(names)
     assert all((out / name).stat().st_size for name in names)
+    pictures = [name for name in names if name.endswith(".png")]
+    assert pictures == [f"report/{name}.png" for name in ("curves", "differences", "motion", "seams")]
+    for name in pictures:
+        with Image.open(out / name) as image:
+            assert image.width > 400 and np.asarray(image.convert("L")).std() > 5
 
 
 def test_text_from_files_stays_text(page, text):
@@ -375,12 +387,15 @@ def test_commands_protocol_and_reasons_for_no_score_are_told(page):
     assert "No composite VBench score" in text and "Videos: 96; prompts: 12; seeds of a prompt: 2." in text
 
 
-def test_a_strip_shows_start_quarters_and_end(out, page):
+def test_a_strip_shows_start_quarters_and_end(page, data):
     assert strip_indices(41) == [0, 10, 20, 30, 40] and strip_indices(1) == [0] * 5 and strip_indices(2)[-1] == 1
     images = [attrs for attrs in page.all("img")]
     assert len(images) == 4, "one prompt has videos, the others are not shown as if they had"
     assert all("frames at 0%, 25%, 50%, 75%, 100%" in image["alt"] for image in images)
     assert {image["width"] for image in images} == {str(5 * 128 + 4 * 3)}, "64 pixels, twice as large"
+    assert shared_prompts(data, count=2) == [0, 1]
+    fewer = [replace(run, videos=run.videos[2 if n else 0 :]) for n, run in enumerate(data.runs)]
+    assert shared_prompts(replace(data, runs=fewer), count=2) == [1, 2], "the first prompts that most runs have"
 
 
 def test_videos_that_are_gone_are_told(tmp_path, made):
@@ -390,14 +405,9 @@ def test_videos_that_are_gone_are_told(tmp_path, made):
     page = made(runs, videos=folders)
     assert len(page.all("img")) == 1 and "not shown: " in page.text
     assert page.text.count("p0001-0.mp4 is not there any more") == 2
+    assert "films" not in made(runs, videos={"other": tmp_path}).sections
     line = runs[0].videos[0].video
     assert find_video(tmp_path / POLICIES[0], line) == find_video(tmp_path / POLICIES[0] / "videos", line).resolve()
-
-
-def test_prompts_of_strips_are_the_first_that_most_runs_have(data):
-    assert shared_prompts(data, count=2) == [0, 1]
-    fewer = [replace(run, videos=run.videos[2 if n else 0 :]) for n, run in enumerate(data.runs)]
-    assert shared_prompts(replace(data, runs=fewer), count=2) == [1, 2]
 
 
 def test_one_run_without_a_baseline_to_compare_with(made):
@@ -413,10 +423,7 @@ def test_a_run_of_one_prompt_and_one_window_has_neither_intervals_nor_curves(tmp
     page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
     assert not page.faults and "curves" not in page.sections
     assert "\u2013" in page.tables[0][-1][1][1], "what could be found is not known from one prompt"
-
-
-def test_nothing_measured_is_still_a_report(tmp_path):
-    runs = [replace(run, videos=()) for run in build_runs(2)]
+    runs = [replace(run, videos=()) for run in runs]
     page = Page(write_report(tmp_path, runs, compare(runs)).read_text(encoding="utf-8"))
     assert not page.faults and "no video of this run was measured" in page.text
 
@@ -429,12 +436,6 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path, runs, comparison):
         assert path.read_bytes() == (tmp_path / "b" / "report" / path.name).read_bytes(), path.name
 
 
-def test_figures_as_png(out):
-    for name in ("curves", "differences", "motion", "seams"):
-        with Image.open(out / "report" / f"{name}.png") as image:
-            assert image.width > 400 and np.asarray(image.convert("L")).std() > 5
-
-
 def test_a_hundred_measures_of_sixteen_policies_would_stay_under_five_megabytes():
     runs = build_runs(16, num_prompts=2, num_seeds=1, num_windows=30, num_extra=18)
     comparison = compare(runs, num_resamples=20)
@@ -444,9 +445,8 @@ def test_a_hundred_measures_of_sixteen_policies_would_stay_under_five_megabytes(
 
 
 def test_a_headline_that_was_not_measured_is_refused(tmp_path, runs, comparison):
-    with pytest.raises(
-        ValueError, match="'vbench/imaging_quality' has no value in this comparison; measured: vbench/"
-    ):
+    message = "'vbench/imaging_quality' has no value in this comparison; measured: vbench/"
+    with pytest.raises(ValueError, match=message):
         write_report(tmp_path, runs, comparison, headline=["vbench/imaging_quality"])
     assert not list(tmp_path.rglob("*.html"))
 
