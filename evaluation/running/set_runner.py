@@ -1,4 +1,4 @@
-"""A run's videos as a set, measured against another set: which videos, which features, and the file they end in."""
+"""Measures of a run's videos as a set against another set, and the file they are written to."""
 
 import tempfile
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from longtake.evaluation.backbones import Backbones
+from longtake.evaluation.backbones import Backbones, FrameEncoder
 from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.preprocessing import clip_transform, dino_transform, dinov2_transform, dreamsim_transform
 from longtake.evaluation.records import SCHEMA, write_json
@@ -23,7 +23,7 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], torch.Tensor]] = {
     "dinov2": dinov2_transform,
     "dreamsim": dreamsim_transform,
 }
-"""What goes before each role's encoder."""
+"""Preprocessing of each role's encoder."""
 
 
 @torch.inference_mode()
@@ -48,10 +48,7 @@ def measure_sets(
     encoder = backbones.get(role)
     if encoder is None:
         raise ValueError(backbones.why_missing(role))
-    features, others = (
-        _features(folder, lambda folder: FeatureCollector(encoder, TRANSFORMS[role], folder, num_frames=num_frames))
-        for folder in (run, reference)
-    )
+    features, others = (_features(folder, encoder, role, num_frames=num_frames) for folder in (run, reference))
     measured = set_scores(
         features,
         others,
@@ -72,13 +69,13 @@ def measure_sets(
     return measured
 
 
-def _features(folder: Path, make_collector: Callable[[Path], FeatureCollector]) -> dict[str, np.ndarray]:
+def _features(folder: Path, encoder: FrameEncoder, role: str, *, num_frames: int) -> dict[str, np.ndarray]:
     """Features of all videos of a folder, {id: (frames, dimensions)}."""
     plans = plan_videos(folder, folder, mixed_rates=True)
     if len(plans) != 1:
         raise ValueError(f"{folder} holds {len(plans)} runs: give the folder of one")
     with tempfile.TemporaryDirectory() as place:
-        collector = make_collector(Path(place))
+        collector = FeatureCollector(encoder, TRANSFORMS[role], Path(place), num_frames=num_frames)
         for unit in plans[0].units:
             for line in unit.lines:
                 source = VideoSource.open(unit.folder / line.file)

@@ -170,49 +170,42 @@ def test_folders_of_frames_are_videos(tmp_path):
         plan_videos(tmp_path / "clips", tmp_path / "out")
 
 
-def test_videos_and_prompts_that_do_not_match_are_refused(tmp_path):
-    clips = tmp_path / "clips"
-    write_video(clips / "one.mp4")
-    write_video(clips / "two.mp4")
-    prompts, manifest = tmp_path / "prompts.json", tmp_path / "list.jsonl"
+@pytest.mark.parametrize(
+    ("prompts", "manifest", "message"),
+    [
+        ('{"one.mp4": "a"}', None, "has none for two.mp4"),
+        (
+            '{"one.mp4": "a", "two.mp4": "b", "six.mp4": "c"}',
+            None,
+            "prompts for 1 videos that are not there, the first is 'six.mp4'",
+        ),
+        ("[", None, "cannot read"),
+        ("[]", None, "must be a JSON mapping"),
+        ('{"a": 1}', None, "must be a JSON mapping"),
+        (None, "one", "no line for 1 videos of .*clips, the first is two.mp4"),
+        (None, "six", "names 1 videos that are not there"),
+        ("{}", "one", "give one of the two"),
+    ],
+)
+def test_videos_and_prompts_that_do_not_match_are_refused(tmp_path, prompts, manifest, message):
+    clips, paths = tmp_path / "clips", {}
+    for name in ("one", "two"):
+        write_video(clips / f"{name}.mp4")
+    if prompts is not None:
+        paths["prompt_file"] = tmp_path / "prompts.json"
+        paths["prompt_file"].write_text(prompts)
+    if manifest is not None:
+        paths["manifest"] = tmp_path / "list.jsonl"
+        write_manifest(paths["manifest"], [ManifestLine(id=manifest, file=f"clips/{manifest}.mp4")])
+    with pytest.raises(ValueError, match=message):
+        plan_videos(clips, tmp_path / "out", **paths)
 
-    def plan(**settings):
-        return plan_videos(clips, tmp_path / "out", **settings)
 
-    prompts.write_text(json.dumps({"one.mp4": "a"}))
-    with pytest.raises(ValueError, match="has none for two.mp4"):
-        plan(prompt_file=prompts)
-    prompts.write_text(json.dumps({"one.mp4": "a", "two.mp4": "b", "six.mp4": "c"}))
-    with pytest.raises(ValueError, match="prompts for 1 videos that are not there, the first is 'six.mp4'"):
-        plan(prompt_file=prompts)
-    for text, message in (
-        ("[", "cannot read"),
-        ("[]", "must be a JSON mapping"),
-        ('{"a": 1}', "must be a JSON mapping"),
-    ):
-        prompts.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            plan(prompt_file=prompts)
-    write_manifest(manifest, [ManifestLine(id="one", file="clips/one.mp4")])
-    with pytest.raises(ValueError, match="no line for 1 videos of .*clips, the first is two.mp4"):
-        plan(manifest=manifest)
-    write_manifest(manifest, [ManifestLine(id="six", file="clips/six.mp4")])
-    with pytest.raises(ValueError, match="names 1 videos that are not there"):
-        plan(manifest=manifest)
-    with pytest.raises(ValueError, match="give one of the two"):
-        plan(manifest=manifest, prompt_file=prompts)
-    with pytest.raises(ValueError, match="no folder of videos"):
-        plan_videos(tmp_path / "none", tmp_path / "out")
+@pytest.mark.parametrize(("name", "message"), [("none", "no folder of videos"), ("empty", "holds no videos")])
+def test_a_folder_without_videos_is_refused(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no videos"):
-        plan_videos(tmp_path / "empty", tmp_path / "out")
-
-
-def test_prompts_may_go_by_the_name_without_its_ending(tmp_path):
-    write_video(tmp_path / "clips" / "one-0.mp4")
-    (tmp_path / "clips" / "prompts.json").write_text('{"one-0": "a cat on a mat"}')
-    (run,) = plan_videos(tmp_path / "clips", tmp_path / "out")
-    assert run.units[0].lines[0].prompt == "a cat on a mat"
+    with pytest.raises(ValueError, match=message):
+        plan_videos(tmp_path / name, tmp_path / "out")
 
 
 def test_a_manifest_in_the_words_of_others_is_understood(tmp_path):
@@ -252,10 +245,10 @@ def test_prompts_of_vbench_bring_their_dimensions():
     assert "dimensions" not in unit.lines[1].to_json()
 
 
-@pytest.mark.parametrize("name", ["prompt_file.json", "prompts.json"])
-def test_prompts_beside_the_videos_are_found(tmp_path, name):
-    write_video(tmp_path / "clips" / "one.mp4")
-    (tmp_path / "clips" / name).write_text('{"one.mp4": "a cat on a mat"}')
+@pytest.mark.parametrize(("name", "key"), [("prompt_file.json", "one-0.mp4"), ("prompts.json", "one-0")])
+def test_prompts_beside_the_videos_are_found_with_and_without_endings(tmp_path, name, key):
+    write_video(tmp_path / "clips" / "one-0.mp4")
+    (tmp_path / "clips" / name).write_text(json.dumps({key: "a cat on a mat"}))
     (run,) = plan_videos(tmp_path / "clips", tmp_path / "out")
     assert run.units[0].lines[0].prompt == "a cat on a mat"
 
