@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 
 def make_transformer(
@@ -13,7 +14,8 @@ def make_transformer(
 ) -> WanTransformer3DModel:
     """A transformer of a config, with another number of layers."""
     with torch.device(device):
-        return _cast(WanTransformer3DModel(**_plain(config) | {"num_layers": num_layers}), dtype)
+        settings: dict[str, Any] = {**_plain(config), "num_layers": num_layers}
+        return _cast(WanTransformer3DModel(**settings), dtype)
 
 
 def make_vae(config: Mapping[str, Any], dtype: torch.dtype, *, device: str = "meta") -> AutoencoderKLWan:

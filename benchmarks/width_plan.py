@@ -287,7 +287,7 @@ def _works(width: Width, policy: CachePolicy, geometry: Geometry, num_steps: int
     for index in range(width.num_filled):
         _play_block(cache, index, width.frame_shape)
     cache.attention = attention
-    text = (1, width.num_text_tokens, model.config.text_dim)
+    text = (1, width.num_text_tokens, width.config.get("text_dim", 4096))
     prompt = Prompt(torch.empty(text, dtype=geometry.dtype, device="meta"))
     x = torch.empty(1, BLOCK, *width.frame_shape, device="meta")
     with torch.no_grad(), causal.installed():
@@ -314,7 +314,8 @@ def _play(cache: KVCache, pass_: Pass) -> None:
     rows, columns = pass_.grid or (g.num_rows, g.num_columns)
     shape = (g.batch_size, pass_.num_frames * rows * columns, g.num_heads, g.head_dim)
     for layer in range(g.num_layers):
-        cache.attend(layer, *(torch.empty(shape, dtype=g.dtype, device=META) for _ in range(3)), pass_)
+        q, k, v = (torch.empty(shape, dtype=g.dtype, device=META) for _ in range(3))
+        cache.attend(layer, q, k, v, pass_)
 
 
 def linear_flops(width: Width) -> int:

@@ -4,8 +4,8 @@ Passes are simulated for their sizes alone: keys and values are meta tensors, wh
 buffers that ``KVCache`` would allocate for them are added up here, and a test compares them with a live cache.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ MAX_BLOCKS = 600  # of a rollout of unknown length: at 4 frames a block ten minu
 STEADY_BLOCKS = 12  # without a change: the rest is alike
 NUM_KEPT_PHASES = 8  # position tuples that ``GridRotary`` keeps
 COMPLEX_BYTES = 8
-NUM_HELD = 5  # first fields of a footprint: what is held from block to block
+HELD: tuple[str, ...] = ("stored", "allocated", "on_host", "read_sets", "phases")  # from block to block
+SIZES: tuple[str, ...] = (*HELD, "layer_reads", "gathering", "budgeted")
 
 
 @dataclass(frozen=True)
@@ -86,32 +87,22 @@ def footprint(
     if num_blocks is None:
         longest = geometry.max_frames
         num_blocks = MAX_BLOCKS if longest is None else min(MAX_BLOCKS, -(-longest // geometry.frames_per_block))
-    layers = [geometry.num_layers] if policy.splits_heads or geometry.num_layers < 3 else [1, 2]
-    shown = {"window_blocks": window_blocks, "latent_channels": latent_channels}
-    found, *more = (_play(policy, replace(geometry, num_layers=n), num_blocks, is_wide, **shown) for n in layers)
-    for two in more:
-        pairs = list(zip(astuple(found), astuple(two), strict=True))[:-2]
-        sizes = (one + (geometry.num_layers - 1) * (other - one) for one, other in pairs)
-        found = Footprint(*sizes, found.num_blocks, found.is_steady)
-    if not (found.is_steady or is_known):
+    shown: dict[str, Any] = {"window_blocks": window_blocks, "latent_channels": latent_channels}
+
+    def played(num_layers: int) -> tuple[dict[str, int], int, bool]:
+        shapes = replace(geometry, num_layers=num_layers)
+        buffers = _Buffers(shapes, stay=policy.start(shapes).keeps_read_sets, is_wide=is_wide)
+        return buffers.most(simulate(policy, shapes, num_blocks, observe=buffers.observe, **shown))
+
+    all_alone = policy.splits_heads or geometry.num_layers < 3
+    most, last_growth, is_steady = one = played(geometry.num_layers if all_alone else 1)
+    two = one if all_alone else played(2)
+    sizes = {key: size + (geometry.num_layers - 1) * (two[0][key] - size) for key, size in most.items()}
+    if not (is_steady or is_known):
         raise ValueError(
             f"cache policy {policy.name!r} grows with the video: how much it takes depends on its length (max_frames)."
         )
-    return found
-
-
-def _play(policy: CachePolicy, geometry: Geometry, num_blocks: int, is_wide: bool, **shown: int) -> Footprint:
-    """Simulate a rollout to its end, or until nothing grows any more."""
-    buffers = _Buffers(geometry, stay=policy.start(geometry).keeps_read_sets, is_wide=is_wide)
-    played = simulate(policy, geometry, num_blocks, observe=buffers.observe, **shown)
-    most, steady, grown = (0,) * 8, 0, 0
-    for index, block in enumerate(played, 1):
-        now = tuple(map(max, most, buffers.sizes(block)))
-        grown = index if now[:NUM_HELD] != most[:NUM_HELD] else grown
-        most, steady = now, steady + 1 if now == most else 0
-        if steady == STEADY_BLOCKS:
-            return Footprint(*most, grown, True)
-    return Footprint(*most, num_blocks, False)
+    return Footprint(**sizes, num_blocks=last_growth if is_steady else num_blocks, is_steady=is_steady)
 
 
 class _Buffers:
@@ -127,6 +118,17 @@ class _Buffers:
         self.read_sets: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
         self.positions: dict[tuple[float, ...], None] = {}
         self.contexts: dict[int, Context] = {}  # what read sets that do not stay are assembled from
+
+    def most(self, blocks: Iterable[SimulatedBlock]) -> tuple[dict[str, int], int, bool]:
+        """Most bytes until the end, or until nothing grows; blocks until then, and whether that came."""
+        most, steady, grown = dict.fromkeys(SIZES, 0), 0, 0
+        for index, block in enumerate(blocks, 1):
+            now = {key: max(most[key], size) for key, size in self.sizes(block).items()}
+            grown = index if any(now[key] != most[key] for key in HELD) else grown
+            most, steady = now, steady + 1 if now == most else 0
+            if steady == STEADY_BLOCKS:
+                return most, grown, True
+        return most, grown, False
 
     def observe(self, layer: int, pass_: Pass, context: Context) -> None:
         """Allocate as ``KVCache`` does: the last buffers if they are large enough, else new ones."""
@@ -152,8 +154,8 @@ class _Buffers:
                 self.positions[positions] = None
         self.positions = dict(list(self.positions.items())[-NUM_KEPT_PHASES:])
 
-    def sizes(self, block: SimulatedBlock) -> tuple[int, ...]:
-        """Bytes after a block, in the order of ``Footprint``."""
+    def sizes(self, block: SimulatedBlock) -> dict[str, int]:
+        """Bytes after a block, by field of ``Footprint``."""
         g = self.geometry
         seen: set[int] = set()
         near, far = held_bytes(block.state, seen)
@@ -165,7 +167,8 @@ class _Buffers:
         read = max(p.num_tokens for p in passes) + block.num_frames * g.tokens_per_frame
         token = self.head_bytes * g.num_heads * (g.num_layers if self.stay else 1)
         budgeted = block.stats.num_bytes + int(read * token)
-        return block.stats.num_bytes, near, far, read_sets, phases, self.layer_reads, self.gathering, budgeted
+        sizes = block.stats.num_bytes, near, far, read_sets, phases, self.layer_reads, self.gathering, budgeted
+        return dict(zip(SIZES, sizes, strict=True))
 
     def _heads(self, part: Context | HeadGroup) -> tuple[int, ...]:
         return part.heads if isinstance(part, HeadGroup) else tuple(range(self.geometry.num_heads))

@@ -5,7 +5,6 @@ from the sizes of models and frames. The constants of activations were fitted to
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,8 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import psutil
 import torch
-from diffusers.models import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
 from longtake.cache import CachePolicy, Geometry
@@ -48,6 +49,7 @@ PUBLISHED_NUMBERS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "vae": (126_892_531, 0),
     }
 )
+META = torch.device("meta")
 TIED = "encoder.embed_tokens.weight"  # the same memory as shared.weight
 
 # Largest moment of a forward, in tensors of its tokens and channels: of attention, of the feed-forward beside
@@ -291,6 +293,7 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
         window_blocks=window,
         latent_channels=request.frame_shape[0],
     )
+    merges = policy.start(replace(geometry, device=META)).merges_commit
     features, decoding, resting = _decode_bytes(request)
     width = geometry.num_heads * geometry.head_dim
     text_dim = request.shapes.configs["transformer"].get("text_dim", 4096)
@@ -306,7 +309,7 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
         modulation=6 * width * torch.float32.itemsize * geometry.num_layers * num_timesteps,
         features=features,
         resting=resting,
-        forward=_forward_bytes(request, geometry, cache, merges=policy.start(_on_meta(geometry)).merges_commit),
+        forward=_forward_bytes(request, geometry, cache, merges=merges),
         decoding=decoding,
         encoding=_encoding_bytes(request),
     )
@@ -317,17 +320,8 @@ def machine_memory(device_type: str) -> tuple[int, int]:
     if device_type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total, free
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = (page * os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    # Linux knows better what is available: what caches of files give back is not free yet.
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else []
-    known = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return total, known[0] if known else free
-
-
-def _on_meta(geometry: Geometry) -> Geometry:
-    return replace(geometry, device=torch.device("meta"))
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
 
 
 def _forward_bytes(request: PlanRequest, geometry: Geometry, cache: Footprint, *, merges: bool) -> int:

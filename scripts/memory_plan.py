@@ -2,14 +2,13 @@
 
 import json
 import logging
-import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
@@ -23,10 +22,8 @@ if TYPE_CHECKING:
     from longtake.configs.run import RunConfig
     from longtake.pipelines.memory_plan import MemoryPlan, PlanRequest
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LATENTS_PER_SECOND = 4  # of 16 pixel frames
 NO_ROOM = 1.25  # times all memory: beyond this nothing but a smaller plan helps, whatever else runs
-SURELY_FITS = 0.5  # of what is available, going by a bound: then nothing is worked out
 
 
 def plan_of_options(
@@ -53,15 +50,15 @@ def plan_of_options(
     """
     options = dict(options)
     dtype = options.pop("dtype")
-    settings, folder = located(name, family)
+    settings, folder = _located(name, family)
     family = family or (name if folder is None or not Path(name).is_dir() else "self_forcing")
     # A family without bundled weights is planned from its shapes: no folder is read then.
     model = {"family": family, "path": str(folder) if folder else name} | ({"dtype": dtype} if dtype else {})
     run = load_run(options=options | {"prompt": "plan", "model": model}, overrides=overrides)
-    return request_of(run, settings, folder, batch=batch, device=device)
+    return _request_of(run, settings, folder, batch=batch, device=device)
 
 
-def request_of(
+def _request_of(
     run: "RunConfig", family: ModelFamily, folder: Path | None, *, batch: int = 1, device: str = "auto"
 ) -> "PlanRequest":
     """What a run's settings ask to be planned.
@@ -87,7 +84,7 @@ def request_of(
         num_latent_frames=1 + -(-(num_pixel_frames - 1) // LATENTS_PER_SECOND),
         frames_per_block=max(family.frames_per_block, family.first_block_frames or 1),
         dtype=getattr(torch, run.model.dtype),
-        device_type=device_type(run.model.device if device == "auto" else device),
+        device_type=_device_type(run.model.device if device == "auto" else device),
         batch_size=batch,
         num_text_tokens=family.max_sequence_length,
         text_encoder="freed" if run.model.free_text_encoder else "kept",
@@ -96,7 +93,7 @@ def request_of(
     )
 
 
-def located(name: str, family: str | None) -> tuple[ModelFamily, Path | None]:
+def _located(name: str, family: str | None) -> tuple[ModelFamily, Path | None]:
     """A model's family, and its folder where it has one.
 
     Raises:
@@ -128,18 +125,18 @@ def show_plan(request: "PlanRequest", memory: int | None) -> None:
     if memory is None:
         total, available = machine_memory(request.device_type)
         kind = "GPU" if request.device_type == "cuda" else "memory"
-        where = f"this machine's {kind} has {said(total)}, {said(available)} free now"
+        where = f"this machine's {kind} has {_said(total)}, {_said(available)} free now"
     else:
-        total, where = memory, f"planned for {said(memory)}"
-    out.print(f"peak {said(plan.peak)}; {where}", markup=False)
+        total, where = memory, f"planned for {_said(memory)}"
+    out.print(f"peak {_said(plan.peak)}; {where}", markup=False)
     if plan.peak <= total:
         out.print("it fits", style="bold green")
         return
-    out.print(f"it does not fit: {said(plan.peak - total)} too much. In order of least harm:", style="bold red")
+    out.print(f"it does not fit: {_said(plan.peak - total)} too much. In order of least harm:", style="bold red")
     peak = plan.peak
     for remedy, reached in remedies(plan, total):
         verdict = "fits" if reached.peak <= total else "not yet"
-        out.print(f"  {remedy.what}: saves {said(peak - reached.peak)}, {said(reached.peak)}, {verdict}")
+        out.print(f"  {remedy.what}: saves {_said(peak - reached.peak)}, {_said(reached.peak)}, {verdict}")
         out.print(f"      {shlex.join(remedy.words)}", markup=False, style="cyan")
         peak = reached.peak
     if peak > total:
@@ -149,8 +146,6 @@ def show_plan(request: "PlanRequest", memory: int | None) -> None:
 def check_memory(run: "RunConfig") -> None:
     """Warn before anything is loaded if a run needs more memory than is free; refuse what no such machine holds.
 
-    Runs that take half of what is free at most, going by a bound, are not worked out.
-
     Raises:
         ValueError: If the plan exceeds all of the device's memory by a quarter.
     """
@@ -159,23 +154,21 @@ def check_memory(run: "RunConfig") -> None:
     from longtake.pipelines.memory_plan import machine_memory, plan_memory
 
     folder = model_folder(run.model)
-    if not folder.is_dir() or (device_type(run.model.device) == "cuda" and not torch.cuda.is_available()):
+    if not folder.is_dir() or (_device_type(run.model.device) == "cuda" and not torch.cuda.is_available()):
         return  # loading says what is wrong
-    request = request_of(run, load_family(run.model.family), folder)
+    request = _request_of(run, load_family(run.model.family), folder)
     total, available = machine_memory(request.device_type)
-    if _bound(request) <= SURELY_FITS * available:
-        return
     plan = plan_memory(request)
     if plan.peak <= available:
         return
     command = shlex.join(["longtake", "info", str(run.model.path or run.model.family), "--plan"])
     if plan.peak > NO_ROOM * total:
         raise ValueError(
-            f"this video takes {said(plan.peak)} at its peak and there are {said(total)} in all: see {command} for "
+            f"this video takes {_said(plan.peak)} at its peak and there are {_said(total)} in all: see {command} for "
             "what to change."
         )
     err.print(
-        f"this video takes {said(plan.peak)} at its peak, {said(available)} are free: {command} shows why, and what "
+        f"this video takes {_said(plan.peak)} at its peak, {_said(available)} are free: {command} shows why, and what "
         "to change",
         style="yellow",
         markup=False,
@@ -188,14 +181,15 @@ def parse_memory(text: str) -> int:
     Raises:
         ValueError: If it is no size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = UNITS.get(match[2].upper()) if match else None
-    if unit is None or float(match[1]) <= 0:
+    from longtake.cache.wrappers.budget import parse_bytes
+
+    size = parse_bytes(text)
+    if not size:
         raise ValueError(f"--memory {text!r} is no size: write for example 8GB or 24GiB")
-    return int(float(match[1]) * unit)
+    return size
 
 
-def device_type(name: str) -> str:
+def _device_type(name: str) -> Literal["cpu", "cuda"]:
     """``cpu`` or ``cuda``, the latter also for planning where there is none.
 
     Raises:
@@ -205,28 +199,15 @@ def device_type(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} cannot be planned for: use auto, cpu or cuda")
-    return kind
+    for kind in ("cpu", "cuda"):
+        if name.split(":")[0] == kind:
+            return kind
+    raise ValueError(f"--device {name!r} cannot be planned for: use auto, cpu or cuda")
 
 
-def said(size: float) -> str:
+def _said(size: float) -> str:
     """Bytes for people."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _bound(request: "PlanRequest") -> int:
-    """More than a run can take, without playing anything: weights, four times all frames' keys and values, pixels."""
-    from longtake.pipelines.memory_plan import PROGRAM_BYTES
-
-    geometry = request.geometry()
-    token = 2 * geometry.num_layers * geometry.num_heads * geometry.head_dim * request.dtype.itemsize
-    cache = 4 * request.num_branches * token * geometry.tokens_per_frame * geometry.max_frames
-    base = request.shapes.configs["vae"].get("base_dim", 96)
-    pixels = request.height * request.width * base * request.dtype.itemsize
-    weights = sum(request.shapes.weight_bytes(request.dtype).values())
-    return PROGRAM_BYTES + request.batch_size * (cache + 64 * pixels) + 2 * weights
 
 
 def _header(plan: "MemoryPlan") -> str:
@@ -269,9 +250,9 @@ def _table(plan: "MemoryPlan") -> Table:
     table.add_column(justify="right")
     table.add_column(style="dim")
     for name, size, note in rows:
-        table.add_row(name, said(size), note)
+        table.add_row(name, _said(size), note)
     for phase, size in plan.phases.items():
-        table.add_row(f"peak while {phase}", said(size), "", style="bold" if size == plan.peak else None)
+        table.add_row(f"peak while {phase}", _said(size), "", style="bold" if size == plan.peak else None)
     return table
 
 
@@ -307,9 +288,7 @@ def remedies(plan: "MemoryPlan", total: int) -> Iterator[tuple[Remedy, "MemoryPl
     """
     from longtake.pipelines.memory_plan import plan_memory
 
-    lossless = (_free_text, _offload_model, _archive_on_host, _offload_cache)
-    lossy = (_half_precision, partial(_encode, bits=8), partial(_encode, bits=4), _tile, _shorten, _shrink)
-    for make in (*lossless, *lossy):
+    for make in (*LOSSLESS, *LOSSY):
         if plan.peak <= total:
             return
         remedy = make(plan, total)
@@ -337,17 +316,20 @@ def _no_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _free_text(plan: "MemoryPlan", total: int) -> Remedy | None:
-    if plan.request.text_encoder == "freed" or plan.request.offloads:
+def _setting(
+    plan: "MemoryPlan", total: int, *, what: str, word: str, on_gpu: bool = False, **changes: Any
+) -> Remedy | None:
+    """A setting that is not so yet, of a GPU alone where it does nothing on the CPU."""
+    request = replace(plan.request, **changes)
+    if request == plan.request or (on_gpu and request.device_type != "cuda"):
         return None
-    return Remedy("free the text encoder", ("--free-text-encoder",), replace(plan.request, text_encoder="freed"))
+    return Remedy(what, (word,), request)
 
 
-def _offload_model(plan: "MemoryPlan", total: int) -> Remedy | None:
-    if plan.request.device_type != "cuda" or plan.request.offloads:
-        return None
-    request = replace(plan.request, offloads=True)
-    return Remedy("only the part at work on the GPU", ("model.offload=model",), request)
+def _half_precision(plan: "MemoryPlan", total: int) -> Remedy | None:
+    import torch
+
+    return _setting(plan, total, what="bfloat16", word="model.dtype=bfloat16", dtype=torch.bfloat16)
 
 
 def _archive_on_host(plan: "MemoryPlan", total: int) -> Remedy | None:
@@ -364,14 +346,6 @@ def _offload_cache(plan: "MemoryPlan", total: int) -> Remedy | None:
     return _with_cache(plan, "keys and values in host memory", {"policy": "offloaded", "inner": settings})
 
 
-def _half_precision(plan: "MemoryPlan", total: int) -> Remedy | None:
-    import torch
-
-    if plan.request.dtype != torch.float32:
-        return None
-    return Remedy("bfloat16", ("model.dtype=bfloat16",), replace(plan.request, dtype=torch.bfloat16))
-
-
 def _encode(plan: "MemoryPlan", total: int, *, bits: int) -> Remedy | None:
     settings = plan.request.policy.settings()
     is_far = settings["policy"] == "offloaded"
@@ -384,13 +358,6 @@ def _encode(plan: "MemoryPlan", total: int, *, bits: int) -> Remedy | None:
     return _with_cache(
         plan, f"keys and values in {bits} bits", {"policy": "offloaded", "inner": coded} if is_far else coded
     )
-
-
-def _tile(plan: "MemoryPlan", total: int) -> Remedy | None:
-    # On the CPU the features of all tiles lie in the same memory, and are more than those of the whole frame.
-    if plan.request.device_type != "cuda" or plan.request.tiles_vae:
-        return None
-    return Remedy("decode in tiles", ("model.vae_tiling=true",), replace(plan.request, tiles_vae=True))
 
 
 def _shorten(plan: "MemoryPlan", total: int) -> Remedy | None:
@@ -435,3 +402,20 @@ def _overrides(settings: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield from _overrides(value, f"{prefix}.inner")
         elif preset[key] != value and value is not None:
             yield f"{prefix}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+LOSSLESS: tuple[Callable[["MemoryPlan", int], Remedy | None], ...] = (
+    partial(_setting, what="free the text encoder", word="--free-text-encoder", text_encoder="freed"),
+    partial(_setting, what="only the part at work on the GPU", word="model.offload=model", on_gpu=True, offloads=True),
+    _archive_on_host,
+    _offload_cache,
+)
+LOSSY: tuple[Callable[["MemoryPlan", int], Remedy | None], ...] = (
+    _half_precision,
+    partial(_encode, bits=8),
+    partial(_encode, bits=4),
+    # On the CPU the past frames of all tiles lie in the same memory, and are more than those of the whole frame.
+    partial(_setting, what="decode in tiles", word="model.vae_tiling=true", on_gpu=True, tiles_vae=True),
+    _shorten,
+    _shrink,
+)

@@ -4,7 +4,7 @@ import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from longtake.cache.base import CachePolicy, Geometry, PolicyState
@@ -46,11 +46,10 @@ class Budget(Wrapper):
         Raises:
             ValueError: If it is no size.
         """
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(self.max_bytes).strip())
-        unit = UNITS.get(match[2].upper()) if match else None
-        if unit is None:
+        size = parse_bytes(str(self.max_bytes))
+        if size is None:
             raise ValueError(f"max_bytes={self.max_bytes!r} is no size: write a number, or for example 4GB or 900MiB.")
-        return int(float(match[1]) * unit)
+        return size
 
     def start(self, geometry: Geometry) -> PolicyState:
         """Make the chosen policy's empty state.
@@ -116,6 +115,14 @@ class Budget(Wrapper):
             yield candidate
 
 
+def parse_bytes(text: str) -> int | None:
+    """A number of bytes, or one with KB, MB, GB, MiB, GiB, ...; None if it is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in UNITS:
+        return None
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
 def _is_encoded(policy: CachePolicy) -> bool:
     return isinstance(policy, Quantized) or (isinstance(policy, Wrapper) and _is_encoded(policy.inner))
 
@@ -123,8 +130,7 @@ def _is_encoded(policy: CachePolicy) -> bool:
 def _window(policy: CachePolicy) -> int | None:
     if isinstance(policy, Wrapper):
         return _window(policy.inner)
-    has_window = "num_context_frames" in {field.name for field in fields(policy)}
-    return policy.num_context_frames if has_window else None
+    return policy.settings().get("num_context_frames")
 
 
 def _resized(policy: CachePolicy, window: int) -> CachePolicy:

@@ -1,4 +1,4 @@
-"""The memory plan against ``tests/golden/memory_plan.json``: what running the code on meta tensors had counted.
+"""The memory plan against ``tests/golden/memory_plan.json``: bytes that were counted by running the code.
 
 The counts are those of version 0720c0c, whose planner ran the cache, a layer of the transformer and the VAE's decoder.
 """
