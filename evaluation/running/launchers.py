@@ -146,11 +146,11 @@ def do_units(
                     watcher.ready()
                 else:
                     watcher.done(unit)
+                following = None if failures or should_stop() else next(left, None)
+                if following is not None:
+                    running[worker.submit(do_unit, following)] = worker, following
             except Exception as error:
                 failures.append(_failure(error, unit))
-            following = None if failures or should_stop() else next(left, None)
-            if following is not None:
-                running[worker.submit(do_unit, following)] = worker, following
     if failures:
         raise failures[0]
 
