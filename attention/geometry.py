@@ -1,4 +1,4 @@
-"""What a sparse policy may know of one attention call: which frames ask, and which frames lie where among the keys."""
+"""The frames of the queries and of the keys of one attention call."""
 
 from copy import copy
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 Role = Literal["sink", "mid", "memory", "recent", "current", "text"]
-"""What a run of keys is: first frames, history, compressed history, the newest history, the asking block, or words."""
+"""Kind of a run of keys: first frames, history, compressed history, newest history, the asking block, or words."""
 
 Kind = Literal["denoise", "commit"]
 
@@ -20,7 +20,7 @@ class Segment:
         position: Temporal position at which the run was rotated; it need not be ``frame``.
         start: First key of the run.
         length: Keys in the run; whole frames have ``AttentionGeometry.frame_tokens``.
-        role: What the run is to the cache.
+        role: Use of the run in the cache.
     """
 
     frame: int
@@ -56,11 +56,11 @@ class AttentionGeometry:
         segments: Runs of keys, in the order of the keys, without gaps.
         query_frames: Index in the video of every frame that asks.
         query_positions: Temporal position of every frame that asks.
-        block_index: Which block of the rollout, from 0.
-        step_index: Which denoising step, from 0.
-        num_steps: How many there are.
-        layer: Which layer of the network, from 0.
-        num_layers: How many there are.
+        block_index: Number of the block in the rollout, from 0.
+        step_index: Number of the denoising step, from 0.
+        num_steps: Denoising steps of a block.
+        layer: Number of the layer in the network, from 0.
+        num_layers: Layers of the network.
         kind: ``denoise``, or ``commit`` for the pass that fills the cache.
     """
 
@@ -107,16 +107,7 @@ class AttentionGeometry:
         layer: int = 0,
         num_layers: int = 1,
     ) -> "AttentionGeometry":
-        """Every frame of a video asks every frame.
-
-        Args:
-            num_frames: Latent frames of the video.
-            grid: (rows, columns) of a frame.
-            step_index: Which denoising step.
-            num_steps: How many there are.
-            layer: Which layer.
-            num_layers: How many there are.
-        """
+        """Describe a call in which every frame of a video asks every frame; arguments as the attributes."""
         tokens = grid[0] * grid[1]
         return cls(
             frame_tokens=tokens,
@@ -146,7 +137,7 @@ class AttentionGeometry:
 
     @cached_property
     def layout(self) -> "Layout":
-        """All that does not depend on step, layer and pass: what a plan made without looking at q and k depends on."""
+        """Everything but step, layer and pass: all that a plan made without looking at q and k depends on."""
         return Layout(
             (
                 self.frame_tokens,
@@ -159,10 +150,39 @@ class AttentionGeometry:
         )
 
     def at(self, *, step_index: int, layer: int, kind: Kind) -> "AttentionGeometry":
-        """The same frames in another step, layer or pass of the block; they are not checked and described anew."""
+        """The same frames in another step, layer or pass of the block, not checked anew."""
         other = copy(self)
         vars(other).update(step_index=step_index, layer=layer, kind=kind, layout=self.layout)
         return other
+
+
+def make_geometry(
+    num_frames: int, grid: tuple[int, int], *, block_frames: int | None = None, num_sinks: int = 1
+) -> AttentionGeometry:
+    """Describe a whole video, or the last block of a cache that holds a video from its first frame.
+
+    Args:
+        num_frames: Latent frames of the keys.
+        grid: (rows, columns) of a frame.
+        block_frames: Last frames that ask, at most ``num_frames``; None: all, in the bidirectional form.
+        num_sinks: First frames that are sinks of the cache.
+    """
+    if block_frames is None:
+        return AttentionGeometry.bidirectional(num_frames, grid)
+    tokens, first = grid[0] * grid[1], num_frames - block_frames
+    roles = ["current" if frame >= first else "sink" if frame < num_sinks else "recent" for frame in range(num_frames)]
+    return AttentionGeometry(
+        frame_tokens=tokens,
+        grid=grid,
+        frames_per_block=block_frames,
+        segments=tuple(
+            Segment(frame=frame, position=float(frame), start=frame * tokens, length=tokens, role=role)
+            for frame, role in enumerate(roles)
+        ),
+        query_frames=tuple(range(first, num_frames)),
+        query_positions=tuple(map(float, range(first, num_frames))),
+        block_index=first // block_frames,
+    )
 
 
 class Layout(tuple):

@@ -1,50 +1,25 @@
-"""Which keys every query reads, as blocks of tokens: what policies produce and backends run.
+"""Block plans: the keys that every query reads, as blocks of tokens. Policies make them and backends run them.
 
 A plan knows neither the policy that made it nor the kernel that will run it.
 """
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.attention.geometry import AttentionGeometry, Kind, Role, Segment
-
 Ranges = tuple[tuple[int, int], ...]
-
-
-class Bsr(NamedTuple):
-    """Block compressed sparse rows.
-
-    Attributes:
-        indptr: (query blocks + 1,), int32: where each row begins in ``indices``.
-        indices: (blocks read,), int32: key blocks, row by row.
-        block_rows: Queries of a block.
-        block_columns: Keys of a block.
-    """
-
-    indptr: Tensor
-    indices: Tensor
-    block_rows: int
-    block_columns: int
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Queries that read the same keys.
+    """Queries that read the same keys."""
 
-    Attributes:
-        heads: Which heads; None: all.
-        q_ranges: (start, stop) runs of queries, ascending, neighbours joined.
-        k_ranges: (start, stop) runs of keys, likewise.
-    """
-
-    heads: tuple[int, ...] | None
-    q_ranges: Ranges
+    heads: tuple[int, ...] | None  # None: all
+    q_ranges: Ranges  # (start, stop) runs of queries, ascending, neighbours joined
     k_ranges: Ranges
 
     @property
@@ -58,195 +33,6 @@ class RowGroup:
         return sum(stop - start for start, stop in self.k_ranges)
 
 
-def row_groups(plan: "BlockPlan") -> tuple[RowGroup, ...]:
-    """Join the rows of a plan that read the same keys, over blocks and over heads; see ``BlockPlan.group_rows``."""
-    masks = plan.block_mask.cpu()
-    q_edges, k_edges = (edges.reshape(-1, edges.shape[-1]).tolist() for edges in (plan.q_edges, plan.k_edges))
-    num_heads = max(masks.shape[0], len(q_edges), len(k_edges))
-    by_keys: dict[tuple[int, Ranges], list[int]] = {}
-    for head in range(num_heads):
-        mask, own_keys = masks[head % masks.shape[0]], k_edges[head % len(k_edges)]
-        seen: dict[bytes, Ranges] = {}
-        for row, columns in enumerate(mask.numpy()):
-            key = columns.tobytes()
-            if key not in seen:
-                seen[key] = _joined((own_keys[i], own_keys[i + 1]) for i in columns.nonzero()[0])
-            by_keys.setdefault((head, seen[key]), []).append(row)
-    by_rows: dict[tuple[Ranges, Ranges], list[int]] = {}
-    for (head, k_ranges), rows in by_keys.items():
-        edges = q_edges[head % len(q_edges)]
-        q_ranges = _joined((edges[row], edges[row + 1]) for row in rows)
-        if q_ranges:
-            by_rows.setdefault((q_ranges, k_ranges), []).append(head)
-    return tuple(
-        RowGroup(None if len(heads) == num_heads else tuple(heads), q_ranges, k_ranges)
-        for (q_ranges, k_ranges), heads in by_rows.items()
-    )
-
-
-def _joined(ranges: Any) -> Ranges:
-    """Runs without the empty ones, neighbours joined."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if stop == start:
-            continue
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return tuple(joined)
-
-
-def block_of_tokens(edges: Tensor, num_tokens: int) -> Tensor:
-    """Which block every token is in.
-
-    Args:
-        edges: (blocks + 1,) or (heads, blocks + 1), int32.
-        num_tokens: The last edge.
-
-    Returns:
-        (1 or heads, tokens), int64.
-    """
-    edges = edges.reshape(-1, edges.shape[-1])
-    tokens = torch.arange(num_tokens, dtype=torch.int32, device=edges.device).expand(edges.shape[0], -1)
-    # Right of all edges equal to it, so that blocks without tokens are stepped over.
-    return torch.searchsorted(edges[:, 1:].contiguous(), tokens.contiguous(), right=True)
-
-
-def dense_mask(plan: "BlockPlan", queries: Tensor | None = None) -> Tensor:
-    """See ``BlockPlan.to_dense_mask``."""
-    rows = _with_order(block_of_tokens(plan.q_edges, plan.num_queries), plan.q_perm)
-    rows = rows if queries is None else rows[:, queries]
-    columns = _with_order(block_of_tokens(plan.k_edges, plan.num_keys), plan.k_perm)
-    heads = torch.arange(plan.num_heads, device=rows.device)
-    masks = plan.block_mask
-    of_head = [part[heads % part.shape[0]] for part in (rows, columns)]
-    mask_of_head = (heads % masks.shape[0])[:, None, None]
-    return masks[mask_of_head, of_head[0][:, :, None], of_head[1][:, None, :]]
-
-
-def _with_order(blocks: Tensor, order: Tensor | None) -> Tensor:
-    """The block of every token by its number instead of by its place."""
-    if order is None:
-        return blocks
-    heads = max(blocks.shape[0], order.shape[0])
-    blocks, order = blocks.expand(heads, -1), order.expand(heads, -1)
-    return torch.empty_like(order).scatter_(1, order, blocks)
-
-
-def tile_counts(plan: "BlockPlan", block_size: int) -> tuple[Tensor, Tensor]:
-    """How much of every tile of a regular grid a plan without an order reads.
-
-    Args:
-        plan: The plan.
-        block_size: Edge of a tile, tokens.
-
-    Returns:
-        Two (1 or heads, query tiles, key tiles) bool tensors: something is read, everything is read.
-    """
-    rows = _tiles_to_blocks(plan.q_edges, plan.num_queries, block_size)
-    columns = _tiles_to_blocks(plan.k_edges, plan.num_keys, block_size)
-    # Counts of pairs of blocks, exact in double precision.
-    read = rows @ plan.block_mask.double() @ columns.transpose(-1, -2)
-    there = rows.sum(-1)[..., :, None] * columns.sum(-1)[..., None, :]
-    return read > 0, read == there
-
-
-def _tiles_to_blocks(edges: Tensor, num_tokens: int, block_size: int) -> Tensor:
-    """(1 or heads, tiles, blocks), float64: 1 where a tile and a block share tokens."""
-    blocks = block_of_tokens(edges, num_tokens)
-    tiles = torch.arange(num_tokens, device=edges.device) // block_size
-    shape = (blocks.shape[0], -(-num_tokens // block_size), edges.shape[-1] - 1)
-    shared = torch.zeros(shape, dtype=torch.float64, device=edges.device)
-    heads = torch.arange(blocks.shape[0], device=edges.device)[:, None].expand_as(blocks)
-    shared[heads, tiles.expand_as(blocks), blocks] = 1
-    return shared
-
-
-def flex_block_mask(plan: "BlockPlan", block_size: int) -> Any:
-    """See ``BlockPlan.to_flex``; the plan has no order."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    q_blocks = block_of_tokens(plan.q_edges, plan.num_queries)
-    k_blocks = block_of_tokens(plan.k_edges, plan.num_keys)
-    masks = plan.block_mask
-
-    def reads(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        row = q_blocks[head if q_blocks.shape[0] > 1 else 0, query]
-        column = k_blocks[head if k_blocks.shape[0] > 1 else 0, key]
-        return masks[head if masks.shape[0] > 1 else 0, row, column]
-
-    some, every = tile_counts(plan, block_size)
-    partial_counts, partial_index = _flex_lists(some & ~every)
-    full_counts, full_index = _flex_lists(every)
-    return BlockMask.from_kv_blocks(
-        partial_counts,
-        partial_index,
-        full_counts,
-        full_index,
-        BLOCK_SIZE=block_size,
-        mask_mod=reads,
-        seq_lengths=(plan.num_queries, plan.num_keys),
-    )
-
-
-def _flex_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and block numbers of every row, (1, heads, rows) and (1, heads, rows, columns), int32."""
-    counts = mask.sum(-1, dtype=torch.int32)
-    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
-    return counts[None].contiguous(), order[None].contiguous()
-
-
-__all__ = [
-    "AttentionGeometry",
-    "BlockPlan",
-    "Bsr",
-    "Kind",
-    "Role",
-    "RowGroup",
-    "Segment",
-    "split_runs",
-    "uniform_edges",
-]
-
-
-def uniform_edges(length: int, block_size: int) -> Tensor:
-    """Edges of blocks of one size; the last block may be shorter.
-
-    Args:
-        length: Tokens.
-        block_size: Tokens of a block.
-
-    Returns:
-        (blocks + 1,), int32, from 0 to ``length``.
-    """
-    return split_runs([length], block_size)
-
-
-def split_runs(lengths: Iterable[int], block_size: int) -> Tensor:
-    """Edges of blocks that never straddle two runs, such as frames: 1,560 tokens by 128 are 12 blocks and one of 24.
-
-    Args:
-        lengths: Tokens of every run.
-        block_size: Tokens of a block, but of the last of a run, which may be shorter.
-
-    Returns:
-        (blocks + 1,), int32, ascending from 0 to the sum of ``lengths``.
-
-    Raises:
-        ValueError: If a length or the block size is not positive.
-    """
-    lengths = list(lengths)
-    if block_size < 1 or not lengths or min(lengths) < 1:
-        raise ValueError(f"block_size={block_size} and lengths={lengths} must all be 1 or more, at least one length.")
-    edges, start = [0], 0
-    for length in lengths:
-        edges.extend(range(start + block_size, start + length, block_size))
-        start += length
-        edges.append(start)
-    return torch.tensor(edges, dtype=torch.int32)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockPlan:
     """Blocks of keys that every block of queries reads, the same for all samples of a batch.
@@ -258,7 +44,7 @@ class BlockPlan:
         q_edges: (query blocks + 1,) or (heads, query blocks + 1), int32, ascending from 0 to the number of queries.
         k_edges: (key blocks + 1,) or (heads, key blocks + 1), int32, likewise.
         counts: (1 or heads, query blocks), int32: key blocks that each block of queries reads.
-        index: (1 or heads, query blocks, most), int32: which, ascending, filled up with -1.
+        index: (1 or heads, query blocks, most), int32: their numbers, ascending, filled up with -1.
         q_perm: (1 or heads, queries), int64: the query at each place before blocks are cut; None: in order.
         k_perm: (1 or heads, keys), int64: likewise for keys and values.
     """
@@ -325,12 +111,6 @@ class BlockPlan:
         index = order.masked_fill(is_filling, -1)
         return cls(q_edges=q_edges, k_edges=k_edges, counts=counts, index=index, q_perm=q_perm, k_perm=k_perm)
 
-    @classmethod
-    def full(cls, q_edges: Tensor, k_edges: Tensor) -> "BlockPlan":
-        """Every block reads every block: dense attention, as a plan."""
-        mask = torch.ones(q_edges.shape[-1] - 1, k_edges.shape[-1] - 1, dtype=torch.bool)
-        return cls.from_dense_block_mask(mask, q_edges, k_edges)
-
     def _all_heads(self) -> tuple[int, ...]:
         edges = [edges.shape[0] for edges in (self.q_edges, self.k_edges) if edges.ndim == 2]
         orders = [order.shape[0] for order in (self.q_perm, self.k_perm) if order is not None]
@@ -368,24 +148,10 @@ class BlockPlan:
         return (self.block_mask.double() @ sizes[..., None])[..., 0].long()
 
     @cached_property
-    def _density(self) -> float:
-        rows = _sizes(self.q_edges) * self.keys_per_row
-        return float(rows.sum()) / (rows.shape[0] * self.num_queries * self.num_keys)
-
     def density(self) -> float:
         """Share of the (query, key) pairs that is computed, 0 to 1; the mean over heads."""
-        return self._density
-
-    @cached_property
-    def signature(self) -> str:
-        """Hash of everything in the plan, for caches: equal plans have equal signatures."""
-        digest = hashlib.sha256()
-        for name in ("q_edges", "k_edges", "counts", "index", "q_perm", "k_perm"):
-            part = getattr(self, name)
-            digest.update(f"{name}{None if part is None else tuple(part.shape)}".encode())
-            if part is not None:
-                digest.update(part.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        rows = _sizes(self.q_edges) * self.keys_per_row
+        return float(rows.sum()) / (rows.shape[0] * self.num_queries * self.num_keys)
 
     def validate(self) -> "BlockPlan":
         """Check the contents, once per plan.
@@ -440,64 +206,126 @@ class BlockPlan:
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
-    def to_dense_mask(self, queries: Tensor | None = None) -> Tensor:
+    def to_dense_mask(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """The plan token by token, in the order of the tokens given to attention.
 
         Args:
             queries: (some,), int64: only these queries; None: all.
+            keys: (some,), int64: only these keys; None: all.
 
         Returns:
             (1 or heads, queries, keys), bool: True is read.
         """
-        return dense_mask(self, queries)
-
-    def group_rows(self) -> tuple[RowGroup, ...]:
-        """Queries that read the same keys, so that each group is one dense attention; made once per plan."""
-        return self._groups
+        rows = _with_order(block_of_tokens(self.q_edges, self.num_queries), self.q_perm)
+        rows = rows if queries is None else rows[:, queries]
+        columns = _with_order(block_of_tokens(self.k_edges, self.num_keys), self.k_perm)
+        columns = columns if keys is None else columns[:, keys]
+        heads = torch.arange(self.num_heads, device=rows.device)
+        rows, columns = (part[heads % part.shape[0]] for part in (rows, columns))
+        map_of_head = (heads % self.block_mask.shape[0])[:, None, None]
+        return self.block_mask[map_of_head, rows[:, :, None], columns[:, None, :]]
 
     @cached_property
-    def _groups(self) -> tuple[RowGroup, ...]:
-        return row_groups(self)
+    def row_groups(self) -> tuple[RowGroup, ...]:
+        """Queries that read the same keys, so that each group is one dense attention."""
+        return _row_groups(self)
 
     @cached_property
     def tile(self) -> float:
         """Queries computed together, on average: those of a group, or of a block where heads differ."""
         if self.num_heads > 1 or self.counts.device.type != "cpu":
             return self.num_queries / self.counts.shape[1]
-        groups = self.group_rows()
-        return sum(group.num_queries for group in groups) / len(groups)
+        return sum(group.num_queries for group in self.row_groups) / len(self.row_groups)
 
     @cached_property
     def uniform_block_sizes(self) -> tuple[int | None, int | None]:
         """Size of all query blocks and of all key blocks, but the last ones, which may be shorter; None: they vary."""
         return _uniform_size(self.q_edges), _uniform_size(self.k_edges)
 
-    def to_bsr(self) -> Bsr:
-        """The plan as block compressed sparse rows, as FlashInfer takes it.
 
-        Raises:
-            ValueError: If heads differ or blocks are of several sizes.
-        """
-        rows, columns = self.uniform_block_sizes
-        if self.num_heads > 1 or rows is None or columns is None:
-            raise ValueError(
-                f"a plan with {self.num_heads} maps and block sizes {rows} x {columns} (None: varying) is "
-                "no BSR matrix: let heads share one map of equal blocks, or take a backend for variable blocks."
-            )
-        ends = torch.cat([self.counts.new_zeros(1), self.counts[0].cumsum(0, dtype=torch.int32)])
-        return Bsr(indptr=ends, indices=self.index[0][self.index[0] >= 0], block_rows=rows, block_columns=columns)
+def uniform_edges(length: int, block_size: int) -> Tensor:
+    """Edges of blocks of one size over ``length`` tokens; the last block may be shorter."""
+    return split_runs([length], block_size)
 
-    def to_flex(self, *, block_size: int = 128, device: Any = "cpu") -> Any:
-        """The plan as ``torch.nn.attention.flex_attention.BlockMask``, always with a mask function.
 
-        Without a mask function the eager kernel ignores the lists of blocks and computes dense attention. Blocks of
-        other sizes are laid over a grid of ``block_size``; the function decides inside those that are partly read.
+def split_runs(lengths: Iterable[int], block_size: int) -> Tensor:
+    """Edges of blocks that never straddle two runs, such as frames: 1,560 tokens by 128 are 12 blocks and one of 24.
 
-        Args:
-            block_size: Edge of the kernel's blocks, tokens.
-            device: Where the mask lives.
-        """
-        return flex_block_mask(self.without_order().to(device), block_size)
+    Args:
+        lengths: Tokens of every run.
+        block_size: Tokens of a block, but of the last of a run, which may be shorter.
+
+    Returns:
+        (blocks + 1,), int32, ascending from 0 to the sum of ``lengths``.
+
+    Raises:
+        ValueError: If a length or the block size is not positive.
+    """
+    lengths = list(lengths)
+    if block_size < 1 or not lengths or min(lengths) < 1:
+        raise ValueError(f"block_size={block_size} and lengths={lengths} must all be 1 or more, at least one length.")
+    edges, start = [0], 0
+    for length in lengths:
+        edges.extend(range(start + block_size, start + length, block_size))
+        start += length
+        edges.append(start)
+    return torch.tensor(edges, dtype=torch.int32)
+
+
+def _row_groups(plan: "BlockPlan") -> tuple[RowGroup, ...]:
+    """Join the rows of a plan that read the same keys, over blocks and over heads."""
+    masks = plan.block_mask.cpu()
+    q_edges, k_edges = (edges.reshape(-1, edges.shape[-1]).tolist() for edges in (plan.q_edges, plan.k_edges))
+    num_heads = max(masks.shape[0], len(q_edges), len(k_edges))
+    by_keys: dict[tuple[int, Ranges], list[int]] = {}
+    for head in range(num_heads):
+        mask, own_keys = masks[head % masks.shape[0]], k_edges[head % len(k_edges)]
+        seen: dict[bytes, Ranges] = {}
+        for row, columns in enumerate(mask.numpy()):
+            key = columns.tobytes()
+            if key not in seen:
+                seen[key] = _joined((own_keys[i], own_keys[i + 1]) for i in columns.nonzero()[0])
+            by_keys.setdefault((head, seen[key]), []).append(row)
+    by_rows: dict[tuple[Ranges, Ranges], list[int]] = {}
+    for (head, k_ranges), rows in by_keys.items():
+        edges = q_edges[head % len(q_edges)]
+        q_ranges = _joined((edges[row], edges[row + 1]) for row in rows)
+        if q_ranges:
+            by_rows.setdefault((q_ranges, k_ranges), []).append(head)
+    return tuple(
+        RowGroup(None if len(heads) == num_heads else tuple(heads), q_ranges, k_ranges)
+        for (q_ranges, k_ranges), heads in by_rows.items()
+    )
+
+
+def _joined(ranges: Any) -> Ranges:
+    """Runs without the empty ones, neighbours joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if stop == start:
+            continue
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def block_of_tokens(edges: Tensor, num_tokens: int) -> Tensor:
+    """(1 or heads, tokens), int64: the block of every token, by the edges."""
+    edges = edges.reshape(-1, edges.shape[-1])
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=edges.device).expand(edges.shape[0], -1)
+    # Right of all edges equal to it, so that blocks without tokens are stepped over.
+    return torch.searchsorted(edges[:, 1:].contiguous(), tokens.contiguous(), right=True)
+
+
+def _with_order(blocks: Tensor, order: Tensor | None) -> Tensor:
+    """The block of every token by its number instead of by its place."""
+    if order is None:
+        return blocks
+    heads = max(blocks.shape[0], order.shape[0])
+    blocks, order = blocks.expand(heads, -1), order.expand(heads, -1)
+    return torch.empty_like(order).scatter_(1, order, blocks)
 
 
 def _sizes(edges: Tensor) -> Tensor:

@@ -8,14 +8,10 @@ steps.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Velocity = Callable[[Tensor, float, Tensor | None], Tensor]
-"""(state, sigma, active tokens or None for all) -> velocities of the active tokens."""
 
 
 def relative_change(velocity: Tensor, before: Tensor, eps: float = 1e-6) -> Tensor:
@@ -158,48 +154,3 @@ class TokenCache:
             for stored, new in zip(self._stored[layer], (k, v), strict=True):
                 stored[:, active] = new
         return self._stored[layer]
-
-
-def denoise(
-    velocity: Velocity, x: Tensor, sigmas: Sequence[float], *, allocation: StepAllocation
-) -> tuple[Tensor, float]:
-    """Integrate a flow with Euler steps, each token in as many as it is allotted.
-
-    Args:
-        velocity: Gives dx / dsigma of the active tokens, (batch, active tokens, channels). The state it is given holds
-            active tokens at this sigma, and the others where they were last computed.
-        x: (batch, tokens, channels) at ``sigmas[0]``.
-        sigmas: Noise shares, one more than there are steps.
-        allocation: How steps are shared out.
-
-    Returns:
-        The state at the last sigma, and the share of the token steps that was computed.
-
-    Raises:
-        ValueError: If the allocation does not fit the number of steps.
-    """
-    num_steps = len(sigmas) - 1
-    allocation.shares(num_steps)
-    x = x.clone()
-    at = torch.full((x.shape[1], 1), float(sigmas[0]), dtype=torch.float32, device=x.device)
-    last: Tensor | None = None
-    strides: Tensor | None = None
-    num_computed = 0
-    for step, sigma in enumerate(sigmas[:-1]):
-        active = None if strides is None else allocation.active(strides, step, num_steps)
-        chosen = slice(None) if active is None else active
-        if last is not None:
-            # However many steps a token has skipped, it catches up in one.
-            x[:, chosen] += ((sigma - at[chosen]) * last[:, chosen]).to(x.dtype)
-            at[chosen] = sigma
-        new = velocity(x, float(sigma), active)
-        num_computed += new.shape[1]
-        if step == allocation.num_warmup_steps - 1:
-            strides = allocation.assign(relative_change(new, last), num_steps)
-        if last is None:
-            last = new.clone()
-        else:
-            last[:, chosen] = new
-    # The last step computes all tokens, so all are at its sigma.
-    x += ((sigmas[-1] - at) * last).to(x.dtype)
-    return x, num_computed / (num_steps * x.shape[1])

@@ -16,9 +16,9 @@ from rich.table import Table
 from benchmarks.rollouts import BLOCK
 from longtake.attention import BlockPlan
 from longtake.attention.backends import find_backend
+from longtake.attention.geometry import make_geometry
 from longtake.attention.plan import uniform_edges
 from longtake.attention.policies.radial import Radial
-from longtake.scripts.attention import make_geometry
 from longtake.scripts.console import out
 
 GRID = (16, 16)
@@ -94,12 +94,12 @@ def measure_attention(*names: str) -> dict[str, Any]:
         start = time.perf_counter()
         plan = case.plan()
         making = time.perf_counter() - start
-        sizes = {"queries": plan.num_queries, "keys": plan.num_keys, "density": plan.density()}
+        sizes = {"queries": plan.num_queries, "keys": plan.num_keys, "density": plan.density}
         record[name] = {**sizes, "ms_plan": 1000 * making, "threads": {}}
         for num_threads in sorted({1, torch.get_num_threads()}):
             row = record[name]["threads"][num_threads] = measure_plan(plan, case.num_pairs, num_threads)
             table.add_row(
-                *(name, str(plan.num_queries), str(plan.num_keys), f"{plan.density():.3f}", str(num_threads)),
+                *(name, str(plan.num_queries), str(plan.num_keys), f"{plan.density:.3f}", str(num_threads)),
                 f"{row['ms_dense']:.1f}",
                 f"{row['ms_gather']:.1f}",
                 f"{row['speedup']:.2f}",

@@ -1,6 +1,5 @@
 """Sparse self-attention in diffusers' own bidirectional Wan pipelines, which are stock again afterwards."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from longtake.attention import (
     explain,
     sparse_attention,
 )
-from longtake.attention.dispatch import BACKEND_VARIABLE
 from longtake.attention.policies.base import DensityMeter
 from longtake.attention.step_allocation import StepAllocation, TokenCache, relative_change
 from longtake.configs.fields import build
@@ -451,9 +449,7 @@ def _setting(attention: SparsePolicy | Mapping[str, Any] | str, backend: str | N
 
 
 def _chosen(request: AttentionRequest, backend: str) -> str:
-    """The backend of a call that has been made: the named one, the environment's, or what ``auto`` takes."""
-    if backend == "auto":
-        backend = os.environ.get(BACKEND_VARIABLE, backend)
+    """The backend of a call that has been made: the named one, or what ``auto`` takes."""
     if backend != "auto":
         return backend
     return next((row.name for row in explain(request) if row.is_chosen), "none")

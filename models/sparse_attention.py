@@ -134,7 +134,8 @@ class SparseSelfAttention:
                 num_steps=self.num_steps,
                 num_layers=shapes.num_layers,
             )
-        return known[key].at(step_index=pass_.step_index, layer=call.layer, kind=pass_.kind)
+        kind = "commit" if pass_.kind == "commit" else "denoise"
+        return known[key].at(step_index=pass_.step_index, layer=call.layer, kind=kind)
 
 
 @dataclass

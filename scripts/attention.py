@@ -45,21 +45,24 @@ def show(
     sinks: Annotated[int, typer.Option(help="Cached form: first frames that are the cache's sinks.", min=0)] = 1,
     head: Annotated[int, typer.Option(help="Which head, where heads differ.", min=0)] = 0,
     set_: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a field; may be repeated.")
-    ] = (),
-    png: Annotated[Path | None, typer.Option(help="Where the picture goes.", show_default="NAME.png")] = None,
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field; may be repeated.")
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Option("--out", "--png", help="PNG file for a picture of the mask.", show_default="none")
+    ] = None,
 ) -> None:
-    """Draw a policy's mask, token by token, and say how much of dense attention it leaves.
+    """Print the share of dense attention that a policy leaves, and with --out draw its mask, token by token.
 
     **Examples**
 
     `longtake attention show radial --frames 21 --tokens 1560`
 
-    `longtake attention show radial --frames 12 --block-frames 3 --set decay_factor=0.2 --png strip.png`
+    `longtake attention show radial --frames 12 --block-frames 3 --set decay_factor=0.2 --out strip.png`
     """
+    from longtake.attention.geometry import make_geometry
     from longtake.attention.policies import POLICIES, BlockPolicy, make_attention_policy
 
-    policy = make_attention_policy({"policy": name, **_changes(set_)})
+    policy = make_attention_policy({"policy": name, **_changes(set_ or [])})
     if not policy.is_static:
         static = [key for key, cls in POLICIES.items() if cls().is_static]
         raise ValueError(
@@ -69,76 +72,25 @@ def show(
     if isinstance(policy, BlockPolicy):
         # What comes after the dense beginning is what the policy is about.
         policy = replace(policy, dense_blocks=0, dense_layers=0, dense_steps=0)
+    if block_frames is not None and block_frames > frames:
+        raise ValueError(f"--block-frames {block_frames} is more than --frames {frames}: use {frames} or less.")
     geometry = make_geometry(frames, _grid(grid, tokens), block_frames=block_frames, num_sinks=sinks)
     plan = policy.plan(None, None, geometry)
-    density = 1.0 if plan is None else plan.density()
+    density = 1.0 if plan is None else plan.density
     title = f"{name}: {frames} frames of {tokens} tokens, density {density:.3f}"
     if block_frames is not None:
         title += f", the last {block_frames} frames ask"
-    path = png or Path(f"{name}.png")
-    picture = draw(plan, geometry, title=title, head=head)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, optimize=True)
+    if plan is not None and head >= plan.num_heads:
+        raise ValueError(f"--head {head} does not exist: heads 0 to {plan.num_heads - 1} are told apart.")
     out.print(title)
-    out.print(f"picture: {path}", markup=False)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _draw(plan, geometry, title=title, head=head).save(path, optimize=True)
+        out.print(f"picture: {path}", markup=False)
 
 
-def make_geometry(
-    num_frames: int, grid: tuple[int, int], *, block_frames: int | None = None, num_sinks: int = 1
-) -> "AttentionGeometry":
-    """A whole video, or the last block of a cache that holds a video from its first frame.
-
-    Args:
-        num_frames: Latent frames of the keys.
-        grid: (rows, columns) of a frame.
-        block_frames: Last frames that ask; None: all, in the bidirectional form.
-        num_sinks: First frames that are sinks of the cache.
-
-    Raises:
-        ValueError: If more frames ask than there are.
-    """
-    from longtake.attention import AttentionGeometry, Segment
-
-    if block_frames is None:
-        return AttentionGeometry.bidirectional(num_frames, grid)
-    if block_frames > num_frames:
-        raise ValueError(
-            f"--block-frames {block_frames} is more than --frames {num_frames}: use {num_frames} or less."
-        )
-    tokens, first = grid[0] * grid[1], num_frames - block_frames
-
-    def role(frame: int) -> str:
-        return "current" if frame >= first else "sink" if frame < num_sinks else "recent"
-
-    return AttentionGeometry(
-        frame_tokens=tokens,
-        grid=grid,
-        frames_per_block=block_frames,
-        segments=tuple(
-            Segment(frame=frame, position=float(frame), start=frame * tokens, length=tokens, role=role(frame))
-            for frame in range(num_frames)
-        ),
-        query_frames=tuple(range(first, num_frames)),
-        query_positions=tuple(map(float, range(first, num_frames))),
-        block_index=first // block_frames,
-    )
-
-
-def draw(plan: "BlockPlan | None", geometry: "AttentionGeometry", *, title: str, head: int = 0) -> "Image":
-    """Draw queries downwards, keys to the right, what is read in the colour of its role.
-
-    Args:
-        plan: The blocks; None: everything is read.
-        geometry: Frames and roles.
-        title: Above the picture.
-        head: Whose blocks, where heads differ.
-
-    Returns:
-        A picture; a pixel is the token at its middle.
-
-    Raises:
-        ValueError: If there is no such head.
-    """
+def _draw(plan: "BlockPlan | None", geometry: "AttentionGeometry", *, title: str, head: int = 0) -> "Image":
+    """Draw queries downwards, keys to the right, pairs that are read in the colour of the key's role."""
     from PIL import Image, ImageDraw, ImageFont
 
     height = max(MIN_HEIGHT, round(WIDTH * geometry.num_queries / geometry.num_keys))
@@ -147,31 +99,28 @@ def draw(plan: "BlockPlan | None", geometry: "AttentionGeometry", *, title: str,
     picture.paste(Image.fromarray(mask), (MARGIN, MARGIN + 20))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
     pen.text((MARGIN, 10), title, fill="black", font=font)
-    key_lines = [segment.start * WIDTH / geometry.num_keys for segment in geometry.segments]
-    query_lines = [index * height / len(geometry.query_frames) for index in range(len(geometry.query_frames))]
     top, left = MARGIN + 20, MARGIN
-    for lines, is_across in ((key_lines, True), (query_lines, False)):
-        names = [segment.frame for segment in geometry.segments] if is_across else geometry.query_frames
-        step = lines[1] if len(lines) > 1 else WIDTH
-        every = max(1, round(LABEL_PIXELS / step)) if is_across else max(1, round(LABEL_PIXELS / 2 / step))
-        for number, (place, frame) in enumerate(zip(lines, names, strict=True)):
-            if step >= LINE_PIXELS and number:
-                ends = (left + place, top, left + place, top + height) if is_across else None
-                pen.line(ends or (left, top + place, left + WIDTH, top + place), fill="#c9ced8")
-            if number % every == 0:
-                where = (left + place + 2, top - 18) if is_across else (8, top + place)
-                pen.text(where, str(frame), fill="#555555", font=font)
-    place = left
-    for text, colour in _legend(geometry):
-        pen.text((place, top + height + 4), text, fill=colour, font=font)
-        place += pen.textlength(text, font=font) + 16
-    return picture.quantize(64)
-
-
-def _legend(geometry: "AttentionGeometry") -> list[tuple[str, str]]:
+    key_step, query_step = WIDTH * geometry.frame_tokens / geometry.num_keys, height / len(geometry.query_frames)
+    for number, segment in enumerate(geometry.segments):
+        x = left + segment.start * WIDTH / geometry.num_keys
+        if key_step >= LINE_PIXELS and number:
+            pen.line((x, top, x, top + height), fill="#c9ced8")
+        if number % max(1, round(LABEL_PIXELS / key_step)) == 0:
+            pen.text((x + 2, top - 18), str(segment.frame), fill="#555555", font=font)
+    for number, frame in enumerate(geometry.query_frames):
+        y = top + number * query_step
+        if query_step >= LINE_PIXELS and number:
+            pen.line((left, y, left + WIDTH, y), fill="#c9ced8")
+        if number % max(1, round(LABEL_PIXELS / 2 / query_step)) == 0:
+            pen.text((8, y), str(frame), fill="#555555", font=font)
     roles = dict.fromkeys(segment.role for segment in geometry.segments)
-    named = [(role, COLOURS.get(role, OTHER)) for role in roles] if len(roles) > 1 else []
-    return [("queries downwards, keys to the right, by frame", "#555555"), *named]
+    legend = {"queries downwards, keys to the right, by frame": "#555555"}
+    if len(roles) > 1:
+        legend |= {role: COLOURS.get(role, OTHER) for role in roles}
+    for text, colour in legend.items():
+        pen.text((left, top + height + 4), text, fill=colour, font=font)
+        left += pen.textlength(text, font=font) + 16
+    return picture.quantize(64)
 
 
 def _colours(plan: "BlockPlan | None", geometry: "AttentionGeometry", height: int, head: int) -> Any:
@@ -180,27 +129,14 @@ def _colours(plan: "BlockPlan | None", geometry: "AttentionGeometry", height: in
     import torch
     from PIL import ImageColor
 
-    from longtake.attention.plan import block_of_tokens
-
     rows, columns = (
         ((torch.arange(size) + 0.5) * count / size).long()
         for size, count in ((height, geometry.num_queries), (WIDTH, geometry.num_keys))
     )
     is_read = torch.ones(height, WIDTH, dtype=torch.bool)
     if plan is not None:
-        if head >= plan.num_heads:
-            raise ValueError(f"--head {head} does not exist: heads 0 to {plan.num_heads - 1} are told apart.")
-        blocks = []
-        for edges, order, places in (
-            (plan.q_edges, plan.q_perm, rows),
-            (plan.k_edges, plan.k_perm, columns),
-        ):
-            of_place = block_of_tokens(edges, int(edges.reshape(-1)[-1]))
-            of_place = of_place[head % len(of_place)]
-            if order is not None:
-                of_place = torch.empty_like(of_place).scatter_(0, order[head % len(order)], of_place)
-            blocks.append(of_place[places])
-        is_read = plan.block_mask[head % len(plan.block_mask)][blocks[0]][:, blocks[1]]
+        masks = plan.to_dense_mask(rows, columns)
+        is_read = masks[head % len(masks)]
     ends = torch.tensor([segment.stop for segment in geometry.segments])
     of_segment = torch.searchsorted(ends, columns, right=True).tolist()
     roles = [geometry.segments[index].role for index in of_segment]
@@ -280,10 +216,15 @@ def explain(
     if chosen is not None:
         out.print(f"auto takes {chosen}")
         return
-    able = [name for name in dispatch.preferences(request) if BACKENDS[name].supports(request).ok]
-    taken = next((name for name in able if request.device in BACKENDS[name].verified_on), "none")
+    taken = next(
+        (
+            name
+            for name in dispatch.preferences(request)
+            if BACKENDS[name].supports(request).ok and request.device in BACKENDS[name].verified_on
+        ),
+        "none",
+    )
     out.print(f"auto finds no backend for this call here; where there is {device}, it takes {taken}")
-    out.print(f"the fastest first, with all packages and unverified ones allowed: {', '.join(able) or 'none'}")
 
 
 def _request(

@@ -1,8 +1,9 @@
 """FlashInfer's block-sparse attention, for equal blocks and for blocks of varying size (arXiv:2501.01005).
 
-Written from the package's documented interface and not run by the project yet, so ``auto`` passes it by.
+The project has no machine to run it on, so ``auto`` does not take it.
 """
 
+import math
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from longtake.attention.backends.base import AttentionRequest, Backend, Limits, Reason, Verdict
-from longtake.attention.backends.dense import natural
+from longtake.attention.backends.base import AttentionRequest, Limits, PlanBackend, Reason, Verdict
 from longtake.attention.plan import BlockPlan
 
-WORKSPACE_BYTES = 128 << 20
+_WORKSPACE_BYTES = 128 << 20
+_wrappers: WeakKeyDictionary[BlockPlan, dict[tuple, Any]] = WeakKeyDictionary()
 
 
-class Flashinfer(Backend):
+class Flashinfer(PlanBackend):
     """Equal blocks of any size, one map for all heads."""
 
     name = "flashinfer"
@@ -33,53 +34,57 @@ class Flashinfer(Backend):
         varying_blocks=False,
         backward=False,
     )
+    token_dim = 0  # of q, k, v and out of one sample; heads are the other one
 
     @classmethod
     def supports(cls, request: AttentionRequest) -> Verdict:
         reasons = super().supports(request).reasons
         size = request.plan.k_block if request.plan is not None else None
-        if size is not None and request.num_keys % size:
+        if not cls.limits.varying_blocks and size is not None and request.num_keys % size:
             text = f"the {request.num_keys} keys must be a multiple of the block of {size}"
             reasons = (*reasons, Reason("feature", text, "Take 'flashinfer_variable'."))
         return Verdict(reasons)
 
-    def _execute(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
+    def _execute_plan(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        wrapper = _prepared(self._wrapper, plan, (q.device, q.dtype, q.shape[2:], k.shape[2], scale))
-        parts = [wrapper.run(*sample, return_lse=return_lse) for sample in zip(q, k, v, strict=True)]
-        if not return_lse:
-            return torch.stack(parts), None
-        lse = torch.stack([lse.transpose(0, 1) for _, lse in parts])  # (queries, heads) each
-        return torch.stack([out for out, _ in parts]), natural(lse)
+        # Planning costs more than a call: a wrapper is kept as long as its plan lives.
+        wrappers = _wrappers.setdefault(plan, {})
+        key = (self.name, q.device, q.dtype, q.shape[2:], k.shape[2], scale)
+        if key not in wrappers:
+            wrappers[key] = self._wrapper(plan, q, k, scale)
+        results = [
+            wrappers[key].run(*(x.movedim(0, self.token_dim) for x in sample), return_lse=True)
+            for sample in zip(q, k, v, strict=True)
+        ]
+        out = torch.stack([out.movedim(self.token_dim, 0) for out, _ in results])
+        # Sums of (tokens, heads) or (heads, tokens), logarithms to base 2.
+        lse = torch.stack([lse.movedim(self.token_dim, 1) for _, lse in results]) * math.log(2)
+        return out, lse if return_lse else None
 
-    def _wrapper(self, plan: BlockPlan, key: tuple) -> Any:
-        device, dtype, (num_heads, head_dim), num_kv_heads, scale = key
-        wrapper = self._load().BlockSparseAttentionWrapper(_workspace(device))
-        bsr = plan.to_bsr()
+    def _wrapper(self, plan: BlockPlan, q: Tensor, k: Tensor, scale: float) -> Any:
+        wrapper = self._load().BlockSparseAttentionWrapper(_workspace(q.device))
+        ends = torch.cat([plan.counts.new_zeros(1), plan.counts[0].cumsum(0, dtype=torch.int32)])
+        indices = plan.index[0][plan.index[0] >= 0]
         wrapper.plan(
-            bsr.indptr.to(device),
-            bsr.indices.to(device),
+            ends.to(q.device),
+            indices.to(q.device),
             plan.num_queries,
             plan.num_keys,
-            bsr.block_rows,
-            bsr.block_columns,
-            num_heads,
-            num_kv_heads,
-            head_dim,
+            *plan.uniform_block_sizes,
+            q.shape[2],
+            k.shape[2],
+            q.shape[3],
             sm_scale=scale,
-            q_data_type=dtype,
+            q_data_type=q.dtype,
         )
         return wrapper
 
 
-class FlashinferVariable(Backend):
+class FlashinferVariable(Flashinfer):
     """Blocks of any sizes, a map for every head of keys."""
 
     name = "flashinfer_variable"
-    package = Flashinfer.package
-    module = Flashinfer.module
-    install = Flashinfer.install
     limits = Limits(
         devices=("cuda",),
         min_capability=(8, 0),
@@ -88,6 +93,7 @@ class FlashinferVariable(Backend):
         needs_plan=True,
         backward=False,
     )
+    token_dim = 1
 
     @classmethod
     def supports(cls, request: AttentionRequest) -> Verdict:
@@ -97,42 +103,18 @@ class FlashinferVariable(Backend):
             reasons = (*reasons, Reason("feature", text))
         return Verdict(reasons)
 
-    def _execute(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        wrapper = _prepared(self._wrapper, plan, (q.device, q.dtype, q.shape[2:], k.shape[2], scale))
-        samples = zip(*(x.transpose(1, 2) for x in (q, k, v)), strict=True)  # (heads, tokens, head_dim) each
-        parts = [wrapper.run(*sample, return_lse=return_lse) for sample in samples]
-        if not return_lse:
-            return torch.stack(parts).transpose(1, 2), None
-        out = torch.stack([out for out, _ in parts]).transpose(1, 2)
-        return out, natural(torch.stack([lse for _, lse in parts]))
-
-    def _wrapper(self, plan: BlockPlan, key: tuple) -> Any:
-        device, dtype, (num_heads, head_dim), num_kv_heads, scale = key
-        wrapper = self._load().VariableBlockSparseAttentionWrapper(_workspace(device))
+    def _wrapper(self, plan: BlockPlan, q: Tensor, k: Tensor, scale: float) -> Any:
+        wrapper = self._load().VariableBlockSparseAttentionWrapper(_workspace(q.device))
         sizes = [
-            edges.reshape(-1, edges.shape[-1]).diff(dim=-1).expand(num_kv_heads, -1).contiguous().to(device)
+            edges.reshape(-1, edges.shape[-1]).diff(dim=-1).expand(k.shape[2], -1).contiguous().to(q.device)
             for edges in (plan.q_edges, plan.k_edges)
         ]
-        mask = plan.block_mask.expand(num_kv_heads, -1, -1).contiguous().to(device)
-        wrapper.plan(mask, *sizes, num_heads, num_kv_heads, head_dim, sm_scale=scale, q_data_type=dtype)
+        mask = plan.block_mask.expand(k.shape[2], -1, -1).contiguous().to(q.device)
+        wrapper.plan(mask, *sizes, q.shape[2], k.shape[2], q.shape[3], sm_scale=scale, q_data_type=q.dtype)
         return wrapper
 
 
 @cache
 def _workspace(device: torch.device) -> Tensor:
-    """One for all calls on a device: they follow one another."""
-    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-
-
-_wrappers: WeakKeyDictionary[BlockPlan, dict[tuple, Any]] = WeakKeyDictionary()
-
-
-def _prepared(make: Any, plan: BlockPlan, key: tuple) -> Any:
-    """The wrapper that was planned for these, as long as the plan lives: planning costs more than a call."""
-    wrappers = _wrappers.setdefault(plan, {})
-    full_key = (make.__qualname__, *key)
-    if full_key not in wrappers:
-        wrappers[full_key] = make(plan, key)
-    return wrappers[full_key]
+    """Memory shared by all calls on a device: they follow one another."""
+    return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)

@@ -1,8 +1,4 @@
-"""PyTorch's flex_attention: a kernel compiled for the plan, or the uncompiled one for debugging.
-
-Masks come from ``BlockPlan.to_flex`` and always carry a mask function: uncompiled, the lists of blocks alone are
-ignored, and the result is dense attention without a word.
-"""
+"""PyTorch's flex_attention: a kernel compiled for the plan, or the uncompiled one for debugging."""
 
 import os
 import shutil
@@ -14,28 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from longtake.attention.backends.base import (
-    FLOATS,
-    AttentionRequest,
-    Backend,
-    BackendUnavailable,
-    Limits,
-    Reason,
-    Verdict,
-)
-from longtake.attention.plan import BlockPlan
+from longtake.attention.backends.base import FLOATS, AttentionRequest, Limits, PlanBackend, Reason, Verdict
+from longtake.attention.plan import BlockPlan, block_of_tokens
 
-BLOCK = 128
-"""Edge of the kernel's blocks: what the compiled kernels are made for."""
-
-MAX_EAGER_SCORES = 1 << 27
-"""Scores that the uncompiled kernel may hold, 512 MiB in float32; it holds several copies."""
-
-MAX_COMPILED = 64
+_BLOCK = 128  # edge of the blocks that the compiled kernels are made for
+_MAX_EAGER_SCORES = 1 << 27  # 512 MiB in float32, and the uncompiled kernel holds several copies
+_MAX_COMPILED = 64
 """Shapes compiled in a process before the next is refused."""
 
 
-class FlexEager(Backend):
+class FlexEager(PlanBackend):
     """Uncompiled: every score is computed and held. For debugging plans on short videos."""
 
     name = "flex_eager"
@@ -46,22 +30,22 @@ class FlexEager(Backend):
     def supports(cls, request: AttentionRequest) -> Verdict:
         reasons = super().supports(request).reasons
         scores = request.batch * request.num_heads * request.num_queries * request.num_keys
-        if scores > MAX_EAGER_SCORES:
-            text = f"it holds all {scores:,} scores, and {MAX_EAGER_SCORES:,} are the most"
+        if scores > _MAX_EAGER_SCORES:
+            text = f"it holds all {scores:,} scores, and {_MAX_EAGER_SCORES:,} are the most"
             reasons = (*reasons, Reason("feature", text, "Take 'flex' or 'gather_sdpa'."))
         return Verdict(reasons)
 
-    def _execute(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
+    def _execute_plan(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         from torch.nn.attention.flex_attention import flex_attention
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-            return _call(flex_attention, q, k, v, flex_mask(plan, q.device), scale, return_lse)
+            return _call(flex_attention, q, k, v, plan, scale, return_lse)
 
 
-class Flex(Backend):
+class Flex(PlanBackend):
     """Compiled, once per shape: half a minute on a CPU the first time, and only when asked for by name there."""
 
     name = "flex"
@@ -76,12 +60,11 @@ class Flex(Backend):
 
     @classmethod
     def available(cls) -> Verdict:
-        reasons = []
         compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            hint = "Install g++, or name a C++ compiler in CXX."
-            reasons.append(Reason("no_compiler", f"it needs a C++ compiler (no {compiler!r} found)", hint))
-        return Verdict(tuple(reasons))
+        if shutil.which(compiler) is not None:
+            return Verdict()
+        hint = "Install g++, or name a C++ compiler in CXX."
+        return Verdict((Reason("no_compiler", f"it needs a C++ compiler (no {compiler!r} found)", hint),))
 
     @classmethod
     def supports(cls, request: AttentionRequest) -> Verdict:
@@ -95,20 +78,18 @@ class Flex(Backend):
                 reasons.append(Reason("arch", "compiled for the CPU it needs AVX2 or more"))
         return Verdict(tuple(reasons))
 
-    def _execute(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
+    def _execute_plan(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED):
+        from torch._dynamo.exc import FailOnRecompileLimitHit
+
+        with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILED):
             try:
-                return _call(_compiled(), q, k, v, flex_mask(plan, q.device), scale, return_lse)
-            except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+                return _call(_compiled(), q, k, v, plan, scale, return_lse)
+            except FailOnRecompileLimitHit as error:
+                text = f"it has been compiled for {_MAX_COMPILED} shapes, the most in a process"
                 hint = "Take 'gather_sdpa', which compiles nothing, or keep the number of keys constant."
-                raise BackendUnavailable(
-                    f"backend 'flex' has been compiled for {MAX_COMPILED} shapes, the most in a process. {hint}",
-                    backend=self.name,
-                    code="feature",
-                    hint=hint,
-                ) from error
+                raise self._unusable(text, "feature", hint) from error
 
 
 @cache
@@ -122,22 +103,76 @@ def _compiled() -> Any:
 _masks: WeakKeyDictionary[BlockPlan, dict[str, Any]] = WeakKeyDictionary()
 
 
-def flex_mask(plan: BlockPlan, device: torch.device) -> Any:
-    """The plan's block mask on a device, made once as long as the plan lives."""
-    masks = _masks.setdefault(plan, {})
-    if str(device) not in masks:
-        masks[str(device)] = plan.to_flex(block_size=BLOCK, device=device)
-    return masks[str(device)]
-
-
 def _call(
-    kernel: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, return_lse: bool
+    kernel: Any, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    is_grouped = q.shape[2] != k.shape[2]
+    masks = _masks.setdefault(plan, {})
+    if str(q.device) not in masks:
+        masks[str(q.device)] = flex_block_mask(plan.to(q.device))
+    options = {"block_mask": masks[str(q.device)], "scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not return_lse:
-        return kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped).transpose(1, 2), None
+        return kernel(q, k, v, **options).transpose(1, 2), None
     from torch.nn.attention.flex_attention import AuxRequest
 
-    out, extra = kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped, return_aux=AuxRequest(lse=True))
+    out, extra = kernel(q, k, v, **options, return_aux=AuxRequest(lse=True))
     return out.transpose(1, 2), extra.lse
+
+
+def _tile_counts(plan: BlockPlan, block_size: int) -> tuple[Tensor, Tensor]:
+    """Two (1 or heads, query tiles, key tiles) bool tensors: something of a tile is read, everything is read."""
+    rows = _tiles_to_blocks(plan.q_edges, plan.num_queries, block_size)
+    columns = _tiles_to_blocks(plan.k_edges, plan.num_keys, block_size)
+    # Counts of pairs of blocks, exact in double precision.
+    read = rows @ plan.block_mask.double() @ columns.transpose(-1, -2)
+    there = rows.sum(-1)[..., :, None] * columns.sum(-1)[..., None, :]
+    return read > 0, read == there
+
+
+def _tiles_to_blocks(edges: Tensor, num_tokens: int, block_size: int) -> Tensor:
+    """(1 or heads, tiles, blocks), float64: 1 where a tile and a block share tokens."""
+    blocks = block_of_tokens(edges, num_tokens)
+    tiles = torch.arange(num_tokens, device=edges.device) // block_size
+    shape = (blocks.shape[0], -(-num_tokens // block_size), edges.shape[-1] - 1)
+    shared = torch.zeros(shape, dtype=torch.float64, device=edges.device)
+    heads = torch.arange(blocks.shape[0], device=edges.device)[:, None].expand_as(blocks)
+    shared[heads, tiles.expand_as(blocks), blocks] = 1
+    return shared
+
+
+def flex_block_mask(plan: BlockPlan, block_size: int = _BLOCK) -> Any:
+    """Make a ``BlockMask`` of a plan without an order, always with a mask function.
+
+    Without a mask function the eager kernel ignores the lists of blocks and computes dense attention. Blocks of other
+    sizes are laid over a grid of ``block_size``; the function decides inside those that are partly read.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    q_blocks = block_of_tokens(plan.q_edges, plan.num_queries)
+    k_blocks = block_of_tokens(plan.k_edges, plan.num_keys)
+    masks = plan.block_mask
+
+    def reads(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row = q_blocks[head if q_blocks.shape[0] > 1 else 0, query]
+        column = k_blocks[head if k_blocks.shape[0] > 1 else 0, key]
+        return masks[head if masks.shape[0] > 1 else 0, row, column]
+
+    some, every = _tile_counts(plan, block_size)
+    partial_counts, partial_index = _flex_lists(some & ~every)
+    full_counts, full_index = _flex_lists(every)
+    return BlockMask.from_kv_blocks(
+        partial_counts,
+        partial_index,
+        full_counts,
+        full_index,
+        BLOCK_SIZE=block_size,
+        mask_mod=reads,
+        seq_lengths=(plan.num_queries, plan.num_keys),
+    )
+
+
+def _flex_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and block numbers of every row, (1, heads, rows) and (1, heads, rows, columns), int32."""
+    counts = mask.sum(-1, dtype=torch.int32)
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    return counts[None].contiguous(), order[None].contiguous()

@@ -11,85 +11,29 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longtake.attention.backends.base import FLOATS, Backend, Limits
+from longtake.attention.backends.base import FLOATS, Limits, PlanBackend
 from longtake.attention.backends.dense import attend
 from longtake.attention.plan import BlockPlan, Ranges, RowGroup, block_of_tokens
 
-
-def take(x: Tensor, ranges: Ranges, buffer: Tensor | None = None) -> Tensor:
-    """Runs of the tokens of (batch, tokens, heads, head_dim), end to end; a view where it is one run.
-
-    Args:
-        x: The tokens.
-        ranges: (start, stop) of every run.
-        buffer: Flat memory that is written to instead of new memory, large enough and of the same dtype.
-    """
-    if len(ranges) == 1:
-        start, stop = ranges[0]
-        return x[:, start:stop]
-    places = _places(ranges, x.device)
-    if buffer is None:
-        return x.index_select(1, places)
-    shape = (x.shape[0], len(places), *x.shape[2:])
-    # Selecting by index shares the copying among threads; joining slices would leave it to one.
-    return torch.index_select(x, 1, places, out=buffer[: math.prod(shape)].view(shape))
-
-
-@lru_cache(maxsize=512)
-def _places(ranges: Ranges, device: torch.device) -> Tensor:
-    """All numbers of some runs."""
-    with torch.inference_mode(False):  # it is kept, and a later call may need gradients
-        return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
-
-
-def take_heads(x: Tensor, group: RowGroup, queries_per_key: int = 1) -> Tensor:
-    """The heads of a group; of keys, those that its queries share; all, and as they are, for a group of all."""
-    if group.heads is None:
-        return x
-    return x[:, :, [head // queries_per_key for head in group.heads]]
-
-
-def put(out: Tensor, lse: Tensor | None, group: RowGroup, part: Tensor, part_lse: Tensor | None) -> None:
-    """Write the result of a group.
-
-    Args:
-        out: (batch, queries, heads, head_dim), written to.
-        lse: (batch, heads, queries), written to; None: not wanted.
-        group: Whose result it is.
-        part: (batch, queries of the group, heads of the group, head_dim).
-        part_lse: (batch, heads of the group, queries of the group).
-    """
-    heads = slice(None) if group.heads is None else list(group.heads)
-    start = 0
-    for first, stop in group.q_ranges:
-        end = start + stop - first
-        out[:, first:stop, heads] = part[:, start:end]
-        if lse is not None:
-            lse[:, heads, first:stop] = part_lse[:, :, start:end]
-        start = end
-
-
-MAX_GATHERED = 1 << 24
+_MAX_GATHERED = 1 << 24
 """Numbers of keys gathered at a time for rows of one size: 64 MiB in float32."""
 
 
-class GatherSdpa(Backend):
+class GatherSdpa(PlanBackend):
     """Keys of every group of rows are copied together and attended to densely."""
 
     name = "gather_sdpa"
     limits = Limits(devices=("cpu", "cuda", "mps", "xpu"), dtypes=FLOATS, plans="per_head", needs_plan=True)
     verified_on = frozenset({"cpu", "cuda"})
 
-    def _execute(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
+    def _execute_plan(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         wide = torch.promote_types(q.dtype, torch.float32)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide) if return_lse else None
-        if _pays_to_group(plan):
-            _run_groups(q, k, v, plan, scale, out, lse)
-        else:
-            _run_rows(q, k, v, plan, scale, out, lse)
+        run = _run_groups if _pays_to_group(plan) else _run_rows
+        run(q, k, v, plan, scale, out, lse)
         return out, lse
 
 
@@ -98,28 +42,61 @@ def _pays_to_group(plan: BlockPlan) -> bool:
     if plan.num_heads == 1:
         return True
     is_here = plan.counts.device.type == "cpu"
-    return is_here and 2 * len(plan.group_rows()) <= plan.num_heads * plan.counts.shape[1]
+    return is_here and 2 * len(plan.row_groups) <= plan.num_heads * plan.counts.shape[1]
 
 
 def _run_groups(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, out: Tensor, lse: Tensor | None
 ) -> None:
-    groups = plan.group_rows()
+    groups = plan.row_groups
     # The same memory for every group: asking the system for new pages takes longer than copying.
     size = max((group.num_keys for group in groups if len(group.k_ranges) > 1), default=0) * k[:, 0].numel()
     needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     buffers = (None, None) if needs_grad else (k.new_empty(size), v.new_empty(size))
     for group in groups:
         part, part_lse = attend(
-            take_heads(take(q, group.q_ranges), group),
+            _take_heads(_take(q, group.q_ranges), group),
             *(
-                take_heads(take(x, group.k_ranges, buffer), group, q.shape[2] // x.shape[2])
+                _take_heads(_take(x, group.k_ranges, buffer), group, q.shape[2] // x.shape[2])
                 for x, buffer in zip((k, v), buffers, strict=True)
             ),
             scale=scale,
             return_lse=lse is not None,
         )
-        put(out, lse, group, part, part_lse)
+        heads = slice(None) if group.heads is None else list(group.heads)
+        start = 0
+        for first, stop in group.q_ranges:
+            end = start + stop - first
+            out[:, first:stop, heads] = part[:, start:end]
+            if lse is not None and part_lse is not None:
+                lse[:, heads, first:stop] = part_lse[:, :, start:end]
+            start = end
+
+
+def _take(x: Tensor, ranges: Ranges, buffer: Tensor | None = None) -> Tensor:
+    """Join runs of tokens, in the buffer where there is one; a view where it is one run."""
+    if len(ranges) == 1:
+        start, stop = ranges[0]
+        return x[:, start:stop]
+    places = _token_places(ranges, x.device)
+    if buffer is None:
+        return x.index_select(1, places)
+    shape = (x.shape[0], len(places), *x.shape[2:])
+    # Selecting by index shares the copying among threads; joining slices would leave it to one.
+    return torch.index_select(x, 1, places, out=buffer[: math.prod(shape)].view(shape))
+
+
+@lru_cache(maxsize=512)
+def _token_places(ranges: Ranges, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it is kept, and a later call may need gradients
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
+
+
+def _take_heads(x: Tensor, group: RowGroup, queries_per_key: int = 1) -> Tensor:
+    """Select the heads of a group; of keys, those that its queries share."""
+    if group.heads is None:
+        return x
+    return x[:, :, [head // queries_per_key for head in group.heads]]
 
 
 def _run_rows(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, out: Tensor, lse: Tensor | None) -> None:
@@ -132,25 +109,19 @@ def _run_rows(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, ou
         # (batch, rows, tokens) places among all (sample, token, head).
         q_places = (samples * q.shape[1] + q_tokens) * num_heads + heads[:, None]
         k_places = (samples * k.shape[1] + k_tokens) * num_kv_heads + heads[:, None] // (num_heads // num_kv_heads)
-        part, part_lse = attend(
-            _rows(q_flat, q_places),
-            _rows(k_flat, k_places),
-            _rows(v_flat, k_places),
-            scale=scale,
-            return_lse=lse is not None,
+        # Every row is a sample with one head.
+        q_rows, k_rows, v_rows = (
+            flat.index_select(0, places.flatten()).view(-1, places.shape[-1], 1, head_dim)
+            for flat, places in ((q_flat, q_places), (k_flat, k_places), (v_flat, k_places))
         )
+        part, part_lse = attend(q_rows, k_rows, v_rows, scale=scale, return_lse=lse is not None)
         out_flat[q_places.flatten()] = part.reshape(-1, head_dim)
-        if lse is not None:
+        if lse is not None and part_lse is not None:
             lse[samples, heads[:, None], q_tokens] = part_lse[:, 0].reshape(q_places.shape)
 
 
-def _rows(flat: Tensor, places: Tensor) -> Tensor:
-    """(batch * rows, tokens, 1, head_dim): every row a sample with one head."""
-    return flat.index_select(0, places.flatten()).view(-1, places.shape[-1], 1, flat.shape[-1])
-
-
 def _rows_of_one_size(plan: BlockPlan, num_heads: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows that have as many queries and read as many keys, a bounded number at a time.
+    """Yield rows that have as many queries and read as many keys, a bounded number at a time.
 
     Args:
         plan: The plan, on the device of the tokens.
@@ -169,7 +140,7 @@ def _rows_of_one_size(plan: BlockPlan, num_heads: int, width: int) -> Iterator[t
         if not num_queries:
             continue
         rows = (members == number).nonzero()[:, 0]
-        for part in rows.split(max(1, MAX_GATHERED // (num_keys * width))):
+        for part in rows.split(max(1, _MAX_GATHERED // (num_keys * width))):
             heads, blocks = part // num_rows, part % num_rows
             q_tokens = q_edges[heads, blocks][:, None] + torch.arange(num_queries, device=device)
             yield heads, q_tokens, _key_tokens(plan, heads, blocks, num_keys)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from longtake.attention.policies.base import BlockPolicy, Dense, Memory, SparsePolicy, StaticPolicy
+from longtake.attention.policies.base import BlockPolicy, Dense, Memory, SparsePolicy, StaticPolicy, TokenPolicy
 from longtake.attention.policies.light_forcing import LightForcing
 from longtake.attention.policies.paro import Paro
 from longtake.attention.policies.radial import Radial
@@ -13,17 +13,18 @@ from longtake.attention.policies.svg2 import Svg2
 from longtake.attention.policies.window import Window
 from longtake.configs.fields import make
 
-__all__ = ["POLICIES", "BlockPolicy", "Memory", "SparsePolicy", "StaticPolicy", "make_attention_policy"]
+__all__ = [
+    "POLICIES",
+    "BlockPolicy",
+    "Memory",
+    "SparsePolicy",
+    "StaticPolicy",
+    "TokenPolicy",
+    "make_attention_policy",
+]
 
 POLICIES: dict[str, type[SparsePolicy]] = {
-    "dense": Dense,
-    "window": Window,
-    "radial": Radial,
-    "light_forcing": LightForcing,
-    "svg": Svg,
-    "svg2": Svg2,
-    "paro": Paro,
-    "sliding_tile": SlidingTile,
+    cls.name: cls for cls in (Dense, Window, Radial, LightForcing, Svg, Svg2, Paro, SlidingTile)
 }
 
 

@@ -1,12 +1,11 @@
-"""The contract of a sparse attention policy: from what a call is made of to the blocks that are computed.
+"""The contract of a sparse attention policy: from the geometry and tokens of a call to the blocks that are computed.
 
-A policy knows no kernel and a backend knows no policy; a ``BlockPlan`` is all that passes between them. A policy may
-decline with None, and the call is dense.
+A policy knows no kernel; a ``BlockPlan`` is all that it gives. It may decline with None, and the call is dense.
 """
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable, MutableMapping
+from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +16,9 @@ from longtake.attention.geometry import AttentionGeometry, Segment
 from longtake.attention.plan import BlockPlan
 
 Memory = MutableMapping[Any, Any]
-"""What a policy keeps between the calls of a rollout. The caller owns it and begins every video with an empty one."""
+"""State of a policy between the calls of a rollout. The caller owns it and begins every video with an empty one."""
 
-MAX_PLANS = 128
+_MAX_PLANS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,7 @@ class SparsePolicy(ABC):
         needs_values: Whether ``plan`` has to be given the values.
         needs_frames: Whether every key has to be of a whole frame.
         has_bidirectional_form: Whether it means anything where every frame asks every frame.
+        is_static: Whether plans follow from the geometry alone. Otherwise they depend on the tokens, so on the sample.
     """
 
     name: ClassVar[str]
@@ -39,11 +39,7 @@ class SparsePolicy(ABC):
     needs_values: ClassVar[bool] = False
     needs_frames: ClassVar[bool] = False
     has_bidirectional_form: ClassVar[bool] = True
-
-    @property
-    def is_static(self) -> bool:
-        """Whether plans follow from the geometry alone. Otherwise they depend on the tokens, so on the sample."""
-        return True
+    is_static: ClassVar[bool] = True
 
     @abstractmethod
     def plan(
@@ -55,12 +51,12 @@ class SparsePolicy(ABC):
         v: Tensor | None = None,
         memory: Memory | None = None,
     ) -> BlockPlan | None:
-        """Say which blocks of keys every block of queries reads.
+        """Choose the blocks of keys that every block of queries reads.
 
         Args:
             q: (1, queries, heads, head_dim), rotated; a static policy takes any batch, or None.
             k: (1, keys, key heads, head_dim), rotated; likewise. The heads of q are a multiple of its heads.
-            geometry: Which frames the queries and keys are.
+            geometry: Frames of the queries and keys.
             v: Values, where ``needs_values``; as k.
             memory: Kept between calls; None: every call is the first.
 
@@ -74,6 +70,32 @@ class SparsePolicy(ABC):
     def settings(self) -> dict[str, Any]:
         """The policy as its YAML mapping: name and fields."""
         return {"policy": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def _check_least(self, least: int, *names: str) -> None:
+        """Refuse fields that are smaller."""
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(SparsePolicy):
+    """Every query reads every key: no plan at all."""
+
+    name: ClassVar[str] = "dense"
+    source: ClassVar[str] = "Attention Is All You Need, arXiv:1706.03762"
+
+    def plan(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> BlockPlan | None:
+        """Decline."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +112,7 @@ class BlockPolicy(SparsePolicy):
     commit_pass: Literal["dense", "sparse"] = "dense"  # the pass that fills the cache
 
     def __post_init__(self) -> None:
-        for name in ("dense_blocks", "dense_layers", "dense_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+        self._check_least(0, "dense_blocks", "dense_layers", "dense_steps")
 
     def is_dense(self, geometry: AttentionGeometry) -> bool:
         """Whether a call belongs to the dense beginning."""
@@ -101,6 +121,13 @@ class BlockPolicy(SparsePolicy):
         if geometry.kind == "commit":
             return self.commit_pass == "dense" or geometry.layer < self.dense_layers
         return geometry.layer < self.dense_layers or geometry.step_index < self.dense_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPolicy(BlockPolicy):
+    """A policy that chooses blocks by the tokens of a sample."""
+
+    is_static: ClassVar[bool] = False
 
     def plan(
         self,
@@ -114,28 +141,35 @@ class BlockPolicy(SparsePolicy):
         """None in the dense beginning; see the base class."""
         if self.is_dense(geometry):
             return None
-        if not self.is_static:
-            _check_tokens(self, q, k, v, geometry)
-        return self.make_plan(q, k, geometry, v=v, memory=memory)
+        prefix = f"attention policy {self.name!r}"
+        if q is None or k is None or (self.needs_values and v is None):
+            needed = "q, k and v" if self.needs_values else "q and k"
+            raise ValueError(f"{prefix} chooses blocks by the tokens: give it {needed}.")
+        if q.shape[0] != 1 or k.shape[0] != 1:
+            raise ValueError(
+                f"{prefix} makes a plan for one sample, and got {q.shape[0]}: sparse_attention goes through them."
+            )
+        if (q.shape[1], k.shape[1]) != (geometry.num_queries, geometry.num_keys):
+            raise ValueError(
+                f"{q.shape[1]} queries and {k.shape[1]} keys do not fit the geometry, "
+                f"which has {geometry.num_queries} and {geometry.num_keys}."
+            )
+        v = k if v is None else v  # not read then
+        plan = self.token_plan(q[0], k[0], v[0], geometry, {} if memory is None else memory)
+        return plan if plan is None else plan.validate()
 
     @abstractmethod
-    def make_plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
+    def token_plan(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
     ) -> BlockPlan | None:
-        """``plan`` after the dense beginning; what it is given fits the geometry."""
+        """Choose blocks by (tokens, heads, head_dim) queries, keys and, where ``needs_values``, values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StaticPolicy(BlockPolicy):
     """A policy that looks at the geometry only, so that equal layouts share one plan."""
 
-    def make_plan(
+    def plan(
         self,
         q: Tensor | None,
         k: Tensor | None,
@@ -144,14 +178,16 @@ class StaticPolicy(BlockPolicy):
         v: Tensor | None = None,
         memory: Memory | None = None,
     ) -> BlockPlan | None:
-        """The plan of this layout, made once."""
+        """None in the dense beginning, otherwise the plan of this layout, made once."""
+        if self.is_dense(geometry):
+            return None
         return _PLANS.get((self, geometry.layout), lambda: self._shared(geometry))
 
     def _shared(self, geometry: AttentionGeometry) -> BlockPlan | None:
         return _PLANS.get((self, "rules", self.rules(geometry)), lambda: self.layout_plan(geometry))
 
     def rules(self, geometry: AttentionGeometry) -> Hashable:
-        """What of the layout the plan depends on: layouts with equal rules, a window that rolls on, share a plan."""
+        """The part of the layout that the plan depends on: layouts with equal rules share a plan."""
         return geometry.layout
 
     @abstractmethod
@@ -165,19 +201,60 @@ class _Plans:
     def __init__(self) -> None:
         self._plans: OrderedDict[Hashable, BlockPlan | None] = OrderedDict()
 
-    def get(self, key: Hashable, make: Any) -> BlockPlan | None:
+    def get(self, key: Hashable, make: Callable[[], BlockPlan | None]) -> BlockPlan | None:
         """The plan kept under a key, or a new one."""
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
         plan = make()
         self._plans[key] = plan if plan is None else plan.validate()
-        if len(self._plans) > MAX_PLANS:
+        if len(self._plans) > _MAX_PLANS:
             self._plans.popitem(last=False)
         return plan
 
 
 _PLANS = _Plans()
+
+
+class DensityMeter:
+    """A stand-in for a policy that counts the share of dense attention its plans leave to be computed.
+
+    Attributes:
+        policy: Policy whose plans are counted.
+        num_calls: Plans asked for so far.
+        num_dense_calls: Of those, the ones it declined; they count as 1.
+        num_pairs: (query, key) pairs there were.
+        num_computed: Pairs of them that plans kept, the mean over heads.
+    """
+
+    def __init__(self, policy: SparsePolicy) -> None:
+        self.policy = policy
+        self.is_static = policy.is_static
+        self.num_calls = self.num_dense_calls = 0
+        self.num_pairs = self.num_computed = 0.0
+
+    def plan(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> BlockPlan | None:
+        """The policy's plan; see ``SparsePolicy.plan``."""
+        plan = self.policy.plan(q, k, geometry, v=v, memory=memory)
+        pairs = geometry.num_queries * geometry.num_keys
+        self.num_calls += 1
+        self.num_dense_calls += plan is None
+        self.num_pairs += pairs
+        self.num_computed += pairs if plan is None else pairs * plan.density
+        return plan
+
+    @property
+    def density(self) -> float:
+        """Share of all pairs that was computed, 0 to 1; 1 before the first call."""
+        return self.num_computed / self.num_pairs if self.num_pairs else 1.0
 
 
 def is_whole(segment: Segment, geometry: AttentionGeometry) -> bool:
@@ -186,7 +263,7 @@ def is_whole(segment: Segment, geometry: AttentionGeometry) -> bool:
 
 
 def own_segments(geometry: AttentionGeometry) -> list[int]:
-    """Where in ``segments`` the frames that ask are themselves, one after the other.
+    """Find the frames that ask among ``segments``, one after the other.
 
     Raises:
         ValueError: If they are not there.
@@ -202,26 +279,8 @@ def own_segments(geometry: AttentionGeometry) -> list[int]:
 
 
 def shared_heads(k: Tensor, num_heads: int) -> Tensor:
-    """(tokens, heads, ...) of fewer key heads, repeated so that there is one for every query head."""
+    """Repeat (tokens, heads, ...) of fewer key heads, so that there is one for every query head."""
     return k if k.shape[1] == num_heads else k.repeat_interleave(num_heads // k.shape[1], dim=1)
-
-
-def _check_tokens(
-    policy: SparsePolicy, q: Tensor | None, k: Tensor | None, v: Tensor | None, geometry: AttentionGeometry
-) -> None:
-    what = f"attention policy {policy.name!r}"
-    if q is None or k is None or (policy.needs_values and v is None):
-        needed = "q, k and v" if policy.needs_values else "q and k"
-        raise ValueError(f"{what} chooses blocks by the tokens: give it {needed}.")
-    if q.shape[0] != 1 or k.shape[0] != 1:
-        raise ValueError(
-            f"{what} makes a plan for one sample, and got {q.shape[0]}: sparse_attention goes through them."
-        )
-    if (q.shape[1], k.shape[1]) != (geometry.num_queries, geometry.num_keys):
-        raise ValueError(
-            f"{q.shape[1]} queries and {k.shape[1]} keys do not fit the geometry, "
-            f"which has {geometry.num_queries} and {geometry.num_keys}."
-        )
 
 
 def block_means(x: Tensor, edges: Tensor) -> Tensor:
@@ -243,7 +302,7 @@ def block_means(x: Tensor, edges: Tensor) -> Tensor:
 
 
 def _padded_means(x: Tensor, edges: Tensor, sizes: Tensor) -> Tensor:
-    """``block_means`` with all blocks filled up to the longest: one sum each, in one order."""
+    """Means of blocks that are all filled up to the longest: one sum each, in one order."""
     place = torch.arange(int(sizes.max()), device=x.device)
     tokens = (edges[:-1, None] + place).clamp(max=len(x) - 1)
     is_own = (place < sizes[:, None])[..., None, None]
@@ -256,7 +315,7 @@ def sum_by_group(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     Args:
         values: (rows, ...), float.
         group: (rows,), int64: the group of each row.
-        num_groups: How many groups there are; one may be empty.
+        num_groups: Number of groups; one may be empty.
 
     Returns:
         (num_groups, ...), dtype of the values.
@@ -267,108 +326,6 @@ def sum_by_group(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def _product_sums(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """``sum_by_group`` as a product of matrices: GPUs add by index in whatever order threads come, products do not."""
+    """Sums as a product of matrices: GPUs add by index in whatever order threads come, products do not."""
     is_member = (group == torch.arange(num_groups, device=values.device)[:, None]).to(values)
     return (is_member @ values.flatten(1)).view(num_groups, *values.shape[1:])
-
-
-def merged_means(means: Tensor, sizes: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Average block means over groups of blocks, each block by its size.
-
-    Args:
-        means: (blocks, heads, head_dim).
-        sizes: (blocks,) tokens of each.
-        group: (blocks,), int64: the group of each block.
-        num_groups: How many groups there are; none is empty.
-
-    Returns:
-        (num_groups, heads, head_dim).
-    """
-    sizes = sizes.to(means)[:, None, None]
-    return sum_by_group(means * sizes, group, num_groups) / sum_by_group(sizes, group, num_groups)
-
-
-def best(scores: Tensor, count: Tensor | int, *, tiers: Tensor | None = None) -> Tensor:
-    """Take the best entries of every row.
-
-    Args:
-        scores: (..., entries), higher is better. Of equal ones the first is taken.
-        count: How many to take, for all rows or (...,) for each.
-        tiers: (..., entries), whole numbers: entries of a lower tier come before all of a higher one, whatever their
-            score.
-
-    Returns:
-        (..., entries), bool.
-    """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    if tiers is not None:
-        by_tier = tiers.expand_as(scores).gather(-1, order).argsort(dim=-1, stable=True)
-        order = order.gather(-1, by_tier)
-    count = torch.as_tensor(count, device=scores.device)[..., None]
-    is_taken = torch.arange(scores.shape[-1], device=scores.device).expand_as(order) < count
-    return torch.zeros_like(is_taken).scatter_(-1, order, is_taken)
-
-
-class DensityMeter:
-    """Stands in the place of a policy, and counts what it plans.
-
-    Attributes:
-        policy: Whose plans are counted.
-        num_calls: Plans asked for so far.
-        num_dense_calls: Of those, the ones it declined; they count as 1.
-        num_pairs: (query, key) pairs there were.
-        num_computed: Pairs of them that plans kept, the mean over heads.
-    """
-
-    def __init__(self, policy: SparsePolicy) -> None:
-        self.policy = policy
-        self.num_calls = self.num_dense_calls = 0
-        self.num_pairs = self.num_computed = 0.0
-
-    @property
-    def is_static(self) -> bool:
-        """As the policy's."""
-        return self.policy.is_static
-
-    def plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
-    ) -> BlockPlan | None:
-        """The policy's plan; see ``SparsePolicy.plan``."""
-        plan = self.policy.plan(q, k, geometry, v=v, memory=memory)
-        pairs = geometry.num_queries * geometry.num_keys
-        self.num_calls += 1
-        self.num_dense_calls += plan is None
-        self.num_pairs += pairs
-        self.num_computed += pairs if plan is None else pairs * plan.density()
-        return plan
-
-    @property
-    def density(self) -> float:
-        """Share of all pairs that was computed, 0 to 1; 1 before the first call."""
-        return self.num_computed / self.num_pairs if self.num_pairs else 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dense(SparsePolicy):
-    """No plan at all."""
-
-    name: ClassVar[str] = "dense"
-    source: ClassVar[str] = "Attention Is All You Need, arXiv:1706.03762"
-
-    def plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
-    ) -> BlockPlan | None:
-        """Always None."""
-        return None

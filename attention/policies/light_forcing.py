@@ -12,51 +12,21 @@ from torch import Tensor
 from longtake.attention.geometry import AttentionGeometry, Layout
 from longtake.attention.plan import BlockPlan, split_runs
 from longtake.attention.policies.base import (
-    BlockPolicy,
     Memory,
-    best,
+    TokenPolicy,
     block_means,
     is_whole,
-    merged_means,
     own_segments,
     shared_heads,
+    sum_by_group,
 )
 
-
-@cache
-def growth_schedule(
-    num_frames: int, frames_per_block: int, *, sparsity: float, base_sparsity: float, num_context_frames: int | None
-) -> tuple[float, ...]:
-    """Chunk-aware growth: the sparsity of every block of a video, whose mean over all that is read is ``sparsity``.
-
-    Args:
-        num_frames: Latent frames of the video.
-        frames_per_block: Latent frames denoised together.
-        sparsity: Share of the key blocks that is left out, over all blocks of the video but the first.
-        base_sparsity: What the last blocks of an endless video come to.
-        num_context_frames: Most frames that are read; None: all.
-
-    Returns:
-        A number from 0 to below 1 for every block of the video; the first is 0.
-
-    Source: Light Forcing, arXiv:2602.04789; the released code takes 1 / sqrt(frames so far) for the noise of a block.
-    """
-    ends = [(index + 1) * frames_per_block for index in range(1, num_frames // frames_per_block)]
-    lengths = [end if num_context_frames is None else min(end, num_context_frames) for end in ends]
-    noise = [1 / math.sqrt(end) for end in ends]
-    weight = sum(a * length for a, length in zip(noise, lengths, strict=True))
-    beta = (base_sparsity - sparsity) * sum(lengths) / weight if ends else 0.0
-    limit = math.nextafter(1, 0)
-    return (0.0, *(min(max(base_sparsity - a * beta, 0.0), limit) for a in noise))
-
-
-Forced = Literal["own", "sink", "near", "current"]
-MAX_SCENES = 16
+_MAX_SCENES = 16
 """Kept: blocks of several rollouts that take turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LightForcing(BlockPolicy):
+class LightForcing(TokenPolicy):
     """Chunk-aware growth and hierarchical selection (frames, then blocks), for block-autoregressive models only.
 
     Each block of queries first chooses frames from between the sinks and the near past, then blocks from all frames
@@ -77,7 +47,7 @@ class LightForcing(BlockPolicy):
     num_near_frames: int = 1  # last frames before the block in work
     block_size: int = 64  # keys of a block
     query_block_size: int | None = None  # queries that choose together; none: as block_size
-    force: tuple[Forced, ...] = ()  # blocks chosen before all others: own, sink, near, current
+    force: tuple[Literal["own", "sink", "near", "current"], ...] = ()  # blocks chosen before all others
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,10 +56,8 @@ class LightForcing(BlockPolicy):
                 f"sparsity={self.sparsity} and base_sparsity={self.base_sparsity}: "
                 "both must be from 0 to below 1, and base_sparsity not the smaller one."
             )
-        counts = {"num_sink_frames": 0, "num_near_frames": 0, "num_frames": 1, "block_size": 1}
-        for name, limit in counts.items():
-            if getattr(self, name) < limit:
-                raise ValueError(f"{name}={getattr(self, name)} must be {limit} or more.")
+        self._check_least(0, "num_sink_frames", "num_near_frames")
+        self._check_least(1, "num_frames", "block_size")
         for name in ("query_block_size", "num_context_frames"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more, or none.")
@@ -101,22 +69,12 @@ class LightForcing(BlockPolicy):
             )
 
     @property
-    def is_static(self) -> bool:
-        """False: blocks are chosen by the tokens."""
-        return False
-
-    @property
     def _base(self) -> float:
         return max(self.sparsity, min(self.sparsity + 0.1, 0.99)) if self.base_sparsity is None else self.base_sparsity
 
     def block_sparsity(self, block_index: int, frames_per_block: int) -> float:
-        """Share of the key blocks that a block of the rollout leaves out.
-
-        Args:
-            block_index: Which block, from 0.
-            frames_per_block: Latent frames of a block.
-        """
-        schedule = growth_schedule(
+        """Share of the key blocks that a block of the rollout leaves out."""
+        schedule = _growth_schedule(
             self.num_frames,
             frames_per_block,
             sparsity=self.sparsity,
@@ -125,14 +83,8 @@ class LightForcing(BlockPolicy):
         )
         return schedule[min(block_index, len(schedule) - 1)]
 
-    def make_plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
+    def token_plan(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
     ) -> BlockPlan | None:
         """Choose blocks; None where the schedule leaves nothing out or there is no past."""
         if geometry.frames_per_block is None:
@@ -144,19 +96,19 @@ class LightForcing(BlockPolicy):
         if sparsity == 0 or geometry.num_keys == geometry.num_queries:
             return None
         scene = _scene(self, geometry)
-        queries = block_means(q[0], scene.q_edges)
-        keys = block_means(shared_heads(k[0], q.shape[2]), scene.k_edges)
+        queries = block_means(q, scene.q_edges)
+        keys = block_means(shared_heads(k, q.shape[1]), scene.k_edges)
         is_eligible = scene.eligible(queries, keys)
         # A hair more than the product, so that 0.1 x 10 is one block.
         count = max(1, math.floor((1 - sparsity) * len(keys) + 1e-9))
         scores = torch.einsum("qhd,khd->hqk", queries, keys)
         tiers = torch.where(is_eligible, 1 - scene.forced.to(scores.device, torch.long), 2)
-        chosen = best(scores, is_eligible.sum(-1).clamp(max=count), tiers=tiers)
-        return BlockPlan.from_dense_block_mask(chosen.cpu(), scene.q_edges, scene.k_edges).validate()
+        chosen = _best(scores, is_eligible.sum(-1).clamp(max=count), tiers=tiers)
+        return BlockPlan.from_dense_block_mask(chosen.cpu(), scene.q_edges, scene.k_edges)
 
 
 class _Scene:
-    """Which frames and blocks there are to choose from; follows from the layout alone."""
+    """Frames and blocks there are to choose from; follows from the layout alone."""
 
     def __init__(self, policy: LightForcing, geometry: AttentionGeometry) -> None:
         self.policy, self.geometry = policy, geometry
@@ -175,23 +127,20 @@ class _Scene:
         self.segment_of = torch.searchsorted(ends, self.k_edges[:-1].long(), right=True)
 
     def eligible(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(heads, query blocks, key blocks), bool: what is left after frames have been chosen."""
+        """(heads, query blocks, key blocks), bool: blocks that are left after frames have been chosen."""
         device, num_segments = keys.device, len(self.geometry.segments)
-        scores = torch.einsum(
-            "qhd,fhd->hqf",
-            queries,
-            merged_means(keys, self.k_edges.diff().to(device), self.segment_of.to(device), num_segments),
-        )
+        means = _merged_means(keys, self.k_edges.diff().to(device), self.segment_of.to(device), num_segments)
+        scores = torch.einsum("qhd,fhd->hqf", queries, means)
         # Sinks, near past, the block in work, and whatever is no whole frame, may always be chosen from.
         is_open = torch.ones_like(scores, dtype=torch.bool)
         if self.num_frames > self.policy.num_kept_frames:
             room = self.policy.num_kept_frames - len(self.sinks) - len(self.near)
-            is_open[..., self.middle] = best(scores[..., self.middle], room)
+            is_open[..., self.middle] = _best(scores[..., self.middle], room)
         return is_open[..., self.segment_of.to(device)]
 
     @cached_property
     def forced(self) -> Tensor:
-        """(query blocks, key blocks), bool: what is chosen first."""
+        """(query blocks, key blocks), bool: blocks that are chosen first."""
         groups = {"sink": self.sinks, "near": self.near, "current": self.own}
         segments = [index for name in self.policy.force if name != "own" for index in groups[name]]
         is_forced = torch.isin(self.segment_of, torch.tensor(segments, dtype=torch.long))
@@ -211,6 +160,50 @@ def _scene(policy: LightForcing, geometry: AttentionGeometry) -> _Scene:
     key = (policy, geometry.layout)
     if key not in _SCENES:
         _SCENES[key] = _Scene(policy, geometry)
-        if len(_SCENES) > MAX_SCENES:
+        if len(_SCENES) > _MAX_SCENES:
             _SCENES.popitem(last=False)
     return _SCENES[key]
+
+
+@cache
+def _growth_schedule(
+    num_frames: int, frames_per_block: int, *, sparsity: float, base_sparsity: float, num_context_frames: int | None
+) -> tuple[float, ...]:
+    """Chunk-aware growth: the sparsity of every block of a video, whose mean over all that is read is ``sparsity``.
+
+    The first block has 0. The released code takes 1 / sqrt(frames so far) for the noise of a block.
+    """
+    ends = [(index + 1) * frames_per_block for index in range(1, num_frames // frames_per_block)]
+    lengths = [end if num_context_frames is None else min(end, num_context_frames) for end in ends]
+    noise = [1 / math.sqrt(end) for end in ends]
+    weight = sum(a * length for a, length in zip(noise, lengths, strict=True))
+    beta = (base_sparsity - sparsity) * sum(lengths) / weight if ends else 0.0
+    limit = math.nextafter(1, 0)
+    return (0.0, *(min(max(base_sparsity - a * beta, 0.0), limit) for a in noise))
+
+
+def _merged_means(means: Tensor, sizes: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Average (blocks, heads, head_dim) means over groups of blocks, each block by its size."""
+    sizes = sizes.to(means)[:, None, None]
+    return sum_by_group(means * sizes, group, num_groups) / sum_by_group(sizes, group, num_groups)
+
+
+def _best(scores: Tensor, count: Tensor | int, *, tiers: Tensor | None = None) -> Tensor:
+    """Take the best entries of every row; of equal ones the first.
+
+    Args:
+        scores: (..., entries), higher is better.
+        count: Entries to take, for all rows or (...,) for each.
+        tiers: (..., entries), whole numbers: entries of a lower tier come before all of a higher one, whatever their
+            score.
+
+    Returns:
+        (..., entries), bool.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    if tiers is not None:
+        by_tier = tiers.expand_as(scores).gather(-1, order).argsort(dim=-1, stable=True)
+        order = order.gather(-1, by_tier)
+    count = torch.as_tensor(count, device=scores.device)[..., None]
+    is_taken = torch.arange(scores.shape[-1], device=scores.device).expand_as(order) < count
+    return torch.zeros_like(is_taken).scatter_(-1, order, is_taken)

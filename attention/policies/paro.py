@@ -1,6 +1,9 @@
-"""PAROAttention: tokens in the order in which a head's map is block-shaped, and its heaviest blocks."""
+"""PAROAttention: tokens in the order in which a head's map is block-shaped, and its heaviest blocks.
 
-from collections.abc import Mapping
+The published sum that calibration minimises has the share of blocks that are nearly empty with a plus sign, which
+would choose the order with the fewest; it has a minus here. The weight of the two terms is not published.
+"""
+
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -12,14 +15,146 @@ from torch import Tensor
 
 from longtake.attention.geometry import AttentionGeometry, Segment
 from longtake.attention.plan import BlockPlan, split_runs
-from longtake.attention.policies.base import BlockPolicy, Memory, block_means, is_whole, own_segments, shared_heads
+from longtake.attention.policies.base import Memory, TokenPolicy, block_means, is_whole, own_segments, shared_heads
 
 ORDERS = tuple("".join(axes) for axes in permutations("fhw"))
 """The six orders of frames, rows (h) and columns (w), outermost axis first."""
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Orders and masks that were measured for a model.
+
+    Attributes:
+        orders: (layers, heads), int64, into ``ORDERS``.
+        masks: (sets, layers, heads, blocks, blocks), bool, over a whole video in the heads' orders, one set for each
+            of the first steps, the last for all steps after them; None: blocks are chosen when they are needed.
+    """
+
+    orders: Tensor
+    masks: Tensor | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file({"orders": self.orders} | ({} if self.masks is None else {"masks": self.masks}), str(path))
+
+    @classmethod
+    def load(cls, path: str) -> "Calibration":
+        """Read a safetensors file.
+
+        Raises:
+            ValueError: If the file cannot be read, or holds something else.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            parts = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read the calibration {path}: {error}") from error
+        orders, masks = parts.get("orders"), parts.get("masks")
+        if orders is None or orders.ndim != 2 or not 0 <= int(orders.min()) <= int(orders.max()) < len(ORDERS):
+            raise ValueError(
+                f"{path} holds no calibration: it needs orders, (layers, heads) with numbers from 0 to 5."
+            )
+        if masks is not None and (masks.ndim != 5 or masks.shape[1:3] != orders.shape or masks.dtype != torch.bool):
+            raise ValueError(
+                f"{path} holds masks {tuple(masks.shape)} of {masks.dtype}: "
+                f"they must be bool, (sets, {orders.shape[0]}, {orders.shape[1]}, blocks, blocks)."
+            )
+        return cls(orders, masks)
+
+
+_load_calibration = lru_cache(maxsize=4)(Calibration.load)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paro(TokenPolicy):
+    """One of six axis orders per head, and blocks by their weight, measured once or estimated in every call.
+
+    Measured masks are of a whole video. Without them, weights are those of mean queries and mean keys. In the cached
+    form only the frames that ask may be interleaved; frames that are cached are turned in themselves.
+    """
+
+    name: ClassVar[str] = "paro"
+    source: ClassVar[str] = "PAROAttention, arXiv:2506.16054"
+
+    order: str = "fhw"  # outermost axis first, f frames, h rows, w columns: for all heads that are not calibrated
+    density: float = 0.5  # share of the blocks that is read, where masks are not calibrated; 0.2 to 0.5 are published
+    block_size: int = 64  # tokens on each side of a block
+    calibration: str | None = None  # safetensors file with an order, and maybe masks, for every layer and head
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        permutation(self.order, 1, 1, 1)
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density} must be above 0 and at most 1.")
+        self._check_least(1, "block_size")
+        if self.calibration is not None:
+            _load_calibration(self.calibration)
+
+    def token_plan(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
+    ) -> BlockPlan | None:
+        """Order the tokens of every head, and choose blocks."""
+        own = own_segments(geometry)
+        before, after = geometry.segments[: own[0]], geometry.segments[own[-1] + 1 :]
+        calibration = None if self.calibration is None else _load_calibration(self.calibration)
+        orders = self._orders(geometry, q.shape[1], calibration)
+        q_perm = torch.stack([permutation(order, len(geometry.query_frames), *geometry.grid) for order in orders])
+        start = geometry.segments[own[0]].start
+        k_perm = torch.stack(
+            [
+                torch.cat([*_in_order(before, order, geometry), start + asking, *_in_order(after, order, geometry)])
+                for order, asking in zip(orders, q_perm, strict=True)
+            ]
+        )
+        lengths = [*(segment.length for segment in before), geometry.num_queries, *(s.length for s in after)]
+        q_edges, k_edges = split_runs([geometry.num_queries], self.block_size), split_runs(lengths, self.block_size)
+        mask = None if calibration is None else self._measured(geometry, calibration)
+        if mask is None:
+            heads = torch.arange(q.shape[1]).to(q.device)
+            queries = block_means(q[q_perm.T.to(q.device), heads], q_edges)
+            keys = block_means(shared_heads(k, q.shape[1])[k_perm.T.to(q.device), heads], k_edges)
+            scores = torch.einsum("qhd,khd->hqk", queries, keys) / q.shape[2] ** 0.5
+            sizes = k_edges.diff().to(scores)
+            mask = mask_from_sums((scores + sizes.log()).softmax(-1), self.density).cpu()
+        return BlockPlan.from_dense_block_mask(mask, q_edges, k_edges, q_perm=q_perm, k_perm=k_perm)
+
+    def _orders(self, geometry: AttentionGeometry, num_heads: int, calibration: Calibration | None) -> list[str]:
+        if calibration is None:
+            return [self.order] * num_heads
+        num_layers, known_heads = calibration.orders.shape
+        if geometry.layer >= num_layers or known_heads != num_heads:
+            raise ValueError(
+                f"calibration={self.calibration!r} is of {num_layers} layers with {known_heads} heads "
+                f"and has nothing for layer {geometry.layer} with {num_heads}: calibrate for this model."
+            )
+        return [ORDERS[number] for number in calibration.orders[geometry.layer].tolist()]
+
+    def _measured(self, geometry: AttentionGeometry, calibration: Calibration) -> Tensor | None:
+        if calibration.masks is None:
+            return None
+        count = -(-geometry.num_queries // self.block_size)
+        if geometry.num_queries != geometry.num_keys or calibration.masks.shape[-1] != count:
+            raise ValueError(
+                f"calibration={self.calibration!r} has masks of {calibration.masks.shape[-1]} blocks, but there are "
+                f"{geometry.num_queries} queries and {geometry.num_keys} keys in blocks of {self.block_size}: "
+                "measured masks are for one length of whole videos; calibrate without masks for others."
+            )
+        return calibration.masks[min(geometry.step_index, len(calibration.masks) - 1), geometry.layer]
+
+
+def _in_order(segments: tuple[Segment, ...], order: str, geometry: AttentionGeometry) -> list[Tensor]:
+    """Tokens of cached segments, frames in the order's rows and columns."""
+    within = permutation("f" + order.replace("f", ""), 1, *geometry.grid)
+    return [s.start + (within if is_whole(s, geometry) else torch.arange(s.length)) for s in segments]
+
+
 def permutation(order: str, num_frames: int, num_rows: int, num_columns: int) -> Tensor:
-    """Which token stands at each place of an order.
+    """Sort the tokens of a video by an order.
 
     Args:
         order: One of ``ORDERS``; ``fhw`` is the order in which tokens are given.
@@ -28,7 +163,7 @@ def permutation(order: str, num_frames: int, num_rows: int, num_columns: int) ->
         num_columns: Columns of a frame.
 
     Returns:
-        (tokens,), int64, new place to old.
+        (tokens,), int64: the token that stands at each place.
 
     Raises:
         ValueError: If the order is unknown.
@@ -41,49 +176,44 @@ def permutation(order: str, num_frames: int, num_rows: int, num_columns: int) ->
 
 def calibrate(
     attention_map: Tensor,
-    num_frames: int,
-    num_rows: int,
-    num_columns: int,
+    shape: tuple[int, int, int],
     *,
     block_size: int = 64,
     empty_share: float = 0.9,
     threshold: float = 1e-3,
     alpha: float = 0.5,
 ) -> str:
-    """Choose an order for a head.
+    """Choose the order of ``ORDERS`` with the lowest cost for a head.
 
     Args:
         attention_map: (tokens, tokens), softmax weights of the head over a whole video, averaged over prompts.
-        num_frames: Frames.
-        num_rows: Rows of a frame.
-        num_columns: Columns of a frame.
+        shape: Frames, rows and columns of the video.
         block_size: Tokens on each side of a block; incomplete blocks at the end do not count.
         empty_share: A block is nearly empty if this share of its weights is below ``threshold``.
         threshold: See ``empty_share``.
         alpha: Weight of emptiness; the rest goes to evenness inside blocks, which quantised kernels want.
 
-    Returns:
-        The order of ``ORDERS`` with the lowest cost.
-
     Raises:
         ValueError: If the map is not square with as many tokens, or smaller than a block.
     """
-    num_tokens = num_frames * num_rows * num_columns
+    num_tokens = shape[0] * shape[1] * shape[2]
     if tuple(attention_map.shape) != (num_tokens, num_tokens) or num_tokens < block_size:
         raise ValueError(
             f"attention_map is {tuple(attention_map.shape)} but must be {(num_tokens, num_tokens)}, "
             f"and at least one block of block_size={block_size}."
         )
     empty, uneven = [], []
+    count = num_tokens // block_size
     for order in ORDERS:
-        tokens = permutation(order, num_frames, num_rows, num_columns).to(attention_map.device)
-        blocks = _blocks(attention_map[tokens][:, tokens].float(), block_size)
+        tokens = permutation(order, *shape).to(attention_map.device)[: count * block_size]
+        blocks = attention_map[tokens][:, tokens].float().view(count, block_size, count, block_size)
+        blocks = blocks.transpose(1, 2).reshape(count * count, -1)
         is_empty = (blocks < threshold).float().mean(-1) >= empty_share
         empty.append(is_empty.float().mean())
         uneven.append((blocks.amax(-1) / blocks.mean(-1).clamp(min=1e-12)).mean())
-    occupied = 1 - torch.stack(empty)
-    cost = alpha * _share(occupied) + (1 - alpha) * _share(torch.stack(uneven))
-    return ORDERS[int(cost.argmin())]
+    occupied, uneven = 1 - torch.stack(empty), torch.stack(uneven)
+    occupied, uneven = (values / values.sum().clamp(min=1e-12) for values in (occupied, uneven))
+    return ORDERS[int((alpha * occupied + (1 - alpha) * uneven).argmin())]
 
 
 def mask_from_sums(sums: Tensor, density: float) -> Tensor:
@@ -104,182 +234,8 @@ def mask_from_sums(sums: Tensor, density: float) -> Tensor:
 
 
 def mask_from_map(attention_map: Tensor, density: float, *, block_size: int = 64) -> Tensor:
-    """Keep the blocks of an attention map with the largest sums.
-
-    Args:
-        attention_map: (tokens, tokens) in the head's order; ``permutation`` gives it.
-        density: Share of the blocks to keep.
-        block_size: Tokens on each side of a block; the last may be shorter.
-
-    Returns:
-        (blocks, blocks), bool.
-    """
+    """Keep the (blocks, blocks) of a (tokens, tokens) attention map in the head's order with the largest sums."""
     block = torch.arange(len(attention_map), device=attention_map.device) // block_size
     count = int(block[-1]) + 1
     rows = attention_map.new_zeros(count, len(attention_map)).index_add_(0, block, attention_map)
     return mask_from_sums(attention_map.new_zeros(count, count).index_add_(1, block, rows), density)
-
-
-def _blocks(attention_map: Tensor, size: int) -> Tensor:
-    """(blocks, tokens of a block)."""
-    count = len(attention_map) // size
-    whole = attention_map[: count * size, : count * size]
-    return whole.view(count, size, count, size).transpose(1, 2).reshape(count * count, size * size)
-
-
-def _share(values: Tensor) -> Tensor:
-    return values / values.sum().clamp(min=1e-12)
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """What was measured for a model.
-
-    Attributes:
-        orders: (layers, heads), int64, into ``ORDERS``.
-        masks: (sets, layers, heads, blocks, blocks), bool, over a whole video in the heads' orders, one set for each
-            of the first steps, the last for all steps after them; None: blocks are chosen when they are needed.
-    """
-
-    orders: Tensor
-    masks: Tensor | None = None
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        from safetensors.torch import save_file
-
-        parts: Mapping[str, Tensor] = {"orders": self.orders}
-        save_file(parts if self.masks is None else {**parts, "masks": self.masks}, str(path))
-
-
-@lru_cache(maxsize=4)
-def load_calibration(path: str) -> Calibration:
-    """Read what ``Calibration.save`` wrote.
-
-    Raises:
-        ValueError: If the file cannot be read, or holds something else.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        parts = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read the calibration {path}: {error}") from error
-    orders, masks = parts.get("orders"), parts.get("masks")
-    if orders is None or orders.ndim != 2 or not 0 <= int(orders.min()) <= int(orders.max()) < len(ORDERS):
-        raise ValueError(f"{path} holds no calibration: it needs orders, (layers, heads) with numbers from 0 to 5.")
-    if masks is not None and (masks.ndim != 5 or masks.shape[1:3] != orders.shape or masks.dtype != torch.bool):
-        raise ValueError(
-            f"{path} holds masks {tuple(masks.shape)} of {masks.dtype}: "
-            f"they must be bool, (sets, {orders.shape[0]}, {orders.shape[1]}, blocks, blocks)."
-        )
-    return Calibration(orders, masks)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paro(BlockPolicy):
-    """One of six axis orders per head, and blocks by their weight, measured once or estimated in every call.
-
-    Measured masks are of a whole video. Without them, weights are those of mean queries and mean keys. In the cached
-    form only the frames that ask may be interleaved; frames that are cached are turned in themselves.
-    """
-
-    name: ClassVar[str] = "paro"
-    source: ClassVar[str] = "PAROAttention, arXiv:2506.16054"
-
-    order: str = "fhw"  # outermost axis first, f frames, h rows, w columns: for all heads that are not calibrated
-    density: float = 0.5  # share of the blocks that is read, where masks are not calibrated; 0.2 to 0.5 are published
-    block_size: int = 64  # tokens on each side of a block
-    calibration: str | None = None  # safetensors file with an order, and maybe masks, for every layer and head
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        permutation(self.order, 1, 1, 1)
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density} must be above 0 and at most 1.")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be 1 or more.")
-        if self.calibration is not None:
-            load_calibration(self.calibration)
-
-    @property
-    def is_static(self) -> bool:
-        """False: where masks are not measured, blocks are chosen by the tokens."""
-        return False
-
-    def make_plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
-    ) -> BlockPlan | None:
-        """Order the tokens of every head, and choose blocks."""
-        own_segments(geometry)
-        calibration = None if self.calibration is None else load_calibration(self.calibration)
-        orders = self._orders(geometry, q.shape[2], calibration)
-        q_perm = torch.stack([_query_order(order, geometry) for order in orders])
-        k_perm = torch.stack([_key_order(order, geometry) for order in orders])
-        q_edges, k_edges = split_runs([geometry.num_queries], self.block_size), self._key_edges(geometry)
-        mask = None if calibration is None else self._measured(geometry, q.shape[2], calibration)
-        if mask is None:
-            heads = torch.arange(q.shape[2]).to(q.device)
-            queries = block_means(q[0][q_perm.T.to(q.device), heads], q_edges)
-            keys = block_means(shared_heads(k[0], q.shape[2])[k_perm.T.to(q.device), heads], k_edges)
-            scores = torch.einsum("qhd,khd->hqk", queries, keys) / q.shape[3] ** 0.5
-            sizes = k_edges.diff().to(scores)
-            mask = mask_from_sums((scores + sizes.log()).softmax(-1), self.density).cpu()
-        return BlockPlan.from_dense_block_mask(mask, q_edges, k_edges, q_perm=q_perm, k_perm=k_perm).validate()
-
-    def _orders(self, geometry: AttentionGeometry, num_heads: int, calibration: Calibration | None) -> list[str]:
-        if calibration is None:
-            return [self.order] * num_heads
-        num_layers, known_heads = calibration.orders.shape
-        if geometry.layer >= num_layers or known_heads != num_heads:
-            raise ValueError(
-                f"calibration={self.calibration!r} is of {num_layers} layers with {known_heads} heads "
-                f"and has nothing for layer {geometry.layer} with {num_heads}: calibrate for this model."
-            )
-        return [ORDERS[number] for number in calibration.orders[geometry.layer].tolist()]
-
-    def _measured(self, geometry: AttentionGeometry, num_heads: int, calibration: Calibration) -> Tensor | None:
-        if calibration.masks is None:
-            return None
-        count = -(-geometry.num_queries // self.block_size)
-        if geometry.num_queries != geometry.num_keys or calibration.masks.shape[-1] != count:
-            raise ValueError(
-                f"calibration={self.calibration!r} has masks of {calibration.masks.shape[-1]} blocks, but there are "
-                f"{geometry.num_queries} queries and {geometry.num_keys} keys in blocks of {self.block_size}: "
-                "measured masks are for one length of whole videos; calibrate without masks for others."
-            )
-        return calibration.masks[min(geometry.step_index, len(calibration.masks) - 1), geometry.layer]
-
-    def _key_edges(self, geometry: AttentionGeometry) -> Tensor:
-        before, after = _others(geometry)
-        lengths = [segment.length for segment in before], [segment.length for segment in after]
-        return split_runs([*lengths[0], geometry.num_queries, *lengths[1]], self.block_size)
-
-
-def _others(geometry: AttentionGeometry) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """What lies before and behind the frames that ask."""
-    own = own_segments(geometry)
-    return geometry.segments[: own[0]], geometry.segments[own[-1] + 1 :]
-
-
-def _query_order(order: str, geometry: AttentionGeometry) -> Tensor:
-    return permutation(order, len(geometry.query_frames), *geometry.grid)
-
-
-def _key_order(order: str, geometry: AttentionGeometry) -> Tensor:
-    """Cached frames in the order's rows and columns, and the frames that ask as the queries."""
-    before, after = _others(geometry)
-    within = permutation("f" + order.replace("f", ""), 1, *geometry.grid)
-
-    def tokens(segment: Segment) -> Tensor:
-        return segment.start + (within if is_whole(segment, geometry) else torch.arange(segment.length))
-
-    start = before[-1].stop if before else 0
-    return torch.cat([*map(tokens, before), start + _query_order(order, geometry), *map(tokens, after)])

@@ -1,4 +1,9 @@
-"""Radial attention: the farther away in time, the fewer tokens."""
+"""Radial attention: bands around the diagonal that get narrower, then rarer, with the distance of two frames.
+
+With P the power of two above the tokens of a frame and n(d) the bit length of the distance d of two frames, tokens
+attend to those within P / 2^n(d) places of their own; where that is less than 128 tokens, to every so many frames.
+Constants and block rule are those of the source's code at 72788d4 (Apache-2.0).
+"""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -12,86 +17,107 @@ from longtake.attention.geometry import AttentionGeometry, Segment
 from longtake.attention.plan import BlockPlan, split_runs, uniform_edges
 from longtake.attention.policies.base import StaticPolicy, is_whole, own_segments
 
-AdjacentWidth = Literal["full", "half"]
-THIN_BELOW = 128
-"""Bands narrower than this many tokens skip frames instead: the source's constant, whatever the block size."""
-MODELS = ("wan", "hunyuan")
+_AdjacentWidth = Literal["full", "half"]
+_Model = Literal["wan", "hunyuan"]
+_Reach = int | None
+"""Half the width of the band that a frame reads of a segment; _WHOLE: all of it; None: nothing."""
+_WHOLE = -1
+_THIN_BELOW = 128  # tokens: the source's constant, whatever the block size
 
 
-def band_width(
-    distance: int,
-    tokens_per_frame: int,
-    *,
-    block_size: int = 128,
-    decay_factor: float = 1.0,
-    adjacent_width: AdjacentWidth = "full",
-) -> float:
-    """Say how far from its own place in a frame a token attends in a frame that is so far away.
+@dataclass(frozen=True, kw_only=True)
+class Radial(StaticPolicy):
+    """Bands that get narrower, then rarer, with the distance in time.
 
-    Args:
-        distance: Frames between the two, 0 or more.
-        tokens_per_frame: Tokens of one frame.
-        block_size: Tokens; no band is narrower.
-        decay_factor: Scales the bands from distance 2 on.
-        adjacent_width: At distance 1, the whole frame, or half of it as in older versions of the source.
-
-    Returns:
-        Half the width of the band in tokens.
+    Of a whole video it is the published mask, and every block keeps itself. In the cached form only the rows of the
+    frames that ask are made, of blocks that end with their frame, and distance is that of rotated positions: it is
+    what the model sees once a cache moves frames up. The first frame of the video and the cache's sinks are read
+    whole, and so is what has no places in a frame: compressed memory, text.
     """
-    if distance == 1 and adjacent_width == "half":
-        return tokens_per_frame // 2
-    if distance <= 1:
-        return tokens_per_frame
-    return max(block_size, _decay_length(distance, tokens_per_frame) * decay_factor)
+
+    name: ClassVar[str] = "radial"
+    source: ClassVar[str] = "Radial Attention, arXiv:2506.19852"
+
+    block_size: int = 128  # tokens on each side of a block
+    decay_factor: float = 1.0  # scales the bands from distance 2 on; 0.2 to 1 are published
+    thin_below: int = _THIN_BELOW  # bands narrower than this skip frames; less for models with few tokens a frame
+    adjacent_width: _AdjacentWidth = "full"  # half: as in older versions of the source
+    model: _Model = "wan"  # hunyuan: the first frame is no sink
+    distance: Literal["position", "global"] = "position"  # of rotated positions, or of frames in the video
+    dense_current: bool = True  # frames of the block in work read each other whole
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._bands.check()
+
+    @property
+    def _bands(self) -> "_Bands":
+        return _Bands(self.block_size, self.decay_factor, self.adjacent_width, self.thin_below)
+
+    def rules(self, geometry: AttentionGeometry) -> Hashable:
+        """How far each frame reads into each segment."""
+        if _is_whole_video(geometry):
+            return len(geometry.segments), geometry.frame_tokens
+        lengths = tuple(segment.length for segment in geometry.segments)
+        return geometry.frame_tokens, lengths, self._reaches(geometry)
+
+    def layout_plan(self, geometry: AttentionGeometry) -> BlockPlan:
+        """The published mask, or the rows of the frames that ask."""
+        if _is_whole_video(geometry):
+            mask = _whole_video_mask(self._bands, len(geometry.segments), geometry.frame_tokens, self.model)
+            edges = uniform_edges(geometry.num_keys, self.block_size)
+            # Frames that begin late in a block may have lost it: no query may read nothing.
+            return BlockPlan.from_dense_block_mask(mask.fill_diagonal_(True), edges, edges)
+        own = own_segments(geometry)
+        reaches = self._reaches(geometry)
+        rows = [
+            torch.cat(
+                [
+                    self._pair(geometry, segment, reach[column], is_self=column == own[row])
+                    for column, segment in enumerate(geometry.segments)
+                ],
+                dim=1,
+            )
+            for row, reach in enumerate(reaches)
+        ]
+        return BlockPlan.from_dense_block_mask(
+            torch.cat(rows),
+            split_runs([geometry.frame_tokens] * len(reaches), self.block_size),
+            split_runs([segment.length for segment in geometry.segments], self.block_size),
+        )
+
+    def _pair(self, geometry: AttentionGeometry, segment: Segment, reach: _Reach, *, is_self: bool) -> Tensor:
+        """(blocks of a frame, blocks of a segment), bool."""
+        rows = split_runs([geometry.frame_tokens], self.block_size)
+        columns = split_runs([segment.length], self.block_size)
+        if reach is None or reach == _WHOLE:
+            blocks = torch.full((len(rows) - 1, len(columns) - 1), reach == _WHOLE)
+        else:
+            blocks = _band_blocks(reach, rows.long(), columns.long())
+        return blocks.fill_diagonal_(True) if is_self else blocks
+
+    def _reaches(self, geometry: AttentionGeometry) -> tuple[tuple[_Reach, ...], ...]:
+        return tuple(
+            tuple(self._reach(geometry, segment, frame, position) for segment in geometry.segments)
+            for frame, position in zip(geometry.query_frames, geometry.query_positions, strict=True)
+        )
+
+    def _reach(self, geometry: AttentionGeometry, segment: Segment, frame: int, position: float) -> _Reach:
+        is_first = segment.frame == 0 and self.model == "wan"
+        if segment.role == "sink" or is_first or not is_whole(segment, geometry):
+            return _WHOLE
+        if segment.role == "current" and self.dense_current:
+            return _WHOLE
+        apart = segment.position - position if self.distance == "position" else segment.frame - frame
+        width = self._bands.width(int(abs(apart) + 0.5), geometry.frame_tokens)
+        return None if width is None else min(int(width), geometry.frame_tokens)
 
 
-def is_kept(distance: int, tokens_per_frame: int, *, thin_below: int = THIN_BELOW) -> bool:
-    """Say whether frames so far apart attend to each other at all.
-
-    Args:
-        distance: Frames between the two, 0 or more.
-        tokens_per_frame: Tokens of one frame.
-        thin_below: Bands narrower than this many tokens keep one frame in ``thin_below`` divided by their width.
-    """
-    length = _decay_length(distance, tokens_per_frame)
-    return distance <= 1 or length >= thin_below or distance % int(thin_below / length) == 0
-
-
-def _decay_length(distance: int, tokens_per_frame: int) -> float:
-    return 2 ** tokens_per_frame.bit_length() / 2 ** distance.bit_length()
-
-
-def band_blocks(width: float, row_edges: Tensor, column_edges: Tensor, row_sizes: Tensor | None = None) -> Tensor:
-    """Blocks that a band around the diagonal of a frame pair keeps.
-
-    A column of a block is touched if any of its tokens is in the band, and dense if more than a third of the block's
-    rows are; a block is kept if more than 0.6 of its touched columns are dense. Clipped corners are therefore dropped.
-
-    Args:
-        width: Tokens k and l are in the band if abs(k - l) <= width.
-        row_edges: (rows + 1,) whole numbers, ascending, in tokens of the query's frame.
-        column_edges: (columns + 1,) whole numbers, ascending, in tokens of the key's frame.
-        row_sizes: (rows,) tokens that count as a whole block, where a frame covers only part of it; None: what the
-            edges say.
-
-    Returns:
-        (rows, columns), bool.
-    """
-    row_sizes = row_edges.diff() if row_sizes is None else row_sizes
-    first, last = row_edges[:-1, None], row_edges[1:, None]
-    keys = torch.arange(int(column_edges[0]), int(column_edges[-1]))
-    reach = int(width)
-    counts = torch.minimum(last, keys + reach + 1) - torch.maximum(first, keys - reach)
-    # 1/3 and 0.6 as whole numbers: no rounding decides.
-    touched = _sums(counts > 0, column_edges)
-    dense = _sums(counts.clamp(min=0) * 3 > row_sizes[:, None], column_edges)
-    return dense * 5 > touched * 3
-
-
-def _sums(values: Tensor, edges: Tensor) -> Tensor:
-    """Add up the columns between edges."""
-    total = torch.nn.functional.pad(values.long().cumsum(1), (1, 0))
-    return total[:, edges - edges[0]].diff(dim=1)
+def _is_whole_video(geometry: AttentionGeometry) -> bool:
+    """Whether all frames ask all frames, as the published mask has it."""
+    frames = tuple(segment.frame for segment in geometry.segments)
+    is_square = frames == geometry.query_frames and all(is_whole(s, geometry) for s in geometry.segments)
+    return geometry.frames_per_block is None and is_square
 
 
 def radial_block_mask(
@@ -100,11 +126,11 @@ def radial_block_mask(
     *,
     block_size: int = 128,
     decay_factor: float = 1.0,
-    model: str = "wan",
-    adjacent_width: AdjacentWidth = "full",
-    thin_below: int = THIN_BELOW,
+    model: _Model = "wan",
+    adjacent_width: _AdjacentWidth = "full",
+    thin_below: int = _THIN_BELOW,
 ) -> Tensor:
-    """Which blocks of a whole video attend to which: the published mask, one for all heads, layers and steps.
+    """The published mask of a whole video, one for all heads, layers and steps.
 
     Blocks are consecutive runs of ``block_size`` tokens and may straddle frames. Where the tokens are no multiple of
     it, the last row and column hold what is left, by the same rule over the tokens there are; the source leaves those
@@ -127,28 +153,52 @@ def radial_block_mask(
     Raises:
         ValueError: If a number is out of range or the model unknown.
     """
-    _check(num_frames, tokens_per_frame, block_size, decay_factor, thin_below)
-    if model not in MODELS:
-        raise ValueError(f"model={model!r} has no radial mask; known: {', '.join(MODELS)}.")
+    for name, value in (("num_frames", num_frames), ("tokens_per_frame", tokens_per_frame)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more.")
+    if model not in ("wan", "hunyuan"):
+        raise ValueError(f"model={model!r} has no radial mask; known: wan, hunyuan.")
+    bands = _Bands(block_size, decay_factor, adjacent_width, thin_below)
+    bands.check()
+    return _whole_video_mask(bands, num_frames, tokens_per_frame, model)
 
-    def reach(query_frame: int, key_frame: int) -> float | None:
-        if key_frame == 0 and model == "wan":
+
+@dataclass(frozen=True)
+class _Bands:
+    """The width of the bands by the distance of two frames."""
+
+    block_size: int = 128
+    decay_factor: float = 1.0
+    adjacent_width: str = "full"
+    thin_below: int = _THIN_BELOW
+
+    def check(self) -> None:
+        for name in ("block_size", "thin_below"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if not 0 < self.decay_factor < float("inf"):
+            raise ValueError(
+                f"decay_factor={self.decay_factor} must be above 0 and finite: 1 is the published default."
+            )
+
+    def width(self, distance: int, tokens_per_frame: int) -> float | None:
+        """Half the width of the band in tokens; None where frames so far apart do not attend to each other."""
+        if distance == 1 and self.adjacent_width == "half":
+            return tokens_per_frame // 2
+        if distance <= 1:
             return tokens_per_frame
-        distance = abs(query_frame - key_frame)
-        if not is_kept(distance, tokens_per_frame, thin_below=thin_below):
+        length = 2 ** tokens_per_frame.bit_length() / 2 ** distance.bit_length()
+        if length < self.thin_below and distance % int(self.thin_below / length):
             return None
-        return band_width(
-            distance,
-            tokens_per_frame,
-            block_size=block_size,
-            decay_factor=decay_factor,
-            adjacent_width=adjacent_width,
-        )
+        return max(self.block_size, length * self.decay_factor)
 
-    grid = _Grid(num_frames, tokens_per_frame, block_size)
+
+def _whole_video_mask(bands: _Bands, num_frames: int, tokens_per_frame: int, model: str) -> Tensor:
+    grid = _Grid(num_frames, tokens_per_frame, bands.block_size)
     for i in range(num_frames):
         for j in range(num_frames):
-            width = reach(i, j)
+            is_sink = j == 0 and model == "wan"
+            width = tokens_per_frame if is_sink else bands.width(abs(i - j), tokens_per_frame)
             if width is not None:
                 grid.add(i, j, int(width))
     return grid.mask
@@ -180,7 +230,7 @@ class _Grid:
             self._add_rest(row, column, width, row_offset, column_offset)
 
     def _add_rest(self, row: int, column: int, width: int, row_offset: int, column_offset: int) -> None:
-        """The last row and column, which are no whole blocks."""
+        """Fill the last row and column, which are no whole blocks."""
         end = self.num_whole
         num_rows, num_columns = self._num_blocks(row_offset), self._num_blocks(column_offset)
         if row + num_rows > end:
@@ -203,132 +253,36 @@ class _Grid:
         sizes = torch.full((len(row_edges) - 1,), self.size)
         if last_size is not None:
             sizes[-1] = last_size
-        return band_blocks(width, row_edges, column_edges, sizes)
+        return _band_blocks(width, row_edges, column_edges, sizes)
 
 
-def _check(num_frames: int, tokens_per_frame: int, block_size: int, decay_factor: float, thin_below: int) -> None:
-    counts = {
-        "num_frames": num_frames,
-        "tokens_per_frame": tokens_per_frame,
-        "block_size": block_size,
-        "thin_below": thin_below,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be 1 or more.")
-    if not 0 < decay_factor < float("inf"):
-        raise ValueError(f"decay_factor={decay_factor} must be above 0 and finite: 1 is the published default.")
+def _band_blocks(reach: int, row_edges: Tensor, column_edges: Tensor, row_sizes: Tensor | None = None) -> Tensor:
+    """Blocks that a band around the diagonal of a frame pair keeps.
 
+    A column of a block is touched if any of its tokens is in the band, and dense if more than a third of the block's
+    rows are; a block is kept if more than 0.6 of its touched columns are dense. Clipped corners are therefore dropped.
 
-Reach = int | None
-"""Half the width of the band that a frame reads of a segment; WHOLE: all of it; None: nothing."""
-WHOLE = -1
+    Args:
+        reach: Tokens k and l are in the band if abs(k - l) <= reach.
+        row_edges: (rows + 1,) whole numbers, ascending, in tokens of the query's frame.
+        column_edges: (columns + 1,) whole numbers, ascending, in tokens of the key's frame.
+        row_sizes: (rows,) tokens that count as a whole block, where a frame covers only part of it; None: what the
+            edges say.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Radial(StaticPolicy):
-    """Bands that get narrower, then rarer, with the distance in time.
-
-    Of a whole video it is the published mask, and every block keeps itself. In the cached form only the rows of the
-    frames that ask are made, of blocks that end with their frame, and distance is that of rotated positions: it is
-    what the model sees once a cache moves frames up. The first frame of the video and the cache's sinks are read
-    whole, and so is what has no places in a frame: compressed memory, text.
+    Returns:
+        (rows, columns), bool.
     """
-
-    name: ClassVar[str] = "radial"
-    source: ClassVar[str] = "Radial Attention, arXiv:2506.19852"
-
-    block_size: int = 128  # tokens on each side of a block
-    decay_factor: float = 1.0  # scales the bands from distance 2 on; 0.2 to 1 are published
-    thin_below: int = THIN_BELOW  # bands narrower than this skip frames; less for models with few tokens a frame
-    adjacent_width: AdjacentWidth = "full"  # half: as in older versions of the source
-    model: Literal["wan", "hunyuan"] = "wan"  # hunyuan: the first frame is no sink
-    distance: Literal["position", "global"] = "position"  # of rotated positions, or of frames in the video
-    dense_current: bool = True  # frames of the block in work read each other whole
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        radial_block_mask(1, 1, block_size=self.block_size, decay_factor=self.decay_factor, thin_below=self.thin_below)
-
-    def rules(self, geometry: AttentionGeometry) -> Hashable:
-        """How far each frame reads into each segment."""
-        if _is_whole_video(geometry):
-            return len(geometry.segments), geometry.frame_tokens
-        lengths = tuple(segment.length for segment in geometry.segments)
-        return geometry.frame_tokens, lengths, self._reaches(geometry)
-
-    def layout_plan(self, geometry: AttentionGeometry) -> BlockPlan:
-        """The published mask, or the rows of the frames that ask."""
-        if _is_whole_video(geometry):
-            return self._whole_video(len(geometry.segments), geometry.frame_tokens)
-        own = own_segments(geometry)
-        reaches = self._reaches(geometry)
-        rows = []
-        for row, reach in enumerate(reaches):
-            parts = [
-                self._pair(geometry, segment, reach[column], is_self=column == own[row])
-                for column, segment in enumerate(geometry.segments)
-            ]
-            rows.append(torch.cat(parts, dim=1))
-        return BlockPlan.from_dense_block_mask(
-            torch.cat(rows),
-            split_runs([geometry.frame_tokens] * len(reaches), self.block_size),
-            split_runs([segment.length for segment in geometry.segments], self.block_size),
-        )
-
-    def _whole_video(self, num_frames: int, tokens_per_frame: int) -> BlockPlan:
-        mask = radial_block_mask(
-            num_frames,
-            tokens_per_frame,
-            block_size=self.block_size,
-            decay_factor=self.decay_factor,
-            model=self.model,
-            adjacent_width=self.adjacent_width,
-            thin_below=self.thin_below,
-        )
-        edges = uniform_edges(num_frames * tokens_per_frame, self.block_size)
-        # Frames that begin late in a block may have lost it: no query may read nothing.
-        return BlockPlan.from_dense_block_mask(mask.fill_diagonal_(True), edges, edges)
-
-    def _pair(self, geometry: AttentionGeometry, segment: Segment, reach: Reach, *, is_self: bool) -> Tensor:
-        """(blocks of a frame, blocks of a segment), bool."""
-        rows = split_runs([geometry.frame_tokens], self.block_size)
-        columns = split_runs([segment.length], self.block_size)
-        shape = (len(rows) - 1, len(columns) - 1)
-        if reach is None or reach == WHOLE:
-            blocks = torch.full(shape, reach == WHOLE)
-        else:
-            blocks = band_blocks(reach, rows.long(), columns.long())
-        return blocks.fill_diagonal_(True) if is_self else blocks
-
-    def _reaches(self, geometry: AttentionGeometry) -> tuple[tuple[Reach, ...], ...]:
-        return tuple(
-            tuple(self._reach(geometry, segment, frame, position) for segment in geometry.segments)
-            for frame, position in zip(geometry.query_frames, geometry.query_positions, strict=True)
-        )
-
-    def _reach(self, geometry: AttentionGeometry, segment: Segment, frame: int, position: float) -> Reach:
-        is_first = segment.frame == 0 and self.model == "wan"
-        if segment.role == "sink" or is_first or not is_whole(segment, geometry):
-            return WHOLE
-        if segment.role == "current" and self.dense_current:
-            return WHOLE
-        apart = segment.position - position if self.distance == "position" else segment.frame - frame
-        distance, tokens = int(abs(apart) + 0.5), geometry.frame_tokens
-        if not is_kept(distance, tokens, thin_below=self.thin_below):
-            return None
-        width = band_width(
-            distance,
-            tokens,
-            block_size=self.block_size,
-            decay_factor=self.decay_factor,
-            adjacent_width=self.adjacent_width,
-        )
-        return min(int(width), tokens)
+    row_sizes = row_edges.diff() if row_sizes is None else row_sizes
+    first, last = row_edges[:-1, None], row_edges[1:, None]
+    keys = torch.arange(int(column_edges[0]), int(column_edges[-1]))
+    counts = torch.minimum(last, keys + reach + 1) - torch.maximum(first, keys - reach)
+    # 1/3 and 0.6 as whole numbers: no rounding decides.
+    touched = _sums(counts > 0, column_edges)
+    dense = _sums(counts.clamp(min=0) * 3 > row_sizes[:, None], column_edges)
+    return dense * 5 > touched * 3
 
 
-def _is_whole_video(geometry: AttentionGeometry) -> bool:
-    """Whether all frames ask all frames, as the published mask has it."""
-    frames = tuple(segment.frame for segment in geometry.segments)
-    is_square = frames == geometry.query_frames and all(is_whole(s, geometry) for s in geometry.segments)
-    return geometry.frames_per_block is None and is_square
+def _sums(values: Tensor, edges: Tensor) -> Tensor:
+    """Add up the columns between edges."""
+    total = torch.nn.functional.pad(values.long().cumsum(1), (1, 0))
+    return total[:, edges - edges[0]].diff(dim=1)

@@ -2,85 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longtake.attention.geometry import AttentionGeometry
 from longtake.attention.plan import BlockPlan, uniform_edges
-from longtake.attention.policies.base import BlockPolicy, Memory, is_whole, own_segments, shared_heads
+from longtake.attention.policies.base import Memory, TokenPolicy, is_whole, own_segments, shared_heads
 
-
-@dataclass(frozen=True)
-class Layout:
-    """An order of queries and keys.
-
-    Attributes:
-        q_perm: (queries,), int64: the query at each place.
-        k_perm: (keys,), int64: the key at each place.
-        own: (queries,), int64: for each query place the place of the query's own key.
-    """
-
-    q_perm: Tensor
-    k_perm: Tensor
-    own: Tensor
-
-
-def layouts(num_query_frames: int, num_key_frames: int, tokens_per_frame: int) -> tuple[Layout, Layout]:
-    """Frame by frame, and place by place.
-
-    Args:
-        num_query_frames: Frames that ask; they are the last of the key frames.
-        num_key_frames: Frames of the keys.
-        tokens_per_frame: Tokens of a frame.
-
-    Returns:
-        The spatial and the temporal layout.
-    """
-    past = num_key_frames - num_query_frames
-    shapes = [(frames, tokens_per_frame) for frames in (num_query_frames, num_key_frames)]
-    plain, turned = [], []
-    for frames, tokens in shapes:
-        order = torch.arange(frames * tokens)
-        plain.append(order)
-        turned.append(order.view(frames, tokens).T.reshape(-1))
-    own = plain[0] + past * tokens_per_frame
-    place = torch.empty_like(turned[1])
-    place[turned[1]] = plain[1]
-    return Layout(*plain, own), Layout(*turned, place[own[turned[0]]])
-
-
-def half_width(own: Tensor, num_keys: int, density: float) -> int:
-    """Half the width of a band around each query's own place that covers a share of all pairs.
-
-    For a square of S tokens it is S (1 - sqrt(1 - density)), as the source has it.
-
-    Args:
-        own: (queries,) place of each query's own key.
-        num_keys: Keys.
-        density: Share of the pairs, 0 to 1.
-
-    Returns:
-        The least whole number of tokens with that share.
-    """
-    low, high = 0, num_keys
-    while low < high:
-        width = (low + high) // 2
-        covered = (own + width).clamp(max=num_keys - 1) - (own - width).clamp(min=0) + 1
-        if int(covered.sum()) >= density * num_keys * len(own):
-            high = width
-        else:
-            low = width + 1
-    return low
-
-
-BAND_STEP = 128
+_BAND_STEP = 128
 """The source rounds the half width of its band up to a multiple of this many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Svg(BlockPolicy):
+class Svg(TokenPolicy):
     """Per head the cheaper of two layouts by a sample of queries, then a band and the first keys of that order.
 
     In the cached form a query's own place among all keys is the middle of its band.
@@ -104,66 +40,36 @@ class Svg(BlockPolicy):
         super().__post_init__()
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density} must be above 0 and at most 1.")
-        for name in ("num_sampled_rows", "num_sampled_from", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        self._check_least(1, "num_sampled_rows", "num_sampled_from", "block_size")
 
-    @property
-    def is_static(self) -> bool:
-        """False: heads are told apart by their tokens."""
-        return False
-
-    def make_plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
+    def token_plan(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
     ) -> BlockPlan | None:
-        """Tell the heads apart, and give each its order and its band."""
+        """Give each head the spatial or the temporal order, and its band."""
         own_segments(geometry)
         if not all(is_whole(segment, geometry) for segment in geometry.segments):
             raise ValueError(
                 "attention policy 'svg' needs whole frames among the keys: "
                 "compressed memory and text have no place in its orders."
             )
-        both = layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)
-        is_temporal = self.temporal_heads(q[0], k[0], v[0], geometry, both).cpu()
-        bands = torch.stack(
-            [
-                self._band(layout, geometry, is_sunk)
-                for layout, is_sunk in zip(both, (True, self.temporal_sink), strict=True)
-            ]
-        )
-        orders = [torch.stack([getattr(layout, name) for layout in both]) for name in ("q_perm", "k_perm")]
-        kind = is_temporal.long()
+        both = _layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)
+        kind = self._temporal_heads(q, k, v, geometry, both).cpu().long()
+        bands = [self._band(both[0], geometry, True), self._band(both[1], geometry, self.temporal_sink)]
         return BlockPlan.from_dense_block_mask(
-            bands[kind],
+            torch.stack(bands)[kind],
             uniform_edges(geometry.num_queries, self.block_size),
             uniform_edges(geometry.num_keys, self.block_size),
-            q_perm=orders[0][kind],
-            k_perm=orders[1][kind],
-        ).validate()
+            q_perm=torch.stack([layout.q_perm for layout in both])[kind],
+            k_perm=torch.stack([layout.k_perm for layout in both])[kind],
+        )
 
-    def temporal_heads(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, both: tuple[Layout, Layout]
+    def _temporal_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, both: "tuple[_Layout, _Layout]"
     ) -> Tensor:
         """Tell which heads the temporal mask changes less than the spatial one, by a sample of queries.
 
         The masks that decide are the source's: blocks of 128 nearer than two frames, and the first frame's worth of
         keys in the layout's order.
-
-        Args:
-            q: (queries, heads, head_dim).
-            k: (keys, key heads, head_dim).
-            v: (keys, key heads, head_dim).
-            geometry: Of the call.
-            both: The spatial and the temporal layout.
-
-        Returns:
-            (heads,), bool.
         """
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.randint(min(len(q), self.num_sampled_from), (self.num_sampled_rows,), generator=generator)
@@ -172,30 +78,67 @@ class Svg(BlockPolicy):
         exact = torch.einsum("hrk,khd->hrd", scores.softmax(-1), v)
         errors = []
         for layout in both:
-            mask = self._sample_mask(layout, rows, geometry).to(q.device)
+            mask = _sample_mask(layout, rows, geometry).to(q.device)
             masked = scores.masked_fill(~mask, float("-inf")).softmax(-1)
             errors.append((torch.einsum("hrk,khd->hrd", masked, v) - exact).square().mean((1, 2)))
         return errors[1] < errors[0]
 
-    def _sample_mask(self, layout: Layout, rows: Tensor, geometry: AttentionGeometry) -> Tensor:
-        """(rows, keys) in the order of the tokens, bool."""
-        places = torch.empty_like(layout.k_perm)
-        places[layout.k_perm] = torch.arange(len(places))
-        own = torch.empty_like(layout.own)
-        own[layout.q_perm] = layout.own
-        reach = max(1, 2 * geometry.frame_tokens // BAND_STEP)
-        apart = (own[rows][:, None] // BAND_STEP - places // BAND_STEP).abs()
-        return (apart < reach) | (places < geometry.frame_tokens)
-
-    def _band(self, layout: Layout, geometry: AttentionGeometry, has_sink: bool) -> Tensor:
+    def _band(self, layout: "_Layout", geometry: AttentionGeometry, has_sink: bool) -> Tensor:
         """(query blocks, key blocks), bool: blocks no farther from each other than the band is wide."""
         num_keys, size = geometry.num_keys, self.block_size
-        width = math.ceil(half_width(layout.own, num_keys, self.density) / BAND_STEP) * BAND_STEP
+        width = math.ceil(_half_width(layout.own, num_keys, self.density) / _BAND_STEP) * _BAND_STEP
         blocks = layout.own.split(size)
-        first, last = (torch.stack([end(block) for block in blocks])[:, None] for end in (torch.min, torch.max))
+        first = torch.stack([block.min() for block in blocks])[:, None]
+        last = torch.stack([block.max() for block in blocks])[:, None]
         starts = torch.arange(0, num_keys, size)
         stops = (starts + size).clamp(max=num_keys)
         # Of two blocks of a square this is their distance in blocks times the size.
         gap = torch.maximum(starts - last, first - (stops - 1)) - 1 + size
         is_read = gap <= width
         return is_read | (starts < geometry.frame_tokens) if has_sink else is_read
+
+
+class _Layout(NamedTuple):
+    """An order of queries and keys."""
+
+    q_perm: Tensor  # (queries,), int64: the query at each place
+    k_perm: Tensor  # (keys,), int64: the key at each place
+    own: Tensor  # (queries,), int64: for each query place the place of the query's own key
+
+
+def _layouts(num_query_frames: int, num_key_frames: int, tokens_per_frame: int) -> tuple[_Layout, _Layout]:
+    """The spatial order, frame by frame, and the temporal one, place by place; the last frames ask."""
+    queries, keys = (torch.arange(frames * tokens_per_frame) for frames in (num_query_frames, num_key_frames))
+    q_turned = queries.view(num_query_frames, tokens_per_frame).T.reshape(-1)
+    k_turned = keys.view(num_key_frames, tokens_per_frame).T.reshape(-1)
+    own = queries + (num_key_frames - num_query_frames) * tokens_per_frame
+    place = torch.empty_like(k_turned)
+    place[k_turned] = keys
+    return _Layout(queries, keys, own), _Layout(q_turned, k_turned, place[own[q_turned]])
+
+
+def _half_width(own: Tensor, num_keys: int, density: float) -> int:
+    """Least half width of a band around each query's own place that covers a share of all pairs.
+
+    For a square of S tokens it is S (1 - sqrt(1 - density)), as the source has it.
+    """
+    low, high = 0, num_keys
+    while low < high:
+        width = (low + high) // 2
+        covered = (own + width).clamp(max=num_keys - 1) - (own - width).clamp(min=0) + 1
+        if int(covered.sum()) >= density * num_keys * len(own):
+            high = width
+        else:
+            low = width + 1
+    return low
+
+
+def _sample_mask(layout: _Layout, rows: Tensor, geometry: AttentionGeometry) -> Tensor:
+    """(rows, keys) in the order of the tokens, bool."""
+    places = torch.empty_like(layout.k_perm)
+    places[layout.k_perm] = torch.arange(len(places))
+    own = torch.empty_like(layout.own)
+    own[layout.q_perm] = layout.own
+    reach = max(1, 2 * geometry.frame_tokens // _BAND_STEP)
+    apart = (own[rows][:, None] // _BAND_STEP - places // _BAND_STEP).abs()
+    return (apart < reach) | (places < geometry.frame_tokens)

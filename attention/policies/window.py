@@ -24,12 +24,10 @@ class Window(StaticPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_window_frames", "num_sink_frames"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+        self._check_least(0, "num_window_frames", "num_sink_frames")
 
     def rules(self, geometry: AttentionGeometry) -> Hashable:
-        """Which frame reads which segment."""
+        """Segments that each frame reads."""
         lengths = tuple(segment.length for segment in geometry.segments)
         return geometry.frame_tokens, lengths, self._reads(geometry)
 

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import block_attention as reference
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 
-from longtake.attention import BlockPlan, merge_parts
-from longtake.attention.backends import BACKENDS, find_backend, flashinfer, gather_sdpa, torch_varlen
-from longtake.attention.backends.base import AttentionRequest
-from longtake.attention.backends.flex import Flex
+from longtake.attention import BlockPlan
+from longtake.attention.backends import BACKENDS, find_backend, flashinfer, gather_sdpa
+from longtake.attention.backends.base import AttentionRequest, BackendUnavailable
+from longtake.attention.backends.flex import Flex, flex_block_mask
 from longtake.attention.plan import split_runs, uniform_edges
 
 FRAME = 200
@@ -62,7 +63,8 @@ def _assert_equal(name, q, k, v, plan, *, run=None, scale=None, tolerance=None, 
     expected, sums = reference.attention(q, k, v, mask, scale=scale)
     tolerance = tolerance or TOLERANCE[q.dtype]
     run = run or find_backend(name).run
-    out = run(q, k, v, plan=plan, scale=scale)
+    out, nothing = run(q, k, v, plan=plan, scale=scale)
+    assert nothing is None
     assert out.dtype == q.dtype and out.shape == q.shape
     assert (out - expected).abs().max() <= tolerance
     if with_lse:
@@ -106,8 +108,10 @@ def test_edges_that_differ_by_head(name):
 @pytest.mark.parametrize("name", SPARSE)
 def test_a_full_plan_is_dense_attention(name):
     q, k, v = _tokens(CASES["ragged"])
-    plan = BlockPlan.full(uniform_edges(350, 128), uniform_edges(700, 128))
-    assert (find_backend(name).run(q, k, v, plan=plan) - find_backend("sdpa").run(q, k, v)).abs().max() <= 1e-6
+    every = torch.ones(3, 6, dtype=torch.bool)
+    plan = BlockPlan.from_dense_block_mask(every, uniform_edges(350, 128), uniform_edges(700, 128))
+    found, dense = find_backend(name).run(q, k, v, plan=plan)[0], find_backend("sdpa").run(q, k, v)[0]
+    assert (found - dense).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["sdpa", *SPARSE])
@@ -136,20 +140,20 @@ def test_gradients(name, case):
         find_backend(name).run(*tokens, plan=plan)
     for run in (find_backend(name).run, _written_out):
         leaves = [x.clone().requires_grad_() for x in tokens]
-        (run(*leaves, plan=plan) ** 2).sum().backward()
+        (run(*leaves, plan=plan)[0] ** 2).sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
     for found, expected in zip(*gradients, strict=True):
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def _written_out(q, k, v, plan):
-    return reference.attention(q, k, v, reference.token_mask(plan, q.shape[2]))[0]
+    return reference.attention(q, k, v, reference.token_mask(plan, q.shape[2]))
 
 
 def test_rows_are_cut_into_bounded_parts(monkeypatch):
     """Less memory, the same numbers: rows of one size in several calls, keys of several blocks."""
     case = CASES["frames, per head"]
-    monkeypatch.setattr(gather_sdpa, "MAX_GATHERED", 1)
+    monkeypatch.setattr(gather_sdpa, "_MAX_GATHERED", 1)
     _assert_equal("gather_sdpa", *_tokens(case), _plan(case))
 
 
@@ -164,7 +168,7 @@ def test_a_wrong_list_is_noticed():
     q, k, v = _tokens(case)
     expected, _ = reference.attention(q, k, v, reference.token_mask(plan, 2))
     for name in SPARSE:
-        assert (find_backend(name).run(q, k, v, plan=wrong) - expected).abs().max() > 1e-3
+        assert (find_backend(name).run(q, k, v, plan=wrong)[0] - expected).abs().max() > 1e-3
 
 
 def test_flex_ignores_lists_without_a_function_and_ours_has_one():
@@ -174,7 +178,7 @@ def test_flex_ignores_lists_without_a_function_and_ours_has_one():
     case = CASES["square"]
     q, k, v = _tokens(case)
     plan = _plan(case)
-    ours = plan.to_flex()
+    ours = flex_block_mask(plan)
     bare = BlockMask.from_kv_blocks(
         ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices, BLOCK_SIZE=128
     )
@@ -196,26 +200,6 @@ def test_flex_compiled_equals_the_reference_and_compiles_once_per_shape():
     _assert_equal("flex", *tokens, _plan(case), with_lse=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         _assert_equal("flex", *tokens, _plan(case, seed=5, density=0.7), with_lse=False)
-
-
-@pytest.mark.parametrize("case", ["frames", "frames, per head", "grouped"])
-@pytest.mark.parametrize("limit", [1, 1 << 27])
-def test_varlen_packs_groups_as_sequences(case, limit, monkeypatch):
-    """PyTorch's kernel is for CUDA; written out, it must be given the right sequences."""
-    monkeypatch.setattr(torch_varlen, "MAX_GATHERED", limit)
-    monkeypatch.setattr(torch_varlen.TorchVarlen, "_kernel", lambda self: _varlen)
-    for plan in (_plan(CASES[case]), None):
-        _assert_equal("torch_varlen", *_tokens(CASES[case]), plan)
-
-
-def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux, scale, enable_gqa):
-    outs, sums = [], []
-    for start, stop, first, last in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
-        assert stop - start <= max_q and last - first <= max_k and (enable_gqa or q.shape[1] == k.shape[1])
-        out, lse = reference.attention(q[None, start:stop], k[None, first:last], v[None, first:last], scale=scale)
-        outs.append(out[0].to(q.dtype))
-        sums.append(lse[0].float())
-    return (torch.cat(outs), torch.cat(sums, dim=1)) if return_aux is not None else torch.cat(outs)
 
 
 class _Base2Wrapper:
@@ -270,11 +254,12 @@ def test_flashinfer_is_given_the_plan_and_its_base_2_sums_are_converted(name, ca
         BlockSparseAttentionWrapper=_BsrWrapper, VariableBlockSparseAttentionWrapper=_VariableWrapper
     )
     monkeypatch.setattr(BACKENDS[name], "_load", classmethod(lambda cls, module_name=None: module))
-    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 8)
     monkeypatch.setattr(flashinfer, "_workspace", lambda device: torch.empty(8))
     plan = _plan(CASES[case])
     _assert_equal(name, *_tokens(CASES[case]), plan)
-    assert sum(wrapper.calls for wrapper in flashinfer._wrappers[plan].values()) == 4  # planned once, run per sample
+    assert (
+        sum(wrapper.calls for wrapper in flashinfer._wrappers[plan].values()) == 2 * 2
+    )  # planned once, run per sample
 
 
 def _flash(kernel_name, takes):
@@ -299,77 +284,51 @@ def _flash(kernel_name, takes):
 
 
 @pytest.mark.parametrize(
-    ("name", "takes", "case"),
+    ("takes", "case"),
     [
-        ("flash", {"return_attn_probs"}, None),
-        ("flash3", {"return_attn_probs"}, None),
-        ("flash4", {"return_lse"}, None),
-        ("flash4", {"return_lse", "block_sparse_tensors"}, "ragged"),
-        ("flash4", {"return_lse", "block_sparse_tensors"}, "square"),
+        ({"return_lse"}, None),
+        ({"return_lse", "block_sparse_tensors"}, "ragged"),
+        ({"return_lse", "block_sparse_tensors"}, "square"),
     ],
 )
-def test_flash_attn_is_called_as_documented(name, takes, case, monkeypatch):
+def test_flash_attn_4_is_called_as_documented(takes, case, monkeypatch):
     module = _flash("flash_attn_func", takes)
-    monkeypatch.setattr(BACKENDS[name], "_load", classmethod(lambda cls, module_name=None: module))
-    _assert_equal(name, *_tokens(CASES[case or "cached"]), _plan(CASES[case]) if case else None)
+    monkeypatch.setattr(BACKENDS["flash4"], "_load", classmethod(lambda cls, module_name=None: module))
+    _assert_equal("flash4", *_tokens(CASES[case or "cached"]), _plan(CASES[case]) if case else None)
 
 
-def test_xformers_is_called_as_documented(monkeypatch):
-    def with_sums(q, k, v, *, scale):
+def _kernel_of(name):
+    """The function of a package as diffusers imports it, written out."""
+
+    def kernel(*args, **options):
+        q, k, v, *rest = args or [options[own] for own in "qkv"]
+        scale = rest[-1] if rest else next(options[own] for own in ("softmax_scale", "sm_scale") if own in options)
         out, lse = reference.attention(q, k, v, scale=scale)
-        return out.to(q.dtype), torch.nn.functional.pad(lse.float(), (0, 32))
+        wants = options.get("return_attn_probs") or options.get("return_lse") or name == "flash3"
+        lse = lse.transpose(1, 2) if name == "flash3" else lse
+        return (out.to(q.dtype), lse.float()) if wants else out.to(q.dtype)
 
-    module = SimpleNamespace(
-        memory_efficient_attention=lambda q, k, v, *, scale: with_sums(q, k, v, scale=scale)[0],
-        memory_efficient_attention_forward_requires_grad=with_sums,
-    )
-    monkeypatch.setattr(BACKENDS["xformers"], "_load", classmethod(lambda cls, module_name=None: module))
-    _assert_equal("xformers", *_tokens(CASES["cached"]), None)
+    return kernel
 
 
-@pytest.mark.parametrize("name", ["sdpa_masked", "gather_sdpa"])
-@pytest.mark.parametrize("case", ["frames", "frames, per head"])
-def test_parts_merge_to_the_whole(name, case):
-    """Two plans that share no block, one after the other, are their union."""
-    case = CASES[case]
-    q, k, v = _tokens(case)
-    torch.manual_seed(3)
-    edges = [split_runs(case[name], block) for name, block in zip(("queries", "keys"), case["blocks"], strict=True)]
-    shape = (case["maps"], len(edges[0]) - 1, len(edges[1]) - 1)
-    share = torch.rand(shape)
-    masks = [share < 0.3, share > 0.6]
-    masks[0][..., 0], masks[1][..., 0] = True, False
-    masks[0][..., -1], masks[1][..., -1] = False, True
-    plans = [BlockPlan.from_dense_block_mask(mask, *edges) for mask in (*masks, masks[0] | masks[1])]
-    *parts, whole = (find_backend(name).run(q, k, v, plan=plan, return_lse=True) for plan in plans)
-    out, lse = merge_parts(parts)
-    assert (out - whole[0]).abs().max() < 1e-6 and (lse - whole[1]).abs().max() < 2e-6
-
-
-def test_a_log_weight_counts_keys_several_times():
+@pytest.mark.parametrize(
+    ("name", "attribute", "flag"),
+    [
+        ("flash", "flash_attn_func", "_CAN_USE_FLASH_ATTN"),
+        ("flash3", "_wrapped_flash_attn_3", "_CAN_USE_FLASH_ATTN_3"),
+        ("xformers", "xops", "_CAN_USE_XFORMERS_ATTN"),
+        ("sage", "sageattn", "_CAN_USE_SAGE_ATTN"),
+    ],
+)
+def test_packages_are_called_through_diffusers(name, attribute, flag, monkeypatch):
     q, k, v = _tokens(CASES["cached"])
-    near, far = (k[:, :600], v[:, :600]), (k[:, 600:], v[:, 600:])
-    parts = [find_backend("sdpa").run(q, *keys, return_lse=True) for keys in (near, far)]
-    repeated = [torch.cat([own, *[other] * 3], dim=1) for own, other in zip(near, far, strict=True)]
-    expected, sums = reference.attention(q, *repeated)
-    per_query = torch.full((2, 1, 256), math.log(3))
-    for weights in ([0.0, math.log(3)], [0.0, per_query]):
-        out, lse = merge_parts(parts, weights)
-        assert (out - expected).abs().max() < 2e-6 and (lse - sums).abs().max() < 2e-6
-
-
-def test_parts_that_read_nothing_weigh_nothing():
-    q, k, v = _tokens(CASES["cached"])
-    whole = find_backend("sdpa").run(q, k, v, return_lse=True)
-    nothing = (torch.zeros_like(q), torch.full_like(whole[1], -math.inf))
-    out, lse = merge_parts([nothing, whole])
-    assert torch.equal(out, whole[0]) and torch.equal(lse, whole[1])
-    out, lse = merge_parts([nothing, nothing])
-    assert not out.any() and (lse == -math.inf).all()
-    with pytest.raises(ValueError, match="parts is empty"):
-        merge_parts([])
-    with pytest.raises(ValueError, match="1 log_weights for 2 parts"):
-        merge_parts([nothing, whole], [0.0])
+    with pytest.raises(BackendUnavailable, match=f"backend {name!r} is not usable.*Install with: pip install"):
+        find_backend(name).run(q, k, v)
+    kernel = _kernel_of(name)
+    module = SimpleNamespace(memory_efficient_attention=kernel) if name == "xformers" else kernel
+    monkeypatch.setattr(attention_dispatch, attribute, module, raising=False)
+    monkeypatch.setattr(attention_dispatch, flag, True)
+    _assert_equal(name, q, k, v, None, scale=0.1, with_lse=BACKENDS[name].limits.lse)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "flex"])  # compiling takes long: its own test
@@ -387,7 +346,7 @@ def test_backends_that_are_not_here_are_skipped_with_their_reason(name):
         pytest.skip(BACKENDS[name].supports(AttentionRequest.of(q, k, v, plan)).text)
     mask = None if plan is None else reference.token_mask(plan, 2).to(device)
     expected, _ = reference.attention(q, k, v, mask)
-    found = find_backend(name).run(q, k, v, plan=plan)
+    found, _ = find_backend(name).run(q, k, v, plan=plan)
     if BACKENDS[name].exact:
         assert (found - expected).abs().max() <= TOLERANCE[dtype]
     else:

@@ -9,7 +9,7 @@ import torch
 
 from longtake.attention import fastest, sdpa, zentorch
 from longtake.attention.backends import dense
-from longtake.attention.backends.dense import unavailable
+from longtake.attention.backends.dense import zentorch_fault
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 48, 336, 6, 32), (2, 48, 337, 2, 24), (1, 130, 1561, 3, 64), (1, 300, 2000, 2, 128), (1, 1, 1, 1, 6)]
@@ -41,7 +41,7 @@ def test_sdpa_equals_a_float64_softmax(shape):
     assert relative_error(sdpa, *example(shape, torch.float32)) < 2e-6
 
 
-@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.skipif(zentorch_fault() is not None, reason=str(zentorch_fault()))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_zentorch_is_as_exact_as_sdpa_in_bfloat16(shape):
     q, k, v = example(shape, torch.bfloat16)
@@ -66,7 +66,7 @@ def test_scores_that_are_scaled_wrongly_are_noticed():
 )
 def test_the_fastest_is_taken(capabilities, reason, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(dense, "unavailable", lambda: reason)
+    monkeypatch.setattr(dense, "zentorch_fault", lambda: reason)
     assert fastest(CPU, dtype) is expected
     assert fastest(torch.device("cuda"), dtype) is sdpa
 
@@ -74,7 +74,7 @@ def test_the_fastest_is_taken(capabilities, reason, dtype, expected, monkeypatch
 @pytest.mark.parametrize(
     ("patch", "message"),
     [
-        ("torch.cpu.get_capabilities = lambda: {}", "this one has not got it: use sdpa"),
+        ("torch.cpu.get_capabilities = lambda: {}", "this one has not got it: Use 'sdpa'"),
         (
             "torch.cpu.get_capabilities = lambda: {'avx512_bf16': True}; sys.modules['zentorch'] = None",
             "not installed: pip install 'longtake\\[zentorch\\]'",

@@ -19,11 +19,10 @@ from longtake.attention import (
     sparse_attention,
 )
 from longtake.attention import dispatch as dispatch_module
-from longtake.attention.backends import Backend, Limits, base
+from longtake.attention.backends import Backend, base
 from longtake.attention.backends import dense as dense_module
-from longtake.attention.backends.base import CODES, FLOATS, PlanFacts
+from longtake.attention.backends.base import CODES, FLOATS, Limits, PlanFacts
 from longtake.attention.backends.dense import attend
-from longtake.attention.backends.flex import Flex
 from longtake.attention.plan import split_runs, uniform_edges
 
 PLAN = PlanFacts(density=0.4, num_heads=1, q_block=128, k_block=128, tile=256)
@@ -32,15 +31,13 @@ HOPPER = replace(CPU, device="cuda", capability=(9, 0), dtype=torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def nothing_seen(monkeypatch):
-    """Every test begins without checks made and without settings of the environment."""
-    monkeypatch.delenv(dispatch_module.BACKEND_VARIABLE, raising=False)
-    monkeypatch.delenv(dispatch_module.UNVERIFIED_VARIABLE, raising=False)
+def nothing_seen():
+    """Every test begins without checks made."""
     dispatch_module._able.cache_clear()
-    dispatch_module._seen.clear()
+    dispatch_module._faults.clear()
     yield
     dispatch_module._able.cache_clear()
-    dispatch_module._seen.clear()
+    dispatch_module._faults.clear()
 
 
 def _tokens(*, queries=256, keys=512, heads=2, kv_heads=2, batch=1, dtype=torch.float32):
@@ -81,59 +78,19 @@ def test_what_auto_takes(request_, expected, monkeypatch):
 
 def test_auto_takes_amds_attention_where_it_is_the_fastest(monkeypatch):
     monkeypatch.setattr(dispatch_module, "fastest", lambda device, dtype: dispatch_module.zentorch)
-    monkeypatch.setattr(dense_module, "unavailable", lambda: None)
+    monkeypatch.setattr(dense_module, "zentorch_fault", lambda: None)
     request = replace(CPU, dtype=torch.bfloat16)
     assert _chosen(request) == "zentorch"
     assert _chosen(replace(request, return_lse=True)) == _chosen(replace(request, has_scale=True)) == "sdpa"
 
 
-@pytest.mark.parametrize(
-    ("request_", "expected"),
-    [
-        (replace(HOPPER, plan=PLAN), "flash4"),
-        (replace(HOPPER, plan=replace(PLAN, q_block=None)), "flashinfer_variable"),
-        (replace(HOPPER, plan=PLAN, capability=(12, 0)), "flashinfer"),
-        (replace(HOPPER, plan=replace(PLAN, num_heads=4), capability=(8, 0)), "flashinfer_variable"),
-        (replace(HOPPER, plan=PLAN, dtype=torch.float32), "flex"),
-        (replace(HOPPER, plan=PLAN, needs_grad=True, capability=(8, 0)), "flex"),
-        (replace(HOPPER, plan=PLAN, dtype=torch.float64), "gather_sdpa"),
-        (HOPPER, "sdpa"),
-    ],
-)
-def test_unverified_backends_are_taken_only_where_allowed(request_, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(base, "_installed", lambda package, module, install: dispatch_module.Verdict())
-    monkeypatch.setattr(Flex, "available", classmethod(lambda cls: dispatch_module.Verdict()))
-    assert _chosen(request_) in ("sdpa", "gather_sdpa")
-    row = next(row for row in explain(request_) if row.name == "flash4")
-    assert row.note == "not verified on cuda" and not row.is_verified
-    monkeypatch.setenv(dispatch_module.UNVERIFIED_VARIABLE, "1")
-    assert _chosen(request_) == expected
-
-
 def test_approximate_backends_are_never_automatic(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(base, "_installed", lambda package, module, install: dispatch_module.Verdict())
-    monkeypatch.setenv(dispatch_module.UNVERIFIED_VARIABLE, "1")
     for allow in (False, True):
         row = next(row for row in explain(HOPPER, allow_approx=allow) if row.name == "sage")
         assert row.verdict.ok is allow and not row.is_chosen
     assert "quantised" in next(row for row in explain(HOPPER) if row.name == "sage").verdict.text
-
-
-def test_strict_refuses_to_compute_every_pair(monkeypatch):
-    monkeypatch.setattr(BACKENDS["gather_sdpa"], "supports", classmethod(lambda cls, request: _no("dtype", "no")))
-    q, k, v = _tokens()
-    plan = _plan()
-    assert attention(q, k, v, plan).shape == q.shape
-    with pytest.raises(BackendUnavailable, match="Pass strict=False") as caught:
-        attention(q, k, v, plan, strict=True)
-    assert caught.value.backend == "auto"
-    assert attention(q, k, v, strict=True).shape == q.shape
-
-
-def _no(code, text):
-    return dispatch_module.Verdict((dispatch_module.Reason(code, text),))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +146,6 @@ def _no(code, text):
         ("flex_eager", {"plan": PLAN, "num_queries": 32760, "num_keys": 32760}, "feature", "holds all"),
         ("sage", {"device": "cuda", "dtype": torch.float16, "return_lse": True}, "feature", "log-sum-exp"),
         ("zentorch", {"dtype": torch.bfloat16, "has_scale": True}, "feature", "head_dim ** -0.5 only"),
-        ("torch_varlen", {"device": "mps"}, "no_device", "no kernels for mps"),
     ],
 )
 def test_verdicts_are_functions_of_the_request(name, changes, code, words):
@@ -261,7 +217,7 @@ def test_packages_that_do_not_load_are_named_with_what_they_said(monkeypatch):
         BACKENDS["flash"]._load()
     assert caught.value.code == "version"
     monkeypatch.undo()
-    with pytest.raises(BackendUnavailable, match="pip install flash-attn") as caught:
+    with pytest.raises(BackendUnavailable, match="pip install 'flash-attn") as caught:
         BACKENDS["flash"]._load("flash_attn_that_is_not_there")
     assert caught.value.code == "missing_package"
 
@@ -272,26 +228,6 @@ def test_a_missing_compiler(monkeypatch):
     with pytest.raises(BackendUnavailable, match="C\\+\\+ compiler.*gather_sdpa") as caught:
         attention(q, k, v, _plan(), backend="flex")
     assert caught.value.code == "no_compiler"
-
-
-def test_an_old_torch(monkeypatch):
-    assert BACKENDS["torch_varlen"].available().ok
-    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
-    (reason,) = BACKENDS["torch_varlen"].available().reasons
-    assert reason.code == "version" and "2.13 or newer" in reason.hint
-
-
-def test_unknown_names_and_the_environment(monkeypatch):
-    q, k, v = _tokens()
-    with pytest.raises(ValueError, match="Did you mean 'gather_sdpa'"):
-        attention(q, k, v, backend="gather_spda")
-    monkeypatch.setenv(dispatch_module.BACKEND_VARIABLE, "flash")
-    with pytest.raises(BackendUnavailable, match="backend 'flash'"):
-        attention(q, k, v)
-    assert attention(q, k, v, backend="sdpa").shape == q.shape  # a name in the code is nearer
-    monkeypatch.setenv(dispatch_module.BACKEND_VARIABLE, "flahs")
-    with pytest.raises(ValueError, match="'flahs'"):
-        attention(q, k, v)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +251,8 @@ def test_plans_that_do_not_fit():
         attention(q, k, v, _plan(keys=640))
     with pytest.raises(ValueError, match="tells 3 heads apart but q has 2"):
         attention(q, k, v, _plan(heads=3))
+    with pytest.raises(ValueError, match="Did you mean 'gather_sdpa'"):
+        attention(q, k, v, backend="gather_spda")
     with pytest.raises(ValueError, match="float32 on cpu, float64 on cpu"):
         attention(q, k.double(), v)
     empty = torch.tensor([[True, False], [False, False]])
@@ -323,14 +261,12 @@ def test_plans_that_do_not_fit():
         attention(q, k, v, plan)
 
 
-@pytest.mark.parametrize("heads", [1, 4, 8])
+@pytest.mark.parametrize("heads", [1, 4])
 def test_results_equal_the_reference(heads):
-    """One map for all, one per head, and one per head of each sample."""
+    """One map for all, and one per head."""
     q, k, v = _tokens(heads=4, kv_heads=2, batch=2)
     plan = _plan(heads=heads)
-    masks = reference.token_mask(plan, heads)
-    masks = masks.unflatten(0, (2, 4)) if heads == 8 else masks
-    expected, sums = reference.attention(q, k, v, masks)
+    expected, sums = reference.attention(q, k, v, reference.token_mask(plan, heads))
     out, lse = attention(q, k, v, plan, return_lse=True)
     assert (out - expected).abs().max() < 2e-6 and (lse - sums).abs().max() < 1e-5
     assert torch.equal(attention(q, k, v, plan), out) or (attention(q, k, v, plan) - expected).abs().max() < 2e-6
@@ -370,9 +306,9 @@ def test_a_backend_that_computes_something_else_is_found_out(spoils_sums, monkey
 
 def test_each_kind_of_call_is_looked_at_once(monkeypatch):
     calls = []
-    check = dispatch_module.check
+    check = dispatch_module._check
     monkeypatch.setattr(
-        dispatch_module, "check", lambda *args, **options: calls.append(args[0]) or check(*args, **options)
+        dispatch_module, "_check", lambda *args, **options: calls.append(args[0]) or check(*args, **options)
     )
     q, k, v = _tokens()
     for seed in range(3):
@@ -383,12 +319,16 @@ def test_each_kind_of_call_is_looked_at_once(monkeypatch):
     assert calls == ["gather_sdpa"] * 3
 
 
+def _fault(q, k, v):
+    return dispatch_module._faults.get(("gather_sdpa", AttentionRequest.of(q, k, v, _plan()).signature))
+
+
 def test_numbers_that_say_nothing_are_not_held_against_a_backend():
     q, k, v = _tokens()
     attention(torch.full_like(q, torch.nan), k, v, _plan())
-    assert dispatch_module.fault_of("gather_sdpa", AttentionRequest.of(q, k, v, _plan())) is None
+    assert _fault(q, k, v) is None
     attention(q, k, v, _plan())
-    assert dispatch_module.fault_of("gather_sdpa", AttentionRequest.of(q, k, v, _plan())) == ""
+    assert _fault(q, k, v) == ""
 
 
 @dataclass
@@ -423,8 +363,8 @@ def test_policies_plan_and_may_decline(is_static):
     assert memory == ({"calls": 1} if is_static else {("sample", 0): {"calls": 1}, ("sample", 1): {"calls": 1}})
     # Where the policy declines the call is dense, whatever plans are run with.
     first = replace(geometry, layer=0)
-    dense, lse = sparse_attention(q, k, v, first, policy=policy, backend="sdpa_masked", return_lse=True)
-    assert (dense - reference.attention(q, k, v)[0]).abs().max() < 2e-6 and lse.shape == (2, 2, 400)
+    dense = sparse_attention(q, k, v, first, policy=policy, backend="sdpa_masked")
+    assert (dense - reference.attention(q, k, v)[0]).abs().max() < 2e-6
     with pytest.raises(ValueError, match="the geometry speaks of 400 and 400"):
         sparse_attention(q[:, :200], k, v, geometry, policy=policy)
 
@@ -439,7 +379,7 @@ def test_a_request_from_the_tensors():
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        plan=PlanFacts(density=_plan(heads=4).density(), num_heads=4, q_block=128, k_block=64, tile=128.0),
+        plan=PlanFacts(density=_plan(heads=4).density, num_heads=4, q_block=128, k_block=64, tile=128.0),
         return_lse=True,
         needs_grad=True,
     )

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry
-from longtake.attention.policies.light_forcing import LightForcing, growth_schedule
-from longtake.scripts.attention import make_geometry
+from longtake.attention.geometry import make_geometry
+from longtake.attention.policies.light_forcing import LightForcing, _growth_schedule
 
 SHORT = {"sparsity": 0.88, "base_sparsity": 0.98, "num_frames": 21, "num_context_frames": None}
 LONG = {"sparsity": 0.85, "base_sparsity": 0.95, "num_frames": 63, "num_context_frames": 12}
@@ -22,7 +22,7 @@ PUBLISHED = [
 
 
 def schedule(num_frames, frames_per_block=3, **options):
-    return growth_schedule(num_frames, frames_per_block, **options)
+    return _growth_schedule(num_frames, frames_per_block, **options)
 
 
 @pytest.mark.parametrize(("options", "expected"), PUBLISHED)
@@ -44,7 +44,7 @@ def test_schedules_are_the_published_ones(options, expected):
 )
 def test_the_budget_is_spent_exactly(num_blocks, frames_per_block, sparsity, more, window):
     """What is read over the video is what a constant sparsity would read, the first block aside."""
-    found = growth_schedule(
+    found = _growth_schedule(
         num_blocks * frames_per_block,
         frames_per_block,
         sparsity=sparsity,

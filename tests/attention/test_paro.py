@@ -8,17 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 from longtake.attention import AttentionGeometry
+from longtake.attention.geometry import make_geometry
 from longtake.attention.policies.paro import (
     ORDERS,
     Calibration,
     Paro,
     calibrate,
-    load_calibration,
     mask_from_map,
     mask_from_sums,
     permutation,
 )
-from longtake.scripts.attention import make_geometry
 
 SPARSE_AT_ONCE = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
 SHAPE = (6, 8, 16)
@@ -53,17 +52,17 @@ def test_orders_are_bijections_in_the_order_of_their_letters(shape):
 def test_a_planted_order_is_found(order):
     noise = torch.rand(768, 768, generator=torch.Generator().manual_seed(0))
     weights = planted(order) + 1e-5 * noise
-    assert calibrate(weights, *SHAPE) == order
+    assert calibrate(weights, SHAPE) == order
     for alpha in (0.2, 0.4):
-        assert calibrate(weights, *SHAPE, alpha=alpha) == order
+        assert calibrate(weights, SHAPE, alpha=alpha) == order
 
 
 def test_emptiness_alone_is_misled_by_maps_that_are_spread_thin():
     """A twelfth of every block filled: all blocks count as nearly empty, and only their unevenness tells."""
     weights = planted("whf")
-    assert calibrate(weights, *SHAPE, alpha=1.0) != "whf"
-    assert calibrate(weights, *SHAPE, alpha=1.0, empty_share=0.95) == "whf"
-    assert calibrate(weights, *SHAPE) == "whf"
+    assert calibrate(weights, SHAPE, alpha=1.0) != "whf"
+    assert calibrate(weights, SHAPE, alpha=1.0, empty_share=0.95) == "whf"
+    assert calibrate(weights, SHAPE) == "whf"
 
 
 def test_masks_keep_the_heaviest_blocks():
@@ -95,7 +94,7 @@ def tokens_for(geometry, heads=3, *, seed=0):
 )
 def test_without_calibration_blocks_are_estimated_at_the_density(geometry, density):
     plan = Paro(density=density, **SPARSE_AT_ONCE).plan(*tokens_for(geometry), geometry)
-    assert plan.density() == pytest.approx(density, abs=0.03)
+    assert plan.density == pytest.approx(density, abs=0.03)
     assert torch.equal(plan.q_perm, torch.arange(geometry.num_queries).expand(3, -1)), "the order given, by default"
     assert plan.num_heads == 3
 
@@ -160,7 +159,7 @@ def test_orders_alone_serve_every_length(tmp_path):
 def test_files_that_are_no_calibration_are_named(tmp_path):
     wrong = tmp_path / "wrong.safetensors"
     with pytest.raises(ValueError, match="cannot read the calibration"):
-        load_calibration(str(wrong))
+        Calibration.load(str(wrong))
     wrong.write_text("nothing")
     with pytest.raises(ValueError, match="cannot read the calibration"):
         Paro(calibration=str(wrong))
@@ -174,7 +173,7 @@ def test_files_that_are_no_calibration_are_named(tmp_path):
         path = tmp_path / f"{index}.safetensors"
         save_file(parts, str(path))
         with pytest.raises(ValueError, match=match):
-            load_calibration(str(path))
+            Calibration.load(str(path))
 
 
 @pytest.mark.parametrize("values", [{"order": "hwt"}, {"density": 0.0}, {"block_size": 0}], ids=str)
@@ -185,4 +184,4 @@ def test_bad_settings_are_named(values):
 
 def test_a_map_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"attention_map is \(4, 4\) but must be \(768, 768\)"):
-        calibrate(torch.zeros(4, 4), *SHAPE)
+        calibrate(torch.zeros(4, 4), SHAPE)

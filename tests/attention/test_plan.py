@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry, BlockPlan, Segment
+from longtake.attention.backends.flex import flex_block_mask
 from longtake.attention.plan import split_runs, uniform_edges
 
 FRAME = 200
@@ -44,7 +45,9 @@ def test_every_form_says_the_same(plan):
     assert torch.equal(plan.to_dense_mask().expand_as(expected), expected)
     some = torch.arange(0, plan.num_queries, 3)
     assert torch.equal(plan.to_dense_mask(some).expand(plan.num_heads, -1, -1), expected[:, some])
-    assert plan.density() == pytest.approx(expected.double().mean().item(), abs=1e-12)
+    last = torch.tensor([plan.num_keys - 1])
+    assert torch.equal(plan.to_dense_mask(some, last).expand(plan.num_heads, -1, -1), expected[:, some][..., last])
+    assert plan.density == pytest.approx(expected.double().mean().item(), abs=1e-12)
     again = BlockPlan.from_dense_block_mask(plan.block_mask, plan.q_edges, plan.k_edges)
     assert torch.equal(again.counts, plan.counts) and torch.equal(again.index, plan.index)
 
@@ -56,7 +59,7 @@ def test_groups_cover_the_plan_once(plan):
     expected = reference.token_mask(plan, plan.num_heads)
     covered = torch.zeros_like(expected, dtype=torch.int32)
     rows = torch.zeros(plan.num_heads, plan.num_queries, dtype=torch.int32)
-    for group in plan.group_rows():
+    for group in plan.row_groups:
         for head in range(plan.num_heads) if group.heads is None else group.heads:
             for first, stop in group.q_ranges:
                 rows[head, first:stop] += 1
@@ -71,7 +74,7 @@ def test_groups_cover_the_plan_once(plan):
 def test_flex_masks_carry_a_function_that_reads_the_plan(plan, block_size):
     plan = plan.without_order()
     expected = reference.token_mask(plan, plan.num_heads)
-    mask = plan.to_flex(block_size=block_size)
+    mask = flex_block_mask(plan, block_size)
     heads, queries, keys = (torch.arange(size) for size in expected.shape)
     found = mask.mask_mod(torch.tensor(0), heads[:, None, None], queries[None, :, None], keys[None, None, :])
     assert torch.equal(found.expand_as(expected), expected)
@@ -104,33 +107,6 @@ def test_blocks_are_aligned_with_frames():
         split_runs([10], 0)
 
 
-def test_bsr():
-    mask = torch.tensor([[True, False, True], [False, True, False]])
-    bsr = BlockPlan.from_dense_block_mask(mask, uniform_edges(200, 128), uniform_edges(300, 128)).to_bsr()
-    assert bsr.indptr.tolist() == [0, 2, 3] and bsr.indices.tolist() == [0, 2, 1]
-    assert bsr.indptr.dtype == bsr.indices.dtype == torch.int32 and (bsr.block_rows, bsr.block_columns) == (128, 128)
-
-
-@pytest.mark.parametrize(
-    ("mask", "q_edges"),
-    [(torch.ones(2, 2, 2), uniform_edges(256, 128)), (torch.ones(1, 4, 2), split_runs([200, 200], 128))],
-)
-def test_bsr_refuses_what_it_cannot_say(mask, q_edges):
-    plan = BlockPlan.from_dense_block_mask(mask.bool(), q_edges, uniform_edges(256, 128))
-    with pytest.raises(ValueError, match="no BSR matrix"):
-        plan.to_bsr()
-
-
-def test_signature_tells_plans_apart():
-    plan = BlockPlan.full(uniform_edges(256, 64), uniform_edges(512, 64))
-    twin = BlockPlan.full(uniform_edges(256, 64), uniform_edges(512, 64))
-    other = replace(plan, q_perm=torch.arange(256)[None])
-    wider = BlockPlan.full(uniform_edges(256, 64), uniform_edges(512, 128))
-    assert plan.signature == twin.signature
-    assert len({plan.signature, other.signature, wider.signature}) == 3
-    assert plan.density() == 1
-
-
 def _plan(**changes):
     mask = torch.tensor([[True, False, True], [True, True, False]])
     plan = BlockPlan.from_dense_block_mask(mask, uniform_edges(20, 10), uniform_edges(30, 10))
@@ -157,7 +133,7 @@ def test_contents_are_validated(changes, message):
         changes["index"] = torch.tensor([changes["index"]], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         _plan(**changes).validate()
-    assert _plan().validate().density() == pytest.approx(4 / 6)
+    assert _plan().validate().density == pytest.approx(4 / 6)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +156,7 @@ def test_empty_blocks_need_read_nothing():
     mask = torch.ones(2, 3, 2, dtype=torch.bool)
     mask[0, 1] = False
     plan = BlockPlan.from_dense_block_mask(mask, edges, uniform_edges(20, 10))
-    assert plan.validate().density() == 1
+    assert plan.validate().density == 1
     mask[1, 1] = False
     with pytest.raises(ValueError, match="query block 1 of head 1 reads no key"):
         BlockPlan.from_dense_block_mask(mask, edges, uniform_edges(20, 10)).validate()

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.attention.policies import base as pooling
+from longtake.attention.policies import light_forcing
 
 
 def random(*shape, seed=0):
@@ -35,7 +36,7 @@ def test_sums_by_group_both_ways():
 def test_merged_means_weigh_blocks_by_their_size():
     x = random(30, 2, 4)
     edges = torch.tensor([0, 4, 8, 9, 20, 30])
-    merged = pooling.merged_means(pooling.block_means(x, edges), edges.diff(), torch.tensor([0, 0, 0, 1, 1]), 2)
+    merged = light_forcing._merged_means(pooling.block_means(x, edges), edges.diff(), torch.tensor([0, 0, 0, 1, 1]), 2)
     assert torch.allclose(merged, torch.stack([x[:9].mean(0), x[9:].mean(0)]), atol=1e-6)
 
 
@@ -53,9 +54,9 @@ def test_the_best_of_a_row(count, tiers, expected):
     """Of the three equal ones the first are taken."""
     scores = torch.tensor([[1.0, 5.0, 1.0, 3.0, 1.0]])
     tiers = None if tiers is None else torch.tensor(tiers)
-    assert pooling.best(scores, count, tiers=tiers)[0].nonzero()[:, 0].tolist() == expected
+    assert light_forcing._best(scores, count, tiers=tiers)[0].nonzero()[:, 0].tolist() == expected
 
 
 def test_rows_may_have_counts_of_their_own():
-    taken = pooling.best(random(4, 6, 9), torch.arange(24).view(4, 6) % 10)
+    taken = light_forcing._best(random(4, 6, 9), torch.arange(24).view(4, 6) % 10)
     assert torch.equal(taken.sum(-1), torch.arange(24).view(4, 6) % 10)

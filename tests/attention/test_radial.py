@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import radial as reference
 import torch
+from block_attention import signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from longtake.attention import AttentionGeometry, Segment, radial_block_mask
-from longtake.attention.policies.radial import Radial, band_width, is_kept
-from longtake.scripts.attention import make_geometry
+from longtake.attention.geometry import make_geometry
+from longtake.attention.policies.radial import Radial, _Bands
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "radial_masks.safetensors"
 # (tokens of a frame, decay factor): density by frames, blocks of 128.
@@ -91,11 +92,12 @@ def test_widths_and_thinning_are_the_closed_form(tokens):
     first = None
     for distance in range(2, 70):
         length = power / 2 ** (math.floor(math.log2(distance)) + 1)
-        assert band_width(distance, tokens, decay_factor=0.7) == max(128, 0.7 * length)
-        assert is_kept(distance, tokens) is (length >= 128 or distance % math.floor(128 / length) == 0)
+        is_kept = length >= 128 or distance % math.floor(128 / length) == 0
+        width = _Bands(decay_factor=0.7).width(distance, tokens)
+        assert width == (max(128, 0.7 * length) if is_kept else None)
         first = distance if first is None and length < 128 else first
-    assert band_width(0, tokens) == band_width(1, tokens) == tokens
-    assert band_width(1, tokens, adjacent_width="half") == tokens // 2
+    assert _Bands().width(0, tokens) == _Bands().width(1, tokens) == tokens
+    assert _Bands(adjacent_width="half").width(1, tokens) == tokens // 2
     assert first == {256: 4, 1536: 16, 1560: 16, 3840: 32}[tokens]
 
 
@@ -107,7 +109,7 @@ def test_blocks_of_a_band_are_the_closed_form(decay_factor):
     per_frame = tokens // size
     apart = (torch.arange(per_frame)[:, None] - torch.arange(per_frame)).abs()
     for distance in range(2, 8):
-        width = math.floor(band_width(distance, tokens, decay_factor=decay_factor))
+        width = math.floor(_Bands(decay_factor=decay_factor).width(distance, tokens))
         expected = (apart == 0) | (width > size * (apart - 1 / 6))
         found = mask[8 * per_frame :, (8 - distance) * per_frame : (9 - distance) * per_frame]
         assert torch.equal(found, expected), distance
@@ -125,7 +127,7 @@ def test_densities_of_the_cached_form(tokens, decay_factor):
     policy = Radial(decay_factor=decay_factor)
     grid = (tokens // 16, 16)
     for num_frames, density in STRIPS[tokens, decay_factor].items():
-        assert strip(policy, num_frames, grid, block_frames=3).density() == pytest.approx(density, abs=0.0051)
+        assert strip(policy, num_frames, grid, block_frames=3).density == pytest.approx(density, abs=0.0051)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +181,12 @@ def test_distance_is_that_of_positions_or_of_the_video():
     )
     plain = make_geometry(8, (16, 16), block_frames=3)
     policy = active(Radial(distance="position"))
-    assert policy.plan(None, None, moved).signature == policy.plan(None, None, plain).signature
+    assert signature(policy.plan(None, None, moved)) == signature(policy.plan(None, None, plain))
     # A sink that is far away in the video is read whole all the same; without the role it would be thinned out.
     far = replace(moved, segments=(replace(segments[0], role="recent", frame=1, position=-88.0), *segments[1:]))
     assert not policy.plan(None, None, far).block_mask[0][:, :2].any()
     shifted = replace(moved, query_positions=(5.2, 6.2, 7.2))
-    assert policy.plan(None, None, shifted).signature == policy.plan(None, None, moved).signature
+    assert signature(policy.plan(None, None, shifted)) == signature(policy.plan(None, None, moved))
 
 
 def test_what_has_no_places_in_a_frame_is_read_whole():
@@ -221,7 +223,7 @@ def test_every_query_reads_its_own_block(num_frames, columns, block_size, thin_b
     mask = plan.validate().to_dense_mask()[0]
     first = mask.shape[1] - mask.shape[0]
     assert mask[torch.arange(len(mask)), torch.arange(first, mask.shape[1])].all()
-    assert 0 < plan.density() <= 1
+    assert 0 < plan.density <= 1
 
 
 def test_the_published_mask_is_the_plan_of_a_whole_video():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from longtake.attention import AttentionGeometry
+from longtake.attention.geometry import make_geometry
 from longtake.attention.policies.sliding_tile import SlidingTile
-from longtake.scripts.attention import make_geometry
 
 SPARSE_AT_ONCE = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
 
@@ -54,16 +54,16 @@ def test_equal_to_a_loop_over_tokens(num_frames, grid, tile, window, block_frame
     plan = policy(tile, window).plan(None, None, geometry)
     expected = slow(num_frames, grid, tile, window, block_frames or num_frames)
     assert torch.equal(plan.to_dense_mask()[0], expected)
-    assert plan.density() == pytest.approx(expected.float().mean().item())
+    assert plan.density == pytest.approx(expected.float().mean().item())
 
 
 def test_windows_keep_their_size_at_the_border():
     geometry = AttentionGeometry.bidirectional(10, (12, 12))
     plan = policy((2, 4, 4), (3, 3, 3)).plan(None, None, geometry)
-    assert (plan.counts == 27).all() and plan.density() == pytest.approx(27 / 45)
+    assert (plan.counts == 27).all() and plan.density == pytest.approx(27 / 45)
     published = AttentionGeometry.bidirectional(30, (48, 80))
     plan = policy((6, 8, 8), (3, 3, 3)).plan(None, None, published)
-    assert plan.uniform_block_sizes == (384, 384) and plan.density() == pytest.approx(27 / 300)
+    assert plan.uniform_block_sizes == (384, 384) and plan.density == pytest.approx(27 / 300)
 
 
 def test_heads_may_have_windows_of_their_own():

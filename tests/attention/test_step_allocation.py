@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_allocation_loop import denoise
 
-from longtake.attention.step_allocation import StepAllocation, TokenCache, denoise, relative_change
+from longtake.attention.step_allocation import StepAllocation, TokenCache, relative_change
 
 SIGMAS = [1 - step / 40 for step in range(41)]
 

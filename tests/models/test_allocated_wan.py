@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from step_allocation_loop import denoise
 
-from longtake.attention.step_allocation import StepAllocation, TokenCache, denoise
+from longtake.attention.step_allocation import StepAllocation, TokenCache
 from longtake.models.bidirectional import allocated_wan, sparse_wan
 
 NUM_FRAMES, GRID, CHANNELS, PATCH = 3, 4, 4, 2  # 9 frames of 64 x 64 pixels, 48 tokens

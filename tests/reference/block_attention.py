@@ -35,3 +35,9 @@ def token_mask(plan, num_heads):
 
 def _of_head(part, head, *, ndim):
     return part if part.ndim == ndim else part[head % part.shape[0]]
+
+
+def signature(plan):
+    """Everything in a plan, for comparisons."""
+    names = ("q_edges", "k_edges", "counts", "index", "q_perm", "k_perm")
+    return [None if getattr(plan, name) is None else getattr(plan, name).tolist() for name in names]

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from longtake.attention.geometry import make_geometry
 from longtake.attention.policies import make_attention_policy
 from longtake.scripts import main
-from longtake.scripts.attention import COLOURS, MARGIN, WIDTH, draw, make_geometry
+from longtake.scripts.attention import COLOURS, MARGIN, WIDTH, _draw
 from longtake.scripts.console import run_app
 
 
@@ -17,7 +18,7 @@ def call(capfd, *args):
 
 def test_radial_is_drawn_with_its_density(capfd, tmp_path):
     png = tmp_path / "deep" / "mask.png"
-    code, stdout, stderr = call(capfd, "radial", "--frames", 21, "--tokens", 1560, "--png", png)
+    code, stdout, stderr = call(capfd, "radial", "--frames", 21, "--tokens", 1560, "--out", png)
     assert code == 0, stderr
     assert "density 0.444" in stdout and str(png) in stdout
     picture = Image.open(png)
@@ -26,7 +27,7 @@ def test_radial_is_drawn_with_its_density(capfd, tmp_path):
 
 def test_the_last_block_of_a_cache_is_a_strip(capfd, tmp_path):
     png = tmp_path / "strip.png"
-    args = ["--frames", 21, "--tokens", 1536, "--block-frames", 3, "--png", png]
+    args = ["--frames", 21, "--tokens", 1536, "--block-frames", 3, "--out", png]
     code, stdout, _ = call(capfd, "radial", *args, "--set", "decay_factor=0.2")
     assert code == 0 and "density 0.379" in stdout and "the last 3 frames ask" in stdout
     assert Image.open(png).height < 300
@@ -36,7 +37,7 @@ def test_pixels_are_what_is_read():
     geometry = make_geometry(10, (8, 11), block_frames=2)
     settings = {"policy": "window", "num_window_frames": 1, "dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
     plan = make_attention_policy(settings).plan(None, None, geometry)
-    pixels = np.asarray(draw(plan, geometry, title="").convert("RGB")).astype(int)
+    pixels = np.asarray(_draw(plan, geometry, title="").convert("RGB")).astype(int)
     top, step = MARGIN + 20, WIDTH / 10
     expected = {0: "sink", 5: None, 7: "recent", 8: "current"}
     for frame, role in expected.items():
@@ -46,7 +47,7 @@ def test_pixels_are_what_is_read():
 
 
 def test_tiles_and_everything_can_be_drawn(capfd, tmp_path):
-    args = ["--frames", 6, "--tokens", 64, "--grid", "8x8", "--png", tmp_path / "tiles.png"]
+    args = ["--frames", 6, "--tokens", 64, "--grid", "8x8", "--out", tmp_path / "tiles.png"]
     code, stdout, _ = call(capfd, "sliding_tile", *args, "--set", "tile=[2, 4, 4]", "--set", "window=[1, 1, 1]")
     assert code == 0 and "density 0.083" in stdout
     code, stdout, _ = call(capfd, "dense", *args)
