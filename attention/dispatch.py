@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,34 +43,6 @@ class Row:
     note: str  # a reason beside the verdict why ``auto`` does not take it
 
 
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan | None = None,
-    *,
-    backend: str = "auto",
-    scale: float | None = None,
-    return_lse: Literal[False] = False,
-    allow_approx: bool = False,
-) -> Tensor: ...
-
-
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan | None = None,
-    *,
-    backend: str = "auto",
-    scale: float | None = None,
-    return_lse: Literal[True],
-    allow_approx: bool = False,
-) -> tuple[Tensor, Tensor]: ...
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -106,17 +78,30 @@ def attention(
         BackendUnavailable: If the named backend cannot run this here or computes something wrong, or none is left.
     """
     request = AttentionRequest.of(q, k, v, plan, scale=scale, return_lse=return_lse)
+    out, lse = _compute(request, q, k, v, plan, backend=backend, scale=scale, allow_approx=allow_approx)
+    return out if lse is None else (out, lse)
+
+
+def _compute(
+    request: AttentionRequest,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan | None,
+    *,
+    backend: str,
+    scale: float | None = None,
+    allow_approx: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     if plan is not None:
         plan.validate()
     if backend != "auto":
         _refuse(backend, request, allow_approx)
-    for name in _usable(request) if backend == "auto" else (backend,):
+        return _run(backend, request, q, k, v, plan, scale)
+    for name in _usable(request):
         try:
-            out, lse = _run(name, request, q, k, v, plan, scale)
-            return out if lse is None else (out, lse)
+            return _run(name, request, q, k, v, plan, scale)
         except BackendUnavailable as error:
-            if backend != "auto":
-                raise
             log.warning("attention backend passed over: %s", error)
     listed = "; ".join(f"{row.name}: {row.verdict.text or row.note or 'failed its check'}" for row in explain(request))
     hint = "Take float32 on the CPU, or CUDA."
@@ -180,7 +165,8 @@ def sparse_attention(
         )
     if q.shape[0] == 1 or policy.is_static:
         plan = policy.plan(q, k, geometry, v=v, memory=memory)
-        return attention(q, k, v, plan, backend="auto" if plan is None else backend)
+        request = AttentionRequest.of(q, k, v, plan)
+        return _compute(request, q, k, v, plan, backend="auto" if plan is None else backend)[0]
     results = []
     for index, sample in enumerate(zip(q.split(1), k.split(1), v.split(1), strict=True)):
         own = None if memory is None else memory.setdefault(("sample", index), {})

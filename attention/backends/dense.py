@@ -16,6 +16,7 @@ from longtake.attention.plan import BlockPlan
 
 _MAX_SCORES = 1 << 24  # held at a time where attention is written out: 64 MiB in float32
 _MAX_MASK = 1 << 26  # entries of the mask made at a time: 64 MiB
+_FUSED = "_scaled_dot_product_flash_attention_for_cpu"  # behind the public function: it is private and may go
 MAX_KEPT_MASK = 1 << 20
 """Entries of a mask that is kept as long as its plan lives: small calls would take as long to make it."""
 
@@ -119,11 +120,10 @@ def attend(
         return out.transpose(1, 2), None
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    # The kernel behind the public function: it is private and may go.
-    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if q.device.type != "cpu" or fused is None or needs_grad:
+    if q.device.type != "cpu" or not hasattr(torch.ops.aten, _FUSED) or needs_grad:
         out, lse = _written_out(q, k, v, scale, mask)
     else:
+        fused = getattr(torch.ops.aten, _FUSED)
         bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
         out, lse = fused(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2), lse
