@@ -4,7 +4,7 @@ Passes are simulated for their sizes alone: keys and values are meta tensors, wh
 buffers that ``KVCache`` would allocate for them are added up here, and a test compares them with a live cache.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,13 +217,13 @@ def _held(value: Any, seen: set[int]) -> Iterator[tuple[int, int]]:
         if storage._cdata not in seen:
             seen.add(storage._cdata)
             yield storage.nbytes(), 0
-    elif id(value) not in seen:
+    elif not isinstance(value, int | float | str) and id(value) not in seen:
         seen.add(id(value))
         if isinstance(value, TokenBuffer):
             size = value.num_tokens * value.bytes_per_token
             yield (0, size) if value.is_on_host else (size, 0)
             list(_held(vars(value), seen))  # its tensors are counted
-        elif isinstance(value, Mapping):
+        elif isinstance(value, dict):
             for part in value.values():
                 yield from _held(part, seen)
         elif isinstance(value, list | tuple | set):
