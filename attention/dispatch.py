@@ -114,7 +114,7 @@ class Planner(Protocol):
 
     @property
     def is_static(self) -> bool:
-        """Whether plans follow from the geometry alone, so that all samples share one."""
+        """True if plans follow from the geometry alone, so that all samples share one."""
         ...
 
     def plan(

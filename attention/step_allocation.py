@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def relative_change(velocity: Tensor, before: Tensor, eps: float = 1e-6) -> Tensor:
-    """How much the velocity of each token has changed in one step, relative to what it was.
+    """Change of the velocity of each token in one step, relative to what it was.
 
     Args:
         velocity: (batch, tokens, channels).
@@ -32,7 +32,7 @@ def relative_change(velocity: Tensor, before: Tensor, eps: float = 1e-6) -> Tens
 
 @dataclass(frozen=True, kw_only=True)
 class StepAllocation:
-    """Which tokens are computed at which steps.
+    """Schedule of the steps in which each token is computed.
 
     All tokens are computed in the first steps and in the last one; in between a token of stride s in every s-th.
     """
@@ -93,7 +93,7 @@ class StepAllocation:
         return strides[group.clamp(max=len(self.strides) - 1)]
 
     def active(self, strides: Tensor, step: int, num_steps: int) -> Tensor | None:
-        """Which tokens a step computes.
+        """Tokens that a step computes.
 
         Args:
             strides: (tokens,), of ``assign``.

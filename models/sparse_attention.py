@@ -44,7 +44,7 @@ class AttentionSetting:
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is ever left out."""
+        """True if nothing is ever left out."""
         return self.policy.name == "dense"
 
     def check_backend(self) -> None:
@@ -140,7 +140,7 @@ class SparseSelfAttention:
 
 @dataclass
 class _Block:
-    """What is kept while a block of the rollout is made.
+    """State kept while a block of the rollout is made.
 
     Attributes:
         memory: Of the policy, by layer and kind of pass.

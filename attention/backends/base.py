@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether it can run."""
+        """True if it can run."""
         return not self.reasons
 
     @property
@@ -83,7 +83,7 @@ class PlanFacts:
 
     @property
     def is_full(self) -> bool:
-        """Whether every query reads every key, so that the plan is dense attention."""
+        """True if every query reads every key, so that the plan is dense attention."""
         return self.density == 1
 
 

@@ -38,7 +38,7 @@ class GatherSdpa(PlanBackend):
 
 
 def _pays_to_group(plan: BlockPlan) -> bool:
-    """Whether rows repeat, so that groups are fewer than half as many as rows; a map on a device is left there."""
+    """True if rows repeat, so that groups are fewer than half as many as rows; a map on a device is left there."""
     if plan.num_heads == 1:
         return True
     is_here = plan.counts.device.type == "cpu"

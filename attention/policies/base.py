@@ -41,7 +41,6 @@ class SparsePolicy(ABC):
     has_bidirectional_form: ClassVar[bool] = True
     is_static: ClassVar[bool] = True
 
-    @abstractmethod
     def plan(
         self,
         q: Tensor | None,
@@ -66,6 +65,17 @@ class SparsePolicy(ABC):
         Raises:
             ValueError: If the geometry is one the policy has no meaning for, or the tokens do not fit it.
         """
+        return None if self.is_dense(geometry) else self._plan(q, k, v, geometry, {} if memory is None else memory)
+
+    @abstractmethod
+    def is_dense(self, geometry: AttentionGeometry) -> bool:
+        """True if a call is computed densely whatever its tokens."""
+
+    def _plan(
+        self, q: Tensor | None, k: Tensor | None, v: Tensor | None, geometry: AttentionGeometry, memory: Memory
+    ) -> BlockPlan | None:
+        """Choose blocks for a call that is not dense."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """The policy as its YAML mapping: name and fields."""
@@ -85,17 +95,9 @@ class Dense(SparsePolicy):
     name: ClassVar[str] = "dense"
     source: ClassVar[str] = "Attention Is All You Need, arXiv:1706.03762"
 
-    def plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
-    ) -> BlockPlan | None:
-        """Decline."""
-        return None
+    def is_dense(self, geometry: AttentionGeometry) -> bool:
+        """Always."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class BlockPolicy(SparsePolicy):
         self._check_least(0, "dense_blocks", "dense_layers", "dense_steps")
 
     def is_dense(self, geometry: AttentionGeometry) -> bool:
-        """Whether a call belongs to the dense beginning."""
+        """True if a call belongs to the dense beginning."""
         if geometry.frames_per_block is not None and geometry.block_index < self.dense_blocks:
             return True
         if geometry.kind == "commit":
@@ -129,18 +131,9 @@ class TokenPolicy(BlockPolicy):
 
     is_static: ClassVar[bool] = False
 
-    def plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
+    def _plan(
+        self, q: Tensor | None, k: Tensor | None, v: Tensor | None, geometry: AttentionGeometry, memory: Memory
     ) -> BlockPlan | None:
-        """None in the dense beginning; see the base class."""
-        if self.is_dense(geometry):
-            return None
         prefix = f"attention policy {self.name!r}"
         if q is None or k is None or (self.needs_values and v is None):
             needed = "q, k and v" if self.needs_values else "q and k"
@@ -155,7 +148,7 @@ class TokenPolicy(BlockPolicy):
                 f"which has {geometry.num_queries} and {geometry.num_keys}."
             )
         v = k if v is None else v  # not read then
-        plan = self.token_plan(q[0], k[0], v[0], geometry, {} if memory is None else memory)
+        plan = self.token_plan(q[0], k[0], v[0], geometry, memory)
         return plan if plan is None else plan.validate()
 
     @abstractmethod
@@ -169,18 +162,9 @@ class TokenPolicy(BlockPolicy):
 class StaticPolicy(BlockPolicy):
     """A policy that looks at the geometry only, so that equal layouts share one plan."""
 
-    def plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
+    def _plan(
+        self, q: Tensor | None, k: Tensor | None, v: Tensor | None, geometry: AttentionGeometry, memory: Memory
     ) -> BlockPlan | None:
-        """None in the dense beginning, otherwise the plan of this layout, made once."""
-        if self.is_dense(geometry):
-            return None
         return _PLANS.get((self, geometry.layout), lambda: self._shared(geometry))
 
     def _shared(self, geometry: AttentionGeometry) -> BlockPlan | None:
@@ -258,7 +242,7 @@ class DensityMeter:
 
 
 def is_whole(segment: Segment, geometry: AttentionGeometry) -> bool:
-    """Whether a segment has a frame's tokens, one at every place; of others a policy knows no places."""
+    """True if a segment has a frame's tokens, one at every place; of others a policy knows no places."""
     return segment.length == geometry.frame_tokens and segment.role not in ("memory", "text")
 
 

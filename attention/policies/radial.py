@@ -55,7 +55,7 @@ class Radial(StaticPolicy):
         return _Bands(self.block_size, self.decay_factor, self.adjacent_width, self.thin_below)
 
     def rules(self, geometry: AttentionGeometry) -> Hashable:
-        """How far each frame reads into each segment."""
+        """Reach of each frame into each segment."""
         if _is_whole_video(geometry):
             return len(geometry.segments), geometry.frame_tokens
         lengths = tuple(segment.length for segment in geometry.segments)
@@ -114,7 +114,7 @@ class Radial(StaticPolicy):
 
 
 def _is_whole_video(geometry: AttentionGeometry) -> bool:
-    """Whether all frames ask all frames, as the published mask has it."""
+    """True if all frames ask all frames, as the published mask has it."""
     frames = tuple(segment.frame for segment in geometry.segments)
     is_square = frames == geometry.query_frames and all(is_whole(s, geometry) for s in geometry.segments)
     return geometry.frames_per_block is None and is_square

@@ -1,0 +1,151 @@
+"""`longtake attention`: every backend's answer, a picture of a mask and its density; the benchmark, never a time."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import attention as measure_attention
+from longtake.attention import BACKENDS
+from longtake.attention.geometry import make_geometry
+from longtake.attention.policies import make_attention_policy
+from longtake.scripts import main
+from longtake.scripts.attention import COLOURS, MARGIN, WIDTH, _draw
+from longtake.scripts.console import run_app
+
+
+@pytest.fixture
+def call(capfd, monkeypatch):
+    """Run the command; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args):
+        code = run_app(main.app, ["attention", "explain", *args])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def test_every_backend_has_a_line_and_one_is_taken(call):
+    code, stdout, stderr = call("--shape", "1,768,5376,4,64", "--density", "0.4")
+    assert code == 0, stderr
+    assert "768 queries, 5376 keys, 4 heads x 64, float32, cpu: block plan, density 0.40" in stdout
+    lines = {line.split()[0]: line for line in stdout.splitlines()[2:] if line.split()}
+    assert set(BACKENDS) <= set(lines)
+    assert "taken by auto" in lines["gather_sdpa"] and stdout.count("taken by auto") == 1
+    assert "auto takes gather_sdpa" in stdout
+    assert "only when asked for by name" in lines["flex"] or "compiler" in lines["flex"]
+
+
+def test_dense(call):
+    _, stdout, _ = call("--shape", "1x768x5376x4x64")
+    assert ": dense" in stdout and "auto takes sdpa" in stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_here(call):
+    args = ["--device", "cuda", "--capability", "12.0", "--dtype", "bfloat16", "--density", "0.3", "--per-head"]
+    code, stdout, _ = call(*args)
+    assert code == 0
+    assert "no CUDA device" in stdout and "not verified on cuda" in stdout
+    assert "where there is cuda, it takes gather_sdpa" in stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--shape", "1,2,3"], "--shape='1,2,3' is not B,LQ,LK,H,D"),
+        (["--shape", "1,0,3,4,64"], "five numbers above 0"),
+        (["--dtype", "bfloat"], "Did you mean 'bfloat16'"),
+        (["--device", "cuda", "--capability", "hopper"], "is not MAJOR.MINOR"),
+        (["--kv-heads", "5"], "does not divide the 12 heads"),
+    ],
+)
+def test_mistakes_are_one_line(call, args, message):
+    code, _, stderr = call(*args)
+    assert code != 0 and message in stderr and "Traceback" not in stderr
+
+
+def test_the_benchmark_measures_the_plans_that_are_promised(monkeypatch):
+    """Densities and sizes, on small tokens; the times are whatever they are."""
+    densities = {name: case.plan().density for name, case in measure_attention.CASES.items()}
+    assert densities["radial, whole video"] == pytest.approx(0.601, abs=1e-3)
+    assert densities["radial, whole video, long"] == pytest.approx(0.245, abs=1e-3)
+    assert densities["radial, cached"] == pytest.approx(0.52, abs=0.01)
+    assert densities["radial, cached, long"] == pytest.approx(0.18, abs=0.01)
+    monkeypatch.setattr(measure_attention, "GRID", (4, 4))
+    small = measure_attention.Case(6, True, 1.0, 1, density=0.5)
+    monkeypatch.setattr(measure_attention, "CASES", {"small": small})
+    before = torch.get_num_threads()
+    record = measure_attention.measure_attention()
+    assert torch.get_num_threads() == before
+    row = record["small"]
+    assert (row["queries"], row["keys"]) == (48, 96)
+    assert all(figures["speedup"] > 0 for figures in row["threads"].values()) and 1 in row["threads"]
+
+
+def show(capfd, *args):
+    code = run_app(main.app, ["attention", "show", *map(str, args)])
+    return code, *capfd.readouterr()
+
+
+def test_radial_is_drawn_with_its_density(capfd, tmp_path):
+    png = tmp_path / "deep" / "mask.png"
+    code, stdout, stderr = show(capfd, "radial", "--frames", 21, "--tokens", 1560, "--out", png)
+    assert code == 0, stderr
+    assert "density 0.444" in stdout and str(png) in stdout
+    picture = Image.open(png)
+    assert picture.format == "PNG" and picture.width == WIDTH + MARGIN + 14
+
+
+def test_the_last_block_of_a_cache_is_a_strip(capfd, tmp_path):
+    png = tmp_path / "strip.png"
+    args = ["--frames", 21, "--tokens", 1536, "--block-frames", 3, "--out", png]
+    code, stdout, _ = show(capfd, "radial", *args, "--set", "decay_factor=0.2")
+    assert code == 0 and "density 0.379" in stdout and "the last 3 frames ask" in stdout
+    assert Image.open(png).height < 300
+
+
+def test_pixels_are_what_is_read():
+    geometry = make_geometry(10, (8, 11), block_frames=2)
+    settings = {"policy": "window", "num_window_frames": 1, "dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
+    plan = make_attention_policy(settings).plan(None, None, geometry)
+    pixels = np.asarray(_draw(plan, geometry, title="").convert("RGB")).astype(int)
+    top, step = MARGIN + 20, WIDTH / 10
+    expected = {0: "sink", 5: None, 7: "recent", 8: "current"}
+    for frame, role in expected.items():
+        colour = pixels[top + 8, MARGIN + round((frame + 0.5) * step)]
+        wanted = COLOURS[role] if role else "#f1f3f7"
+        assert abs(colour - [int(wanted[i : i + 2], 16) for i in (1, 3, 5)]).max() < 12, frame
+
+
+def test_tiles_and_everything_can_be_drawn(capfd, tmp_path):
+    args = ["--frames", 6, "--tokens", 64, "--grid", "8x8", "--out", tmp_path / "tiles.png"]
+    code, stdout, _ = show(capfd, "sliding_tile", *args, "--set", "tile=[2, 4, 4]", "--set", "window=[1, 1, 1]")
+    assert code == 0 and "density 0.083" in stdout
+    code, stdout, _ = show(capfd, "dense", *args)
+    assert code == 0 and "density 1.000" in stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["light_forcing"], "chooses blocks by the tokens"),
+        (["radail"], "Did you mean 'radial'"),
+        (["radial", "--grid", "3x5"], "ROWSxCOLUMNS with a product of 1560"),
+        (["radial", "--set", "decay"], "write key=value"),
+        (["radial", "--frames", "2", "--block-frames", "3"], "--block-frames 3 is more than --frames 2"),
+        (["radial", "--head", "2", "--frames", "2"], "--head 2 does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(capfd, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = show(capfd, *args)
+    assert code == 2 and message in " ".join(stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_unless_told_where(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, stdout, _ = show(capfd, "radial", "--frames", 6, "--tokens", 64)
+    assert code == 0 and "density" in stdout and not list(tmp_path.iterdir())
