@@ -38,7 +38,7 @@ app = typer.Typer(
 
 
 @app.command("run", no_args_is_help=True)
-def run(
+def _run(
     *,
     out_folder: Annotated[
         Path, typer.Option("--out", help="Folder of the evaluation; a started one goes on.", show_default=False)
@@ -157,7 +157,7 @@ def run(
 
 
 @app.command("compare", no_args_is_help=True)
-def compare(
+def _compare(
     folders: Annotated[
         list[Path],
         typer.Argument(
@@ -197,7 +197,7 @@ def compare(
 
 
 @app.command("report", no_args_is_help=True)
-def report(
+def _report(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an evaluation.", show_default=False)],
 ) -> None:
     """Write results and report of what has been measured so far, also in the middle of an evaluation.
@@ -214,7 +214,7 @@ def report(
 
 
 @app.command("table", no_args_is_help=True)
-def table(
+def _table(
     folders: Annotated[
         list[Path], typer.Argument(metavar="OUT...", help="Folders of evaluations or of runs.", show_default=False)
     ],
@@ -261,7 +261,7 @@ def table(
     places = [place for folder in folders for place in ordered_runs(folder)]
     protocol = settled_protocol(folders[0])
     times = list(protocol.moments) if moments is None else _seconds(moments)
-    runs = _runs(places)
+    runs = _measured_runs(places)
     labels = [run.label for run in runs]
     chosen = baseline or (protocol.baseline if protocol.baseline in labels else labels[0])
     if chosen not in labels:
@@ -282,7 +282,7 @@ def table(
 
 
 @app.command("list")
-def list_all(
+def _list_all(
     backbones: BackbonesOption = None,
 ) -> None:
     """List the numbers that would be computed, those that would not and why, suites, protocols and backbones.
@@ -313,7 +313,7 @@ def list_all(
 
 
 @app.command("export-vbench", no_args_is_help=True)
-def export_vbench(
+def _export_vbench(
     run: RunArgument,
     *,
     out_folder: OutOption,
@@ -352,7 +352,7 @@ def export_vbench(
 
 
 @app.command("import-vbench", no_args_is_help=True)
-def import_vbench(
+def _import_vbench(
     run: RunArgument,
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="*_eval_results.json of the tool.", show_default=False)
@@ -386,7 +386,7 @@ def import_vbench(
 
 
 @app.command("check-golden", no_args_is_help=True)
-def check_golden(
+def _check_golden(
     folder: Annotated[
         Path,
         typer.Argument(
@@ -403,10 +403,9 @@ def check_golden(
     `longtake evaluate check-golden ../shared/golden/vbench`
     """
     from longtake.evaluation.backbones import load_backbones
-    from longtake.evaluation.golden_check import TOLERANCE
-    from longtake.evaluation.golden_check import check_golden as compare_numbers
+    from longtake.evaluation.golden_check import TOLERANCE, check_golden
 
-    checks = compare_numbers(folder, load_backbones(folder / "stubs.py"))
+    checks = check_golden(folder, load_backbones(folder / "stubs.py"))
     for check in checks:
         if every or not check.ok:
             word = "equal" if check.ok else "differs"
@@ -419,7 +418,7 @@ def check_golden(
 
 
 @app.command("sets", no_args_is_help=True)
-def sets(
+def _sets(
     run: RunArgument,
     *,
     reference: Annotated[Path, typer.Option(help="Folder of real videos, or of another run.", show_default=False)],
@@ -540,8 +539,8 @@ def _show_summary(folder: Path) -> None:
     out.print(str(folder / REPORT_FILE), markup=False)
 
 
-def _runs(places: Sequence[Path]) -> "list[RunScores]":
-    """What has been measured so far; runs without a video are left out."""
+def _measured_runs(places: Sequence[Path]) -> "list[RunScores]":
+    """Scores so far; runs without a video are left out."""
     from longtake.evaluation.results import load_run
 
     runs = [run for place in places if (run := load_run(place, has_drift=False)).videos]

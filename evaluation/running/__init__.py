@@ -1,1 +1,1 @@
-"""Running an evaluation: what is asked for, units of work, workers, launchers, videos that are made or found."""
+"""Run of an evaluation: protocol, prompts, units of work, workers, and the folder of results."""

@@ -188,7 +188,7 @@ def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any
         values.pop(owners[key], None)
     values |= given
     if isinstance(values.get("caches"), Sequence) and not isinstance(values["caches"], str):
-        values["caches"] = dict(parse_cache(entry) for entry in values["caches"])
+        values["caches"] = dict(_parse_cache(entry) for entry in values["caches"])
     if values.get("videos") is not None:
         values["caches"] = None
     # A baseline from the file goes with the file's policies.
@@ -197,7 +197,7 @@ def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any
     return build(Protocol, values, what=f"protocol {name!r}")
 
 
-def parse_cache(entry: Any) -> tuple[str, Any]:
+def _parse_cache(entry: Any) -> tuple[str, Any]:
     """Read ``NAME``, ``LABEL={policy: NAME, field: value}`` or ``{LABEL: cache}`` into (label, entry of ``caches``).
 
     Raises:
@@ -232,15 +232,10 @@ def split_caches(texts: Sequence[str]) -> list[str]:
 
 
 def split_entry(entry: Any) -> tuple[Any, Any]:
-    """An entry's cache policy, and its attention policy: both as ``longtake generate`` takes them."""
+    """Cache policy and attention policy of an entry, both as ``longtake generate`` takes them."""
     if not isinstance(entry, Mapping):
         return entry, "dense"
     return {key: value for key, value in entry.items() if key != ATTENTION}, entry.get(ATTENTION) or "dense"
-
-
-def is_sparse(entry: Any) -> bool:
-    """Tell whether a resolved entry leaves any of attention out."""
-    return isinstance(entry, Mapping) and ATTENTION in entry
 
 
 def resolve_generation(protocol: Protocol) -> Protocol:
@@ -327,7 +322,7 @@ def settle(out: Path, protocol: Protocol) -> None:
     """
     path = out / PROTOCOL_FILE
     if path.is_file():
-        differing = difference(load_protocol(path), protocol)
+        differing = _difference(load_protocol(path), protocol)
         if differing:
             raise ValueError(
                 f"{out} holds an evaluation with another protocol ({'; '.join(differing)}): use another --out, or "
@@ -337,7 +332,7 @@ def settle(out: Path, protocol: Protocol) -> None:
     write_atomically(path, f"# fingerprint: {protocol.fingerprint()}\n{values}")
 
 
-def difference(old: Protocol, new: Protocol) -> list[str]:
+def _difference(old: Protocol, new: Protocol) -> list[str]:
     """List ``key: old -> new`` of what decides numbers and differs."""
     before, after = old.identity(), new.identity()
     keys = sorted(before.keys() | after.keys(), key=[item.name for item in fields(Protocol)].index)

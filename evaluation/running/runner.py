@@ -84,7 +84,7 @@ class Evaluation:
 
     @property
     def labels(self) -> list[str]:
-        """Of the runs, in order."""
+        """Labels of the runs, in order."""
         return [run.label for run in self.runs]
 
     @cached_property

@@ -25,7 +25,7 @@ from longtake.configs.families import load_family
 from longtake.evaluation.metric import Segment
 from longtake.evaluation.records import ManifestLine, VideoScores, video_info, write_json
 from longtake.evaluation.running.plan import Unit
-from longtake.evaluation.running.protocol import Protocol, is_sparse, model_folder, split_entry
+from longtake.evaluation.running.protocol import ATTENTION, Protocol, model_folder, split_entry
 from longtake.evaluation.running.runner import Setup
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
@@ -127,7 +127,7 @@ class Generator:
     def __init__(self, protocol: Protocol, *, device: str) -> None:
         self.protocol = protocol
         self.pipe = _load(protocol, device)
-        self._has_sparse_runs = any(is_sparse(entry) for entry in (protocol.caches or {}).values())
+        self._has_sparse_runs = any(ATTENTION in entry for entry in (protocol.caches or {}).values())
 
     def check(self, units: Sequence[Unit]) -> None:
         """Refuse, before any work, what would fail in the middle of it.

@@ -10,10 +10,10 @@ from longtake.evaluation.metrics import GROUPS
 from longtake.evaluation.running.protocol import GROUPS as KNOWN_GROUPS
 from longtake.evaluation.running.protocol import (
     Protocol,
+    _difference,
+    _parse_cache,
     check_prompts,
-    difference,
     load_protocol,
-    parse_cache,
     protocol_names,
     resolve_backbones,
     resolve_generation,
@@ -77,7 +77,7 @@ def test_another_protocol_in_the_same_folder_is_refused_with_what_differs(tmp_pa
 def test_the_fingerprint_is_of_content_not_of_places():
     protocol = Protocol(caches={"a": {"policy": "full"}}, model_sha256="1", prompts_sha256="2")
     same = replace(protocol, model="elsewhere", prompts="elsewhere.txt", name="other", seconds=60, num_prompts=3)
-    assert same.fingerprint() == protocol.fingerprint() and difference(protocol, same) == []
+    assert same.fingerprint() == protocol.fingerprint() and _difference(protocol, same) == []
     for change in ({"model_sha256": "3"}, {"prompts_sha256": "3"}, {"batch": 5}, {"threads": 2}, {"moments": (5.0,)}):
         assert replace(protocol, **change).fingerprint() != protocol.fingerprint()
     measured = Protocol(videos="clips")
@@ -205,6 +205,6 @@ def test_policies_on_the_command_line():
     texts = ["full,pack", "deep={policy: deep_forcing, heads: [1, 2]},sliding_window", " "]
     parts = split_caches(texts)
     assert parts == ["full", "pack", "deep={policy: deep_forcing, heads: [1, 2]}", "sliding_window"]
-    assert parse_cache(parts[2]) == ("deep", {"policy": "deep_forcing", "heads": [1, 2]})
-    assert parse_cache({"x": {"policy": "full"}}) == ("x", {"policy": "full"})
-    assert parse_cache("other=full") == ("other", "full")
+    assert _parse_cache(parts[2]) == ("deep", {"policy": "deep_forcing", "heads": [1, 2]})
+    assert _parse_cache({"x": {"policy": "full"}}) == ("x", {"policy": "full"})
+    assert _parse_cache("other=full") == ("other", "full")
