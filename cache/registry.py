@@ -4,52 +4,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from longtake.cache.base import CachePolicy
-from longtake.cache.policies.anchor import Anchor
-from longtake.cache.policies.attention_sink import AttentionSink
-from longtake.cache.policies.deep_forcing import DeepForcing
-from longtake.cache.policies.dilated_window import DilatedWindow
-from longtake.cache.policies.ema_sink import EmaSink
-from longtake.cache.policies.forcing_kv import ForcingKV
-from longtake.cache.policies.full import Full
-from longtake.cache.policies.infinity_rope import InfinityRope
-from longtake.cache.policies.longlive import LongLive
-from longtake.cache.policies.memrope import MemRoPE
-from longtake.cache.policies.pack import Pack
-from longtake.cache.policies.relax import Relax
-from longtake.cache.policies.rolling_forcing import RollingForcing
-from longtake.cache.policies.rolling_sink import RollingSink
-from longtake.cache.policies.sliding_window import SlidingWindow
-from longtake.cache.policies.slow_fast import SlowFast
-from longtake.cache.policies.tempcache import TempCache
-from longtake.cache.wrappers.budget import Budget
-from longtake.cache.wrappers.commit_reads import CommitReads
-from longtake.cache.wrappers.offloaded import Offloaded
-from longtake.cache.wrappers.quantized import Quantized
 from longtake.configs.fields import make
+from longtake.configs.registry import POLICY_GROUP, Registry
 
-POLICIES: dict[str, type[CachePolicy]] = {
-    "full": Full,
-    "sliding_window": SlidingWindow,
-    "dilated_window": DilatedWindow,
-    "attention_sink": AttentionSink,
-    "longlive": LongLive,
-    "infinity_rope": InfinityRope,
-    "anchor": Anchor,
-    "pack": Pack,
-    "deep_forcing": DeepForcing,
-    "ema_sink": EmaSink,
-    "memrope": MemRoPE,
-    "rolling_sink": RollingSink,
-    "relax": Relax,
-    "slow_fast": SlowFast,
-    "quantized": Quantized,
-    "offloaded": Offloaded,
-    "commit_reads": CommitReads,
-    "budget": Budget,
-    "tempcache": TempCache,
-    "rolling_forcing": RollingForcing,
-    "forcing_kv": ForcingKV,
-}
+POLICIES = Registry(
+    CachePolicy,
+    {
+        "full": "cache.policies.full:Full",
+        "sliding_window": "cache.policies.sliding_window:SlidingWindow",
+        "dilated_window": "cache.policies.dilated_window:DilatedWindow",
+        "attention_sink": "cache.policies.attention_sink:AttentionSink",
+        "longlive": "cache.policies.longlive:LongLive",
+        "infinity_rope": "cache.policies.infinity_rope:InfinityRope",
+        "anchor": "cache.policies.anchor:Anchor",
+        "pack": "cache.policies.pack:Pack",
+        "deep_forcing": "cache.policies.deep_forcing:DeepForcing",
+        "ema_sink": "cache.policies.ema_sink:EmaSink",
+        "memrope": "cache.policies.memrope:MemRoPE",
+        "rolling_sink": "cache.policies.rolling_sink:RollingSink",
+        "relax": "cache.policies.relax:Relax",
+        "slow_fast": "cache.policies.slow_fast:SlowFast",
+        "quantized": "cache.wrappers.quantized:Quantized",
+        "offloaded": "cache.wrappers.offloaded:Offloaded",
+        "commit_reads": "cache.wrappers.commit_reads:CommitReads",
+        "budget": "cache.wrappers.budget:Budget",
+        "tempcache": "cache.policies.tempcache:TempCache",
+        "rolling_forcing": "cache.policies.rolling_forcing:RollingForcing",
+        "forcing_kv": "cache.policies.forcing_kv:ForcingKV",
+    },
+    group=POLICY_GROUP,
+)
 
 DEFAULT_POLICY = "attention_sink"
 """What videos are made with unless told otherwise: bounded, and no position leaves the trained range."""

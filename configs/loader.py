@@ -1,10 +1,11 @@
 """From YAML files, presets and dotted overrides to one validated ``RunConfig``.
 
-``cache``, ``sampler``, ``attention`` and ``model`` are groups. ``cache: sliding_window`` is the preset of that name, a
-mapping goes over the preset it names, and changing the name drops what belonged to the old one; so for
-``cache.inner``, the policy that a wrapper takes. ``model: NAME`` is a family with its bundled weights,
-``model: NAME=FOLDER`` a folder that is run like that family, and ``model: FOLDER`` one that is run like Self-Forcing
-unless ``family`` says otherwise. Without a cache the model family's own is taken, else ``attention_sink``.
+``cache``, ``sampler``, ``attention`` and ``model`` are groups. ``cache: sliding_window`` is the preset of that name,
+``cache: FILE.yaml`` is what that file holds (paths are relative to the current folder), and a mapping goes over the
+preset it names. Changing the name drops what belonged to the old one; so for ``cache.inner``, a wrapper's policy.
+``model: NAME`` is a family with its bundled weights, ``model: NAME=FOLDER`` a folder that is run like it, and
+``model: FOLDER`` one that is run like Self-Forcing unless ``family`` says otherwise. Without a cache the family's
+own is taken, else ``attention_sink``.
 """
 
 import os
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longtake.configs.families import family_names, load_family
 from longtake.configs.fields import build, choose, mapping
+from longtake.configs.registry import POLICY_GROUP, external
 from longtake.configs.run import ModelConfig, RunConfig
 
 # Family of a model folder that is given without one, here as in ``LongVideoPipeline.from_pretrained``.
@@ -57,6 +59,8 @@ def load_preset(folder: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: If there is none of that name; offers the nearest.
     """
+    if folder == "cache" and name in external(POLICY_GROUP):
+        return {"policy": name}
     choose(dict.fromkeys(preset_names(folder)), name, what=_GROUPS[folder].what)
     return {"family": name} if folder == "model" else _read_bundled(folder, f"{name}.yaml")
 
@@ -137,8 +141,10 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge_group(group: _Group, base: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        value = _named_model(value) if group.folder == "model" else {group.key: value}
+    if isinstance(value, str) and group.folder == "model":
+        value = _named_model(value)
+    elif isinstance(value, str):
+        value = _read(Path(value)) if value.endswith((".yaml", ".yml")) else {group.key: value}
     value = mapping(value, group.folder)
     name = value.get(group.key)
     if group.folder != "model" and name is not None and name != base.get(group.key):

@@ -3,15 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from longtake.attention.policies.base import BlockPolicy, Dense, Memory, SparsePolicy, StaticPolicy, TokenPolicy
-from longtake.attention.policies.light_forcing import LightForcing
-from longtake.attention.policies.paro import Paro
-from longtake.attention.policies.radial import Radial
-from longtake.attention.policies.sliding_tile import SlidingTile
-from longtake.attention.policies.svg import Svg
-from longtake.attention.policies.svg2 import Svg2
-from longtake.attention.policies.window import Window
+from longtake.attention.policies.base import BlockPolicy, Memory, SparsePolicy, StaticPolicy, TokenPolicy
 from longtake.configs.fields import make
+from longtake.configs.registry import Registry
 
 __all__ = [
     "POLICIES",
@@ -23,9 +17,19 @@ __all__ = [
     "make_attention_policy",
 ]
 
-POLICIES: dict[str, type[SparsePolicy]] = {
-    cls.name: cls for cls in (Dense, Window, Radial, LightForcing, Svg, Svg2, Paro, SlidingTile)
-}
+POLICIES = Registry(
+    SparsePolicy,
+    {
+        "dense": "attention.policies.base:Dense",
+        "window": "attention.policies.window:Window",
+        "radial": "attention.policies.radial:Radial",
+        "light_forcing": "attention.policies.light_forcing:LightForcing",
+        "svg": "attention.policies.svg:Svg",
+        "svg2": "attention.policies.svg2:Svg2",
+        "paro": "attention.policies.paro:Paro",
+        "sliding_tile": "attention.policies.sliding_tile:SlidingTile",
+    },
+)
 
 
 def make_attention_policy(settings: SparsePolicy | Mapping[str, Any] | str) -> SparsePolicy:
