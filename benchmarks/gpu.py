@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from benchmarks.models import make_transformer, make_vae
 from longtake.cache import make_policy
@@ -237,7 +237,7 @@ def attention_name(session: VideoRollout, device: torch.device) -> str:
 
 
 def _planned(pipe: LongVideoPipeline, shape: Shape, session: VideoRollout, device_type: str) -> int:
-    """What the memory plan says of the same, the program's own memory left out on a GPU, as PyTorch counts there."""
+    """The memory plan of the same, the program's own memory left out on a GPU, as PyTorch counts there."""
     parts = {"transformer": pipe.transformer, "vae": pipe.vae}
     numbers = {
         part: count_numbers(part, {name: p.numel() for name, p in model.named_parameters()})
@@ -254,7 +254,7 @@ def _planned(pipe: LongVideoPipeline, shape: Shape, session: VideoRollout, devic
         num_latent_frames=rollout.end_frame,
         frames_per_block=rollout.frames_per_block,
         dtype=rollout.causal.dtype,
-        device_type=device_type,
+        device_type="cuda" if device_type == "cuda" else "cpu",
         num_text_tokens=shape.num_text_tokens,
         text_encoder="freed",
     )

@@ -96,7 +96,7 @@ class Block:
         self.cache = KVCache(policy, width.geometry(dtype, "cpu"), attention=attend_nothing)
         _fill(self.cache, width)
         self.cache.attention = attention
-        self.prompt = Prompt(torch.zeros(1, width.num_text_tokens, transformer.config.text_dim, dtype=dtype))
+        self.prompt = Prompt(torch.zeros(1, width.num_text_tokens, width.config.get("text_dim", 4096), dtype=dtype))
 
     def sample(self, sampler: Sampler, between: Callable[[], None] = lambda: None) -> None:
         """All steps and the commit; ``between`` is called before, after and between the passes."""
@@ -204,10 +204,10 @@ def _fill(cache: KVCache, width: Width) -> None:
     g = cache.geometry
     shape = (3, 1, width.num_tokens, g.num_heads, g.head_dim)
     for index in range(width.num_filled):
-        qkv = torch.randn(shape).to(g.dtype)
+        q, k, v = torch.randn(shape).to(g.dtype)
         for kind in ("denoise", "commit"):
             for layer in range(g.num_layers):
-                cache.attend(layer, *qkv, Pass(kind, index, index * BLOCK, BLOCK))
+                cache.attend(layer, q, k, v, Pass(kind, index, index * BLOCK, BLOCK))
         cache.end_block(BlockTrace(index, index * BLOCK, torch.zeros(1, BLOCK, *width.frame_shape)))
 
 

@@ -1,4 +1,4 @@
-"""What a block at true width takes, computed beforehand: bytes of everything, operations and traffic of every pass."""
+"""Cost of a block at true width, computed beforehand: bytes of everything, operations and traffic of every pass."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ FACTORIES = frozenset({"empty", "new_empty", "empty_like", "empty_strided", "zer
 
 @dataclass(frozen=True)
 class Width:
-    """What is built.
+    """The model that is built.
 
     Attributes:
         config: Of the transformer.
@@ -73,7 +73,7 @@ class Width:
 
     @property
     def num_tokens(self) -> int:
-        """Of a block."""
+        """Tokens of a block."""
         return BLOCK * (self.frame_shape[1] // 2) * (self.frame_shape[2] // 2)
 
 
@@ -88,7 +88,7 @@ SMALL = Width(
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass computes and moves.
+    """Operations and traffic of a pass.
 
     Attributes:
         linear: Operations of linear layers, multiplications and additions.
@@ -319,7 +319,7 @@ def _play(cache: KVCache, pass_: Pass) -> None:
 
 
 def linear_flops(width: Width) -> int:
-    """Of a pass: projections of both attentions but the text's, and the feed-forward; patches in and out."""
+    """Operations of a pass: both attentions without the projections of the text, feed-forward, patches in and out."""
     patch = 4 * width.frame_shape[0]
     layers = width.config["num_layers"] * (6 * width.dim**2 + 2 * width.dim * width.config["ffn_dim"])
     return 2 * width.num_tokens * (layers + 2 * patch * width.dim)

@@ -229,7 +229,7 @@ class MemoryPlan:
 
     @property
     def staging(self) -> int:
-        """Of places in host memory: two layers' worth of what is read is on the GPU at a time, of every branch."""
+        """Bytes on the GPU of places in host memory: what two layers read, of every branch."""
         if self.request.device_type != "cuda":
             return 0
         num_layers = self.request.geometry().num_layers

@@ -61,7 +61,7 @@ def plan_of_options(
 def _request_of(
     run: "RunConfig", family: ModelFamily, folder: Path | None, *, batch: int = 1, device: str = "auto"
 ) -> "PlanRequest":
-    """What a run's settings ask to be planned.
+    """The plan request of a run's settings.
 
     Raises:
         ValueError: If the folder is no model, or a setting does not fit.
