@@ -212,7 +212,7 @@ def _run(
     out, lse = find_backend(name).run(q, k, v, plan=plan, scale=scale, return_lse=request.return_lse)
     fault = _faults.get((name, request.signature))
     if fault is None and not torch.compiler.is_compiling():
-        fault = _check(name, request, q, k, v, plan, scale=scale, out=out, lse=lse)
+        fault = _check(name, request, (q, k, v), plan, scale, (out, lse))
     if fault:
         hint = "Report it with the versions of torch and of the backend, and take another one."
         raise BackendUnavailable(
@@ -292,20 +292,17 @@ def _log_choice(request: AttentionRequest, name: str) -> None:
 def _check(
     name: str,
     request: AttentionRequest,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
     plan: BlockPlan | None,
-    *,
     scale: float | None,
-    out: Tensor,
-    lse: Tensor | None,
+    result: tuple[Tensor, Tensor | None],
 ) -> str:
     """Compare evenly spaced rows of a result with PyTorch's attention in float32 or wider, under the plan's mask.
 
     Returns:
         The fault in words; empty if there is none. It is kept for calls like this one.
     """
+    (q, k, v), (out, lse) = tensors, result
     with torch.no_grad():
         rows = max(8, min(_CHECKED_ROWS, _MAX_SCORES // (q.shape[0] * q.shape[2] * k.shape[1])))
         queries = torch.linspace(0, q.shape[1] - 1, min(rows, q.shape[1]), device=q.device).round().long()

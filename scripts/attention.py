@@ -16,7 +16,7 @@ from longtake.scripts.console import out
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from longtake.attention import AttentionGeometry, AttentionRequest, BlockPlan
+    from longtake.attention import AttentionGeometry, BlockPlan
     from longtake.attention.dispatch import Row
 
 ASPECT = 832 / 480  # of a frame whose rows and columns are not said
@@ -202,9 +202,31 @@ def explain(
 
     `longtake attention explain --device cuda --capability 9.0 --dtype bfloat16 --density 0.4`
     """
-    from longtake.attention import BACKENDS, dispatch
+    import torch
 
-    request = _request(shape, device, capability, dtype, kv_heads, density, block, per_head, lse)
+    from longtake.attention import BACKENDS, AttentionRequest, dispatch
+    from longtake.attention.backends.base import PlanFacts
+
+    sizes = _shape(shape, kv_heads)
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype={dtype!r} is unknown; known: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+    plan = None
+    if density is not None:
+        plan = PlanFacts(
+            density=density,
+            num_heads=sizes["num_heads"] if per_head else 1,
+            q_block=block or None,
+            k_block=block or None,
+            tile=float(min(block or sizes["num_queries"], sizes["num_queries"])),
+        )
+    request = AttentionRequest(
+        **sizes,
+        dtype=getattr(torch, dtype),
+        device=device,
+        capability=_capability(device, capability),
+        plan=plan,
+        return_lse=lse,
+    )
     rows = dispatch.explain(request, allow_approx=allow_approx)
     kind = "dense" if density is None else f"block plan, density {density:.2f}"
     out.print(
@@ -227,53 +249,17 @@ def explain(
     out.print(f"auto finds no backend for this call here; where there is {device}, it takes {taken}")
 
 
-def _request(
-    shape: str,
-    device: str,
-    capability: str | None,
-    dtype: str,
-    kv_heads: int | None,
-    density: float | None,
-    block: int,
-    per_head: bool,
-    lse: bool,
-) -> "AttentionRequest":
-    import torch
-
-    from longtake.attention import AttentionRequest
-    from longtake.attention.backends.base import PlanFacts
-
+def _shape(shape: str, kv_heads: int | None) -> dict[str, int]:
+    """Sizes of a request from B,LQ,LK,H,D."""
     sizes = SHAPE.fullmatch(shape.strip())
     if sizes is None or "0" in sizes.groups():
         raise ValueError(f"--shape={shape!r} is not B,LQ,LK,H,D: give five numbers above 0, such as 1,768,5376,4,64.")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype={dtype!r} is unknown; known: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-    batch, queries, keys, heads, head_dim = map(int, sizes.groups())
+    names = ("batch", "num_queries", "num_keys", "num_heads", "head_dim")
+    found = dict(zip(names, map(int, sizes.groups()), strict=True))
+    heads = found["num_heads"]
     if kv_heads is not None and heads % kv_heads:
         raise ValueError(f"--kv-heads={kv_heads} does not divide the {heads} heads of --shape: give a divisor.")
-    plan = None
-    if density is not None:
-        size = block or None
-        plan = PlanFacts(
-            density=density,
-            num_heads=heads if per_head else 1,
-            q_block=size,
-            k_block=size,
-            tile=float(min(block or queries, queries)),
-        )
-    return AttentionRequest(
-        batch=batch,
-        num_queries=queries,
-        num_keys=keys,
-        num_heads=heads,
-        num_kv_heads=kv_heads or heads,
-        head_dim=head_dim,
-        dtype=getattr(torch, dtype),
-        device=device,
-        capability=_capability(device, capability),
-        plan=plan,
-        return_lse=lse,
-    )
+    return found | {"num_kv_heads": kv_heads or heads}
 
 
 def _capability(device: str, given: str | None) -> tuple[int, int] | None:
