@@ -220,7 +220,12 @@ def explain(
             tile=float(min(block or sizes["num_queries"], sizes["num_queries"])),
         )
     request = AttentionRequest(
-        **sizes,
+        batch=sizes["batch"],
+        num_queries=sizes["num_queries"],
+        num_keys=sizes["num_keys"],
+        num_heads=sizes["num_heads"],
+        num_kv_heads=sizes["num_kv_heads"],
+        head_dim=sizes["head_dim"],
         dtype=getattr(torch, dtype),
         device=device,
         capability=_capability(device, capability),

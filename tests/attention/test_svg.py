@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from block_attention import signature
+from block_attention import attention, signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,13 +19,7 @@ GRID = (10, 20)
 
 
 def softmax64(q, k, v, mask=None):
-    """(batch, queries, heads, head_dim), float64; mask (batch or 1, heads or 1, queries, keys)."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    return attention(q, k, v, mask)[0]
 
 
 def tokens(geometry, heads=4, key_heads=4, *, batch=1, dim=16, seed=0):
