@@ -5,21 +5,205 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from math import isnan
+from math import isnan, log
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longtake import __version__
-from longtake.evaluation.drift_scores import drift_scores, drift_specs
-from longtake.evaluation.metric import MetricSpec, Score
+from longtake.evaluation.metric import MetricSpec, Score, Window
 from longtake.evaluation.paired import mean_interval
 from longtake.evaluation.records import SCHEMA, RunScores, VideoScores, read_manifest, score_name
 from longtake.evaluation.running.plan import MANIFEST, SCORES, read_json
 from longtake.evaluation.scores import TOTALS
 from longtake.evaluation.vbench_io import merge_imported, read_imported
+
+SPAN_SECONDS = 5.0
+MIN_SECONDS = 2 * SPAN_SECONDS
+HELIOS_SHARE = 0.15
+NUM_CHUNKS = 10
+
+
+class _NoValueError(Exception):
+    """Why a curve has no such number; its text is the score's reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Curve:
+    """Windows with a value, in order."""
+
+    windows: tuple[Window, ...]
+    num_frames: int
+    fps: float
+
+    def mean(self, start: float, end: float) -> float:
+        total = weight = 0.0
+        for window in self.windows:
+            inside = min(end, window.start_frame + window.num_frames) - max(start, window.start_frame)
+            if inside > 0:
+                total, weight = total + inside * window.value, weight + inside
+        if not weight:
+            raise _NoValueError(f"no value between {start / self.fps:g} s and {end / self.fps:g} s")
+        return total / weight
+
+    @property
+    def first(self) -> float:
+        return self.mean(0, SPAN_SECONDS * self.fps)
+
+    @property
+    def last(self) -> float:
+        return self.mean(self.num_frames - SPAN_SECONDS * self.fps, self.num_frames)
+
+
+def _helios(curve: _Curve) -> float:
+    span = HELIOS_SHARE * curve.num_frames
+    return abs(curve.mean(0, span) - curve.mean(curve.num_frames - span, curve.num_frames))
+
+
+def _vde(curve: _Curve, weigh: Callable[[float], float]) -> float:
+    edges = np.linspace(0, curve.num_frames, NUM_CHUNKS + 1).tolist()
+    means = [curve.mean(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+    if means[0] <= 0:
+        raise _NoValueError(f"relative to the first tenth, which is {means[0]:g}: not above 0")
+    return sum(weigh(NUM_CHUNKS - i) * abs(means[i] - means[0]) for i in range(1, NUM_CHUNKS)) / means[0]
+
+
+def _slope(curve: _Curve) -> float:
+    if len(curve.windows) < 2:
+        raise _NoValueError("a line needs two windows with a value")
+    minutes = np.array([(w.start_frame + w.num_frames / 2) / curve.fps / 60 for w in curve.windows])
+    values = np.array([w.value for w in curve.windows])
+    centred = minutes - minutes.mean()
+    return float(centred @ (values - values.mean()) / (centred @ centred))
+
+
+def _ratio(curve: _Curve) -> float:
+    if curve.first <= 0:
+        raise _NoValueError(f"relative to the first {SPAN_SECONDS:g} s, which are {curve.first:g}: not above 0")
+    return curve.last / curve.first
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scalar:
+    """One number of a curve.
+
+    ``better``: 1 if more is better where more of the measure is, -1 if less is, 0 if less is always better.
+    """
+
+    compute: Callable[[_Curve], float]
+    better: int
+    description: str
+    is_relative: bool = False
+
+
+SCALARS: dict[str, _Scalar] = {
+    "first5": _Scalar(compute=lambda c: c.first, better=1, description="mean of the first 5 s"),
+    "last5": _Scalar(compute=lambda c: c.last, better=1, description="mean of the last 5 s"),
+    "delta5": _Scalar(compute=lambda c: c.first - c.last, better=-1, description="first 5 s less last 5 s, signed"),
+    "abs": _Scalar(compute=lambda c: abs(c.first - c.last), better=0, description="|first 5 s - last 5 s|"),
+    "helios15": _Scalar(compute=_helios, better=0, description="|first 15 % of the frames - last 15 %|"),
+    "vde_linear": _Scalar(
+        compute=lambda c: _vde(c, float),
+        better=0,
+        description="change of ten chunks relative to the first, linear weights, early ones most",
+        is_relative=True,
+    ),
+    "vde_log": _Scalar(
+        compute=lambda c: _vde(c, log),
+        better=0,
+        description="change of ten chunks relative to the first, logarithmic weights, early ones most",
+        is_relative=True,
+    ),
+    "slope_per_minute": _Scalar(
+        compute=_slope, better=1, description="least-squares slope over the windows, per minute"
+    ),
+    "last_over_first": _Scalar(compute=_ratio, better=1, description="last 5 s over first 5 s", is_relative=True),
+}
+"""{name: how it is made of a curve}; the last part of a drift metric's name."""
+_SOURCES = {"delta5": "Forcing-KV", "helios15": "Helios", "vde_linear": "BlockVid", "vde_log": "BlockVid"}
+
+
+def _drift_name(metric: str, scalar: str) -> str:
+    """``drift/METRIC/SCALAR``, the metric with its prefix."""
+    return f"drift/{metric}/{scalar}"
+
+
+def drift_specs(spec: MetricSpec) -> tuple[MetricSpec, ...]:
+    """What the drift numbers of a measure mean.
+
+    Args:
+        spec: Of a measure that gives windows.
+
+    Returns:
+        One per scalar, in the order of :data:`SCALARS`; none for a measure that is a drift or of a set itself.
+    """
+    if spec.name.startswith(("drift/", "set/")):
+        return ()
+    return tuple(_spec(spec, name, scalar) for name, scalar in SCALARS.items())
+
+
+def _spec(spec: MetricSpec, name: str, scalar: _Scalar) -> MetricSpec:
+    higher = None if spec.higher_is_better is None else spec.higher_is_better == (scalar.better == 1)
+    return replace(
+        spec,
+        name=_drift_name(spec.name, name),
+        higher_is_better=higher if scalar.better else False,
+        unit="" if scalar.is_relative else spec.unit,
+        range=spec.range if name in ("first5", "last5") else (None, None),
+        formula=_SOURCES.get(name, "ours"),
+        grouping="video",
+        scale=1.0 if scalar.is_relative else spec.scale,
+        description=f"{scalar.description}, of the curve of {spec.name}.",
+    )
+
+
+def drift_scores(spec: MetricSpec, score: Score, fps: float) -> dict[str, Score]:
+    """The drift numbers of one measure on one video.
+
+    Args:
+        spec: Of the measure.
+        score: Its score, with windows; windows without a value are left out.
+        fps: Of the video.
+
+    Returns:
+        {name: score}, one for every one of :func:`drift_specs`; none has a value where the video is under ten seconds,
+        the measure has no curve or no value, or the number is not defined for it.
+
+    Raises:
+        ValueError: If ``fps`` is not above 0.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps={fps} of a video must be above 0.")
+    windows = tuple(window for window in score.windows if window.value is not None)
+    num_frames = score.windows[-1].start_frame + score.windows[-1].num_frames if score.windows else 0
+    curve = _Curve(windows=windows, num_frames=num_frames, fps=fps)
+    refusal = _refusal(spec, score, curve)
+    return {
+        _drift_name(spec.name, name): Score.none(refusal) if refusal else _score(curve, SCALARS[name])
+        for name in ([] if spec.name.startswith(("drift/", "set/")) else SCALARS)
+    }
+
+
+def _refusal(spec: MetricSpec, score: Score, curve: _Curve) -> str:
+    if score.skipped is not None:
+        return score.skipped
+    if not curve.windows:
+        return f"{spec.name} has no curve over time"
+    if curve.num_frames < MIN_SECONDS * curve.fps - 0.5:
+        return f"drift needs {MIN_SECONDS:g} s of video; this one has {curve.num_frames / curve.fps:.2f} s"
+    return ""
+
+
+def _score(curve: _Curve, scalar: _Scalar) -> Score:
+    try:
+        return Score(value=float(scalar.compute(curve)))
+    except _NoValueError as error:
+        return Score.none(str(error))
+
 
 RUN_FILE = "run.json"
 COSTS_FILE = "costs.json"
@@ -39,7 +223,7 @@ def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
     record = read_json(folder / RUN_FILE)
     if record is None:
         raise ValueError(f"{folder} is no run of an evaluation: it has no {RUN_FILE}")
-    specs = {values["name"]: _spec(values) for values in record["specs"]}
+    specs = {values["name"]: _column_spec(values) for values in record["specs"]}
     videos = [VideoScores.from_json(values) for values in _score_files(folder)]
     for video in videos:
         if strange := video.scores.keys() ^ specs.keys():
@@ -151,7 +335,7 @@ def _score_files(folder: Path) -> list[Any]:
     return sorted(values, key=lambda v: (v["video"]["prompt_index"], v["video"]["seed_index"], v["video"]["id"]))
 
 
-def _spec(values: Mapping[str, Any]) -> MetricSpec:
+def _column_spec(values: Mapping[str, Any]) -> MetricSpec:
     return MetricSpec(**{**values, "range": tuple(values["range"])})
 
 

@@ -1,7 +1,16 @@
 """Three-axis rotary positions: angles computed on the fly from float coordinates."""
 
-from longtake.rope.packing import cell_centres, cell_coordinates, pack_backward
-from longtake.rope.rotary import AxisFrequencies, GridRotary, apply_phases, axis_frequencies, rotate, token_phases
+from longtake.rope.rotary import (
+    AxisFrequencies,
+    GridRotary,
+    apply_phases,
+    axis_frequencies,
+    cell_centres,
+    cell_coordinates,
+    pack_backward,
+    rotate,
+    token_phases,
+)
 
 __all__ = [
     "AxisFrequencies",

@@ -1,19 +1,41 @@
 """Say what a model is, from its files alone: no weight is loaded."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from longtake.configs.families import CheckpointRule, ModelFamily, family_names, load_family
 from longtake.configs.fields import did_you_mean
 from longtake.configs.run import ModelConfig
 from longtake.scripts.console import out
-from longtake.scripts.info_file import print_file
 from longtake.scripts.running import model_folder
+
+
+def print_file(path: Path) -> None:
+    """Print what a checkpoint file is, without loading weights.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it is no checkpoint; says what it is instead.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from longtake.models.checkpoints import describe_checkpoint
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for what, text in describe_checkpoint(path):
+        table.add_row(what, escape(text))
+    out.print(table)
+
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER_BYTES = 100_000_000

@@ -115,7 +115,7 @@ def _parse_events(texts: Sequence[str]) -> "dict[int, Event]":
 def _table(frames_per_block: int | None) -> Iterator[Text]:
     """A line of figures per policy, and what it is below."""
     from longtake.cache import POLICIES
-    from longtake.scripts.policy_facts import events, facts, needs, preset_policy, summary, wan_1_3b
+    from longtake.scripts.policy_explained import events, facts, needs, preset_policy, summary, wan_1_3b
 
     width = min(out.width, 110)
     note = (
@@ -165,8 +165,7 @@ def _explain(
     layer: int,
     png: Path,
 ) -> None:
-    from longtake.scripts.policy_facts import summary
-    from longtake.scripts.policy_pictures import draw, legend, lines, play
+    from longtake.scripts.policy_explained import draw, legend, lines, play, summary
 
     size = frames_per_block or policy.published_block
     policy.check(size)
@@ -185,7 +184,7 @@ def _explain(
 
 
 def _cost(policy: "CachePolicy", frames_per_block: int) -> str:
-    from longtake.scripts.policy_facts import facts, needs, wan_1_3b
+    from longtake.scripts.policy_explained import facts, needs, wan_1_3b
 
     needed = f"needs: {needs(policy).replace('-', 'nothing')}"
     try:

@@ -13,8 +13,7 @@ from longtake.cache import POLICIES, CachePolicy, Event
 from longtake.cache.simulation import SimulatedBlock
 from longtake.scripts.console import out
 from longtake.scripts.policies import title
-from longtake.scripts.policy_facts import events, facts, needs, preset_policy
-from longtake.scripts.policy_pictures import draw, play
+from longtake.scripts.policy_explained import draw, events, facts, needs, play, preset_policy
 
 PAGE = Path("docs/policies.md")
 FRAMES = 42

@@ -18,8 +18,16 @@ from longtake.evaluation.metrics.dimensions import (
     Dimension,
     Variant,
 )
-from longtake.evaluation.metrics.vbench import SegmentAlignment, aesthetic, agreement, consistency, flickering, imaging
-from longtake.evaluation.metrics.vbench_motion import dynamics, smoothness
+from longtake.evaluation.metrics.vbench import (
+    SegmentAlignment,
+    aesthetic,
+    agreement,
+    consistency,
+    dynamics,
+    flickering,
+    imaging,
+    smoothness,
+)
 from longtake.evaluation.preprocessing import dinov2_transform, dreamsim_transform
 
 Maker = Callable[..., Metric]

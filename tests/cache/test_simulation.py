@@ -46,8 +46,7 @@ NO_ROOM = {("relax", 4), ("slow_fast", 4)}
 @pytest.mark.parametrize("block", [1, 3, 4])
 def test_every_policy_can_be_played_and_sizes_do_not_depend_on_the_device(name, block):
     """Sizes on the meta device are what real tensors have; frames read exist, and are named."""
-    from longtake.scripts.policy_facts import preset_policy
-    from longtake.scripts.policy_pictures import _toy_geometry
+    from longtake.scripts.policy_explained import _toy_geometry, preset_policy
 
     policy = preset_policy(name)
     if (name, block) in NO_ROOM:

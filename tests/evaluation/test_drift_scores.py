@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.evaluation.drift_scores import SCALARS, _drift_name, drift_scores, drift_specs
 from longtake.evaluation.metric import MetricSpec, Score, Window
+from longtake.evaluation.results import SCALARS, _drift_name, drift_scores, drift_specs
 
 SPEC = MetricSpec(name="vbench/imaging_quality", higher_is_better=True, unit="0..100", range=(0, 100), scale=0.01)
 FPS = 16.0

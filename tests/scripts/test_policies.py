@@ -9,8 +9,7 @@ from longtake.cache import POLICIES, make_policy
 from longtake.scripts import main
 from longtake.scripts.console import run_app
 from longtake.scripts.policies import _parse_events, changed
-from longtake.scripts.policy_facts import MOST_BLOCKS, facts, wan_1_3b
-from longtake.scripts.policy_pictures import draw, lines, numbers, play
+from longtake.scripts.policy_explained import MOST_BLOCKS, draw, facts, lines, numbers, play, wan_1_3b
 
 
 def call(capfd, *args):

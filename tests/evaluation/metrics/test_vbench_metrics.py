@@ -13,8 +13,7 @@ from longtake.evaluation.golden_check import _golden_scores
 from longtake.evaluation.metric import Score, Segment
 from longtake.evaluation.metrics import GROUPS, make_metrics
 from longtake.evaluation.metrics.dimensions import of_own_prompts
-from longtake.evaluation.metrics.vbench import SegmentAlignment, flickering
-from longtake.evaluation.metrics.vbench_motion import dynamics
+from longtake.evaluation.metrics.vbench import SegmentAlignment, dynamics, flickering
 from longtake.evaluation.preprocessing import clip_transform, dino_transform, musiq_transform
 
 BOTH = ("vbench", "long")
