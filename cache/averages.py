@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ class AveragingState(FrameState):
             state |= {f"averages.{layer}.{name}": tensor for name, tensor in saved.items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

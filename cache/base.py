@@ -303,7 +303,7 @@ class PolicyState(ABC):
         """Everything a continuation needs; tensors and plain numbers only."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

@@ -18,12 +18,15 @@ class _Codec(Protocol):
 
     def planes(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
         """What is kept per token and head: suffix to (channels, dtype)."""
+        ...
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """(batch, tokens, heads, head_dim) to its planes."""
+        ...
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Planes back to (batch, tokens, heads, head_dim)."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ at every pass.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class SparseAttention(Protocol):
         Returns:
             Same shape as ``q``.
         """
+        ...
 
 
 class Attention(Protocol):
@@ -93,6 +94,7 @@ class Attention(Protocol):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return (batch, queries, heads, head_dim)."""
+        ...
 
 
 @dataclass
@@ -218,7 +220,7 @@ class KVCache:
         """The policy's state; scratch is rebuilt from it."""
         return self.state.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state."""
         self._read_sets.clear()
         self.state.load_state_dict(state)

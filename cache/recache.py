@@ -1,6 +1,7 @@
 """Re-cache: the last frames encoded anew under a new prompt, for any policy of whole frames."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class RecacheState(FrameState):
         state = super().state_dict()
         return state if self._latents is None else state | {"latents": self._latents.contiguous()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

@@ -15,14 +15,17 @@ class Stored(Protocol):
     @property
     def num_tokens(self) -> int:
         """How many, per sample."""
+        ...
 
     @property
     def keys(self) -> Tensor:
         """(batch, tokens, heads, head_dim), un-rotated."""
+        ...
 
     @property
     def values(self) -> Tensor:
         """(batch, tokens, heads, head_dim)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Storage(Protocol):
 
     def buffer(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> TokenBuffer:
         """Make an empty buffer."""
+        ...
 
 
 class PlainStorage:

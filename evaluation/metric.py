@@ -145,6 +145,7 @@ class Meter(Protocol):
 
     def finish(self) -> Mapping[str, Score]:
         """All frames have come: the scores, one for every spec of the metric."""
+        ...
 
 
 class Metric(Protocol):
@@ -154,6 +155,7 @@ class Metric(Protocol):
 
     def start(self, video: VideoInfo) -> Meter:
         """A meter for one video."""
+        ...
 
 
 class WindowMeans:

@@ -320,7 +320,7 @@ class SparseWan:
         handle = transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
         try:
             for layer, block in enumerate(transformer.blocks):
-                block.attn1.set_processor(_SparseWanProcessor(self, layer, len(own)))
+                block.attn1.set_processor(SparseWanProcessor(self, layer, len(own)))
             yield
         finally:
             handle.remove()
@@ -348,7 +348,7 @@ class SparseWan:
     def _check_forward(self, transformer: WanTransformer3DModel) -> None:
         for layer, block in enumerate(transformer.blocks):
             processor = block.attn1.processor
-            if not isinstance(processor, _SparseWanProcessor) or processor.sparse is not self:
+            if not isinstance(processor, SparseWanProcessor) or processor.sparse is not self:
                 raise ValueError(
                     f"{type(processor).__name__} has taken the place of the sparse processor of block {layer}: change "
                     "processors before sparse_wan or after it. LongVideoPipeline takes attention= in its call instead."
@@ -375,7 +375,7 @@ class SparseWan:
         return sparse_attention(q, k, v, geometry, policy=self._meter, memory=forward.memory, backend=self.backend)
 
 
-class _SparseWanProcessor:
+class SparseWanProcessor:
     """What ``WanAttnProcessor`` does for self-attention, over the blocks that a policy picks.
 
     Args:

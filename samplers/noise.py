@@ -18,9 +18,11 @@ class NoiseSource(Protocol):
 
     def initial(self, block_index: int, start_frame: int, shape: Sequence[int]) -> Tensor:
         """Noise that a block starts from."""
+        ...
 
     def renoise(self, block_index: int, start_frame: int, step_index: int, shape: Sequence[int]) -> Tensor:
         """Fresh noise after denoising step ``step_index``."""
+        ...
 
 
 class SeededNoise:

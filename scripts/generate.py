@@ -321,5 +321,6 @@ def _is_finished(run: RunConfig, path: Path) -> bool:
 
 if __name__ == "__main__":
     program = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+    program.callback()(lambda: None)  # so that the command keeps its name
     program.command(no_args_is_help=True)(generate)
-    sys.exit(run_app(program))
+    sys.exit(run_app(program, ["generate", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ class AnchorState(RecacheState):
         junctions = {"anchors": torch.tensor(self._anchors).long(), "has_switched": self._has_switched}
         return super().state_dict() | junctions
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

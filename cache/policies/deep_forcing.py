@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Settings(Protocol):
 
     def sink_shift(self, elapsed: int, num_frames: int) -> int:
         """How far the sink moves for a block that does not fit any more."""
+        ...
 
 
 @dataclass
@@ -165,7 +166,7 @@ class _ParticipativeState(PolicyState):
                 state |= {f"stored.{name}.{layer}": tensor for name, tensor in saved.items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

@@ -208,7 +208,7 @@ class _HeadGroupState(PolicyState):
             state |= {f"stored.{name}.{index}": tensor for name, tensor in saved.items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

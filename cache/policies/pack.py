@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -373,7 +373,7 @@ class _Bank:
         sums = self._sums(layer)
         return saved | {"key_sums": torch.stack([sums[:, self.places[s]] for s in starts], dim=1)}
 
-    def load(self, layer: int, saved: Mapping[str, Tensor | Number]) -> None:
+    def load(self, layer: int, saved: Mapping[str, Any]) -> None:
         """Put saved blocks back, in the first places."""
         self.buffer.load(layer, 0, {name: value for name, value in saved.items() if name != "key_sums"})
         sums = saved["key_sums"].to(self.geometry.device)
@@ -517,7 +517,7 @@ class _PackState(PolicyState):
             state |= {"chosen_for": start, f"chosen.{layer}": ranks}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from longtake.cache.base import Context, Geometry, Number, Pass, Read
+from longtake.cache.base import Context, Geometry, Pass, Read
 from longtake.cache.frames import FramePlan, FramePolicy, FrameState
 from longtake.cache.policies.sliding_window import check_positions
 from longtake.cache.storage import Stored
@@ -24,9 +24,11 @@ class _HistoryPolicy(Protocol):
 
     def num_history(self, start_frame: int, num_frames: int) -> int:
         """Frames that the block at ``start_frame`` chooses."""
+        ...
 
     def candidates(self, stored: tuple[int, ...], num_history: int) -> tuple[int, ...]:
         """Frames that stand for election, ascending, at least ``num_history``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class HistoryState(FrameState):
         sinks = [read for read in context.reads if read.role == "sink"]
         return replace(context, reads=(*sinks, history, *context.reads[len(sinks) :]))
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

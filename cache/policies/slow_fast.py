@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class _SlowMemoryPolicy(Protocol):
 
     def num_slow(self, start_frame: int, num_frames: int) -> int:
         """Frames in the slow memory for the block at ``start_frame``."""
+        ...
 
 
 class _SlowMemoryState(FrameState):
@@ -98,7 +99,7 @@ class _SlowMemoryState(FrameState):
             state |= {f"slow.{layer}.{name}": tensor for name, tensor in saved.items()}
         return state | {f"alike.{frame}.": alike.clone() for frame, alike in self._alike.items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
 
         Raises:

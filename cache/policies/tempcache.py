@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -251,7 +251,7 @@ class TempCacheState(PolicyState):
             state |= {f"stored.{name}.{layer}": tensor for name, tensor in saved.items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state."""
         self._origin = int(state["origin"])
         for layer in range(self.geometry.num_layers):

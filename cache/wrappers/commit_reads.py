@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -105,7 +105,7 @@ class _CommitReadsState(PolicyState):
         """The inner policy's."""
         return self.inner.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the inner policy's saved state."""
         self.inner.load_state_dict(state)
 

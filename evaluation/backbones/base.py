@@ -28,6 +28,7 @@ class FrameEncoder(Backbone, Protocol):
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float, after the role's transform -> (B, D) float32, not normalised."""
+        ...
 
 
 class AestheticHead(Backbone, Protocol):
@@ -35,9 +36,11 @@ class AestheticHead(Backbone, Protocol):
 
     def rate(self, features: Tensor) -> Tensor:
         """(B, 768) float, of length 1 -> (B, 1) float32, about 0..10."""
+        ...
 
     def __call__(self, features: Tensor) -> Tensor:
         """The same."""
+        ...
 
 
 class FrameScorer(Backbone, Protocol):
@@ -45,6 +48,7 @@ class FrameScorer(Backbone, Protocol):
 
     def score(self, image: Tensor) -> float:
         """(1, 3, h, w) float in 0..1 -> a number, for MUSIQ 0..100."""
+        ...
 
 
 class FlowEstimator(Backbone, Protocol):
@@ -55,6 +59,7 @@ class FlowEstimator(Backbone, Protocol):
 
         What is at p in ``a`` is at p + flow(p) in ``b``. The size is the input's, whatever padding was done to it.
         """
+        ...
 
 
 class Interpolator(Backbone, Protocol):
@@ -62,6 +67,7 @@ class Interpolator(Backbone, Protocol):
 
     def middle(self, a: Tensor, b: Tensor) -> Tensor:
         """Two (1, 3, H, W) float in 0..1 -> the frame half-way, same shape, float32."""
+        ...
 
 
 class VideoTextScorer(Backbone, Protocol):
@@ -69,9 +75,11 @@ class VideoTextScorer(Backbone, Protocol):
 
     def encode_video(self, clips: Tensor) -> Tensor:
         """(B, 8, 3, 224, 224) float, after the CLIP transform -> (B, D) float32, not normalised."""
+        ...
 
     def encode_text(self, text: str) -> Tensor:
         """A text -> (1, D) float32, not normalised."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ class _StillMeter(Protocol):
 
     def finish(self) -> Mapping[str, Score]:
         """All have come: a score for every spec."""
+        ...
 
 
 class _StillMeasure(Protocol):
@@ -50,6 +51,7 @@ class _StillMeasure(Protocol):
 
     def start(self, video: VideoInfo) -> _StillMeter:
         """A meter for one video."""
+        ...
 
 
 class StillsMetric:
