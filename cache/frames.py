@@ -358,3 +358,13 @@ class FrameState(PolicyState):
             self.store.grow(len(kept))
         self._before, self._committed = self._after, pass_.start_frame
         self.keep(kept)
+
+
+def check_positions(positions: str) -> None:
+    """Refuse an unknown position mode.
+
+    Raises:
+        ValueError: If it is neither ``absolute`` nor ``contiguous``.
+    """
+    if positions not in ("absolute", "contiguous"):
+        raise ValueError(f"positions={positions!r} is unknown: use 'absolute' or 'contiguous'.")

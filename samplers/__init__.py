@@ -1,10 +1,9 @@
 """Noise sources, schedules and one-block samplers, as plain functions of tensors."""
 
-from longtake.samplers.base import Denoise, Renoise, Sampler, shifted
+from longtake.samplers.base import SAMPLERS, Denoise, Renoise, Sampler, make_sampler, shifted
 from longtake.samplers.few_step import FewStep, few_step
 from longtake.samplers.multi_step import MultiStep, multi_step
 from longtake.samplers.noise import NoiseSource, SeededNoise
-from longtake.samplers.registry import SAMPLERS, make_sampler
 from longtake.samplers.rolling_window import DenoiseTogether, RollingWindow, rolling_window
 
 __all__ = [

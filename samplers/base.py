@@ -1,12 +1,15 @@
-"""What a sampler is given, and the settings that name one in YAML."""
+"""The contract of a sampler, and the samplers by the name that YAML uses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from longtake.configs.fields import make
+from longtake.configs.registry import Registry
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(x, timestep) -> x0, all (batch, frames, channels, height, width); timestep 0 to 1000."""
@@ -85,3 +88,27 @@ def shifted(share: float, shift: float) -> float:
     Source: Stable Diffusion 3, arXiv:2403.03206, section 5.3.2; Self-Forcing's timestep_shift.
     """
     return shift * share / (1.0 + (shift - 1.0) * share)
+
+
+SAMPLERS = Registry(
+    Sampler,
+    {
+        "few_step": "samplers.few_step:FewStep",
+        "multi_step": "samplers.multi_step:MultiStep",
+        "rolling_window": "samplers.rolling_window:RollingWindow",
+    },
+)
+
+
+def make_sampler(settings: Sampler | Mapping[str, Any] | str) -> Sampler:
+    """Make a sampler from its YAML mapping.
+
+    Args:
+        settings: ``{"name": NAME, field: value, ...}``, a name alone (all defaults), or a sampler, which is returned.
+
+    Raises:
+        ValueError: If the name or a field is unknown, with the nearest known one, or a value does not fit.
+    """
+    if isinstance(settings, Sampler):
+        return settings
+    return make(SAMPLERS, settings, key="name", what="sampler")

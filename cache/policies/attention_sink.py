@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from longtake.cache.base import Event, Geometry
-from longtake.cache.frames import FramePlan, FramePolicy
-from longtake.cache.policies.sliding_window import check_positions
+from longtake.cache.frames import FramePlan, FramePolicy, check_positions
 from longtake.cache.recache import RecacheState
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from longtake.cache.base import Context, Geometry, Pass, Read
-from longtake.cache.frames import FramePlan, FramePolicy, FrameState
-from longtake.cache.policies.sliding_window import check_positions
+from longtake.cache.frames import FramePlan, FramePolicy, FrameState, check_positions
 from longtake.cache.storage import Stored
 
 

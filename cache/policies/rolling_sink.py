@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from longtake.cache.frames import FramePlan, FramePolicy
-from longtake.cache.policies.sliding_window import check_positions
+from longtake.cache.frames import FramePlan, FramePolicy, check_positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from longtake.cache.base import Event, Geometry
-from longtake.cache.frames import FramePlan, FramePolicy
+from longtake.cache.frames import FramePlan, FramePolicy, check_positions
 from longtake.cache.recache import RecacheState
 
 
@@ -53,13 +53,3 @@ class SlidingWindow(FramePolicy):
         if self.positions == "absolute":
             return FramePlan.absolute(frames, start_frame, num_frames)
         return FramePlan.contiguous(frames, num_frames)
-
-
-def check_positions(positions: str) -> None:
-    """Refuse an unknown position mode.
-
-    Raises:
-        ValueError: If it is neither ``absolute`` nor ``contiguous``.
-    """
-    if positions not in ("absolute", "contiguous"):
-        raise ValueError(f"positions={positions!r} is unknown: use 'absolute' or 'contiguous'.")
