@@ -2,8 +2,9 @@
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,31 @@ def test_import_order_has_no_cycle():
 )
 def test_the_import_check_itself(folder, code, is_fault):
     assert bool(_order_faults(folder, ast.parse(code))) is is_fault
+
+
+def _graph(trees: Mapping[str, ast.Module]) -> dict[str, set[str]]:
+    """Modules that each module imports, by dotted names; `a.b.c` is the longest part of it that is a module."""
+    graph: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        parts = [dotted.split(".") for _, dotted in _imports(tree)]
+        found = (next((n for n in (".".join(p[:i]) for i in range(len(p), 0, -1)) if n in trees), None) for p in parts)
+        graph[name] = {module for module in found if module not in (None, name, "longtake")}
+    return graph
+
+
+def test_no_two_files_import_each_other():
+    """Imports inside functions count, too."""
+    trees = {}
+    for path in _modules():
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        trees[f"longtake.{dotted}" if dotted != "longtake" else dotted] = _tree(path)
+    list(TopologicalSorter(_graph(trees)).static_order())  # its error names the circle
+
+
+def test_the_circle_check_itself():
+    code = {"longtake.a": "def f():\n    from longtake.b import x\n", "longtake.b": "import longtake.a.c\n"}
+    with pytest.raises(CycleError, match=r"longtake\.a"):
+        list(TopologicalSorter(_graph({name: ast.parse(text) for name, text in code.items()})).static_order())
 
 
 def test_imports_are_absolute():
