@@ -20,7 +20,7 @@ GB = 1e9
 def policies(
     name: Annotated[str | None, typer.Argument(help="Show this one's preset as YAML.", show_default=False)] = None,
     *,
-    explain: Annotated[bool, typer.Option("--explain", help="Show what each block reads, as text and PNG.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show what each block reads.")] = False,
     blocks: Annotated[int, typer.Option(help="Blocks to explain.", min=1)] = 12,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the preset; may be repeated.")
@@ -33,7 +33,9 @@ def policies(
         int | None, typer.Option(help="Latent frames denoised together.", show_default="the source's", min=1)
     ] = None,
     layer: Annotated[int, typer.Option(help="Layer to explain, of six; from the last backwards if negative.")] = -1,
-    png: Annotated[Path | None, typer.Option(help="Where the picture goes.", show_default="NAME.png")] = None,
+    png: Annotated[
+        Path | None, typer.Option("--out", "--png", help="Draw it, too, into this PNG file.", show_default=False)
+    ] = None,
 ) -> None:
     """List the cache policies with what they attend to and cost, or explain one.
 
@@ -43,14 +45,14 @@ def policies(
 
     `longtake policies attention_sink > my_cache.yaml`
 
-    `longtake policies attention_sink --explain --set num_sink_frames=6 --png sinks.png`
+    `longtake policies attention_sink --explain --set num_sink_frames=6 --out sinks.png`
     """
     from longtake.cache import POLICIES, make_policy
     from longtake.configs.fields import choose
 
     if name is None:
         if explain or set_ or event or png:
-            raise ValueError("--explain, --set, --event and --png are about one policy: give its name.")
+            raise ValueError("--explain, --set, --event and --out are about one policy: give its name.")
         for line in _table(frames_per_block):
             out.print(line)
         return
@@ -63,7 +65,7 @@ def policies(
             frames_per_block=frames_per_block,
             events=_parse_events(event),
             layer=layer,
-            png=png or Path(f"{name}.png"),
+            png=png,
         )
         return
     if set_:
@@ -163,7 +165,7 @@ def _explain(
     frames_per_block: int | None,
     events: "Mapping[int, Event]",
     layer: int,
-    png: Path,
+    png: Path | None,
 ) -> None:
     from longtake.scripts.policy_explained import draw, legend, lines, play, summary
 
@@ -179,8 +181,9 @@ def _explain(
     out.print()
     out.print(legend(blocks))
     out.print(_cost(policy, size))
-    draw(blocks, png, title=title(policy, events))
-    out.print(str(png), markup=False, style="bold")
+    if png is not None:
+        draw(blocks, png, title=title(policy, events))
+        out.print(str(png), markup=False, style="bold")
 
 
 def _cost(policy: "CachePolicy", frames_per_block: int) -> str:

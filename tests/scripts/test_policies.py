@@ -55,10 +55,10 @@ def test_explain_prints_a_line_per_block_and_draws(capfd, tmp_path):
     assert png.stat().st_size < 60_000
 
 
-def test_explain_writes_beside_the_user_unless_told_where(capfd, tmp_path, monkeypatch):
+def test_explain_writes_nothing_unless_told_where(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(capfd, "full", "--explain", "--blocks", 2)[0] == 0
-    assert (tmp_path / "full.png").is_file()
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_the_bundled_model_can_be_explained_and_fit_no_other(capfd, tmp_path):
