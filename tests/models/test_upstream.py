@@ -14,7 +14,7 @@ from longtake.models import CausalTransformer, Prompt, Segment, causal
 from longtake.pipelines import rollout_latents
 from longtake.pipelines.rollout import LatentRollout
 from longtake.rope import apply_phases, axis_frequencies, rotate, token_phases
-from longtake.samplers.base import renoised
+from longtake.samplers import renoised
 
 _spec = importlib.util.spec_from_file_location(
     "upstream_wan", Path(__file__).parents[1] / "reference" / "upstream_wan.py"

@@ -6,21 +6,40 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.samplers import FewStep, MultiStep, SeededNoise, make_sampler, shifted
+from longtake.samplers import (
+    SAMPLERS,
+    FewStep,
+    MultiStep,
+    RollingWindow,
+    SeededNoise,
+    make_sampler,
+    rolling_window,
+    shifted,
+)
 
 SHAPE = (2, 3, 4, 2, 2)
 
 
-def test_warped_steps():
-    assert FewStep().sigmas(0) == pytest.approx((1.0, 0.9375, 0.8333333, 0.625))
-    five = FewStep(timesteps=(1000, 800, 600, 400, 200))
-    assert [1000 * s for s in five.sigmas(0)] == pytest.approx([1000, 952.3810, 882.3529, 769.2308, 555.5556])
-    assert [1000 * s for s in FewStep(flow_shift=8.0).sigmas(0)] == pytest.approx([1000, 960, 888.8889, 727.2727])
+def _no_noise(step_index):
+    raise AssertionError("an ODE solver draws no noise")
 
 
-def test_first_block_may_have_its_own_steps():
-    sampler = FewStep(timesteps=(1000,), first_block_timesteps=(1000, 500))
-    assert (sampler.num_steps(0), sampler.num_steps(1)) == (2, 1)
+@pytest.mark.parametrize(
+    ("sigmas", "timesteps"),
+    [
+        (FewStep().sigmas(0), [1000, 937.5, 833.3333, 625]),
+        (FewStep(flow_shift=8.0).sigmas(0), [1000, 960, 888.8889, 727.2727]),
+        (RollingWindow().sigmas, [1000, 952.3810, 882.3529, 769.2308, 555.5556]),
+    ],
+)
+def test_warped_steps(sigmas, timesteps):
+    assert [1000 * sigma for sigma in sigmas] == pytest.approx(timesteps, abs=1e-3)
+
+
+def test_blocks_and_windows_have_their_own_number_of_steps():
+    first = FewStep(timesteps=(1000,), first_block_timesteps=(1000, 500))
+    assert (first.num_steps(0), first.num_steps(1), first.num_window_blocks) == (2, 1, 1)
+    assert RollingWindow().num_window_blocks == RollingWindow().num_steps(7) == 5
 
 
 def test_few_step_equals_diffusers_stochastic_scheduler():
@@ -34,6 +53,7 @@ def test_few_step_equals_diffusers_stochastic_scheduler():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=True)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     x, draws = start, torch.Generator().manual_seed(1)
+    assert scheduler.timesteps is not None
     for timestep in scheduler.timesteps:
         x = scheduler.step(network(x, timestep), timestep, x, generator=draws, return_dict=False)[0]
 
@@ -58,7 +78,7 @@ def test_multi_step_reaches_the_known_clean_block(solver):
         levels.append(timestep)
         return clean
 
-    out = sampler.sample(denoise, torch.randn(SHAPE), renoise=None, block_index=0)
+    out = sampler.sample(denoise, torch.randn(SHAPE), renoise=_no_noise, block_index=0)
     # UniPC's timesteps are cut to whole numbers as upstream, so x0 is off by one part in a thousand.
     assert (out - clean).abs().max() < {"euler": 1e-5, "unipc": 1e-2}[solver]
     assert len(levels) == sampler.num_steps(0) == 6 and levels == sorted(levels, reverse=True)
@@ -78,7 +98,7 @@ def test_unipc_is_more_exact_than_euler_on_a_gaussian():
     errors = {}
     for solver in ("euler", "unipc"):
         sampler = MultiStep(num_inference_steps=20, solver=solver, flow_shift=1.0)
-        errors[solver] = (sampler.sample(denoise, x, renoise=None, block_index=0) - spread * x).abs().max().item()
+        errors[solver] = (sampler.sample(denoise, x, renoise=_no_noise, block_index=0) - spread * x).abs().max().item()
     assert errors["unipc"] < 0.02 < errors["euler"] < 0.3
 
 
@@ -86,9 +106,26 @@ def test_a_scheduler_per_block_carries_no_history():
     sampler = MultiStep(num_inference_steps=4)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
     first, second = (
-        sampler.sample(lambda x, t: torch.tanh(x), x, renoise=None, block_index=block) for block in (0, 1)
+        sampler.sample(lambda x, t: torch.tanh(x), x, renoise=_no_noise, block_index=block) for block in (0, 1)
     )
     assert torch.equal(first, second)
+
+
+def test_rolling_window_moves_every_block_to_its_next_level_and_the_last_level_is_clean():
+    blocks = [torch.full((1, 3, 2, 2, 2), float(value)) for value in (1, 2, 3)]
+    seen = []
+
+    def denoise(parts, timesteps):
+        seen.append(timesteps)
+        return [10 * part for part in parts]
+
+    def renoise(index):
+        return torch.full_like(blocks[index], index)
+
+    found = rolling_window(denoise, blocks, levels=(2, 1, 0), sigmas=(1.0, 0.75, 0.5), renoise=renoise)
+    assert seen == [[500.0, 750.0, 1000.0]]
+    for block, expected in zip(found, (10, 0.5 * 20 + 0.5 * 1, 0.25 * 30 + 0.75 * 2), strict=True):
+        assert torch.allclose(block, torch.tensor(float(expected)))
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
@@ -128,6 +165,8 @@ def test_noise_is_standard_normal():
         ({"name": "multi_step", "solver": "eulr"}, "Did you mean 'euler'"),
         ({"name": "multi_step", "max_sigma": 1.0}, "at most 0.9999 for unipc"),
         ({"name": "multi_step", "guidance_scale": -1}, "guidance_scale=-1"),
+        ({"name": "rolling_window", "timesteps": [500, 1000]}, "must fall"),
+        ({"name": "rolling_window", "guidance_scale": -1}, "guidance_scale=-1"),
     ],
 )
 def test_bad_settings(settings_, message):
@@ -135,6 +174,6 @@ def test_bad_settings(settings_, message):
         make_sampler(settings_)
 
 
-def test_settings_round_trip():
-    for name in ("few_step", "multi_step"):
-        assert make_sampler(make_sampler(name).settings()) == make_sampler(name)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_settings_round_trip(name):
+    assert make_sampler(make_sampler(name).settings()) == make_sampler(name)
