@@ -1,4 +1,4 @@
-"""Write docs/policies.md from the policies' docstrings, presets and sizes, and draw what each of them reads."""
+"""Write docs/policies.md from the policies' docstrings, presets and sizes, and draw each policy's context."""
 
 import inspect
 import re
@@ -19,24 +19,26 @@ PAGE = Path("docs/policies.md")
 FRAMES = 42
 EVENT_BLOCK = 9  # every preset's context is full by then
 GB = 1e9
+COMMON = ("num_context_frames", "num_sink_frames", "positions")  # explained once, in the page's head
 INTRO = f"""# Cache policies
 
 <!-- written by `make docs-policies` from docstrings, presets and sizes; change those instead -->
 
-A policy decides what a block of video sees of everything before it: which frames or tokens, and at which temporal
-positions. `cache: NAME` in YAML or `--cache NAME` chooses one; `longtake policies NAME --explain` draws the pictures
-below for any settings. [adding_a_policy.md](adding_a_policy.md) shows how to write one.
+A policy chooses the context of a block: frames or tokens of the past, and their temporal positions. `cache: NAME`
+in YAML or `--cache NAME` selects one; `longtake policies NAME --explain --out FILE.png` draws the pictures below
+for any settings. [adding_a_policy.md](adding_a_policy.md) shows how to write one.
 
-**The table** holds the presets' sizes on Wan2.1 1.3B at 832x480 (30 layers, 12 heads of 128, 1,560 tokens a frame) in
-bfloat16, with blocks of as many latent frames as the source has. *Attends*: frames' worth of tokens that a block
-attends to, itself included. *Reads* and *stores*: keys and values that a block reads beside its own, and that are
-kept. An unbounded policy's figures are those of one minute. They are computed on tensors without data;
-`longtake policies` prints the same.
+**Table**: the presets on Wan2.1 1.3B at 832x480 (30 layers, 12 heads of 128, 1,560 tokens a frame) in bfloat16,
+with the source's block size. *Attends*: frames' worth of tokens, the block included. *Reads* and *stores*: keys and
+values read beside the block's own, and kept; of an unbounded policy after one minute.
 
-**The pictures** show {FRAMES} frames. Left: which frames of the video a block (row) reads; the number in a cell is the
-temporal position at which it reads that frame. Right: the same at their positions; shaded is the range that a
-five-second model was trained at. Pale cells: only part of a frame's tokens. Where a policy chooses by content, the
-content is made up.
+**Pictures** of {FRAMES} frames. Left: the frames that a block (row) reads, with their temporal positions. Right:
+the same by position; shaded is the trained range of a five-second model. Pale: part of a frame's tokens. Content is
+random where a policy chooses by it.
+
+**Fields** common to many policies: `num_context_frames` counts everything attended (sinks, history and the block
+itself), `num_sink_frames` the first frames that are always kept, `positions` places frames at their own index
+(`absolute`) or side by side (`contiguous`).
 """
 
 
@@ -90,19 +92,19 @@ def render() -> str:
 
 
 def section(name: str, shown: Pictures) -> str:
-    """What the page says of one policy."""
+    """Section of one policy."""
     cls = POLICIES[name]
     parts = [f"## {name}", docstring(cls)]
     code = cls.__module__.removeprefix("longtake.").replace(".", "/") + ".py"
     parts.append(f"Source: {cls.source}. Code: [{code}](../{code}).")
     if shown.twin is not None:
-        parts.append(f"With its preset a block reads what it reads with [{shown.twin}](#{shown.twin}).")
+        parts.append(f"Picture: as [{shown.twin}](#{shown.twin}).")
     for event in shown.events:
-        what = f"Frames that {name} reads" + (f", {event} at block {EVENT_BLOCK}" if event else "")
+        what = f"{name}, {event} at block {EVENT_BLOCK}" if event else name
         parts.append(f"![{what}](policies/{picture_name(name, event)})")
     described = list(field_rows(cls))
     if described:
-        parts.append("\n".join(["| field | default | what |", "|---|---|---|", *described]))
+        parts.append("\n".join(["| field | default | meaning |", "|---|---|---|", *described]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,14 +114,14 @@ def docstring(cls: type[CachePolicy]) -> str:
 
 
 def field_rows(cls: type[CachePolicy]) -> Iterator[str]:
-    """Table rows of a policy's fields; what they are is the comment beside or above them in the code."""
+    """Table rows of a policy's fields; the meaning is the comment beside or above them in the code."""
     comments: dict[str, str] = {}
     for owner in reversed(cls.__mro__[:-1]):
         comments |= {name: text for name, text in field_comments(inspect.getsource(owner)).items() if text}
     for field in fields(cls):
         default = "" if repr(field.default).startswith("<dataclasses") else f"`{field.default}`"
         what = comments.get(field.name, "").replace("|", "\\|")
-        yield f"| `{field.name}` | {default} | {what} |"
+        yield f"| `{field.name}` | {default} | {what if field.name not in COMMON else ''} |"
 
 
 def field_comments(source: str) -> dict[str, str]:

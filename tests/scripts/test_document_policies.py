@@ -43,7 +43,7 @@ def test_it_writes_page_and_pictures_and_clears_old_ones(tmp_path, monkeypatch):
     document_policies.document_policies(page, pictures=True)
     text = page.read_text()
     assert "| [attention_sink](#attention_sink) | 3 | 12 | 2.59 | 2.59 | yes |" in text
-    assert "| `num_context_frames` | `12` | everything attended: sinks, history and the block itself |" in text
+    assert "| `num_context_frames` | `12` |  |" in text and "| `global_sink` |" not in text
     assert "## attention_sink" in text and "## sliding_window" not in text
     names = {path.name for path in (tmp_path / "policies").iterdir()}
     assert {"full.png", "attention_sink.png"} <= names and "old.png" not in names
