@@ -12,8 +12,8 @@ from rich.progress import track
 from rich.table import Table
 
 from lab.judge.scorecard import Line, score_model, score_true_scenes, write_scorecard
-from lab.judge.training import round_trip_examples, train_judge, vae_round_trip
-from longtake.evaluation.mini_world.judge import WEIGHTS, ClipJudge, load_judge, save_judge
+from lab.judge.training import round_trip_examples, save_judge, train_judge, vae_round_trip
+from longtake.evaluation.mini_world.judge import WEIGHTS, ClipJudge, load_judge
 from longtake.evaluation.mini_world.scenes import FPS, held_back_scenes
 from longtake.pipelines.long_video import LongVideoPipeline
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lab.scenes import vocabulary
 from longtake.cache import POLICIES
-from longtake.evaluation.mini_world.scenes import parse_caption, vocabulary
+from longtake.evaluation.mini_world.scenes import parse_caption
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

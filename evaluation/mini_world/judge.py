@@ -1,7 +1,7 @@
-"""The judge: a small classifier that says what a five-second clip of the moving scenes shows.
+"""The judge: a small classifier that names what a five-second clip of the moving scenes shows.
 
-It is trained on true renders only (:mod:`lab.judge.training`), never on generated video, so
-its verdict on a generated clip means: what would this have to be, if it were a true scene?
+It is trained on true renders only (``lab/judge/training.py``), never on generated video: its verdict on a generated
+clip is what the clip would have to be if it were a true scene.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,64 +101,22 @@ def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     )
 
 
-def save_judge(judge: ClipJudge, path: Path, *, notes: Mapping[str, str]) -> None:
-    """Write weights as float16 safetensors, with notes (training figures) as metadata."""
-    tensors = {
-        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
-        for name, tensor in judge.state_dict().items()
-    }
-    save_file(tensors, path, metadata=dict(notes))
-
-
 def load_judge(path: Path = WEIGHTS) -> ClipJudge:
     """Load the judge, float32, in evaluation mode.
-
-    Args:
-        path: the bundled weights, or others of the same shape.
 
     Raises:
         ValueError: If there is no such file, or its tensors are not a judge's.
     """
     if not path.is_file():
-        raise ValueError(f"judge weights {path} do not exist: train them with `python scripts/judge_mini.py train`.")
+        raise ValueError(f"judge weights {path} do not exist: train them with `python -m lab.judge_mini train`.")
     judge = ClipJudge()
-    expected = judge.state_dict()
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    different = sorted(
-        name
-        for name in expected.keys() | tensors.keys()
-        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
-    )
-    if different:
+    try:
+        judge.load_state_dict(load_file(path))
+    except RuntimeError as error:
         raise ValueError(
-            f"{path} is not a judge of this version: {len(different)} tensors differ, first {different[0]!r}: "
-            "train again with `python scripts/judge_mini.py train`."
-        )
-    judge.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
+            f"{path} is not a judge of this version: train again with `python -m lab.judge_mini train`."
+        ) from error
     return judge.eval().requires_grad_(False)
-
-
-def clip_from_frames(frames: Tensor, *, start: int = 0) -> Tensor:
-    """Pick and resize the frames the judge looks at.
-
-    Args:
-        frames: (batch, F, 3, H, W) in [0, 1], at 16 frames per second.
-        start: index of the clip's first frame.
-
-    Returns:
-        (batch, CLIP_FRAMES, 3, 64, 64) float32.
-
-    Raises:
-        ValueError: If the clip does not fit into F.
-    """
-    last = start + (CLIP_FRAMES - 1) * FRAME_STRIDE
-    if frames.shape[1] <= last:
-        raise ValueError(
-            f"frames has {frames.shape[1]} frames, a clip from frame {start} needs {last + 1}: "
-            f"pass at least {CLIP_SECONDS:g} seconds."
-        )
-    return resize_frames(frames[:, start : last + 1 : FRAME_STRIDE])
 
 
 def resize_frames(frames: Tensor) -> Tensor:
@@ -173,31 +130,16 @@ def resize_frames(frames: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def verdicts(judge: ClipJudge, clips: Tensor) -> list[dict[str, str]]:
-    """Name what each clip shows.
-
-    Args:
-        judge: from :func:`load_judge`.
-        clips: (batch, CLIP_FRAMES, 3, 64, 64) in [0, 1].
-
-    Returns:
-        One {attribute: name} per clip.
-    """
+    """Name what each of the (batch, CLIP_FRAMES, 3, 64, 64) clips in [0, 1] shows: one {attribute: name} per clip."""
     logits, _ = judge(clips.clamp(0.0, 1.0))
     chosen = {name: value.argmax(dim=1).tolist() for name, value in logits.items()}
-    return [
-        {name: ATTRIBUTES[name][indices[row]] for name, indices in chosen.items()} for row in range(clips.shape[0])
-    ]
+    return [{name: ATTRIBUTES[name][rows[clip]] for name, rows in chosen.items()} for clip in range(len(clips))]
 
 
 def expected_verdict(prompt: Mapping[str, Any]) -> dict[str, str]:
-    """Turn a parsed caption into the verdict it asks for.
+    """The verdict that a caption, parsed by ``parse_caption``, asks for; attributes it does not mention are absent.
 
-    Args:
-        prompt: of :func:`longtake.evaluation.mini_world.scenes.parse_caption`.
-
-    Returns:
-        {attribute: name}; attributes the caption does not mention are absent. In a scene of two objects shape,
-        colour, motion and speed are the first object's, which stands above the second.
+    In a scene of two objects shape, colour, motion and speed are the first object's, which stands above the second.
     """
     named = {name: prompt[name] for name in ATTRIBUTES if name != "count"}
     named["count"] = "one" if prompt["second"] is None else "two"

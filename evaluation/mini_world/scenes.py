@@ -7,7 +7,8 @@ object, the phase of the texture, and the landmarks of the strip (two frames wid
 """
 
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,25 +116,8 @@ class Scene:
     landmarks: tuple[_Landmark, ...]
     says_speed: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain dictionaries, lists, strings and numbers, ready for JSON."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Scene":
-        """Rebuild a scene from :meth:`to_dict`, also after a JSON round trip."""
-        second = values["second"]
-        return cls(
-            **{
-                **values,
-                "actor": Actor(**values["actor"]),
-                "second": None if second is None else Actor(**second),
-                "landmarks": tuple(_Landmark(**mark) for mark in values["landmarks"]),
-            }
-        )
-
-
-def _choice(rng: np.random.Generator, names: Any) -> str:
+def _choice(rng: np.random.Generator, names: Iterable[str]) -> str:
     names = tuple(names)
     return names[int(rng.integers(len(names)))]
 
@@ -159,29 +143,20 @@ def _sample_actor(rng: np.random.Generator, *, row: int | None, taken: str | Non
 
 
 def _sample_landmarks(rng: np.random.Generator) -> tuple[_Landmark, ...]:
-    marks = []
-    for column in range(5):
-        marks.append(
-            _Landmark(
-                kind=_choice(rng, LANDMARK_KINDS),
-                tint=int(rng.integers(len(LANDMARK_TINTS))),
-                x=12.0 + 25.0 * column + float(rng.uniform(-6.0, 6.0)),
-                y=float(rng.uniform(10.0, 54.0)),
-                radius=float(rng.uniform(5.0, 7.5)),
-            )
+    return tuple(
+        _Landmark(
+            kind=_choice(rng, LANDMARK_KINDS),
+            tint=int(rng.integers(len(LANDMARK_TINTS))),
+            x=12.0 + 25.0 * column + float(rng.uniform(-6.0, 6.0)),
+            y=float(rng.uniform(10.0, 54.0)),
+            radius=float(rng.uniform(5.0, 7.5)),
         )
-    return tuple(marks)
+        for column in range(5)
+    )
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene.
-
-    Args:
-        rng: Source of every choice.
-
-    Returns:
-        A scene: the camera is still in about 65 %, an event happens in about 14 %, two objects in about 10 %.
-    """
+    """Draw a scene: a still camera in about 65 %, an event in about 14 %, two objects in about 10 %."""
     event = ("none", "leaves", "hides")[int(rng.choice(3, p=(0.86, 0.07, 0.07)))]
     pair = event == "none" and rng.random() < 0.115
     camera = tuple(CAMERAS)[int(rng.choice(3, p=(0.60, 0.20, 0.20)))]
@@ -192,7 +167,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         # The object starts in view: leaving swings through the middle, hiding swings out of the pillar's side.
         side = float(rng.integers(2)) * np.pi if event == "leaves" else np.pi
         start = side + float(rng.uniform(-0.5, 0.5) if event == "leaves" else rng.uniform(-1.2, 1.2))
-        actor = Actor(**{**asdict(actor), "motion": "swaying", "speed": "slowly", "phase": start})
+        actor = replace(actor, motion="swaying", speed="slowly", phase=start)
     return Scene(
         actor=actor,
         second=_sample_actor(rng, row=1, taken=actor.colour) if pair else None,
@@ -210,32 +185,27 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def _is_held_back(scene: Scene) -> bool:
+def is_held_back(scene: Scene) -> bool:
     """Tell whether the scene's combination of prompted attributes is kept out of the training set."""
     first = (scene.actor.shape, scene.actor.colour, scene.actor.motion, scene.background, scene.texture)
     return zlib.crc32(" ".join(first).encode()) % HELD_BACK_SHARE == 0
 
 
-def _draw_until(seed: int, stream: int, index: int, *, held_back: bool) -> Scene:
+def draw_scene(seed: int, stream: int, index: int, *, held_back: bool) -> Scene:
+    """First scene of a stream of random numbers that is held back from training, or that is not."""
     rng = np.random.default_rng([seed, stream, index])
-    while True:
-        scene = sample_scene(rng)
-        if _is_held_back(scene) == held_back:
-            return scene
-
-
-def training_scene(index: int, seed: int = 0) -> Scene:
-    """Return scene ``index`` of the training set; its combination of attributes is never a held-back one."""
-    return _draw_until(seed, 0, index, held_back=False)
+    while is_held_back(scene := sample_scene(rng)) != held_back:
+        pass
+    return scene
 
 
 def held_back_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Return ``count`` scenes whose combinations of prompted attributes no training scene has."""
-    return [_draw_until(seed, 1, index, held_back=True) for index in range(count)]
+    """Scenes whose combinations of prompted attributes no training scene has."""
+    return [draw_scene(seed, 1, index, held_back=True) for index in range(count)]
 
 
 def describe(scene: Scene) -> str:
-    """Return the caption: every prompted attribute, nothing about size, phase or landmarks."""
+    """Caption: every prompted attribute, nothing about size, phase or landmarks."""
     actor = scene.actor
     words = [f"a {actor.colour} {actor.shape} {actor.motion}"]
     if scene.event != "none":
@@ -252,25 +222,18 @@ def describe(scene: Scene) -> str:
     return " ".join(words)
 
 
-def _find(text: str, names: Any) -> str | None:
+def _find(text: str, names: Iterable[str]) -> str | None:
     found = [(text.find(f" {name} "), name) for name in names if f" {name} " in text]
     return min(found)[1] if found else None
 
 
 def _parse_actor(text: str) -> dict[str, str | None]:
-    return {
-        "shape": _find(text, SHAPES),
-        "colour": _find(text, COLOURS),
-        "motion": _find(text, MOTIONS),
-        "speed": _find(text, SPEEDS),
-    }
+    kinds = {"shape": SHAPES, "colour": COLOURS, "motion": MOTIONS, "speed": SPEEDS}
+    return {name: _find(text, kind) for name, kind in kinds.items()}
 
 
 def parse_caption(text: str) -> dict[str, Any]:
-    """Read the prompted attributes back from a caption.
-
-    Args:
-        text: A caption in the words of :func:`describe`.
+    """Read the prompted attributes back from a caption in the words of :func:`describe`.
 
     Returns:
         ``shape, colour, motion, speed, background, texture, camera, event`` as names (None where the caption is
@@ -298,14 +261,8 @@ def parse_caption(text: str) -> dict[str, Any]:
     }
 
 
-def vocabulary() -> list[str]:
-    """Return every word a caption can contain, sorted."""
-    text = " ".join((*SHAPES, *COLOURS, *MOTIONS, *SPEEDS, *BACKGROUNDS, *TEXTURES, *CAMERAS, *EVENTS.values()))
-    return sorted({*text.split(), "a", "an", "and", "over", "background", "with", "the", "camera"})
-
-
 def _camera_offset(scene: Scene, frame_indices: np.ndarray) -> np.ndarray:
-    """Return how far right the view stands in the strip, (F,) float64, pixels of a 64-pixel frame."""
+    """Distance of the view from the left end of the strip, (F,) float64, pixels of a 64-pixel frame."""
     period = CAMERAS[scene.camera]
     seconds = np.asarray(frame_indices, dtype=np.float64) / FPS
     if period == 0.0:
@@ -313,44 +270,12 @@ def _camera_offset(scene: Scene, frame_indices: np.ndarray) -> np.ndarray:
     return PAN_RANGE / 2 * (1.0 + np.sin(2.0 * np.pi * seconds / period + scene.camera_phase))
 
 
-def revisit_pairs(scene: Scene, num_frames: int) -> list[tuple[int, int]]:
-    """Return (first frame, later frame) pairs of equal view: one camera round trip apart, and whole multiples.
-
-    Args:
-        scene: The scene; a still camera has no revisits.
-        num_frames: Frames of the video; both members of a pair are below it.
-    """
-    period = round(CAMERAS[scene.camera] * FPS)
-    if period == 0:
-        return []
-    return [
-        (first, later)
-        for first in range(min(period, num_frames))
-        for later in range(first + period, num_frames, period)
-    ]
-
-
-@dataclass(frozen=True)
-class _ObjectState:
-    """True state of one object per frame, in pixels of a 64-pixel frame.
-
-    Attributes:
-        center: (F, 2) float64, (x, y) on the screen.
-        radius: (F,) float64.
-        visibility: (F,) float64 in [0, 1], share of the object's pixels that can be seen.
-    """
-
-    center: np.ndarray
-    radius: np.ndarray
-    visibility: np.ndarray
-
-
 def _triangle_wave(angle: np.ndarray) -> np.ndarray:
     return 2.0 / np.pi * np.arcsin(np.sin(angle))
 
 
-def _trajectory(actor: Actor, frame_indices: np.ndarray, event: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return centre (F, 2) and radius (F,), float64, pixels of a 64-pixel frame."""
+def trajectory(actor: Actor, frame_indices: np.ndarray, event: str) -> tuple[np.ndarray, np.ndarray]:
+    """Centre (F, 2) and radius (F,), float64, pixels of a 64-pixel frame."""
     seconds = np.asarray(frame_indices, dtype=np.float64) / FPS
     period = SPEEDS[actor.speed] if event == "none" else EVENT_PERIOD
     angle = 2.0 * np.pi * seconds / period + actor.phase
@@ -390,19 +315,12 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarra
     if shape == "triangle":
         return np.maximum.reduce(_half_planes(x, y, 3, np.float32(0.76) * radius))
     # A point is in a pentagram when it is inside at least four of its five edges: the second largest distance rules.
-    largest, second = None, None
-    for plane in _half_planes(x, y, 5, np.float32(0.46) * radius):
-        if largest is None:
-            largest, second = plane, np.full_like(plane, -np.inf)
-        else:
-            second = np.maximum(second, np.minimum(largest, plane))
-            largest = np.maximum(largest, plane)
-    return second
+    return np.partition(_half_planes(x, y, 5, np.float32(0.46) * radius), -2, axis=0)[-2]
 
 
-def _coverage(actor: Actor, frame_indices: np.ndarray, size: int, event: str) -> np.ndarray:
+def coverage(actor: Actor, frame_indices: np.ndarray, size: int, event: str) -> np.ndarray:
     """Anti-aliased coverage of the object before occlusion, (F, size, size) float32."""
-    center, radius = _trajectory(actor, frame_indices, event)
+    center, radius = trajectory(actor, frame_indices, event)
     pixel = np.float32(SIZE / size)
     grid = (np.arange(size, dtype=np.float32) + 0.5) * pixel
     x = grid[None, None, :] - center[:, 0, None, None].astype(np.float32)
@@ -411,45 +329,11 @@ def _coverage(actor: Actor, frame_indices: np.ndarray, size: int, event: str) ->
     return np.clip(0.5 - distance / pixel, 0.0, 1.0)
 
 
-def _pillar(size: int) -> np.ndarray:
+def pillar(size: int) -> np.ndarray:
+    """Coverage of each column by the pillar, (size,) float32."""
     pixel = SIZE / size
     grid = (np.arange(size) + 0.5) * pixel
     return np.clip((grid - PILLAR_LEFT) / pixel + 0.5, 0.0, 1.0).astype(np.float32)
-
-
-def _object_mask(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE, which: str = "actor") -> np.ndarray:
-    """Return the visible part of an object as anti-aliased coverage.
-
-    Args:
-        scene: The scene.
-        frame_indices: (F,) integers, any value.
-        size: Height and width of the frame, pixels.
-        which: ``actor`` or ``second``.
-
-    Returns:
-        (F, size, size) float32 in [0, 1].
-
-    Raises:
-        ValueError: If the object is not in the scene.
-    """
-    if which not in ("actor", "second") or (which == "second" and scene.second is None):
-        raise ValueError(f"which={which!r} is not in this scene: use 'actor', or 'second' where scene.second is set.")
-    actor = scene.actor if which == "actor" else scene.second
-    mask = _coverage(actor, frame_indices, size, scene.event)
-    if scene.event == "hides":
-        mask = mask * (1.0 - _pillar(size))
-    if which == "actor" and scene.second is not None:
-        mask = mask * (1.0 - _coverage(scene.second, frame_indices, size, "none"))
-    return mask
-
-
-def object_state(scene: Scene, frame_indices: np.ndarray, *, which: str = "actor") -> _ObjectState:
-    """Return the true centre, radius and visibility of an object; arguments as in :func:`object_mask`."""
-    mask = _object_mask(scene, frame_indices, which=which)
-    actor = scene.actor if which == "actor" else scene.second
-    center, radius = _trajectory(actor, frame_indices, scene.event)
-    whole = {"circle": np.pi, "square": np.pi, "triangle": 3.0, "star": 2.49}[actor.shape] * radius**2
-    return _ObjectState(center, radius, np.clip(mask.sum(axis=(1, 2)) / whole, 0.0, 1.0))
 
 
 def _square_wave(position: np.ndarray, period: float, edge: float) -> np.ndarray:
@@ -516,13 +400,10 @@ def render(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE) -> np.n
     Args:
         scene: What to draw.
         frame_indices: (F,) integers, any order, unbounded; 16 a second.
-        size: Height and width, pixels.
+        size: Height and width, pixels, at least 8.
 
     Returns:
         (F, size, size, 3) uint8 RGB.
-
-    Raises:
-        ValueError: If ``frame_indices`` is not one-dimensional or ``size`` is below 8.
     """
     frame_indices = np.asarray(frame_indices)
     if frame_indices.ndim != 1:
@@ -534,8 +415,8 @@ def render(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE) -> np.n
     image = _backdrop(scene, frame_indices, size)
     actors = [scene.actor] if scene.second is None else [scene.actor, scene.second]
     for actor in actors:
-        alpha = _coverage(actor, frame_indices, size, scene.event)[..., None]
+        alpha = coverage(actor, frame_indices, size, scene.event)[..., None]
         image = image + alpha * (np.asarray(COLOURS[actor.colour], dtype=np.float32) - image)
     if scene.event == "hides":
-        image = image + _pillar(size)[:, None] * (np.asarray(PILLAR_COLOUR, dtype=np.float32) - image)
+        image = image + pillar(size)[:, None] * (np.asarray(PILLAR_COLOUR, dtype=np.float32) - image)
     return np.clip(image + 0.5, 0.0, 255.0).astype(np.uint8)

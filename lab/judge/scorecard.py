@@ -14,9 +14,11 @@ from longtake.evaluation.intervals import Interval, wilson_interval
 from longtake.evaluation.mini_world.judge import (
     ATTRIBUTES,
     CLIP_FRAMES,
+    CLIP_SECONDS,
+    FRAME_STRIDE,
     ClipJudge,
-    clip_from_frames,
     expected_verdict,
+    resize_frames,
     verdicts,
 )
 from longtake.evaluation.mini_world.scenes import Scene, describe, parse_caption, render
@@ -31,6 +33,28 @@ PASS_LINES = {
 }
 MakeClips = Callable[[list[str], list[int]], Tensor]
 """(prompts, seeds) -> (batch, F, 3, H, W) in [0, 1], 5 seconds or more."""
+
+
+def clip_from_frames(frames: Tensor, *, start: int = 0) -> Tensor:
+    """Pick and resize the frames the judge looks at.
+
+    Args:
+        frames: (batch, F, 3, H, W) in [0, 1], at 16 frames per second.
+        start: index of the clip's first frame.
+
+    Returns:
+        (batch, CLIP_FRAMES, 3, 64, 64) float32.
+
+    Raises:
+        ValueError: If the clip does not fit into F.
+    """
+    last = start + (CLIP_FRAMES - 1) * FRAME_STRIDE
+    if frames.shape[1] <= last:
+        raise ValueError(
+            f"frames has {frames.shape[1]} frames, a clip from frame {start} needs {last + 1}: "
+            f"pass at least {CLIP_SECONDS:g} seconds."
+        )
+    return resize_frames(frames[:, start : last + 1 : FRAME_STRIDE])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,19 @@
 """Training of the judge: true renders, disturbed a little, labelled by the scene that drew them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from lab.scenes import object_state, training_scene
 from longtake.evaluation.mini_world.judge import ATTRIBUTES, CLIP_FRAMES, FRAME_STRIDE, ClipJudge, expected_verdict
-from longtake.evaluation.mini_world.scenes import (
-    FPS,
-    SIZE,
-    Scene,
-    describe,
-    object_state,
-    parse_caption,
-    render,
-    training_scene,
-)
+from longtake.evaluation.mini_world.scenes import FPS, SIZE, Scene, describe, parse_caption, render
 
 IGNORE = -100
 HORIZON = 60 * FPS  # clips start anywhere in the first minute, as the drift study's windows do
@@ -41,6 +35,15 @@ class ClipBatch:
     clips: Tensor
     labels: dict[str, Tensor]
     state: Tensor
+
+
+def save_judge(judge: ClipJudge, path: Path, *, notes: Mapping[str, str]) -> None:
+    """Write weights as float16 safetensors, with notes (training figures) as metadata."""
+    tensors = {
+        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
+        for name, tensor in judge.state_dict().items()
+    }
+    save_file(tensors, path, metadata=dict(notes))
 
 
 def clip_indices(start: int) -> np.ndarray:

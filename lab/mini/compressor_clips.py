@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lab.mini.runtime import StageLog, autocast
 from lab.mini.vae import encode_stream, to_model
+from lab.scenes import training_scene
 from longtake.cache.policies.pack import cell_factors
-from longtake.evaluation.mini_world.scenes import describe, render, training_scene
+from longtake.evaluation.mini_world.scenes import describe, render
 from longtake.models import VaePixels
 
 NUM_FRAMES = 81

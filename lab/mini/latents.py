@@ -8,7 +8,8 @@ import torch
 
 from lab.mini.runtime import StageLog, autocast, num_workers, rank
 from lab.mini.vae import Z_DIM, encode_stream, load_vae, quicken, to_model
-from longtake.evaluation.mini_world.scenes import describe, render, training_scene
+from lab.scenes import training_scene
+from longtake.evaluation.mini_world.scenes import describe, render
 
 NUM_FRAMES = 81
 LATENT_SHAPE = (Z_DIM, 21, 8, 8)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from longtake.evaluation.mini_world.scenes import vocabulary
+from lab.scenes import vocabulary
 
 TEXT_LENGTH = 32
 TEXT_DIM = 64

@@ -23,7 +23,8 @@ from lab.mini.runtime import (
     save_atomically,
     shared_progress,
 )
-from longtake.evaluation.mini_world.scenes import held_back_scenes, render, training_scene
+from lab.scenes import training_scene
+from longtake.evaluation.mini_world.scenes import held_back_scenes, render
 
 Z_DIM = 12
 # (share of the budget at which the stage ends, frames per clip, clips per batch and worker)

@@ -8,6 +8,7 @@ import torch
 
 from lab.judge.scorecard import (
     PASS_LINES,
+    clip_from_frames,
     score_model,
     score_true_scenes,
     scorecard,
@@ -22,29 +23,23 @@ from lab.judge.training import (
     judge_loss,
     label_scene,
     round_trip_examples,
+    save_judge,
     train_judge,
     training_example,
     without_object,
 )
+from lab.scenes import training_scene
 from longtake.evaluation.mini_world.judge import (
     ATTRIBUTES,
     CLIP_FRAMES,
     FRAME_STRIDE,
     WEIGHTS,
     ClipJudge,
-    clip_from_frames,
     expected_verdict,
     load_judge,
-    save_judge,
     verdicts,
 )
-from longtake.evaluation.mini_world.scenes import (
-    describe,
-    held_back_scenes,
-    parse_caption,
-    render,
-    training_scene,
-)
+from longtake.evaluation.mini_world.scenes import describe, held_back_scenes, parse_caption, render
 
 NUM_SCENES = 80
 

@@ -21,7 +21,8 @@ from lab.mini.transformer import (
     train_transformer,
 )
 from lab.mini.vae import build_vae, decode_stream, encode_stream, quicken
-from longtake.evaluation.mini_world.scenes import describe, held_back_scenes, training_scene
+from lab.scenes import training_scene
+from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
