@@ -31,7 +31,7 @@ from longtake.cache.footprint import held_bytes
 from longtake.configs.loader import load_preset
 from longtake.configs.waiting import wait_briefly
 from longtake.models.causal import CausalTransformer, Prompt, Segment
-from longtake.models.modulated_block import feed_forward
+from longtake.models.numerics import feed_forward
 from longtake.samplers import Sampler, SeededNoise, make_sampler
 from longtake.scripts.console import out
 

@@ -1,6 +1,7 @@
-"""Sparse self-attention in diffusers' own bidirectional Wan pipelines, which are stock again afterwards."""
+"""Sparse attention and step allocation in diffusers' own bidirectional Wan pipelines, stock again afterwards."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,38 +9,31 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from longtake.attention import (
-    AttentionGeometry,
-    AttentionRequest,
-    BlockPlan,
-    SparsePolicy,
-    explain,
-    sparse_attention,
-)
-from longtake.attention.policies.base import DensityMeter
-from longtake.attention.step_allocation import StepAllocation, TokenCache, relative_change
+from longtake.attention import AttentionGeometry, AttentionRequest, BlockPlan, SparsePolicy, explain, sparse_attention
+from longtake.attention.policies.base import DensityMeter, Memory
 from longtake.configs.fields import build
 from longtake.models.sparse_attention import AttentionSetting
+from longtake.models.wan import AttentionProcessor, blocks_of, config_of, processors_set, project_out, project_qkv
 
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Components of a pipeline that are changed: the network, and Wan2.2's second one for low noise."""
-
-TIMESTEP_TOLERANCE = 2**-8
-"""How far a timestep may be from the scheduler's, relative to it: the rounding of bfloat16."""
+# Components of a pipeline that are changed: the network, and Wan2.2's second one for low noise.
+_TRANSFORMERS = ("transformer", "transformer_2")
+# How far a timestep may be from the scheduler's, relative to it: the rounding of bfloat16.
+_TIMESTEP_TOLERANCE = 2**-8
 
 
 @dataclass
-class Video:
-    """Where the denoising of a video stands.
+class _Video:
+    """Progress of one video's denoising.
 
     Attributes:
         timesteps: The scheduler's own tensor: another one belongs to another video.
         schedule: Its different values, in order.
-        first: Where in the schedule the video began; more than 0 where it starts from another video.
-        step: Where in the schedule the last forward was.
+        first: Place in the schedule where the video began; more than 0 if it starts from another video.
+        step: Place in the schedule of the last forward.
         num_forwards: Of that step so far.
         memories: By transformer and number of the forward in its step, which tells guidance branches apart.
     """
@@ -53,136 +47,47 @@ class Video:
 
     @property
     def step_index(self) -> int:
-        """Of the last forward, from the first step of the video."""
         return self.step - self.first
 
     @property
     def num_steps(self) -> int:
-        """Of the video."""
         return len(self.schedule) - self.first
 
 
-class Clock:
-    """Tells the videos, steps and guidance branches of a pipeline apart by the timesteps its networks are given.
+class _Clock:
+    """Tells the videos, steps and guidance branches of a pipeline apart by the timesteps its networks are given."""
 
-    Args:
-        pipe: With a scheduler.
-    """
-
-    def __init__(self, pipe: DiffusionPipeline) -> None:
+    def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
-        self._video: Video | None = None
+        self._video: _Video | None = None
 
-    def begin(self, transformer: nn.Module, timestep: Tensor) -> tuple[Video, dict[Any, Any]]:
-        """A forward begins.
-
-        Args:
-            transformer: Which network runs.
-            timestep: What it is given.
-
-        Returns:
-            The video under way, and what is remembered between the steps of this network and guidance branch.
-
-        Raises:
-            ValueError: If the timestep is none of the scheduler's.
-        """
+    def begin(self, transformer: nn.Module, timestep: Tensor) -> tuple[_Video, dict[Any, Any]]:
+        """Note a forward; returns its video, and the memory between steps of its network and guidance branch."""
         video = self._at(timestep)
         memory = video.memories.setdefault((transformer, video.num_forwards), {})
         video.num_forwards += 1
         return video, memory
 
     def reset(self) -> None:
-        """Forget the video."""
         self._video = None
 
-    def _at(self, timestep: Tensor) -> Video:
-        timesteps = self._pipe.scheduler.timesteps
-        video = self._video
-        is_known = video is not None and video.timesteps is timesteps
-        schedule = video.schedule if is_known else tuple(dict.fromkeys(map(float, timesteps.tolist())))
+    def _at(self, timestep: Tensor) -> _Video:
+        timesteps, video = self._pipe.scheduler.timesteps, self._video
+        if video is not None and video.timesteps is not timesteps:
+            video = None
+        schedule = video.schedule if video else tuple(dict.fromkeys(map(float, timesteps.tolist())))
         # Where frames or tokens have their own, those that are given keep 0.
         step = _step_of(float(timestep.max()), schedule)
-        if not is_known or step < video.step:
-            self._video = video = Video(timesteps, schedule, first=step, step=step)
+        if video is None or step < video.step:
+            video = self._video = _Video(timesteps, schedule, first=step, step=step)
         elif step > video.step:
             video.step, video.num_forwards = step, 0
         return video
 
 
-def _find_transformers(pipe: DiffusionPipeline, *, what: str) -> list[WanTransformer3DModel]:
-    """The networks of a pipeline, each once.
-
-    Args:
-        pipe: Of diffusers.
-        what: Name of the function that changes them, for errors.
-
-    Raises:
-        ValueError: If there is none, or one has a structure, parallelism or processors that are not diffusers' own.
-    """
-    if not hasattr(pipe, "scheduler") or not hasattr(pipe, "transformer"):
-        raise ValueError(f"{type(pipe).__name__} has no scheduler and transformer: give a diffusers Wan pipeline.")
-    found = {getattr(pipe, name): name for name in reversed(TRANSFORMERS) if hasattr(pipe, name)}
-    found.pop(None, None)
-    if not found:
-        raise ValueError(f"{type(pipe).__name__} was loaded without a transformer: load one of {TRANSFORMERS}.")
-    for transformer, name in found.items():
-        if not isinstance(transformer, WanTransformer3DModel):
-            raise ValueError(
-                f"{name} is a {type(transformer).__name__}, {what} knows WanTransformer3DModel: use a Wan text-, "
-                "image- or video-to-video pipeline, and compile in place with transformer.compile()."
-            )
-        _check_parallel(transformer)
-        for layer, block in enumerate(transformer.blocks):
-            processor = type(block.attn1.processor)
-            if processor is not WanAttnProcessor or block.attn1.add_k_proj is not None:
-                with_images = "" if block.attn1.add_k_proj is None else " with image conditioning"
-                raise ValueError(
-                    f"self-attention of block {layer} of {name} has a {processor.__name__}{with_images}: {what} "
-                    "replaces diffusers' own WanAttnProcessor of text and video, once; restore it first."
-                )
-    return list(found)
-
-
-def _check_parallel(transformer: WanTransformer3DModel) -> None:
-    """Refuse tokens and heads that are spread over devices.
-
-    Raises:
-        ValueError: If the transformer has a parallel configuration.
-    """
-    if transformer._parallel_config is not None:
-        raise ValueError(
-            "the transformer has a parallel_config, and all tokens and heads are needed in one place: "
-            "load it without enable_parallelism."
-        )
-
-
-def projected(
-    attn: nn.Module, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of self-attention as ``WanAttnProcessor`` makes them.
-
-    Args:
-        attn: ``WanAttention`` whose modules are used.
-        hidden_states: (batch, tokens, dim).
-        rotary_emb: Cosines and sines of these tokens, (1, tokens, 1, head_dim) each, every value twice.
-
-    Returns:
-        (batch, tokens, heads, head_dim) each, queries and keys rotated.
-    """
-    if attn.fused_projections:
-        q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-    else:
-        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-    heads = (attn.heads, -1)
-    q, k, v = attn.norm_q(q).unflatten(2, heads), attn.norm_k(k).unflatten(2, heads), v.unflatten(2, heads)
-    if rotary_emb is not None:
-        q, k = _rotated(q, *rotary_emb), _rotated(k, *rotary_emb)
-    return q, k, v
-
-
 def _step_of(timestep: float, schedule: tuple[float, ...]) -> int:
     step = min(range(len(schedule)), key=lambda index: abs(schedule[index] - timestep))
-    if abs(schedule[step] - timestep) > TIMESTEP_TOLERANCE * abs(timestep):
+    if abs(schedule[step] - timestep) > _TIMESTEP_TOLERANCE * abs(timestep):
         raise ValueError(
             f"timestep={timestep:g} is none of the scheduler's {len(schedule)} timesteps, which say how far the video "
             "is: call pipe.scheduler.set_timesteps with the steps that are run."
@@ -190,14 +95,112 @@ def _step_of(timestep: float, schedule: tuple[float, ...]) -> int:
     return step
 
 
+class _SelfAttentionChange:
+    """Other self-attention in the transformers of a pipeline, as long as ``installed`` lasts.
+
+    Args:
+        pipe: Of diffusers.
+        name: Of the function that changes it, for errors.
+    """
+
+    def __init__(self, pipe: Any, name: str) -> None:
+        self._name = name
+        self._transformers = _find_transformers(pipe, name=name)
+        self._clock = _Clock(pipe)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Change all transformers inside the ``with`` block; they are stock after it, whatever happens in it."""
+        with ExitStack() as undo:
+            undo.callback(self._reset)
+            for transformer in self._transformers:
+                blocks = blocks_of(transformer)
+                processors = [self._processor(layer, block.attn1) for layer, block in enumerate(blocks)]
+                for handle in self._hook(transformer):
+                    undo.callback(handle.remove)
+                attentions = [block.attn1 for block in blocks]
+                undo.enter_context(processors_set(zip(attentions, processors, strict=True)))
+            yield
+
+    def _processor(self, layer: int, attn: WanAttention) -> AttentionProcessor:
+        raise NotImplementedError
+
+    def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
+        raise NotImplementedError
+
+    def _reset(self) -> None:
+        self._clock.reset()
+
+    def _check_processors(self, transformer: WanTransformer3DModel, *, hint: str = "") -> None:
+        for layer, block in enumerate(blocks_of(transformer)):
+            processor = block.attn1.processor
+            if not isinstance(processor, SparseWanProcessor | _ActiveTokens) or processor.owner is not self:
+                raise ValueError(
+                    f"{type(processor).__name__} has taken the place of {self._name}'s processor of block {layer}: "
+                    f"change processors before {self._name} or after it.{hint}"
+                )
+
+
+def _uncompiled(hook: Callable[..., Any]) -> Any:
+    """A hook that compiled modules call outside their graph."""
+    return torch.compiler.disable(hook)
+
+
+def _given(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a transformer's forward by name."""
+    return dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
+
+
+def _find_transformers(pipe: Any, *, name: str) -> list[WanTransformer3DModel]:
+    """The networks of a pipeline, each once."""
+    if not hasattr(pipe, "scheduler") or not hasattr(pipe, "transformer"):
+        raise ValueError(f"{type(pipe).__name__} has no scheduler and transformer: give a diffusers Wan pipeline.")
+    found = {getattr(pipe, part): part for part in reversed(_TRANSFORMERS) if hasattr(pipe, part)}
+    found.pop(None, None)
+    if not found:
+        raise ValueError(f"{type(pipe).__name__} was loaded without a transformer: load one of {_TRANSFORMERS}.")
+    for transformer, part in found.items():
+        if not isinstance(transformer, WanTransformer3DModel):
+            raise ValueError(
+                f"{part} is a {type(transformer).__name__}, {name} knows WanTransformer3DModel: use a Wan text-, "
+                "image- or video-to-video pipeline, and compile in place with transformer.compile()."
+            )
+        _check_parallel(transformer)
+        for layer, block in enumerate(blocks_of(transformer)):
+            processor = type(block.attn1.processor)
+            if processor is not WanAttnProcessor or block.attn1.add_k_proj is not None:
+                with_images = "" if block.attn1.add_k_proj is None else " with image conditioning"
+                raise ValueError(
+                    f"self-attention of block {layer} of {part} has a {processor.__name__}{with_images}: {name} "
+                    "replaces diffusers' own WanAttnProcessor of text and video, once; restore it first."
+                )
+    return list(found)
+
+
+def _check_parallel(transformer: WanTransformer3DModel) -> None:
+    if transformer._parallel_config is not None:
+        raise ValueError(
+            "the transformer has a parallel_config, and all tokens and heads are needed in one place: "
+            "load it without enable_parallelism."
+        )
+
+
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate neighbouring channels (2i, 2i + 1) of (batch, tokens, heads, head_dim)."""
+    """Rotate neighbouring channels of (batch, tokens, heads, head_dim) as ``WanAttnProcessor`` does.
+
+    Cosines and sines are (1, tokens, 1, head_dim), every value twice.
+    """
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cosines, sines = cosines[..., 0::2], sines[..., 1::2]
     out = torch.empty_like(x)
     out[..., 0::2] = even * cosines - odd * sines
     out[..., 1::2] = even * sines + odd * cosines
     return out
+
+
+def _rotated_qkv(attn: WanAttention, hidden_states: Tensor, rotary_emb) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = project_qkv(attn, hidden_states)
+    return (q, k, v) if rotary_emb is None else (_rotated(q, *rotary_emb), _rotated(k, *rotary_emb), v)
 
 
 @contextmanager
@@ -240,38 +243,20 @@ def sparse_wan(
         BackendUnavailable: If the named backend cannot run on this machine. From the pipeline's call: if it cannot
             run what the policy plans.
     """
-    setting = _setting(attention, backend)
-    transformers = _find_transformers(pipe, what="sparse_wan")
+    setting = AttentionSetting(attention)
+    if backend is not None:
+        setting.backend = backend
+    setting.check_backend()
     sparse = SparseWan(pipe, setting)
-    with ExitStack() as undo:
-        for transformer in transformers:
-            undo.enter_context(sparse._installed(transformer))
+    with sparse.installed():
         yield sparse
 
 
-@dataclass
-class _Forward:
-    """What processors need to know of the forward under way.
-
-    Attributes:
-        num_frames: Latent frames after patching.
-        grid: Rows and columns of tokens in a frame.
-        step_index: From the first step of the video.
-        num_steps: Of the video.
-        memory: What the policy keeps between the steps, of this transformer and this guidance branch.
-    """
-
-    num_frames: int
-    grid: tuple[int, int]
-    step_index: int
-    num_steps: int
-    memory: dict[Any, Any]
-
-
-class SparseWan:
-    """Sparse attention of one pipeline: what it has computed, and how; made by ``sparse_wan``."""
+class SparseWan(_SelfAttentionChange):
+    """Sparse attention of one pipeline, and a count of what it has computed; made by ``sparse_wan``."""
 
     def __init__(self, pipe: DiffusionPipeline, setting: AttentionSetting) -> None:
+        super().__init__(pipe, "sparse_wan")
         self.policy = setting.policy
         if not self.policy.has_bidirectional_form:
             raise ValueError(
@@ -280,8 +265,8 @@ class SparseWan:
             )
         self.backend = setting.backend
         self._meter = _Meter(setting.policy)
-        self._clock = Clock(pipe)
-        self._forward: _Forward | None = None
+        self._geometry: AttentionGeometry | None = None
+        self._memory: dict[Any, Any] = {}
 
     @property
     def density(self) -> float:
@@ -295,7 +280,7 @@ class SparseWan:
 
     @property
     def num_dense_calls(self) -> int:
-        """Of them, those that the policy declined."""
+        """Attention calls that the policy declined."""
         return self._meter.num_dense_calls
 
     @property
@@ -304,7 +289,9 @@ class SparseWan:
         found: dict[str, set[str]] = {}
         for request in self._meter.requests.values():
             kind, backend = ("dense", "auto") if request.plan is None else ("sparse", self.backend)
-            found.setdefault(kind, set()).add(_chosen(request, backend))
+            if backend == "auto":
+                backend = next((row.name for row in explain(request) if row.is_chosen), "none")
+            found.setdefault(kind, set()).add(backend)
         return {kind: tuple(sorted(names)) for kind, names in sorted(found.items())}
 
     def __str__(self) -> str:
@@ -314,45 +301,33 @@ class SparseWan:
             f"calls dense{f'; {kinds}' if kinds else ''}"
         )
 
-    @contextmanager
-    def _installed(self, transformer: WanTransformer3DModel) -> Iterator[None]:
-        own = [block.attn1.processor for block in transformer.blocks]
-        handle = transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
-        try:
-            for layer, block in enumerate(transformer.blocks):
-                block.attn1.set_processor(SparseWanProcessor(self, layer, len(own)))
-            yield
-        finally:
-            handle.remove()
-            for block, processor in zip(transformer.blocks, own, strict=True):
-                block.attn1.set_processor(processor)
-            self._clock.reset()
-            self._forward = None
+    def _processor(self, layer: int, attn: WanAttention) -> "SparseWanProcessor":
+        return SparseWanProcessor(self, layer)
 
-    @torch.compiler.disable
-    def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Read frames, grid and step off what the transformer is given."""
+    def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
+        return [transformer.register_forward_pre_hook(_uncompiled(self._begin), with_kwargs=True)]
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._geometry, self._memory = None, {}
+
+    def _begin(self, transformer: WanTransformer3DModel, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Read frames, grid and step off the transformer's arguments."""
         self._check_forward(transformer)
-        given = dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
-        shape, patch = given["hidden_states"].shape[2:], transformer.config.patch_size
-        num_frames, *grid = (size // step for size, step in zip(shape, patch, strict=True))
-        video, memory = self._clock.begin(transformer, given["timestep"])
-        self._forward = _Forward(
-            num_frames=num_frames,
-            grid=tuple(grid),
+        given = _given(args, kwargs)
+        shape, patch = given["hidden_states"].shape[2:], config_of(transformer).patch_size
+        num_frames, rows, columns = (size // step for size, step in zip(shape, patch, strict=True))
+        video, self._memory = self._clock.begin(transformer, given["timestep"])
+        self._geometry = AttentionGeometry.bidirectional(
+            num_frames,
+            (rows, columns),
             step_index=video.step_index,
             num_steps=video.num_steps,
-            memory=memory,
+            num_layers=len(blocks_of(transformer)),
         )
 
     def _check_forward(self, transformer: WanTransformer3DModel) -> None:
-        for layer, block in enumerate(transformer.blocks):
-            processor = block.attn1.processor
-            if not isinstance(processor, SparseWanProcessor) or processor.sparse is not self:
-                raise ValueError(
-                    f"{type(processor).__name__} has taken the place of the sparse processor of block {layer}: change "
-                    "processors before sparse_wan or after it. LongVideoPipeline takes attention= in its call instead."
-                )
+        self._check_processors(transformer, hint=" LongVideoPipeline takes attention= in its call instead.")
         _check_parallel(transformer)
         if transformer.gradient_checkpointing and torch.is_grad_enabled():
             raise ValueError(
@@ -360,56 +335,31 @@ class SparseWan:
                 "differ: call under torch.no_grad(), or transformer.disable_gradient_checkpointing()."
             )
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, num_layers: int) -> Tensor:
-        forward = self._forward
-        if forward is None:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        if self._geometry is None:
             raise ValueError("self-attention was called by itself: call the transformer, whose input says the grid.")
-        geometry = AttentionGeometry.bidirectional(
-            forward.num_frames,
-            forward.grid,
-            step_index=forward.step_index,
-            num_steps=forward.num_steps,
-            layer=layer,
-            num_layers=num_layers,
-        )
-        return sparse_attention(q, k, v, geometry, policy=self._meter, memory=forward.memory, backend=self.backend)
+        geometry = self._geometry.at(step_index=self._geometry.step_index, layer=layer, kind="denoise")
+        return sparse_attention(q, k, v, geometry, policy=self._meter, memory=self._memory, backend=self.backend)
 
 
 class SparseWanProcessor:
-    """What ``WanAttnProcessor`` does for self-attention, over the blocks that a policy picks.
+    """Self-attention of ``WanAttnProcessor`` over the blocks that a policy picks."""
 
-    Args:
-        sparse: Knows the forward under way.
-        layer: Of the block.
-        num_layers: Blocks of the transformer.
-    """
-
-    def __init__(self, sparse: SparseWan, layer: int, num_layers: int) -> None:
-        self.sparse = sparse
+    def __init__(self, owner: SparseWan, layer: int) -> None:
+        self.owner = owner
         self.layer = layer
-        self.num_layers = num_layers
 
     # Plans are made by ordinary Python from the step, so a compiled block breaks its graph here.
     @torch.compiler.disable
     def __call__(
         self,
-        attn: nn.Module,
+        attn: WanAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attend.
-
-        Args:
-            attn: ``WanAttention`` whose modules are used.
-            hidden_states: (batch, tokens, dim).
-            encoder_hidden_states: None: this is no cross-attention.
-            attention_mask: None: the mask is the policy's.
-            rotary_emb: Cosines and sines, (1, tokens, 1, head_dim) each, every value twice.
-
-        Returns:
-            (batch, tokens, dim).
+        """(batch, tokens, dim) to the same shape.
 
         Raises:
             ValueError: If there is a mask, or other tokens than the transformer's own.
@@ -419,9 +369,8 @@ class SparseWanProcessor:
                 "sparse attention was given a mask or tokens of its own to attend to, which stock Wan self-attention "
                 "never is: use the transformer as diffusers has it."
             )
-        q, k, v = projected(attn, hidden_states, rotary_emb)
-        out = self.sparse._attend(q, k, v, layer=self.layer, num_layers=self.num_layers)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+        q, k, v = _rotated_qkv(attn, hidden_states, rotary_emb)
+        return project_out(attn, self.owner._attend(q, k, v, self.layer))
 
 
 class _Meter(DensityMeter):
@@ -432,31 +381,138 @@ class _Meter(DensityMeter):
         self.requests: dict[AttentionRequest, AttentionRequest] = {}
 
     def plan(
-        self, q: Tensor, k: Tensor, geometry: AttentionGeometry, *, v: Tensor, **options: Any
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        geometry: AttentionGeometry,
+        *,
+        v: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> BlockPlan | None:
-        plan = super().plan(q, k, geometry, v=v, **options)
-        request = AttentionRequest.of(q, k, v, plan)
-        self.requests[request.signature] = request
+        plan = super().plan(q, k, geometry, v=v, memory=memory)
+        if q is not None and k is not None and v is not None:
+            request = AttentionRequest.of(q, k, v, plan)
+            self.requests[request.signature] = request
         return plan
 
 
-def _setting(attention: SparsePolicy | Mapping[str, Any] | str, backend: str | None) -> AttentionSetting:
-    setting = AttentionSetting(attention)
-    if backend is not None:
-        setting.backend = backend
-    setting.check_backend()
-    return setting
+def relative_change(velocity: Tensor, before: Tensor, eps: float = 1e-6) -> Tensor:
+    """Change of the velocity of each token in one step, relative to the velocity before.
+
+    Args:
+        velocity: (batch, tokens, channels).
+        before: (batch, tokens, channels), one step earlier.
+        eps: Keeps tokens at rest finite.
+
+    Returns:
+        (tokens,), float32, the mean over the batch: one allocation serves all its samples.
+    """
+    velocity, before = velocity.float(), before.float()
+    change = (velocity - before).abs().sum(-1) / (before.abs().sum(-1) + eps)
+    return change.mean(0)
 
 
-def _chosen(request: AttentionRequest, backend: str) -> str:
-    """The backend of a call that has been made: the named one, or what ``auto`` takes."""
-    if backend != "auto":
-        return backend
-    return next((row.name for row in explain(request) if row.is_chosen), "none")
+@dataclass(frozen=True, kw_only=True)
+class StepAllocation:
+    """Schedule of the steps in which each token is computed: tokens that change little take fewer.
+
+    All tokens are computed in the first steps and in the last one; in between a token of stride s in every s-th.
+
+    A reconstruction: the abstract of "Not All Tokens Need 40 Steps" (arXiv:2605.06892) says that budgets follow
+    velocity dynamics, that active tokens attend to cached keys and values of the others, and that skipped tokens move
+    on by one cached Euler step. How tokens are ranked and strides are shared out is ours. For bidirectional models in
+    many steps with an Euler sampler: four-step causal models have no steps to spare, and multistep samplers mix
+    velocities of other steps.
+    """
+
+    target: float = 0.5  # share of the token steps of a plain run that is computed
+    num_warmup_steps: int = 4  # full steps at the beginning; the last two say how fast tokens change
+    strides: tuple[int, ...] = (1, 2, 4, 8)  # ascending; tokens that change most have the first
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise ValueError(f"target={self.target} must be above 0 and at most 1.")
+        if self.num_warmup_steps < 2:
+            raise ValueError(
+                f"num_warmup_steps={self.num_warmup_steps} must be 2 or more: a change takes two velocities."
+            )
+        if not self.strides or self.strides[0] < 1 or list(self.strides) != sorted(set(self.strides)):
+            raise ValueError(f"strides={list(self.strides)} must ascend from 1 or more, each once.")
+
+    def shares(self, num_steps: int) -> tuple[float, ...]:
+        """Share of the tokens that each stride gets, so that ``target`` is met: a geometric series.
+
+        Raises:
+            ValueError: If even the largest stride computes more, or there are no steps after the warm-up.
+        """
+        if num_steps <= self.num_warmup_steps:
+            raise ValueError(f"num_warmup_steps={self.num_warmup_steps} leaves none of {num_steps} steps: use fewer.")
+        computed = [self._num_active_steps(stride, num_steps) / num_steps for stride in self.strides]
+        if not min(computed) <= self.target <= max(computed):
+            raise ValueError(
+                f"target={self.target} cannot be met in {num_steps} steps, "
+                f"only {min(computed):.3f} to {max(computed):.3f}: change strides or num_warmup_steps."
+            )
+        low, high = -60.0, 60.0
+        for _ in range(100):
+            slope = (low + high) / 2
+            mean = sum(w * c for w, c in zip(self._series(slope), computed, strict=True))
+            low, high = (slope, high) if mean < self.target else (low, slope)
+        return self._series(high)
+
+    def assign(self, change: Tensor, num_steps: int) -> Tensor:
+        """Give every token its stride, (tokens,) int64, by its ``relative_change``."""
+        ends = torch.tensor(self.shares(num_steps), dtype=torch.float64).cumsum(0) * len(change)
+        rank = torch.empty_like(change, dtype=torch.long)
+        rank[change.argsort(descending=True, stable=True)] = torch.arange(len(change), device=change.device)
+        group = torch.searchsorted(ends.round().long().to(change.device), rank, right=True)
+        strides = torch.tensor(self.strides, device=change.device)
+        return strides[group.clamp(max=len(self.strides) - 1)]
+
+    def active(self, strides: Tensor, step: int, num_steps: int) -> Tensor | None:
+        """Indices of the tokens that a step after the warm-up computes, ascending, int64; None: all."""
+        if step == num_steps - 1:
+            return None
+        is_active = (step - self.num_warmup_steps) % strides == 0
+        return None if bool(is_active.all()) else is_active.nonzero()[:, 0]
+
+    def _num_active_steps(self, stride: int, num_steps: int) -> int:
+        rest = range(self.num_warmup_steps, num_steps)
+        return self.num_warmup_steps + sum(
+            (step - self.num_warmup_steps) % stride == 0 or step == num_steps - 1 for step in rest
+        )
+
+    def _series(self, slope: float) -> tuple[float, ...]:
+        """Shares that sum to one; the larger the slope, the more tokens have small strides."""
+        logs = [-slope * index for index in range(len(self.strides))]
+        weights = [math.exp(value - max(logs)) for value in logs]
+        return tuple(weight / sum(weights) for weight in weights)
 
 
-CACHE, VELOCITY, CHANGE = "cache", "velocity", "change"
-"""What is remembered of a network and guidance branch between steps."""
+class _TokenCache:
+    """Keys and values of all tokens in every layer, those of skipped tokens as they last were.
+
+    One for each branch of classifier-free guidance and each video. It holds two tensors of the whole sequence per
+    layer: 5.6 GiB for Wan2.1 1.3B at 32,760 tokens in bfloat16, 25 GiB for 14B.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, k: Tensor, v: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Replace keys and values of active tokens; returns those of all tokens, to be read before the next update."""
+        if active is None:
+            self._stored[layer] = (k.clone(), v.clone())
+        elif layer not in self._stored:
+            raise ValueError(f"layer {layer} has no keys of the tokens that are skipped: compute all tokens first.")
+        else:
+            for stored, new in zip(self._stored[layer], (k, v), strict=True):
+                stored[:, active] = new
+        return self._stored[layer]
+
+
+# Remembered of a network and guidance branch between steps.
+_CACHE, _VELOCITY, _CHANGE = "cache", "velocity", "change"
 
 
 @contextmanager
@@ -478,7 +534,7 @@ def allocated_wan(
 
     Args:
         pipe: With an Euler scheduler and ``WanTransformer3DModel`` transformers: text, image or video to video.
-        allocation: How steps are shared out, or its fields; None: half of the token steps.
+        allocation: Settings of the allocation, or their mapping; None: half of the token steps.
 
     Yields:
         What was computed so far; it can be read after the block too.
@@ -490,30 +546,27 @@ def allocated_wan(
     """
     if not isinstance(allocation, StepAllocation):
         allocation = build(StepAllocation, allocation or {}, what="the step allocation")
-    transformers = _find_transformers(pipe, what="allocated_wan")
-    _check_scheduler(pipe)
     allocated = AllocatedWan(pipe, allocation)
-    with ExitStack() as undo:
-        for transformer in transformers:
-            undo.enter_context(allocated._installed(transformer))
+    with allocated.installed():
         yield allocated
 
 
-class AllocatedWan:
-    """Step allocation of one pipeline: what it has computed; made by ``allocated_wan``.
+class AllocatedWan(_SelfAttentionChange):
+    """Step allocation of one pipeline, and a count of what it has computed; made by ``allocated_wan``.
 
     Attributes:
-        allocation: How steps are shared out.
+        allocation: Settings.
         num_computed: Token evaluations of a network so far: tokens x samples x forwards.
-        num_tokens: What a stock pipeline would have computed.
+        num_tokens: Token evaluations of a stock pipeline.
     """
 
     def __init__(self, pipe: DiffusionPipeline, allocation: StepAllocation) -> None:
+        super().__init__(pipe, "allocated_wan")
+        _check_scheduler(pipe)
         self.allocation = allocation
         self.num_computed = self.num_tokens = 0
         self._pipe = pipe
-        self._clock = Clock(pipe)
-        self._strides: tuple[Video, Tensor] | None = None
+        self._strides: tuple[_Video, Tensor] | None = None
         self._memory: dict[str, Any] = {}
         self._active: Tensor | None = None
         self._keeps_change = False
@@ -526,45 +579,39 @@ class AllocatedWan:
     def __str__(self) -> str:
         return f"step allocation: {self.share:.3f} of {self.num_tokens} token evaluations computed"
 
-    @contextmanager
-    def _installed(self, transformer: WanTransformer3DModel) -> Iterator[None]:
-        own = [block.attn1.processor for block in transformer.blocks]
-        handles = [
-            transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
-            transformer.blocks[0].register_forward_pre_hook(self._select),
-            transformer.proj_out.register_forward_hook(self._complete),
-        ]
-        try:
-            for layer, (block, processor) in enumerate(zip(transformer.blocks, own, strict=True)):
-                block.attn1.set_processor(_ActiveTokens(self, layer, processor._attention_backend))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block, processor in zip(transformer.blocks, own, strict=True):
-                block.attn1.set_processor(processor)
-            self._clock.reset()
-            self._strides, self._memory, self._active = None, {}, None
+    def _processor(self, layer: int, attn: WanAttention) -> "_ActiveTokens":
+        own: Any = attn.processor
+        return _ActiveTokens(self, layer, own._attention_backend)
 
-    @torch.compiler.disable
-    def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
+        return [
+            transformer.register_forward_pre_hook(_uncompiled(self._begin), with_kwargs=True),
+            blocks_of(transformer)[0].register_forward_pre_hook(_uncompiled(self._select)),
+            transformer.proj_out.register_forward_hook(_uncompiled(self._complete)),
+        ]
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._strides, self._memory, self._active = None, {}, None
+
+    def _begin(self, transformer: WanTransformer3DModel, args: tuple, kwargs: dict[str, Any]) -> None:
         """Decide which tokens this forward computes."""
-        given = dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
-        self._check_forward(transformer, given["timestep"])
-        video, self._memory = self._clock.begin(transformer, given["timestep"])
+        timestep = _given(args, kwargs)["timestep"]
+        self._check_forward(transformer, timestep)
+        video, self._memory = self._clock.begin(transformer, timestep)
         if video.step_index == 0:
             self.allocation.shares(video.num_steps)
         strides = self._strides_of(video)
         self._keeps_change = strides is None and video.step_index >= self.allocation.num_warmup_steps - 1
         self._active = None
         # A network that comes in late, as Wan2.2's second, has no keys of any token yet.
-        if strides is not None and VELOCITY in self._memory:
+        if strides is not None and _VELOCITY in self._memory:
             self._active = self.allocation.active(strides, video.step_index, video.num_steps)
 
-    def _strides_of(self, video: Video) -> Tensor | None:
+    def _strides_of(self, video: _Video) -> Tensor | None:
         """Strides of the video's tokens, shared out after the warm-up; None: all tokens are computed."""
         if self._strides is None or self._strides[0] is not video:
-            changes = [memory[CHANGE] for memory in video.memories.values() if CHANGE in memory]
+            changes = [memory[_CHANGE] for memory in video.memories.values() if _CHANGE in memory]
             if video.step_index < self.allocation.num_warmup_steps or not changes:
                 return None
             # One allocation for all guidance branches, because their velocities are mixed.
@@ -583,15 +630,8 @@ class AllocatedWan:
             raise ValueError("allocated_wan changes keys in place: call under torch.no_grad().")
         if transformer.is_cache_enabled:
             raise ValueError("the transformer has a diffusers cache, which skips steps of its own: disable_cache().")
-        for layer, block in enumerate(transformer.blocks):
-            processor = block.attn1.processor
-            if not isinstance(processor, _ActiveTokens) or processor.allocated is not self:
-                raise ValueError(
-                    f"{type(processor).__name__} has taken the place of allocated_wan's processor of block {layer}: "
-                    "change processors before allocated_wan or after it."
-                )
+        self._check_processors(transformer)
 
-    @torch.compiler.disable
     def _select(self, block: nn.Module, args: tuple) -> tuple | None:
         """Hand the first block the tokens that are due."""
         hidden_states = args[0]
@@ -601,58 +641,57 @@ class AllocatedWan:
         self.num_computed += hidden_states.shape[0] * hidden_states.shape[1]
         return (hidden_states, *args[1:])
 
-    @torch.compiler.disable
     def _complete(self, proj_out: nn.Module, args: tuple, velocity: Tensor) -> Tensor:
         """Put last velocities where tokens were skipped."""
-        before = self._memory.get(VELOCITY)
+        before = self._memory.get(_VELOCITY)
         if self._keeps_change and before is not None:
-            self._memory[CHANGE] = relative_change(velocity, before)
-        if self._active is not None:
+            self._memory[_CHANGE] = relative_change(velocity, before)
+        if self._active is not None and before is not None:
             whole = before.clone()
             whole[:, self._active] = velocity
             velocity = whole
-        self._memory[VELOCITY] = velocity
+        self._memory[_VELOCITY] = velocity
         return velocity
 
 
 class _ActiveTokens:
-    """What ``WanAttnProcessor`` does for self-attention: active tokens ask, all tokens are read.
+    """Self-attention of ``WanAttnProcessor`` in which active tokens ask and all tokens are read.
 
     Args:
-        allocated: Knows which tokens are active.
+        owner: Knows which tokens are active.
         layer: Of the block.
         backend: diffusers' attention backend of the processor it stands for.
     """
 
     _parallel_config = None
 
-    def __init__(self, allocated: AllocatedWan, layer: int, backend: Any) -> None:
-        self.allocated = allocated
+    def __init__(self, owner: AllocatedWan, layer: int, backend: Any) -> None:
+        self.owner = owner
         self.layer = layer
         self._attention_backend = backend
 
     @torch.compiler.disable
     def __call__(
         self,
-        attn: nn.Module,
+        attn: WanAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attend; ``hidden_states`` is (batch, active tokens, dim), ``rotary_emb`` of all tokens."""
-        active, memory = self.allocated._active, self.allocated._memory
-        if active is not None:
-            rotary_emb = tuple(part[:, active] for part in rotary_emb)
-        q, k, v = projected(attn, hidden_states, rotary_emb)
-        k, v = memory.setdefault(CACHE, TokenCache()).update(self.layer, k, v, active)
+        """``hidden_states`` and the result are (batch, active tokens, dim), ``rotary_emb`` is of all tokens."""
+        active, memory = self.owner._active, self.owner._memory
+        if active is not None and rotary_emb is not None:
+            rotary_emb = (rotary_emb[0][:, active], rotary_emb[1][:, active])
+        q, k, v = _rotated_qkv(attn, hidden_states, rotary_emb)
+        k, v = memory.setdefault(_CACHE, _TokenCache()).update(self.layer, k, v, active)
         out = dispatch_attention_fn(q, k, v, attn_mask=attention_mask, backend=self._attention_backend)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(q)))
+        return project_out(attn, out.type_as(q))
 
 
-def _check_scheduler(pipe: DiffusionPipeline) -> None:
+def _check_scheduler(pipe: Any) -> None:
     scheduler = pipe.scheduler
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.stochastic_sampling:
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or config_of(scheduler).stochastic_sampling:
         raise ValueError(
             f"{type(scheduler).__name__} mixes velocities of several steps or adds noise, and a skipped token has one "
             "velocity: use pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=...) without stochastic_sampling."

@@ -1,34 +1,42 @@
 """diffusers' own Wan transformer, made causal by attention processors and hooks, and stock again between blocks."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from torch import Tensor, nn
 
 from longtake.attention import Attention, fastest
 from longtake.cache import Geometry, KVCache, Pass
 from longtake.configs.waiting import threads_sleep
-from longtake.models.modulated_block import ModulatedBlock, Modulations
-from longtake.models.offload import execution_device
-from longtake.models.upstream import (
-    KeptNorm,
+from longtake.models.numerics import (
+    Modulations,
     Numerics,
-    UpstreamBlock,
-    UpstreamProjection,
-    UpstreamRMSNorm,
     check_numerics,
     check_weights,
     clean_estimate,
     embed_time,
+    native_hooks,
+    upstream_hooks,
+)
+from longtake.models.wan import (
+    blocks_of,
+    config_of,
+    execution_device,
+    processors_set,
+    project_out,
+    project_qkv,
+    stock_forward,
 )
 
 # Handing a matmul to a sleeping thread costs tens of microseconds: more than the whole product takes below about this
 # many operations.
-SINGLE_THREAD_FLOPS = 30_000_000
+_SINGLE_THREAD_FLOPS = 30_000_000
+_HOOK = "longtake_causal"
 
 
 @contextmanager
@@ -41,7 +49,7 @@ def fitting_threads(*, width: int, num_tokens: int, device: torch.device) -> Ite
         device: Where it computes; only the CPU is affected.
     """
     before = torch.get_num_threads()
-    is_small = device.type == "cpu" and 2 * num_tokens * width**2 < SINGLE_THREAD_FLOPS
+    is_small = device.type == "cpu" and 2 * num_tokens * width**2 < _SINGLE_THREAD_FLOPS
     if not is_small or before == 1 or not threads_sleep():
         yield
         return
@@ -50,9 +58,6 @@ def fitting_threads(*, width: int, num_tokens: int, device: torch.device) -> Ite
         yield
     finally:
         torch.set_num_threads(before)
-
-
-_HOOK = "longtake_causal"
 
 
 @dataclass
@@ -134,10 +139,11 @@ class CausalTransformer:
     ) -> None:
         if not isinstance(transformer, nn.Module) or not hasattr(transformer, "blocks"):
             raise ValueError(f"a WanTransformer3DModel is needed, not {type(transformer).__name__}.")
-        if transformer.config.added_kv_proj_dim is not None:
+        config = config_of(transformer)
+        if config.added_kv_proj_dim is not None:
             raise ValueError("this transformer is conditioned on images (added_kv_proj_dim is set): use a T2V model.")
-        if transformer.config.patch_size[0] != 1:
-            raise ValueError(f"patch_size={transformer.config.patch_size} joins frames: only (1, h, w) can be causal.")
+        if config.patch_size[0] != 1:
+            raise ValueError(f"patch_size={config.patch_size} joins frames: only (1, h, w) can be causal.")
         self.transformer = transformer
         # Both walk all parameters in diffusers, which would cost more than a small model's matmuls.
         self.dtype: torch.dtype = transformer.dtype
@@ -166,7 +172,7 @@ class CausalTransformer:
         Raises:
             ValueError: If the latent size does not fit the transformer.
         """
-        config = self.transformer.config
+        config = config_of(self.transformer)
         channels, height, width = frame_shape
         if channels != config.in_channels:
             raise ValueError(f"latents have {channels} channels, this transformer takes {config.in_channels}.")
@@ -192,42 +198,30 @@ class CausalTransformer:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Make the transformer causal inside the ``with`` block, and stock again after it, whatever happens."""
-        blocks = self.transformer.blocks
-        stock = [(block.attn1.processor, block.attn2.processor) for block in blocks]
-        hooked = self._hooks()
-        try:
-            for layer, block in enumerate(blocks):
-                block.attn1.set_processor(_CachedSelfAttention(self, layer))
-                block.attn2.set_processor(_CachedCrossAttention(self, layer))
-            for module, hook in hooked:
-                HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
+        processors = []
+        for layer, block in enumerate(blocks_of(self.transformer)):
+            processors += [(block.attn1, _CachedSelfAttention(self, layer))]
+            processors += [(block.attn2, _CachedCrossAttention(self, layer))]
+        with ExitStack() as undo:
+            undo.callback(setattr, self, "_call", None)
+            for module, hook in self._hooks():
+                registry = HookRegistry.check_if_exists_or_initialize(module)
+                undo.callback(registry.remove_hook, _HOOK, recurse=False)
+                registry.register_hook(hook, _HOOK)
+            undo.enter_context(processors_set(processors))
             yield
-        finally:
-            for block, (self_attention, cross_attention) in zip(blocks, stock, strict=True):
-                block.attn1.set_processor(self_attention)
-                block.attn2.set_processor(cross_attention)
-            for module, _ in hooked:
-                HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
-            self._call = None
 
     def _hooks(self) -> list[tuple[nn.Module, ModelHook]]:
-        """Every module that gets a hook, and which."""
+        """Modules that get a hook, each with its hook."""
         model = self.transformer
-        kind = UpstreamBlock if self.is_upstream else ModulatedBlock
-        hooks = [
+        hooks: list[tuple[nn.Module, ModelHook]] = [
             (model.rope, _NoTable()),
             (model.condition_embedder, _CachedConditions(self)),
             (model.patch_embedding, _AddedTokens(self)),
-            *((block, kind(layer, self._modulations, self._timesteps)) for layer, block in enumerate(model.blocks)),
         ]
         if self.is_upstream:
-            kept = KeptNorm(self.dtype)
-            norms = [
-                norm for block in model.blocks for a in (block.attn1, block.attn2) for norm in (a.norm_q, a.norm_k)
-            ]
-            hooks += [(norm, UpstreamRMSNorm()) for norm in norms]
-            hooks += [(model.norm_out, kept), (model.proj_out, UpstreamProjection(model, kept, self._time_rows))]
-        return hooks
+            return hooks + upstream_hooks(model, self._modulations, self._timesteps, self._time_rows)
+        return hooks + native_hooks(model, self._modulations, self._timesteps)
 
     @torch.no_grad()
     def flow(
@@ -310,10 +304,15 @@ class _CachedConditions(ModelHook):
         self.embedded: dict[float, Tensor] = causal._embedded
 
     def new_forward(
-        self, module: nn.Module, timestep, encoder_hidden_states, encoder_hidden_states_image=None, **kwargs
+        self,
+        module: WanTimeTextImageEmbedding,
+        timestep,
+        encoder_hidden_states,
+        encoder_hidden_states_image=None,
+        **kwargs,
     ):
         call, projected = self.causal.call, self.causal._modulations.projected
-        forward, prompt = self.fn_ref.original_forward, call.prompt
+        forward, prompt = stock_forward(self), call.prompt
         if prompt.projected is None:
             zero = torch.zeros(1, device=encoder_hidden_states.device)
             prompt.projected = forward(zero, encoder_hidden_states)[2]
@@ -367,19 +366,13 @@ class _CachedSelfAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         call = self.causal.call
-        if attn.fused_projections:
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        heads = (attn.heads, -1)
-        q, k, v = attn.norm_q(q).unflatten(2, heads), attn.norm_k(k).unflatten(2, heads), v.unflatten(2, heads)
+        q, k, v = project_qkv(attn, hidden_states)
         if len(call.segments) == 1:
-            out = call.cache.attend(self.layer, q, k, v, call.segments[0].pass_).flatten(2)
-        else:
-            counts = [call.num_tokens(segment) for segment in call.segments]
-            parts = zip(q.split(counts, 1), k.split(counts, 1), v.split(counts, 1), call.segments, strict=True)
-            out = torch.cat([call.cache.attend(self.layer, *qkv, s.pass_).flatten(2) for *qkv, s in parts], dim=1)
-        return attn.to_out[1](attn.to_out[0](out))
+            return project_out(attn, call.cache.attend(self.layer, q, k, v, call.segments[0].pass_))
+        counts = [call.num_tokens(segment) for segment in call.segments]
+        parts = zip(q.split(counts, 1), k.split(counts, 1), v.split(counts, 1), call.segments, strict=True)
+        out = [call.cache.attend(self.layer, q, k, v, segment.pass_) for q, k, v, segment in parts]
+        return project_out(attn, torch.cat(out, dim=1))
 
 
 class _CachedCrossAttention:
@@ -402,5 +395,4 @@ class _CachedCrossAttention:
                 k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             known[self.layer] = attn.norm_k(k).unflatten(2, heads), v.unflatten(2, heads)
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
-        out = self.causal.attention(q, *known[self.layer]).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
+        return project_out(attn, self.causal.attention(q, *known[self.layer]))

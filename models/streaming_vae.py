@@ -18,7 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.models.offload import execution_device, offload_hooks
+from longtake.models.wan import execution_device, offload_hooks
 
 # The Wan encoder takes one frame first and then four at a time: diffusers fixes this number, not the config.
 FRAMES_PER_LATENT = 4

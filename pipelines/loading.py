@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from longtake.configs.families import ModelFamily, family_names, load_family
 from longtake.configs.loader import FOLDER_FAMILY
 from longtake.models import StreamingDecoder, TiledDecoder, VaePixels, streaming_decoder, use_fast_kernels
+from longtake.models.numerics import Numerics, check_numerics
 from longtake.models.tiny_vae import StreamingTinyDecoder, TinyVae, load_tiny_vae
-from longtake.models.upstream import Numerics, check_numerics
 
 Config = Mapping[str, Any]
 

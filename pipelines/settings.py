@@ -11,8 +11,8 @@ from torch import Tensor
 from longtake.attention import BackendUnavailable, SparsePolicy
 from longtake.attention.policies import POLICIES as SPARSE_POLICIES
 from longtake.cache import EXACT_POLICY, POLICIES, CachePolicy, Event, make_policy
+from longtake.models.numerics import Numerics, check_numerics
 from longtake.models.sparse_attention import AttentionSetting
-from longtake.models.upstream import Numerics, check_numerics
 from longtake.pipelines.conditioning import ConditioningLatents
 from longtake.samplers import SAMPLERS, Sampler, make_sampler
 

@@ -157,7 +157,7 @@ def encode_and_free(pipe: "LongVideoPipeline", runs: Sequence[RunConfig]) -> Non
 
 def provenance(pipe: "LongVideoPipeline", model: ModelConfig) -> dict[str, Any]:
     """Return what ``run.json`` says of versions, machine and weights."""
-    from longtake.models.offload import execution_device
+    from longtake.models.wan import execution_device
     from longtake.pipelines.provenance import file_hash, machine, versions, weights_hash
 
     return {

@@ -8,8 +8,7 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, Un
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from step_allocation_loop import denoise
 
-from longtake.attention.step_allocation import StepAllocation, TokenCache
-from longtake.models.bidirectional import allocated_wan, sparse_wan
+from longtake.models.bidirectional import StepAllocation, _TokenCache, allocated_wan, sparse_wan
 
 NUM_FRAMES, GRID, CHANNELS, PATCH = 3, 4, 4, 2  # 9 frames of 64 x 64 pixels, 48 tokens
 NUM_TOKENS = NUM_FRAMES * GRID * GRID
@@ -128,7 +127,7 @@ def test_a_real_allocation_is_the_slow_loop(pipe, monkeypatch):
     assert (video - expected).abs().max() < 1e-4 < 1e-2 < (video - stock).abs().max()
     assert allocated.share == pytest.approx(share)
     # Active tokens that see only each other make another video.
-    monkeypatch.setattr(TokenCache, "update", lambda self, layer, k, v, active: (k, v))
+    monkeypatch.setattr(_TokenCache, "update", lambda self, layer, k, v, active: (k, v))
     with allocated_wan(pipe, HALF):
         assert (film(pipe, guidance_scale=1.0) - expected).abs().max() > 1e-3
 

@@ -277,7 +277,7 @@ def test_both_transformers_of_wan22_share_one_schedule(pipe, monkeypatch):
     seen = told(monkeypatch)
     with sparse_wan(pipe, WHOLE):
         assert (film(pipe) - stock).abs().max() < 1e-5
-        assert pipe.transformer_2.blocks[0].attn1.processor.sparse is pipe.transformer.blocks[0].attn1.processor.sparse
+        assert pipe.transformer_2.blocks[0].attn1.processor.owner is pipe.transformer.blocks[0].attn1.processor.owner
     assert [g.step_index for g, _ in seen[::4]] == [0, 1, 2]
     # Each network has its own memories.
     assert len({memory for _, memory in seen}) == 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention import FeedForward
 
-from longtake.models.modulated_block import feed_forward
+from longtake.models.numerics import feed_forward
 
 NEEDS_BFLOAT16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"

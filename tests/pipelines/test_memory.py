@@ -9,7 +9,7 @@ import torch
 from diffusers import WanPipeline
 
 from longtake.models import TiledDecoder
-from longtake.models.offload import execution_device, offload_hooks
+from longtake.models.wan import execution_device, offload_hooks
 from longtake.pipelines import LongVideoPipeline
 
 PROMPT = "a red circle moving left over a navy plain background"
@@ -67,7 +67,7 @@ def test_offloaded_weights_give_the_same_frames_and_stay_offloaded(tiny_pipe, tm
 def test_a_block_whose_weights_nobody_brings_is_noticed(tiny_pipe, tmp_path, monkeypatch, offload):
     expected = run(tiny_pipe)
     offload(tiny_pipe, tmp_path)
-    monkeypatch.setattr("longtake.models.modulated_block.offload_hooks", lambda module: [])
+    monkeypatch.setattr("longtake.models.numerics.offload_hooks", lambda module: [])
     if offload is disk_offload:
         with pytest.raises(RuntimeError):
             run(tiny_pipe)

@@ -2,7 +2,7 @@
 
 import torch
 
-from longtake.attention.step_allocation import relative_change
+from longtake.models.bidirectional import relative_change
 
 
 def denoise(velocity, x, sigmas, *, allocation):

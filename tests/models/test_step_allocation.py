@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_allocation_loop import denoise
 
-from longtake.attention.step_allocation import StepAllocation, TokenCache, relative_change
+from longtake.models.bidirectional import StepAllocation, _TokenCache, relative_change
 
 SIGMAS = [1 - step / 40 for step in range(41)]
 
@@ -110,7 +110,7 @@ def test_steps_go_where_tokens_change():
 
 def test_active_tokens_attend_to_skipped_ones_from_the_cache():
     """One attention layer: with keys that are not stale, the outputs of active tokens are those of the whole."""
-    cache, q, k, v = TokenCache(), *(random(1, 50, 2, 8, seed=seed) for seed in range(3))
+    cache, q, k, v = _TokenCache(), *(random(1, 50, 2, 8, seed=seed) for seed in range(3))
     attend = torch.nn.functional.scaled_dot_product_attention
     whole = attend(*(x.transpose(1, 2) for x in (q, *cache.update(0, k, v, None)))).transpose(1, 2)
     active = torch.tensor([3, 4, 17, 49])
