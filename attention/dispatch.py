@@ -2,19 +2,20 @@
 
 import logging
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from longtake.attention.backends import BACKENDS, AttentionRequest, BackendUnavailable, find_backend
-from longtake.attention.backends.base import Reason, Verdict
-from longtake.attention.backends.dense import MAX_KEPT_MASK, attend, fastest, zentorch
+from longtake.attention.backends import BACKENDS, AttentionCall, AttentionRequest, BackendUnavailable, find_backend
+from longtake.attention.backends.base import Reason, Result, Verdict
+from longtake.attention.backends.packages import fastest, zentorch
+from longtake.attention.backends.pytorch import MAX_KEPT_MASK, attend
 from longtake.attention.geometry import AttentionGeometry
 from longtake.attention.plan import BlockPlan
+from longtake.attention.policies.base import DensityMeter, Memory, SparsePolicy
 from longtake.configs.fields import choose
 
 log = logging.getLogger(__name__)
@@ -77,30 +78,21 @@ def attention(
         ValueError: If the tensors, the plan or the name do not fit.
         BackendUnavailable: If the named backend cannot run this here or computes something wrong, or none is left.
     """
-    request = AttentionRequest.of(q, k, v, plan, scale=scale, return_lse=return_lse)
-    out, lse = _compute(request, q, k, v, plan, backend=backend, scale=scale, allow_approx=allow_approx)
+    call = AttentionCall(q, k, v, plan, scale, return_lse)
+    out, lse = _compute(call, backend=backend, allow_approx=allow_approx)
     return out if lse is None else (out, lse)
 
 
-def _compute(
-    request: AttentionRequest,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan | None,
-    *,
-    backend: str,
-    scale: float | None = None,
-    allow_approx: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    if plan is not None:
-        plan.validate()
+def _compute(call: AttentionCall, *, backend: str, allow_approx: bool = False) -> Result:
+    request = AttentionRequest.of(*call[:4], scale=call.scale, return_lse=call.return_lse)
+    if call.plan is not None:
+        call.plan.validate()
     if backend != "auto":
         _refuse(backend, request, allow_approx)
-        return _run(backend, request, q, k, v, plan, scale)
+        return _run(backend, request, call)
     for name in _usable(request):
         try:
-            return _run(name, request, q, k, v, plan, scale)
+            return _run(name, request, call)
         except BackendUnavailable as error:
             log.warning("attention backend passed over: %s", error)
     listed = "; ".join(f"{row.name}: {row.verdict.text or row.note or 'failed its check'}" for row in explain(request))
@@ -109,35 +101,14 @@ def _compute(
     raise BackendUnavailable(message, backend="auto", code="feature", hint=hint)
 
 
-class Planner(Protocol):
-    """A maker of plans: as much of ``SparsePolicy`` as is needed here."""
-
-    @property
-    def is_static(self) -> bool:
-        """True if plans follow from the geometry alone, so that all samples share one."""
-        ...
-
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: MutableMapping[Any, Any] | None = None,
-    ) -> BlockPlan | None:
-        """The blocks to read for a call of one sample, or None for dense attention."""
-        ...
-
-
 def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     geometry: AttentionGeometry,
     *,
-    policy: Planner,
-    memory: MutableMapping[Any, Any] | None = None,
+    policy: SparsePolicy | DensityMeter,
+    memory: Memory | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention over the blocks that a policy picks, or dense attention where it declines.
@@ -165,8 +136,7 @@ def sparse_attention(
         )
     if q.shape[0] == 1 or policy.is_static:
         plan = policy.plan(q, k, geometry, v=v, memory=memory)
-        request = AttentionRequest.of(q, k, v, plan)
-        return _compute(request, q, k, v, plan, backend="auto" if plan is None else backend)[0]
+        return _compute(AttentionCall(q, k, v, plan), backend="auto" if plan is None else backend)[0]
     results = []
     for index, sample in enumerate(zip(q.split(1), k.split(1), v.split(1), strict=True)):
         own = None if memory is None else memory.setdefault(("sample", index), {})
@@ -184,12 +154,11 @@ def explain(request: AttentionRequest, *, allow_approx: bool = False) -> tuple[R
     preferred = preferences(request)
     rows = []
     for name, cls in BACKENDS.items():
-        verdict = _verdict(name, request)
-        if not cls.exact and not allow_approx:
-            verdict = Verdict((*verdict.reasons, _approximate(name)))
-        is_verified = request.device in cls.verified_on
-        note = "" if is_verified else f"not verified on {request.device}"
-        if is_verified and verdict.ok and name not in preferred:
+        verdict = _verdict(name, request, allow_approx)
+        note = ""
+        if request.device not in cls.verified_on:
+            note = f"not verified on {request.device}"
+        elif verdict.ok and name not in preferred:
             note = "only when asked for by name"
         rows.append(Row(name, verdict, cls.exact, name == chosen, note))
     return tuple(rows)
@@ -198,7 +167,7 @@ def explain(request: AttentionRequest, *, allow_approx: bool = False) -> tuple[R
 def preferences(request: AttentionRequest) -> tuple[str, ...]:
     """List the backends that ``auto`` considers for a call, the fastest first, whether or not they can run it."""
     plan = request.plan
-    if plan is None or plan.is_full:
+    if plan is None or plan.density == 1:
         is_fastest = plan is None and fastest(torch.device(request.device), request.dtype) is zentorch
         return ("zentorch", "sdpa") if is_fastest else ("sdpa",)
     # Gathering computes what the plan keeps and no more, but in a call for every group of rows.
@@ -206,70 +175,52 @@ def preferences(request: AttentionRequest) -> tuple[str, ...]:
     return ("sdpa_masked", "gather_sdpa") if is_small else ("gather_sdpa", "sdpa_masked")
 
 
-def _run(
-    name: str, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float | None
-) -> tuple[Tensor, Tensor | None]:
-    out, lse = find_backend(name).run(q, k, v, plan=plan, scale=scale, return_lse=request.return_lse)
+def _run(name: str, request: AttentionRequest, call: AttentionCall) -> Result:
+    result = find_backend(name).run(call)
     fault = _faults.get((name, request.signature))
     if fault is None and not torch.compiler.is_compiling():
-        fault = _check(name, request, (q, k, v), plan, scale, (out, lse))
+        fault = _check(name, request, call, result)
     if fault:
         hint = "Report it with the versions of torch and of the backend, and take another one."
-        raise BackendUnavailable(
-            f"backend {name!r} computes something else than PyTorch's attention for this call ({fault}). {hint}",
-            backend=name,
-            code="version",
-            hint=hint,
-        )
-    return out, lse
+        text = f"backend {name!r} computes something else than PyTorch's attention for this call ({fault}). {hint}"
+        raise BackendUnavailable(text, backend=name, code="version", hint=hint)
+    return result
 
 
-def _verdict(name: str, request: AttentionRequest) -> Verdict:
+def _verdict(name: str, request: AttentionRequest, allow_approx: bool = False) -> Verdict:
     """Reasons against a backend: the machine's first, then the call's."""
     cls = BACKENDS[name]
     reasons = [*cls.available().reasons, *cls.supports(request).reasons]
     if request.device == "cuda" and not torch.cuda.is_available() and "cuda" in cls.limits.devices:
-        reasons.insert(0, Reason("no_device", "this machine has no CUDA device that PyTorch can use"))
+        reasons.insert(0, Reason("this machine has no CUDA device that PyTorch can use", "no_device"))
+    if not cls.exact and not allow_approx:
+        reasons.append(Reason(f"{name!r} is quantised, so approximate", hint="Pass allow_approx=True."))
     return Verdict(tuple(reasons))
-
-
-def _approximate(name: str) -> Reason:
-    return Reason("feature", f"{name!r} is quantised, so approximate", "Pass allow_approx=True.")
 
 
 def _refuse(name: str, request: AttentionRequest, allow_approx: bool) -> None:
     """Raise unless the named backend can take the call."""
-    cls = choose(BACKENDS, name, what="attention backend")
-    verdict = _verdict(name, request)
-    if verdict.ok and not cls.exact and not allow_approx:
-        verdict = Verdict((_approximate(name),))
+    choose(BACKENDS, name, what="attention backend")
+    verdict = _verdict(name, request, allow_approx)
     if verdict.ok:
         return
-    others = [other for other, cls in BACKENDS.items() if cls.exact and other != name and _verdict(other, request).ok]
+    others = ", ".join(other for other in BACKENDS if other != name and _verdict(other, request).ok)
     hint = f" {verdict.hint}" if verdict.hint else ""
-    raise BackendUnavailable(
-        f"backend {name!r} cannot run this call: {verdict.text}.{hint} Usable now for this call: "
-        f"{', '.join(others) or 'none'}.",
-        backend=name,
-        code=verdict.reasons[0].code,
-        hint=verdict.hint,
+    text = (
+        f"backend {name!r} cannot run this call: {verdict.text}.{hint} Usable now for this call: {others or 'none'}."
     )
+    raise BackendUnavailable(text, backend=name, code=verdict.reasons[0].code, hint=verdict.hint)
 
 
 def _usable(request: AttentionRequest) -> Iterator[str]:
     """Yield the backends that ``auto`` may take for a call, the best first."""
-    for name in _able(request):
-        if not _faults.get((name, request.signature)):
-            yield name
+    return (name for name in _able(request) if not _faults.get((name, request.signature)))
 
 
 @lru_cache(maxsize=4096)
 def _able(request: AttentionRequest) -> tuple[str, ...]:
-    names = tuple(
-        name
-        for name in preferences(request)
-        if request.device in BACKENDS[name].verified_on and _verdict(name, request).ok
-    )
+    verified = (name for name in preferences(request) if request.device in BACKENDS[name].verified_on)
+    names = tuple(name for name in verified if _verdict(name, request).ok)
     if names:
         _log_choice(replace(request.signature, batch=1), names[0])
     return names
@@ -289,34 +240,25 @@ def _log_choice(request: AttentionRequest, name: str) -> None:
     )
 
 
-def _check(
-    name: str,
-    request: AttentionRequest,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    plan: BlockPlan | None,
-    scale: float | None,
-    result: tuple[Tensor, Tensor | None],
-) -> str:
+def _check(name: str, request: AttentionRequest, call: AttentionCall, result: Result) -> str:
     """Compare evenly spaced rows of a result with PyTorch's attention in float32 or wider, under the plan's mask.
 
     Returns:
         The fault in words; empty if there is none. It is kept for calls like this one.
     """
-    (q, k, v), (out, lse) = tensors, result
+    q, k, v = call[:3]
+    out, lse = result
     with torch.no_grad():
         rows = max(8, min(_CHECKED_ROWS, _MAX_SCORES // (q.shape[0] * q.shape[2] * k.shape[1])))
         queries = torch.linspace(0, q.shape[1] - 1, min(rows, q.shape[1]), device=q.device).round().long()
-        mask = None if plan is None else plan.to(q.device).to_dense_mask(queries)[None]
+        mask = None if call.plan is None else call.plan.to(q.device).to_dense_mask(queries)[None]
         wide = torch.promote_types(q.dtype, torch.float32)
-        expected, sums = attend(
-            q[:, queries].to(wide), k.to(wide), v.to(wide), scale=scale, mask=mask, return_lse=lse is not None
-        )
+        expected, sums = attend(call._replace(q=q[:, queries].to(wide), k=k.to(wide), v=v.to(wide)), mask)
         if not bool(expected.isfinite().all()):
             return ""  # Such numbers say nothing about a backend; look again next time.
-        exact = BACKENDS[name].exact
-        fault = _difference(out[:, queries].to(wide), expected, request, exact)
+        fault = _difference(out[:, queries].to(wide), expected, request, BACKENDS[name].exact)
         if not fault and lse is not None and sums is not None:
-            fault = _difference(lse[:, :, queries].to(wide), sums.to(wide), request, exact)
+            fault = _difference(lse[:, :, queries].to(wide), sums.to(wide), request, BACKENDS[name].exact)
             fault = fault and f"log-sum-exp: {fault}"
     _faults[name, request.signature] = fault
     return fault

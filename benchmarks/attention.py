@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.rollouts import BLOCK
 from longtake.attention import BlockPlan
-from longtake.attention.backends import find_backend
+from longtake.attention.backends import AttentionCall, find_backend
 from longtake.attention.geometry import make_geometry
 from longtake.attention.plan import uniform_edges
 from longtake.attention.policies.radial import Radial
@@ -122,8 +122,8 @@ def measure_plan(plan: BlockPlan, num_pairs: int, num_threads: int) -> dict[str,
     shape = (1, plan.num_keys, NUM_HEADS, HEAD_DIM)
     q, k, v = torch.randn(1, plan.num_queries, NUM_HEADS, HEAD_DIM), torch.randn(shape), torch.randn(shape)
     runs = [
-        lambda: find_backend("sdpa").run(q, k, v),
-        lambda: find_backend("gather_sdpa").run(q, k, v, plan=plan),
+        lambda: find_backend("sdpa").run(AttentionCall(q, k, v)),
+        lambda: find_backend("gather_sdpa").run(AttentionCall(q, k, v, plan)),
     ]
     pairs, before = [], torch.get_num_threads()
     torch.set_num_threads(num_threads)

@@ -2,21 +2,28 @@
 
 from functools import cache
 
-from longtake.attention.backends.base import AttentionRequest, Backend, BackendUnavailable
-from longtake.attention.backends.dense import Sdpa, SdpaMasked, Zentorch
-from longtake.attention.backends.flashinfer import Flashinfer, FlashinferVariable
-from longtake.attention.backends.flex import Flex, FlexEager
-from longtake.attention.backends.gather_sdpa import GatherSdpa
-from longtake.attention.backends.packages import Flash, Flash3, Flash4, Sage, Xformers
+from longtake.attention.backends import packages, pytorch
+from longtake.attention.backends.base import AttentionCall, AttentionRequest, Backend, BackendUnavailable
 from longtake.configs.fields import choose
 
-__all__ = ["BACKENDS", "AttentionRequest", "Backend", "BackendUnavailable", "find_backend"]
+__all__ = ["BACKENDS", "AttentionCall", "AttentionRequest", "Backend", "BackendUnavailable", "find_backend"]
 
-_CLASSES = (
-    *(Sdpa, Zentorch, SdpaMasked, GatherSdpa, Flex, FlexEager),
-    *(Flash, Flash3, Flash4, Xformers, Flashinfer, FlashinferVariable, Sage),
+_CLASSES: tuple[type[Backend], ...] = (
+    pytorch.Sdpa,
+    packages.Zentorch,
+    pytorch.SdpaMasked,
+    pytorch.GatherSdpa,
+    pytorch.Flex,
+    pytorch.FlexEager,
+    packages.Flash,
+    packages.Flash3,
+    packages.Flash4,
+    packages.Xformers,
+    packages.Flashinfer,
+    packages.FlashinferVariable,
+    packages.Sage,
 )
-BACKENDS: dict[str, type[Backend]] = {cls.name: cls for cls in _CLASSES}
+BACKENDS = {cls.name: cls for cls in _CLASSES}
 
 
 @cache

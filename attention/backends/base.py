@@ -1,6 +1,7 @@
-"""The contract of an attention backend: limits as data, verdicts by request, and one way to run."""
+"""The contract of an attention backend: capabilities as data, verdicts by request, and one way to run."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -15,20 +16,19 @@ from torch import Tensor
 from longtake.attention.plan import BlockPlan
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-CODES = ("missing_package", "version", "no_compiler", "no_device", "arch", "dtype", "head_dim", "feature")
-"""Reasons why a backend cannot run, for programs; the words beside the code are for people."""
+
+Code = Literal["missing_package", "version", "no_compiler", "no_device", "arch", "dtype", "head_dim", "feature"]
+"""Why a backend cannot run, for programs; the words beside the code are for people."""
+
+Result = tuple[Tensor, Tensor | None]
+"""(batch, queries, heads, head_dim) in the dtype of the queries; and, where it is asked for, the natural logarithm of
+the sum of exponentials, (batch, heads, queries), float32 or wider."""
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend cannot run a call here.
+    """A backend cannot run a call here; ``code`` is one of ``Code``, ``hint`` the remedy."""
 
-    Attributes:
-        backend: Its name.
-        code: One of ``CODES``.
-        hint: The remedy.
-    """
-
-    def __init__(self, message: str, *, backend: str, code: str, hint: str) -> None:
+    def __init__(self, message: str, *, backend: str, code: Code, hint: str) -> None:
         super().__init__(message)
         self.backend = backend
         self.code = code
@@ -36,10 +36,10 @@ class BackendUnavailable(RuntimeError):
 
 
 class Reason(NamedTuple):
-    """One reason against a backend: a code of ``CODES``, words, and a remedy that may be empty."""
+    """One reason against a backend, and a remedy that may be empty."""
 
-    code: str
     text: str
+    code: Code = "feature"
     hint: str = ""
 
 
@@ -69,22 +69,39 @@ class Verdict:
 class PlanFacts:
     """Properties of a block plan that decide which backends can run it."""
 
-    density: float  # share of (query, key) pairs that is computed
+    density: float  # share of (query, key) pairs that is computed; 1: the plan is dense attention
     num_heads: int  # maps, 1 if all heads share one
     q_block: int | None  # size of all blocks of queries but the last; None: it varies
     k_block: int | None
     tile: float  # queries that are computed together, on average
 
-    @classmethod
-    def of(cls, plan: BlockPlan) -> "PlanFacts":
-        """Describe a plan."""
-        q_block, k_block = plan.uniform_block_sizes
-        return cls(density=plan.density, num_heads=plan.num_heads, q_block=q_block, k_block=k_block, tile=plan.tile)
+
+class AttentionCall(NamedTuple):
+    """Tensors and options of a call, as ``longtake.attention.attention`` takes them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: BlockPlan | None = None
+    scale: float | None = None
+    return_lse: bool = False
 
     @property
-    def is_full(self) -> bool:
-        """True if every query reads every key, so that the plan is dense attention."""
-        return self.density == 1
+    def blocks(self) -> BlockPlan:
+        """The plan of a call that has one."""
+        if self.plan is None:
+            raise ValueError("this backend is only for block plans: give one, or use 'sdpa'.")
+        return self.plan
+
+    @property
+    def factor(self) -> float:
+        """Factor of the scores."""
+        return float(self.q.shape[-1] ** -0.5) if self.scale is None else self.scale
+
+    @property
+    def needs_grad(self) -> bool:
+        """True if gradients are wanted."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +139,12 @@ class AttentionRequest:
             ValueError: If shapes, dtypes or devices do not go together, or the plan does not fit them.
         """
         _check_tensors(q, k, v)
+        facts = None
         if plan is not None:
             _check_plan(q, k, plan)
+            q_block, k_block = plan.uniform_block_sizes
+            density, num_heads, tile = plan.density, plan.num_heads, plan.tile
+            facts = PlanFacts(density=density, num_heads=num_heads, q_block=q_block, k_block=k_block, tile=tile)
         return cls(
             batch=q.shape[0],
             num_queries=q.shape[1],
@@ -134,9 +155,9 @@ class AttentionRequest:
             dtype=q.dtype,
             device=q.device.type,
             capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
-            plan=None if plan is None else PlanFacts.of(plan),
+            plan=facts,
             return_lse=return_lse,
-            needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            needs_grad=AttentionCall(q, k, v).needs_grad,
             has_scale=scale is not None and scale != q.shape[3] ** -0.5,
         )
 
@@ -192,47 +213,40 @@ class Backend(ABC):
     @classmethod
     def supports(cls, request: AttentionRequest) -> Verdict:
         """Say whether it could take a call where it is available: a pure function of the request."""
-        return Verdict((*_device_reasons(cls.limits, request), *_feature_reasons(cls.limits, request)))
+        limits = cls.limits
+        reasons = (*_device_reasons(limits, request), *_feature_reasons(limits, request), *cls._own_reasons(request))
+        return Verdict(reasons)
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        plan: BlockPlan | None = None,
-        scale: float | None = None,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    @classmethod
+    def _own_reasons(cls, request: AttentionRequest) -> Iterator[Reason]:
+        """Reasons that ``limits`` does not say."""
+        yield from ()
+
+    def run(self, call: AttentionCall) -> Result:
         """Compute attention; the caller has asked ``supports`` and ``BlockPlan.validate``.
-
-        Returns:
-            (batch, queries, heads, head_dim) in the dtype of ``q``; and with ``return_lse`` the natural logarithm of
-            the sum of exponentials, (batch, heads, queries), float32 or wider, otherwise None.
 
         Raises:
             BackendUnavailable: If its package turns out not to load.
         """
-        scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+        q, k, v, plan, _, _ = call
         if plan is None or (plan.q_perm is None and plan.k_perm is None):
-            return self._execute(q, k, v, plan, scale, return_lse)
+            return self._execute(call)
         if plan.k_perm is not None:
             if plan.k_perm.shape[0] > k.shape[2]:
                 k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
             k, v = (x.gather(1, _places(plan.k_perm, x)) for x in (k, v))
+        call = call._replace(k=k, v=v, plan=plan.without_order())
         if plan.q_perm is None:
-            return self._execute(q, k, v, plan.without_order(), scale, return_lse)
+            return self._execute(call)
         places = _places(plan.q_perm, q)
-        out, lse = self._execute(q.gather(1, places), k, v, plan.without_order(), scale, return_lse)
+        out, lse = self._execute(call._replace(q=q.gather(1, places)))
         out = torch.empty_like(out).scatter_(1, places, out)
         if lse is not None:
             lse = torch.empty_like(lse).scatter_(2, places[..., 0].transpose(1, 2), lse)
         return out, lse
 
     @abstractmethod
-    def _execute(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _execute(self, call: AttentionCall) -> Result:
         """Compute attention over tokens that stand in the plan's order already."""
 
     @classmethod
@@ -241,33 +255,17 @@ class Backend(ABC):
         module = module or cls.module
         try:
             return import_module(module)
+        except ModuleNotFoundError as error:
+            raise cls._unusable(f"importing {module!r} failed: {error}", "missing_package") from error
         except (ImportError, OSError, RuntimeError) as error:
-            is_missing = isinstance(error, ModuleNotFoundError)
-            hint = f"Install with: {cls.install}." if is_missing else f"Reinstall it for torch {torch.__version__}."
-            code = "missing_package" if is_missing else "version"
-            raise cls._unusable(f"importing {module!r} failed: {error}", code, hint) from error
+            hint = f"Reinstall it for torch {torch.__version__}."
+            raise cls._unusable(f"importing {module!r} failed: {error}", "version", hint) from error
 
     @classmethod
-    def _unusable(cls, text: str, code: str, hint: str) -> BackendUnavailable:
+    def _unusable(cls, text: str, code: Code, hint: str = "") -> BackendUnavailable:
+        hint = hint or f"Install with: {cls.install}."
         message = f"backend {cls.name!r} is not usable: {text}. {hint}"
         return BackendUnavailable(message, backend=cls.name, code=code, hint=hint)
-
-
-class PlanBackend(Backend):
-    """A backend for block plans only."""
-
-    def _execute(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, scale: float, return_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        if plan is None:
-            raise ValueError(f"backend {self.name!r} is only for block plans: give one, or take 'sdpa'.")
-        return self._execute_plan(q, k, v, plan, scale, return_lse)
-
-    @abstractmethod
-    def _execute_plan(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, return_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention over tokens that stand in the plan's order already."""
 
 
 @cache
@@ -277,51 +275,47 @@ def _installed(package: str, module: str, install: str) -> Verdict:
         version(package)
     except PackageNotFoundError:
         if "." in module or find_spec(module) is None:
-            hint = f"Install with: {install}."
-            return Verdict((Reason("missing_package", f"package {package!r} is not installed", hint),))
+            text = f"package {package!r} is not installed"
+            return Verdict((Reason(text, "missing_package", f"Install with: {install}."),))
     return Verdict()
 
 
-def _dtype_names(*dtypes: torch.dtype) -> str:
+def _names(*dtypes: torch.dtype) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _device_reasons(limits: Limits, request: AttentionRequest) -> list[Reason]:
-    reasons = []
+def _device_reasons(limits: Limits, request: AttentionRequest) -> Iterator[Reason]:
     if request.device not in limits.devices:
         text = f"it has no kernels for {request.device}, only for {', '.join(limits.devices)}"
-        reasons.append(Reason("no_device", text))
+        yield Reason(text, "no_device")
     elif request.capability is not None and request.capability < limits.min_capability:
         has, needs = (".".join(map(str, capability)) for capability in (request.capability, limits.min_capability))
-        reasons.append(Reason("arch", f"it needs compute capability {needs} or more and this device has {has}"))
+        yield Reason(f"it needs compute capability {needs} or more and this device has {has}", "arch")
     if request.dtype not in limits.dtypes:
-        text = f"it takes {_dtype_names(*limits.dtypes)}, not {_dtype_names(request.dtype)}"
-        reasons.append(Reason("dtype", text, f"Convert q, k and v to {_dtype_names(limits.dtypes[-1])}."))
+        text = f"it takes {_names(*limits.dtypes)}, not {_names(request.dtype)}"
+        yield Reason(text, "dtype", f"Convert q, k and v to {_names(limits.dtypes[-1])}.")
     most, step = limits.max_head_dim, limits.head_dim_step
     if (most is not None and request.head_dim > most) or request.head_dim % step:
         limit = f"head_dim up to {most}" if most is not None else "head_dim"
-        reasons.append(Reason("head_dim", f"it takes {limit} in steps of {step}, not {request.head_dim}"))
-    return reasons
+        yield Reason(f"it takes {limit} in steps of {step}, not {request.head_dim}", "head_dim")
 
 
-def _feature_reasons(limits: Limits, request: AttentionRequest) -> list[Reason]:
+def _feature_reasons(limits: Limits, request: AttentionRequest) -> Iterator[Reason]:
     plan = request.plan
-    texts = []
     if plan is not None and limits.plans == "none":
-        texts.append("it has no block sparsity")
+        yield Reason("it has no block sparsity")
     elif plan is not None and plan.num_heads > 1 and limits.plans == "shared":
-        texts.append(f"all heads must share one map, and the plan tells {plan.num_heads} apart")
+        yield Reason(f"all heads must share one map, and the plan tells {plan.num_heads} apart")
     if plan is not None and not limits.varying_blocks and None in (plan.q_block, plan.k_block):
-        texts.append("blocks must be of one size, and the plan's vary")
+        yield Reason("blocks must be of one size, and the plan's vary")
     if plan is None and limits.needs_plan:
-        texts.append("it is only for block plans, and there is none")
+        yield Reason("it is only for block plans, and there is none")
     if request.return_lse and not limits.lse:
-        texts.append("it does not return the log-sum-exp")
+        yield Reason("it does not return the log-sum-exp")
     if request.num_heads != request.num_kv_heads and not limits.grouped:
-        texts.append(f"keys must have as many heads as queries, not {request.num_kv_heads} for {request.num_heads}")
+        yield Reason(f"keys must have as many heads as queries, not {request.num_kv_heads} for {request.num_heads}")
     if request.needs_grad and not limits.backward:
-        texts.append("it has no gradients")
-    return [Reason("feature", text) for text in texts]
+        yield Reason("it has no gradients")
 
 
 def _places(order: Tensor, x: Tensor) -> Tensor:
@@ -339,7 +333,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.shape[1] or not k.shape[1]:
         raise ValueError(f"{shapes}: give at least one query and one key.")
     if not q.dtype.is_floating_point or len({(x.dtype, x.device) for x in (q, k, v)}) > 1:
-        kinds = ", ".join(f"{_dtype_names(x.dtype)} on {x.device}" for x in (q, k, v))
+        kinds = ", ".join(f"{_names(x.dtype)} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q, k, v are {kinds}: give one floating-point dtype on one device.")
 
 

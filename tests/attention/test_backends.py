@@ -1,7 +1,11 @@
 """Every backend against attention written out in float64; those that cannot run here, with kernels written out."""
 
 import math
+import re
 import shutil
+import subprocess
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import block_attention as reference
@@ -9,10 +13,11 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 
-from longtake.attention import BlockPlan
-from longtake.attention.backends import BACKENDS, find_backend, flashinfer, gather_sdpa
+from longtake.attention import BlockPlan, fastest, sdpa, zentorch
+from longtake.attention.backends import BACKENDS, AttentionCall, find_backend, packages, pytorch
 from longtake.attention.backends.base import AttentionRequest, BackendUnavailable
-from longtake.attention.backends.flex import Flex, flex_block_mask
+from longtake.attention.backends.packages import zentorch_fault
+from longtake.attention.backends.pytorch import Flex, flex_block_mask
 from longtake.attention.plan import split_runs, uniform_edges
 
 FRAME = 200
@@ -58,17 +63,24 @@ def _tokens(case, *, batch=2, head_dim=32, dtype=torch.float32, seed=1):
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-def _assert_equal(name, q, k, v, plan, *, run=None, scale=None, tolerance=None, with_lse=True):
-    mask = None if plan is None else reference.token_mask(plan, q.shape[2])
-    expected, sums = reference.attention(q, k, v, mask, scale=scale)
-    tolerance = tolerance or TOLERANCE[q.dtype]
-    run = run or find_backend(name).run
-    out, nothing = run(q, k, v, plan=plan, scale=scale)
+def _run(name, *args, **options):
+    return find_backend(name).run(AttentionCall(*args, **options))
+
+
+def _written_out(q, k, v, plan=None, scale=None):
+    mask = None if plan is None else reference.token_mask(plan, q.shape[2]).to(q.device)
+    return reference.attention(q, k, v, mask, scale=scale)
+
+
+def _assert_equal(name, q, k, v, plan, *, scale=None, with_lse=True):
+    expected, sums = _written_out(q, k, v, plan, scale)
+    tolerance = TOLERANCE[q.dtype]
+    out, nothing = _run(name, q, k, v, plan, scale)
     assert nothing is None
     assert out.dtype == q.dtype and out.shape == q.shape
     assert (out - expected).abs().max() <= tolerance
     if with_lse:
-        again, lse = run(q, k, v, plan=plan, scale=scale, return_lse=True)
+        again, lse = _run(name, q, k, v, plan, scale, return_lse=True)
         assert lse.dtype == torch.promote_types(q.dtype, torch.float32) and lse.shape == sums.shape
         assert (again - expected).abs().max() <= tolerance
         assert (lse - sums).abs().max() <= tolerance * max(1.0, sums.abs().max().item())
@@ -110,8 +122,7 @@ def test_a_full_plan_is_dense_attention(name):
     q, k, v = _tokens(CASES["ragged"])
     every = torch.ones(3, 6, dtype=torch.bool)
     plan = BlockPlan.from_dense_block_mask(every, uniform_edges(350, 128), uniform_edges(700, 128))
-    found, dense = find_backend(name).run(q, k, v, plan=plan)[0], find_backend("sdpa").run(q, k, v)[0]
-    assert (found - dense).abs().max() <= 1e-6
+    assert (_run(name, q, k, v, plan)[0] - _run("sdpa", q, k, v)[0]).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["sdpa", *SPARSE])
@@ -135,25 +146,22 @@ def test_inputs_stay_as_they_are_and_may_be_views(name):
 @pytest.mark.parametrize("name", ["sdpa_masked", "gather_sdpa"])
 def test_gradients(name, case):
     plan, tokens = _plan(CASES[case]), _tokens(CASES[case], batch=1)
-    gradients = []
     with torch.inference_mode():  # what is kept of a plan must not be in the way of gradients
-        find_backend(name).run(*tokens, plan=plan)
-    for run in (find_backend(name).run, _written_out):
+        _run(name, *tokens, plan)
+
+    def gradients(run):
         leaves = [x.clone().requires_grad_() for x in tokens]
-        (run(*leaves, plan=plan)[0] ** 2).sum().backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for found, expected in zip(*gradients, strict=True):
+        (run(*leaves, plan)[0] ** 2).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    for found, expected in zip(gradients(partial(_run, name)), gradients(_written_out), strict=True):
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
-
-
-def _written_out(q, k, v, plan):
-    return reference.attention(q, k, v, reference.token_mask(plan, q.shape[2]))
 
 
 def test_rows_are_cut_into_bounded_parts(monkeypatch):
     """Less memory, the same numbers: rows of one size in several calls, keys of several blocks."""
     case = CASES["frames, per head"]
-    monkeypatch.setattr(gather_sdpa, "_MAX_GATHERED", 1)
+    monkeypatch.setattr(pytorch, "_MAX_GATHERED", 1)
     _assert_equal("gather_sdpa", *_tokens(case), _plan(case))
 
 
@@ -166,9 +174,8 @@ def test_a_wrong_list_is_noticed():
     mask[0, row, column] = True
     wrong = BlockPlan.from_dense_block_mask(mask, plan.q_edges, plan.k_edges)
     q, k, v = _tokens(case)
-    expected, _ = reference.attention(q, k, v, reference.token_mask(plan, 2))
     for name in SPARSE:
-        assert (find_backend(name).run(q, k, v, plan=wrong)[0] - expected).abs().max() > 1e-3
+        assert (_run(name, q, k, v, wrong)[0] - _written_out(q, k, v, plan)[0]).abs().max() > 1e-3
 
 
 def test_flex_ignores_lists_without_a_function_and_ours_has_one():
@@ -184,8 +191,7 @@ def test_flex_ignores_lists_without_a_function_and_ours_has_one():
     )
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     trapped = flex_attention(*heads_first, block_mask=bare).transpose(1, 2)
-    sparse, _ = reference.attention(q, k, v, reference.token_mask(plan, 2))
-    dense, _ = reference.attention(q, k, v)
+    sparse, dense = _written_out(q, k, v, plan)[0], _written_out(q, k, v)[0]
     assert (trapped - dense).abs().max() < 1e-5 and (trapped - sparse).abs().max() > 0.1
     assert (flex_attention(*heads_first, block_mask=ours).transpose(1, 2) - sparse).abs().max() < 2e-6
 
@@ -254,45 +260,28 @@ def test_flashinfer_is_given_the_plan_and_its_base_2_sums_are_converted(name, ca
         BlockSparseAttentionWrapper=_BsrWrapper, VariableBlockSparseAttentionWrapper=_VariableWrapper
     )
     monkeypatch.setattr(BACKENDS[name], "_load", classmethod(lambda cls, module_name=None: module))
-    monkeypatch.setattr(flashinfer, "_workspace", lambda device: torch.empty(8))
+    monkeypatch.setattr(packages, "_workspace", lambda device: torch.empty(8))
     plan = _plan(CASES[case])
     _assert_equal(name, *_tokens(CASES[case]), plan)
-    assert (
-        sum(wrapper.calls for wrapper in flashinfer._wrappers[plan].values()) == 2 * 2
-    )  # planned once, run per sample
+    # Planned once, run for each of two samples in two calls.
+    assert [wrapper.calls for wrapper in packages._wrappers[plan].values()] == [4]
 
 
-def _flash(kernel_name, takes):
-    def kernel(q, k, v, *, softmax_scale, **options):
-        assert set(options) <= takes
-        tensors = options.get("block_sparse_tensors")
+@pytest.mark.parametrize("case", [None, "ragged", "square"])
+def test_flash_attn_4_is_called_as_documented(case, monkeypatch):
+    def kernel(q, k, v, *, softmax_scale, return_lse, block_sparse_tensors=None):
         mask = None
-        if tensors is not None:
-            assert not tensors.mask_block_cnt.any()
-            _, heads, rows = tensors.full_block_cnt.shape
-            mask = torch.zeros(heads, rows * 128, -(-k.shape[1] // 128) * 128, dtype=torch.bool)
-            for head in range(heads):
-                for row, count in enumerate(tensors.full_block_cnt[0, head].tolist()):
-                    for column in tensors.full_block_idx[0, head, row, :count].tolist():
-                        mask[head, row * 128 : row * 128 + 128, column * 128 : column * 128 + 128] = True
-            mask = mask[:, : q.shape[1], : k.shape[1]]
+        if block_sparse_tensors is not None:
+            counts, index = block_sparse_tensors.full_block_cnt, block_sparse_tensors.full_block_idx
+            assert not block_sparse_tensors.mask_block_cnt.any()
+            blocks = torch.zeros(*counts.shape[1:], -(-k.shape[1] // 128), dtype=torch.bool)
+            for head, row in ((head, row) for head in range(len(blocks)) for row in range(blocks.shape[1])):
+                blocks[head, row, index[0, head, row, : counts[0, head, row]].long()] = True
+            mask = blocks.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, : q.shape[1], : k.shape[1]]
         out, lse = reference.attention(q, k, v, mask, scale=softmax_scale)
-        wants = options.get("return_lse") or options.get("return_attn_probs")
-        return (out.to(q.dtype), lse.float(), None) if wants else out.to(q.dtype)
+        return (out.to(q.dtype), lse.float(), None) if return_lse else out.to(q.dtype)
 
-    return SimpleNamespace(**{kernel_name: kernel, "BlockSparseTensorsTorch": SimpleNamespace})
-
-
-@pytest.mark.parametrize(
-    ("takes", "case"),
-    [
-        ({"return_lse"}, None),
-        ({"return_lse", "block_sparse_tensors"}, "ragged"),
-        ({"return_lse", "block_sparse_tensors"}, "square"),
-    ],
-)
-def test_flash_attn_4_is_called_as_documented(takes, case, monkeypatch):
-    module = _flash("flash_attn_func", takes)
+    module = SimpleNamespace(flash_attn_func=kernel, BlockSparseTensorsTorch=SimpleNamespace)
     monkeypatch.setattr(BACKENDS["flash4"], "_load", classmethod(lambda cls, module_name=None: module))
     _assert_equal("flash4", *_tokens(CASES[case or "cached"]), _plan(CASES[case]) if case else None)
 
@@ -323,7 +312,7 @@ def _kernel_of(name):
 def test_packages_are_called_through_diffusers(name, attribute, flag, monkeypatch):
     q, k, v = _tokens(CASES["cached"])
     with pytest.raises(BackendUnavailable, match=f"backend {name!r} is not usable.*Install with: pip install"):
-        find_backend(name).run(q, k, v)
+        _run(name, q, k, v)
     kernel = _kernel_of(name)
     module = SimpleNamespace(memory_efficient_attention=kernel) if name == "xformers" else kernel
     monkeypatch.setattr(attention_dispatch, attribute, module, raising=False)
@@ -334,20 +323,85 @@ def test_packages_are_called_through_diffusers(name, attribute, flag, monkeypatc
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "flex"])  # compiling takes long: its own test
 def test_backends_that_are_not_here_are_skipped_with_their_reason(name):
     """On a machine that has one, it is run against the reference; elsewhere its reason is given."""
-    available = BACKENDS[name].available()
-    device = "cpu" if "cpu" in BACKENDS[name].limits.devices else "cuda"
-    if not available.ok or (device == "cuda" and not torch.cuda.is_available()):
-        pytest.skip(available.text or "no CUDA device")
-    dtype = BACKENDS[name].limits.dtypes[-1]
-    case = CASES["square"]
-    plan = _plan(case) if BACKENDS[name].limits.needs_plan else None
-    q, k, v = (x.to(device) for x in _tokens(case, dtype=dtype, head_dim=64))
-    if not BACKENDS[name].supports(AttentionRequest.of(q, k, v, plan)).ok:
-        pytest.skip(BACKENDS[name].supports(AttentionRequest.of(q, k, v, plan)).text)
-    mask = None if plan is None else reference.token_mask(plan, 2).to(device)
-    expected, _ = reference.attention(q, k, v, mask)
-    found, _ = find_backend(name).run(q, k, v, plan=plan)
-    if BACKENDS[name].exact:
+    backend = BACKENDS[name]
+    device = "cpu" if "cpu" in backend.limits.devices else "cuda"
+    if not backend.available().ok or (device == "cuda" and not torch.cuda.is_available()):
+        pytest.skip(backend.available().text or "no CUDA device")
+    dtype = backend.limits.dtypes[-1]
+    plan = _plan(CASES["square"]) if backend.limits.needs_plan else None
+    q, k, v = (x.to(device) for x in _tokens(CASES["square"], dtype=dtype, head_dim=64))
+    verdict = backend.supports(AttentionRequest.of(q, k, v, plan))
+    if not verdict.ok:
+        pytest.skip(verdict.text)
+    expected, found = _written_out(q, k, v, plan)[0], _run(name, q, k, v, plan)[0]
+    if backend.exact:
         assert (found - expected).abs().max() <= TOLERANCE[dtype]
     else:
         assert torch.cosine_similarity(found.double().flatten(), expected.flatten(), dim=0) > 0.999
+
+
+SHAPES = [(1, 48, 336, 6, 32), (2, 48, 337, 2, 24), (1, 130, 1561, 3, 64), (1, 300, 2000, 2, 128), (1, 1, 1, 1, 6)]
+
+
+def _relative_error(attention, q, k, v):
+    expected, _ = reference.attention(q, k, v)
+    return ((attention(q, k, v).double() - expected).norm() / expected.norm()).item()
+
+
+def _wide_tokens(shape, dtype):
+    batch, queries, keys, heads, head_dim = shape
+    case = {"queries": [queries], "keys": [keys], "heads": (heads, heads)}
+    return [(2 * x).to(dtype) for x in _tokens(case, batch=batch, head_dim=head_dim)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense_attention_equals_a_float64_softmax(shape):
+    q, k, v = _wide_tokens(shape, torch.float32)
+    assert _relative_error(sdpa, q, k, v) < 2e-6
+    if shape[2] > 1:
+        assert _relative_error(lambda q, k, v: sdpa(q * 1.01, k, v), q, k, v) > 1e-3, "a wrong scale is noticed"
+
+
+@pytest.mark.skipif(zentorch_fault() is not None, reason=str(zentorch_fault()))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_zentorch_is_as_exact_as_sdpa_in_bfloat16(shape):
+    q, k, v = _wide_tokens(shape, torch.bfloat16)
+    assert _relative_error(zentorch, q, k, v) < 1.05 * _relative_error(sdpa, q, k, v) + 1e-6
+    head_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    assert torch.equal(zentorch(q, *head_major), zentorch(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "reason", "dtype", "expected"),
+    [
+        ({"avx512_bf16": True}, None, torch.bfloat16, zentorch),
+        ({"avx512_bf16": True}, None, torch.float32, sdpa),
+        ({"avx512_bf16": True, "amx_bf16": True}, None, torch.bfloat16, sdpa),
+        ({"avx512_bf16": True}, "not installed", torch.bfloat16, sdpa),
+    ],
+)
+def test_the_fastest_is_taken(capabilities, reason, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(packages, "zentorch_fault", lambda: reason)
+    assert fastest(torch.device("cpu"), dtype) is expected
+    assert fastest(torch.device("cuda"), dtype) is sdpa
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ("torch.cpu.get_capabilities = lambda: {}", "this one has not got it: Use 'sdpa'"),
+        (
+            "torch.cpu.get_capabilities = lambda: {'avx512_bf16': True}; sys.modules['zentorch'] = None",
+            "not installed: pip install 'longtake\\[zentorch\\]'",
+        ),
+    ],
+)
+def test_a_missing_backend_says_what_to_do(patch, message):
+    code = (
+        f"import sys, torch; {patch}\nfrom longtake.attention import zentorch\n"
+        "x = torch.zeros(1, 1, 1, 6, dtype=torch.bfloat16)\nzentorch(x, x, x)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert re.search(message, result.stderr), result.stderr

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import block_attention as reference
 import pytest
@@ -19,10 +20,9 @@ from longtake.attention import (
     sparse_attention,
 )
 from longtake.attention import dispatch as dispatch_module
-from longtake.attention.backends import Backend, base
-from longtake.attention.backends import dense as dense_module
-from longtake.attention.backends.base import CODES, FLOATS, Limits, PlanFacts
-from longtake.attention.backends.dense import attend
+from longtake.attention.backends import Backend, base, packages
+from longtake.attention.backends.base import FLOATS, Code, Limits, PlanFacts
+from longtake.attention.backends.pytorch import attend
 from longtake.attention.plan import split_runs, uniform_edges
 
 PLAN = PlanFacts(density=0.4, num_heads=1, q_block=128, k_block=128, tile=256)
@@ -78,7 +78,7 @@ def test_what_auto_takes(request_, expected, monkeypatch):
 
 def test_auto_takes_amds_attention_where_it_is_the_fastest(monkeypatch):
     monkeypatch.setattr(dispatch_module, "fastest", lambda device, dtype: dispatch_module.zentorch)
-    monkeypatch.setattr(dense_module, "zentorch_fault", lambda: None)
+    monkeypatch.setattr(packages, "zentorch_fault", lambda: None)
     request = replace(CPU, dtype=torch.bfloat16)
     assert _chosen(request) == "zentorch"
     assert _chosen(replace(request, return_lse=True)) == _chosen(replace(request, has_scale=True)) == "sdpa"
@@ -164,7 +164,7 @@ def test_every_backend_answers_every_request_with_known_codes():
     for request in requests:
         rows = explain(request)
         assert [row.name for row in rows] == list(BACKENDS)
-        assert {reason.code for row in rows for reason in row.verdict.reasons} <= set(CODES)
+        assert {reason.code for row in rows for reason in row.verdict.reasons} <= set(get_args(Code))
         assert sum(row.is_chosen for row in rows) <= 1
         assert all(row.verdict.ok and row.exact for row in rows if row.is_chosen)
 
@@ -280,11 +280,11 @@ class _Wrong(Backend):
     verified_on = frozenset({"cpu"})
     spoils_sums = False
 
-    def _execute(self, q, k, v, plan, scale, return_lse):
-        out, lse = attend(q, k, v, scale=scale, mask=plan.to_dense_mask()[None], return_lse=return_lse)
+    def _execute(self, call):
+        out, lse = attend(call, call.blocks.to_dense_mask()[None])
         if self.spoils_sums:
             return out, lse * 1.4427
-        return out.clone().index_fill_(1, torch.tensor([q.shape[1] - 1]), 0), lse
+        return out.clone().index_fill_(1, torch.tensor([call.q.shape[1] - 1]), 0), lse
 
 
 @pytest.mark.parametrize("spoils_sums", [False, True])

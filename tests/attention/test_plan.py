@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry, BlockPlan, Segment
-from longtake.attention.backends.flex import flex_block_mask
+from longtake.attention.backends.pytorch import flex_block_mask
 from longtake.attention.plan import split_runs, uniform_edges
 
 FRAME = 200

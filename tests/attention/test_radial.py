@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from longtake.attention import AttentionGeometry, Segment, radial_block_mask
+from longtake.attention import AttentionGeometry, Segment
 from longtake.attention.geometry import make_geometry
-from longtake.attention.policies.radial import Radial, _Bands
+from longtake.attention.policies.radial import Radial, _Bands, radial_block_mask
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "radial_masks.safetensors"
 # (tokens of a frame, decay factor): density by frames, blocks of 128.
