@@ -1,4 +1,4 @@
-"""What a metric is: it takes a video as it streams by, in pieces of any length, and gives numbers under honest names.
+"""Metrics: each takes a video as it streams by, in pieces of any length, and gives numbers under honest names.
 
 The prefix of a name says what a number may be compared with:
 
@@ -8,8 +8,9 @@ The prefix of a name says what a number may be compared with:
 * ``judge/``: the bundled judge of the mini model's world.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,28 +32,16 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What is known of a video before its frames come.
+    """A video before its frames come; sizes in pixels."""
 
-    Attributes:
-        id: Unique within a run; also its file name's stem.
-        num_frames: Frames that will come.
-        fps: Frames per second.
-        height: Pixels.
-        width: Pixels.
-        prompt: What it was made from; empty if unknown.
-        segments: Prompts over time, where there was more than one.
-        chunk_starts: First frame of each block of the rollout; empty if unknown.
-        path: The file, where there is one.
-    """
-
-    id: str
+    id: str  # unique within a run, and the stem of its file's name
     num_frames: int
     fps: float
     height: int
     width: int
     prompt: str = ""
-    segments: tuple[Segment, ...] = ()
-    chunk_starts: tuple[int, ...] = ()
+    segments: tuple[Segment, ...] = ()  # prompts over time, where there was more than one
+    chunk_starts: tuple[int, ...] = ()  # first frame of each block of the rollout, where known
     path: Path | None = None
 
 
@@ -93,6 +82,19 @@ class MetricSpec:
             raise ValueError(f"metric {self.name!r} needs one of the prefixes {', '.join(PREFIXES)}")
         if self.grouping not in ("video", "clip", "frame"):
             raise ValueError(f"metric {self.name!r}: grouping={self.grouping!r}: use video, clip or frame")
+
+    @classmethod
+    def proxy(
+        cls, name: str, description: str, *, unit: str, higher_is_better: bool | None = False, top: float | None = None
+    ) -> "MetricSpec":
+        """A measure of our own, ``proxy/NAME``, whose values range from 0 to ``top``."""
+        return cls(
+            name=f"proxy/{name}",
+            higher_is_better=higher_is_better,
+            unit=unit,
+            range=(0.0, top),
+            description=description,
+        )
 
     @property
     def comparable_to_published(self) -> bool:
@@ -158,23 +160,35 @@ class Metric(Protocol):
         ...
 
 
+def window_ranges(video: VideoInfo) -> list[tuple[int, int]]:
+    """(first frame, one past the last) of a video's windows; a last one under half the length joins the one before."""
+    length = max(1, round(video.fps * WINDOW_SECONDS))
+    starts = list(range(0, max(video.num_frames, 1), length))
+    if len(starts) > 1 and video.num_frames - starts[-1] < length / 2:
+        starts.pop()
+    return list(pairwise([*starts, video.num_frames]))
+
+
+def curve(video: VideoInfo, value: Callable[[int, int], float | None]) -> tuple[Window, ...]:
+    """A video's windows with the values of ``value(first frame, one past the last)``."""
+    return tuple(
+        Window(start_frame=start, num_frames=end - start, value=value(start, end))
+        for start, end in window_ranges(video)
+    )
+
+
 class WindowMeans:
-    """Collects values per frame into means over windows.
+    """Collects values per frame into means over a video's windows."""
 
-    Args:
-        video: Its rate gives the windows' length in frames; the last window may be shorter, and one under half of
-            the length joins the window before it.
-        seconds: Length of a window.
-    """
-
-    def __init__(self, video: VideoInfo, seconds: float = WINDOW_SECONDS) -> None:
-        self.length = max(1, round(video.fps * seconds))
+    def __init__(self, video: VideoInfo) -> None:
+        self._video = video
+        self._length = max(1, round(video.fps * WINDOW_SECONDS))
         self._sums: list[float] = []
         self._counts: list[int] = []
 
     def add(self, frame: int, value: float) -> None:
         """Note a frame's value; frames come in order, and some may be left out."""
-        index = frame // self.length
+        index = frame // self._length
         while len(self._sums) <= index:
             self._sums.append(0.0)
             self._counts.append(0)
@@ -191,16 +205,14 @@ class WindowMeans:
         count = sum(self._counts)
         return sum(self._sums) / count if count else None
 
-    def windows(self, num_frames: int) -> tuple[Window, ...]:
-        """The curve of a video of so many frames."""
-        starts = list(range(0, max(num_frames, 1), self.length))
-        if len(starts) > 1 and num_frames - starts[-1] < self.length / 2:
-            starts.pop()
-        rows = []
-        for position, start in enumerate(starts):
-            last = position == len(starts) - 1
-            end = num_frames if last else starts[position + 1]
-            own = range(position, len(self._sums)) if last else range(position, min(position + 1, len(self._sums)))
-            total, count = sum(self._sums[i] for i in own), sum(self._counts[i] for i in own)
-            rows.append(Window(start_frame=start, num_frames=end - start, value=total / count if count else None))
-        return tuple(rows)
+    def windows(self) -> tuple[Window, ...]:
+        """The curve."""
+        last = window_ranges(self._video)[-1][0]
+
+        def mean(start: int, _: int) -> float | None:
+            index = start // self._length
+            own = slice(index, None if start == last else index + 1)
+            count = sum(self._counts[own])
+            return sum(self._sums[own]) / count if count else None
+
+        return curve(self._video, mean)

@@ -35,7 +35,7 @@ def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tup
             raise ValueError(f"unknown group of metrics {group!r}; known: {', '.join(GROUPS)}.")
     metrics, skipped = vbench_metrics(backbones, short="vbench" in groups, long="long" in groups)
     if "weight_free" in groups:
-        metrics.extend([TrackMetric(COURSE), StillsMetric([Classical(), NaturalStatistics()])])
+        metrics.extend([TrackMetric(COURSE), StillsMetric([Classical, NaturalStatistics])])
         # Flow needs no network; the metric's name says which one it was.
         metrics.append(FlowMetric(backbones.or_else(classical_backbones()).get("raft")))
     if "judge" in groups:

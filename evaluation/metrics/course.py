@@ -1,12 +1,14 @@
 """Metrics of a video's course: cuts, flicker, colour drift, seams, spectrum; from one small picture per frame."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
-from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, Window, WindowMeans
+from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, WindowMeans, curve
 
 LUMA_GRID = 32
 MIN_CELL = 4
@@ -16,12 +18,12 @@ LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """ITU-R BT.601."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Track:
     """The course of a video.
 
     Attributes:
-        video: What was announced.
+        video: As announced.
         luma: (T, rows, columns) float32 in 0..255, area means over a grid of at most 32x32 cells of at
             least 4x4 pixels.
         colour: (T, rows, columns, 3) float32 in 0..255, RGB means over a grid of at most 8x8 cells.
@@ -49,26 +51,26 @@ class Track:
         """Frames nearest to a time, at least 1."""
         return max(1, round(self.fps * seconds))
 
+    @cached_property
+    def cuts(self) -> list[int]:
+        """First frames after a cut, in order."""
+        return _find_cuts(self)
 
-@dataclass(frozen=True)
+    @property
+    def shots(self) -> list[tuple[int, int]]:
+        """Stretches between cuts, as (first frame, one past the last)."""
+        return list(pairwise([0, *self.cuts, self.num_frames]))
+
+
 class TrackMeasure:
-    """Numbers that are read off a track.
+    """Numbers that are read off a track: ``measure`` gives a score for every spec, in order."""
 
-    Attributes:
-        specs: What they are.
-        measure: Takes the track, gives a score for every spec.
-    """
-
-    specs: tuple[MetricSpec, ...]
-    measure: Callable[[Track], Mapping[str, Score]]
+    def __init__(self, measure: Callable[[Track], Sequence[Score]], *specs: MetricSpec) -> None:
+        self.measure, self.specs = measure, specs
 
 
 class TrackMetric:
-    """Records the track of a video and takes every measure that needs no more than that.
-
-    Args:
-        measures: To take once all frames have come.
-    """
+    """Records the track of a video and takes every measure that needs no more than that."""
 
     def __init__(self, measures: Sequence[TrackMeasure]) -> None:
         self.measures = tuple(measures)
@@ -80,19 +82,13 @@ class TrackMetric:
 
 
 class TrackMeter:
-    """Shrinks frames to their entry in the track as they come.
-
-    Args:
-        video: What is announced.
-        measures: To take at the end.
-    """
+    """Shrinks frames to their entry in the track as they come; takes the measures at the end."""
 
     def __init__(self, video: VideoInfo, measures: Sequence[TrackMeasure] = ()) -> None:
         self._video, self._measures = video, measures
         grid = tuple(max(1, min(LUMA_GRID, side // MIN_CELL)) for side in (video.height, video.width))
         self._pool = Pooling(video.height, video.width, grid)
-        rows, columns = self._pool.shape
-        self._pool_colour = Pooling(rows, columns, COLOUR_GRID)
+        self._pool_colour = Pooling(*self._pool.shape, (COLOUR_GRID, COLOUR_GRID))
         self._luma: list[np.ndarray] = []
         self._colour: list[np.ndarray] = []
         self._difference: list[float] = []
@@ -118,13 +114,11 @@ class TrackMeter:
 
     def track(self) -> Track:
         """Everything that came so far."""
-        rows, columns = self._pool.shape
-        colour_rows, colour_columns = self._pool_colour.shape
         num_frames = len(self._difference)
         return Track(
             video=self._video,
-            luma=np.array(self._luma, dtype=np.float32).reshape(num_frames, rows, columns),
-            colour=np.array(self._colour, dtype=np.float32).reshape(num_frames, colour_rows, colour_columns, 3),
+            luma=np.array(self._luma, dtype=np.float32).reshape(num_frames, *self._pool.shape),
+            colour=np.array(self._colour, dtype=np.float32).reshape(num_frames, *self._pool_colour.shape, 3),
             difference=np.array(self._difference),
             is_duplicate=np.array(self._is_duplicate, dtype=bool),
         )
@@ -132,20 +126,18 @@ class TrackMeter:
     def finish(self) -> dict[str, Score]:
         """The scores of every measure."""
         track = self.track()
-        return {name: score for measure in self._measures for name, score in measure.measure(track).items()}
+        return {
+            spec.name: score
+            for measure in self._measures
+            for spec, score in zip(measure.specs, measure.measure(track), strict=True)
+        }
 
 
 class Pooling:
-    """Area means over a grid of equal cells, for pictures of any size.
+    """Area means over a grid of equal cells, fewer where there are fewer pixels, for pictures of any size."""
 
-    Args:
-        height: Of the pictures.
-        width: Of the pictures.
-        grid: Cells along each side, or down and across; fewer where there are fewer pixels.
-    """
-
-    def __init__(self, height: int, width: int, grid: int | tuple[int, int]) -> None:
-        rows, columns = grid if isinstance(grid, tuple) else (grid, grid)
+    def __init__(self, height: int, width: int, grid: tuple[int, ...]) -> None:
+        rows, columns = grid
         self._rows = _area_weights(height, min(rows, height))
         self._columns = _area_weights(width, min(columns, width)).T.copy()
 
@@ -194,17 +186,8 @@ LASTING_SECONDS = 0.25
 FLAT = 3.0
 """Grey levels of layout (root mean square) below which a picture is taken for empty, and its layout for grain."""
 
-CUTS = MetricSpec(
-    name="proxy/cuts",
-    higher_is_better=False,
-    unit="cuts",
-    range=(0.0, None),
-    description="Hard cuts; a long take has none. Changes of brightness alone do not count, unless they last.",
-)
-
 
 def _find_cuts(track: Track) -> list[int]:
-    """First frames after a cut, in order."""
     if track.num_frames < 3:
         return []
     cells = track.colour.reshape(track.num_frames, -1, 3)
@@ -232,12 +215,6 @@ def _find_cuts(track: Track) -> list[int]:
     return found
 
 
-def _shots(track: Track) -> list[tuple[int, int]]:
-    """Stretches between cuts, as (first frame, one past the last)."""
-    edges = [0, *_find_cuts(track), track.num_frames]
-    return list(zip(edges[:-1], edges[1:], strict=True))
-
-
 def _unlikeness(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Squared distance of two layouts (..., cells, 3) over the sum of their squares."""
     power = np.square(first).mean(axis=(-1, -2)) + np.square(second).mean(axis=(-1, -2))
@@ -253,30 +230,16 @@ def _stands_out(values: np.ndarray, index: int, reach: int) -> bool:
     return bool(others.size == 0 or values[index] >= ISOLATION * others.max())
 
 
-def _measure_cuts(track: Track) -> dict[str, Score]:
-    """Number of cuts, with their times."""
+def _cuts(track: Track) -> list[Score]:
     if track.num_frames < 3:
-        return {CUTS.name: Score.none("needs 3 frames")}
-    found = _find_cuts(track)
-    details = {"frames": found, "times_s": [index / track.fps for index in found]}
-    return {CUTS.name: Score(value=float(len(found)), details=details)}
-
-
-SHOTS = TrackMeasure((CUTS,), _measure_cuts)
+        return [Score.none("needs 3 frames")]
+    details = {"frames": track.cuts, "times_s": [index / track.fps for index in track.cuts]}
+    return [Score(value=float(len(track.cuts)), details=details)]
 
 
 REACH_SECONDS = 0.25
 """A frame is compared with the mean of this long on both sides: what swings twice a second or faster counts in full,
 once a second by a third, and a scene that brightens and darkens more slowly does not."""
-
-FLICKER_EXCESS = MetricSpec(
-    name="proxy/flicker_excess",
-    higher_is_better=False,
-    unit="grey levels",
-    range=(0.0, 255.0),
-    description="Mean distance of the picture's brightness from its mean over half a second, as far as most of the "
-    "picture shares it: motion makes some places lighter and others darker.",
-)
 
 
 def _brightness_swings(track: Track) -> np.ndarray:
@@ -288,7 +251,7 @@ def _brightness_swings(track: Track) -> np.ndarray:
     """
     reach = track.frames_in(REACH_SECONDS)
     swings = np.full(track.num_frames, np.nan)
-    for start, end in _shots(track):
+    for start, end in track.shots:
         if end - start <= 2 * reach:
             continue
         cells = track.luma[start:end].reshape(end - start, -1)
@@ -301,16 +264,15 @@ def _brightness_swings(track: Track) -> np.ndarray:
     return swings
 
 
-def _measure_flicker(track: Track) -> dict[str, Score]:
-    """Mean swing of the brightness, and its course."""
+def _flicker(track: Track) -> list[Score]:
     swings = np.abs(_brightness_swings(track))
     known = np.flatnonzero(~np.isnan(swings))
     if not len(known):
-        return {FLICKER_EXCESS.name: Score.none(f"needs a shot of more than {2 * REACH_SECONDS:g} s")}
+        return [Score.none(f"needs a shot of more than {2 * REACH_SECONDS:g} s")]
     means = WindowMeans(track.video)
     for index in known:
         means.add(int(index), float(swings[index]))
-    windows = means.windows(track.num_frames)
+    windows = means.windows()
     worst = max((window for window in windows if window.value is not None), key=lambda window: window.value or 0.0)
     details = {
         "largest": float(swings[known].max()),
@@ -318,26 +280,14 @@ def _measure_flicker(track: Track) -> dict[str, Score]:
         "worst_start_s": worst.start_frame / track.fps,
         "worst_end_s": (worst.start_frame + worst.num_frames) / track.fps,
     }
-    return {FLICKER_EXCESS.name: Score(value=float(swings[known].mean()), windows=windows, details=details)}
-
-
-FLICKER = TrackMeasure((FLICKER_EXCESS,), _measure_flicker)
+    return [Score(value=float(swings[known].mean()), windows=windows, details=details)]
 
 
 REFERENCE_SECONDS = 5.0
-"""What came out of the model's training length is what the rest is held against."""
+"""Reference of drifts: what the model makes within its training length."""
 STEP_SECONDS = 0.25
 MIN_SHOT_SECONDS = 2.0
 FEATURES = ("red", "green", "blue", "saturation", "contrast")
-
-COLOUR_DRIFT = MetricSpec(
-    name="proxy/colour_drift",
-    higher_is_better=False,
-    unit="grey levels",
-    range=(0.0, None),
-    description="Distance of the last five seconds' mean colour, saturation and contrast from those of the first five "
-    "(of the halves, in videos under ten seconds).",
-)
 
 
 def reference_frames(num_frames: int, fps: float) -> int:
@@ -345,7 +295,7 @@ def reference_frames(num_frames: int, fps: float) -> int:
     return max(1, min(round(REFERENCE_SECONDS * fps), num_frames // 2))
 
 
-def colours(track: Track) -> np.ndarray:
+def _colours(track: Track) -> np.ndarray:
     """(T, 5) float64 of each frame: mean red, green and blue, mean distance from grey, deviation of the brightness."""
     cells = track.colour.reshape(track.num_frames, -1, 3)
     luma = cells @ LUMA_WEIGHTS
@@ -353,7 +303,7 @@ def colours(track: Track) -> np.ndarray:
     return np.column_stack([cells.mean(axis=1), saturation, luma.std(axis=1)]).astype(np.float64)
 
 
-def trend(track: Track) -> dict[str, float | str]:
+def _trend(track: Track) -> dict[str, float | str]:
     """How far, and how steadily, colours move within the longest shot.
 
     Returns:
@@ -362,11 +312,11 @@ def trend(track: Track) -> dict[str, float | str]:
         1 for a drift, near 0 for what comes and goes; ``start_s`` and ``end_s`` of the shot. Empty if no shot lasts
         two seconds.
     """
-    start, end = max(_shots(track), key=lambda shot: shot[1] - shot[0])
+    start, end = max(track.shots, key=lambda shot: shot[1] - shot[0])
     if end - start < MIN_SHOT_SECONDS * track.fps:
         return {}
     step = track.frames_in(STEP_SECONDS)
-    rows = colours(track)[start:end]
+    rows = _colours(track)[start:end]
     num_steps = len(rows) // step
     rows = rows[: num_steps * step].reshape(num_steps, step, -1).mean(axis=1)
     fifth = max(1, num_steps // 5)
@@ -401,54 +351,35 @@ def _monotone_share(values: np.ndarray) -> float:
     return 1.0 - float(np.square(values - fit).sum()) / spread
 
 
-def _measure_colour(track: Track) -> dict[str, Score]:
+def _colour_drift(track: Track) -> list[Score]:
     """Distance of windows from the first five seconds, and the trend within the longest shot."""
     if track.num_frames < 2:
-        return {COLOUR_DRIFT.name: Score.none("needs 2 frames")}
-    rows = colours(track)
+        return [Score.none("needs 2 frames")]
+    rows = _colours(track)
     length = reference_frames(track.num_frames, track.fps)
     first, last = rows[:length].mean(axis=0), rows[-length:].mean(axis=0)
-    windows = tuple(
-        Window(
-            start_frame=window.start_frame,
-            num_frames=window.num_frames,
-            value=float(np.linalg.norm(rows[window.start_frame :][: window.num_frames].mean(axis=0) - first)),
-        )
-        for window in WindowMeans(track.video).windows(track.num_frames)
-    )
+    windows = curve(track.video, lambda start, end: float(np.linalg.norm(rows[start:end].mean(axis=0) - first)))
     details = {
         "compared_s": length / track.fps,
         "changes": {name: float(change) for name, change in zip(FEATURES, last - first, strict=True)},
-        "trend": trend(track),
+        "trend": _trend(track),
     }
-    return {COLOUR_DRIFT.name: Score(value=float(np.linalg.norm(last - first)), windows=windows, details=details)}
-
-
-COLOUR = TrackMeasure((COLOUR_DRIFT,), _measure_colour)
+    return [Score(value=float(np.linalg.norm(last - first)), windows=windows, details=details)]
 
 
 LEAST_DIFFERENCE = 0.1
 """Grey levels, mean over the picture: anything less is none, so that standing still between jumps gives a number."""
 
-CHUNK_SEAM_RATIO = MetricSpec(
-    name="proxy/chunk_seam_ratio",
-    higher_is_better=False,
-    unit="ratio",
-    range=(0.0, None),
-    description="Mean difference of neighbouring frames where a block of the rollout begins, over that elsewhere; "
-    "1 where seams do not show.",
-)
 
-
-def _measure_seams(track: Track) -> dict[str, Score]:
+def _seams(track: Track) -> list[Score]:
     """Frame differences at the known starts of blocks against those elsewhere."""
     starts = sorted({start for start in track.video.chunk_starts if 0 < start < track.num_frames})
     if not track.video.chunk_starts:
-        return {CHUNK_SEAM_RATIO.name: Score.none("the starts of the rollout's blocks (chunk_starts) are not known")}
+        return [Score.none("the starts of the rollout's blocks (chunk_starts) are not known")]
     elsewhere = np.ones(track.num_frames, dtype=bool)
     elsewhere[[0, *starts]] = False
     if not starts or not elsewhere.any():
-        return {CHUNK_SEAM_RATIO.name: Score.none("needs two blocks, one of more than a frame")}
+        return [Score.none("needs two blocks, one of more than a frame")]
     at_seams = track.difference[starts]
     usual = float(track.difference[elsewhere].mean())
     ratio = max(float(at_seams.mean()), LEAST_DIFFERENCE) / max(usual, LEAST_DIFFERENCE)
@@ -459,10 +390,7 @@ def _measure_seams(track: Track) -> dict[str, Score]:
         "last_s": starts[-1] / track.fps,
         "seams": [[start, float(value)] for start, value in zip(starts, at_seams, strict=True)],
     }
-    return {CHUNK_SEAM_RATIO.name: Score(value=ratio, details=details)}
-
-
-SEAMS = TrackMeasure((CHUNK_SEAM_RATIO,), _measure_seams)
+    return [Score(value=ratio, details=details)]
 
 
 MIN_FRAMES = 8
@@ -470,15 +398,6 @@ MIN_CHANGE = 0.05
 """Grey levels: a colour cell that changes less in a window has no spectrum."""
 OFFSET = 1e-6
 """Added to amplitudes before the logarithm, as STREAM does."""
-
-SPECTRAL_SLOPE = MetricSpec(
-    name="proxy/temporal_spectral_slope",
-    higher_is_better=None,
-    unit="log amplitude per log frequency",
-    formula="STREAM, per two-second window, on pooled colours",
-    description="Power law of the changes over time: about -1 for smooth motion, towards 0 for flicker and grain; "
-    "cells that do not change are left out.",
-)
 
 
 def _spectral_slope(series: np.ndarray) -> float | None:
@@ -505,18 +424,61 @@ def _spectral_slope(series: np.ndarray) -> float | None:
     return float(slopes.mean())
 
 
-def _measure_spectrum(track: Track) -> dict[str, Score]:
-    """The slope of every window, and their mean."""
+def _spectrum(track: Track) -> list[Score]:
     series = track.colour.reshape(track.num_frames, -1)
-    windows = []
-    for window in WindowMeans(track.video).windows(track.num_frames):
-        part = series[window.start_frame : window.start_frame + window.num_frames]
-        value = _spectral_slope(part) if len(part) >= MIN_FRAMES else None
-        windows.append(Window(start_frame=window.start_frame, num_frames=window.num_frames, value=value))
+    windows = curve(
+        track.video, lambda start, end: _spectral_slope(series[start:end]) if end - start >= MIN_FRAMES else None
+    )
     values = [window.value for window in windows if window.value is not None]
     if not values:
-        return {SPECTRAL_SLOPE.name: Score.none(f"nothing changes in any window of {MIN_FRAMES} frames or more")}
-    return {SPECTRAL_SLOPE.name: Score(value=sum(values) / len(values), windows=tuple(windows))}
+        return [Score.none(f"nothing changes in any window of {MIN_FRAMES} frames or more")]
+    return [Score(value=sum(values) / len(values), windows=windows)]
 
 
-SPECTRUM = TrackMeasure((SPECTRAL_SLOPE,), _measure_spectrum)
+SHOTS = TrackMeasure(
+    _cuts,
+    MetricSpec.proxy(
+        "cuts",
+        "Hard cuts; a long take has none. Changes of brightness alone do not count, unless they last.",
+        unit="cuts",
+    ),
+)
+FLICKER = TrackMeasure(
+    _flicker,
+    MetricSpec.proxy(
+        "flicker_excess",
+        "Mean distance of the picture's brightness from its mean over half a second, as far as most of the "
+        "picture shares it: motion makes some places lighter and others darker.",
+        unit="grey levels",
+        top=255.0,
+    ),
+)
+COLOUR = TrackMeasure(
+    _colour_drift,
+    MetricSpec.proxy(
+        "colour_drift",
+        "Distance of the last five seconds' mean colour, saturation and contrast from those of the first five "
+        "(of the halves, in videos under ten seconds).",
+        unit="grey levels",
+    ),
+)
+SEAMS = TrackMeasure(
+    _seams,
+    MetricSpec.proxy(
+        "chunk_seam_ratio",
+        "Mean difference of neighbouring frames where a block of the rollout begins, over that elsewhere; "
+        "1 where seams do not show.",
+        unit="ratio",
+    ),
+)
+SPECTRUM = TrackMeasure(
+    _spectrum,
+    MetricSpec(
+        name="proxy/temporal_spectral_slope",
+        higher_is_better=None,
+        unit="log amplitude per log frequency",
+        formula="STREAM, per two-second window, on pooled colours",
+        description="Power law of the changes over time: about -1 for smooth motion, towards 0 for flicker and "
+        "grain; cells that do not change are left out.",
+    ),
+)

@@ -35,32 +35,10 @@ NO_CHANGE = 0.1
 MIN_MOVING_SECONDS = 0.5
 """A tail is frozen only if something moved before it, for so long."""
 
-STATIC_SHARE = MetricSpec(
-    name="proxy/static_share",
-    higher_is_better=False,
-    unit="share",
-    range=(0.0, 1.0),
-    description="Share of the video's quarter seconds in which nothing has moved for two seconds.",
-)
-FROZEN_TAIL = MetricSpec(
-    name="proxy/frozen_tail_s",
-    higher_is_better=False,
-    unit="s",
-    range=(0.0, None),
-    description="How long the picture has stood still when the video ends, if it moved before.",
-)
-DUPLICATE_FRAMES = MetricSpec(
-    name="proxy/duplicate_frames",
-    higher_is_better=False,
-    unit="share",
-    range=(0.0, 1.0),
-    description="Share of the frames that equal an earlier frame in every pixel.",
-)
-
 
 @dataclass(frozen=True)
 class _Stillness:
-    """Where a video stands still.
+    """Still parts of a video.
 
     Attributes:
         step: Frames per step.
@@ -146,22 +124,13 @@ def _explained_by_camera(first: np.ndarray, second: np.ndarray) -> float:
     return float(along @ np.linalg.solve(gram, along)) / power if power > 0 else 0.0
 
 
-def _measure_stillness(track: Track) -> dict[str, Score]:
-    """Static share, frozen tail and duplicate frames of a video."""
+def _stillness(track: Track) -> list[Score]:
     stillness = _find_stillness(track)
     duplicates = _duplicates(track)
     if stillness is None:
         reason = f"needs {2 * STEP_SECONDS:g} s of video"
-        return {
-            STATIC_SHARE.name: Score.none(reason),
-            FROZEN_TAIL.name: Score.none(reason),
-            DUPLICATE_FRAMES.name: duplicates,
-        }
-    return {
-        STATIC_SHARE.name: _static_share(track, stillness),
-        FROZEN_TAIL.name: _frozen_tail(track, stillness),
-        DUPLICATE_FRAMES.name: duplicates,
-    }
+        return [Score.none(reason), Score.none(reason), duplicates]
+    return [_static_share(track, stillness), _frozen_tail(track, stillness), duplicates]
 
 
 def _static_share(track: Track, stillness: _Stillness) -> Score:
@@ -170,14 +139,11 @@ def _static_share(track: Track, stillness: _Stillness) -> Score:
     means = WindowMeans(track.video)
     for index, still in enumerate(judged, start=1):
         means.add(index * stillness.step, float(still))
-    return Score(
-        value=float(judged.mean()),
-        windows=means.windows(track.num_frames),
-        details={
-            "seconds": track.num_frames / track.fps,
-            "is_one_picture": stillness.tail_frames == track.num_frames,
-        },
-    )
+    details = {
+        "seconds": track.num_frames / track.fps,
+        "is_one_picture": stillness.tail_frames == track.num_frames,
+    }
+    return Score(value=float(judged.mean()), windows=means.windows(), details=details)
 
 
 def _frozen_tail(track: Track, stillness: _Stillness) -> Score:
@@ -185,14 +151,12 @@ def _frozen_tail(track: Track, stillness: _Stillness) -> Score:
     moved = start >= MIN_MOVING_SECONDS * track.fps
     # Frames of the last step are alike in slow motion too.
     frozen = moved and stillness.tail_frames >= 2 * stillness.step
-    return Score(
-        value=stillness.tail_frames / track.fps if frozen else 0.0,
-        details={
-            "start_s": start / track.fps if frozen else None,
-            "end_s": track.num_frames / track.fps,
-            "longest_rest_before_s": stillness.rest_frames / track.fps,
-        },
-    )
+    details = {
+        "start_s": start / track.fps if frozen else None,
+        "end_s": track.num_frames / track.fps,
+        "longest_rest_before_s": stillness.rest_frames / track.fps,
+    }
+    return Score(value=stillness.tail_frames / track.fps if frozen else 0.0, details=details)
 
 
 def _duplicates(track: Track) -> Score:
@@ -200,14 +164,25 @@ def _duplicates(track: Track) -> Score:
         return Score.none("needs 2 frames")
     means = WindowMeans(track.video)
     means.extend(1, track.is_duplicate[1:].astype(float))
-    return Score(
-        value=float(track.is_duplicate[1:].mean()),
-        windows=means.windows(track.num_frames),
-        details={"num_duplicates": int(track.is_duplicate.sum())},
-    )
+    details = {"num_duplicates": int(track.is_duplicate.sum())}
+    return Score(value=float(track.is_duplicate[1:].mean()), windows=means.windows(), details=details)
 
 
-STILLNESS = TrackMeasure((STATIC_SHARE, FROZEN_TAIL, DUPLICATE_FRAMES), _measure_stillness)
+STILLNESS = TrackMeasure(
+    _stillness,
+    MetricSpec.proxy(
+        "static_share",
+        "Share of the video's quarter seconds in which nothing has moved for two seconds.",
+        unit="share",
+        top=1.0,
+    ),
+    MetricSpec.proxy(
+        "frozen_tail_s", "How long the picture has stood still when the video ends, if it moved before.", unit="s"
+    ),
+    MetricSpec.proxy(
+        "duplicate_frames", "Share of the frames that equal an earlier frame in every pixel.", unit="share", top=1.0
+    ),
+)
 
 
 GRID = 16
@@ -229,29 +204,8 @@ BLOCK = 512
 """Frames that are compared with all others at a time."""
 
 FEATURE_SECONDS = 0.25
+COLOUR_CELLS = 8
 FAR_SECONDS = 5.0
-
-SELF_SIMILARITY = MetricSpec(
-    name="proxy/self_similarity_peak",
-    higher_is_better=False,
-    unit="cosine",
-    range=(-2.0, 2.0),
-    description="Greatest cosine of two moments five seconds or more apart, above their median.",
-)
-RETURN_TO_START = MetricSpec(
-    name="proxy/return_to_start",
-    higher_is_better=False,
-    unit="cosine",
-    range=(-2.0, 2.0),
-    description="Greatest cosine of a moment after five seconds with the first one, above that at five seconds.",
-)
-LOOP_SHARE = MetricSpec(
-    name="proxy/loop_share",
-    higher_is_better=False,
-    unit="share",
-    range=(0.0, 1.0),
-    description="Share of the video that plays one stretch of a second or more at least twice in a row.",
-)
 
 
 @dataclass(frozen=True)
@@ -309,7 +263,7 @@ def _exactly(loop: _Loop, pictures: np.ndarray, margin: int) -> _Loop:
 def _pictures(track: Track) -> np.ndarray:
     """(T, cells) float32: brightness without its mean, brought to the video's usual contrast."""
     rows, columns = track.luma.shape[1:]
-    pool = Pooling(rows, columns, GRID)
+    pool = Pooling(rows, columns, (GRID, GRID))
     cells = np.array([pool(picture[..., None]).ravel() for picture in track.luma])
     cells -= cells.mean(axis=1, keepdims=True)
     contrast = cells.std(axis=1, keepdims=True)
@@ -363,7 +317,7 @@ def _longest_run(flags: np.ndarray) -> tuple[int, int]:
     return int(starts[longest]), int(ends[longest] - starts[longest])
 
 
-def features(track: Track) -> np.ndarray:
+def _features(track: Track) -> np.ndarray:
     """(moments, D) float32 of length 1: layout of colours and of gradients, four moments a second."""
     step = track.frames_in(FEATURE_SECONDS)
     colour = track.colour[::step]
@@ -371,33 +325,27 @@ def features(track: Track) -> np.ndarray:
     luma = track.luma[::step]
     down, across = np.gradient(luma, axis=1), np.gradient(luma, axis=2)
     strength = np.hypot(down, across)
-    pool = Pooling(*strength.shape[1:], COLOUR_CELLS)
+    pool = Pooling(*strength.shape[1:], (COLOUR_CELLS, COLOUR_CELLS))
     edges = np.array([pool(picture[..., None]).ravel() for picture in strength])
     return np.concatenate([_unit(colour), _unit(edges - edges.mean(axis=1, keepdims=True))], axis=1) / np.sqrt(2.0)
-
-
-COLOUR_CELLS = 8
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1.0)
 
 
-def _measure_repetition(track: Track) -> dict[str, Score]:
-    """Self-similarity, return to the start, and loops."""
-    return {
-        **_similarity(track),
-        LOOP_SHARE.name: _loop_share(track),
-    }
+def _repetition(track: Track) -> list[Score]:
+    return [*_similarity(track), _loop_share(track)]
 
 
-def _similarity(track: Track) -> dict[str, Score]:
+def _similarity(track: Track) -> tuple[Score, Score]:
+    """Self-similarity and return to the start."""
     step = track.frames_in(FEATURE_SECONDS)
     far = round(FAR_SECONDS * track.fps / step)
     if track.num_frames <= (far + 1) * step:
-        reason = f"needs more than {FAR_SECONDS:g} s of video"
-        return {SELF_SIMILARITY.name: Score.none(reason), RETURN_TO_START.name: Score.none(reason)}
-    moments = features(track)
+        none = Score.none(f"needs more than {FAR_SECONDS:g} s of video")
+        return none, none
+    moments = _features(track)
     cosines = moments @ moments.T
     earlier, later = np.triu_indices(len(moments), k=far)
     pairs = cosines[earlier, later]
@@ -411,10 +359,10 @@ def _similarity(track: Track) -> dict[str, Score]:
         "peak_s": [earlier[peak] * seconds, later[peak] * seconds],
     }
     start_details = {"closest": float(returns[closest]), "closest_s": (far + closest) * seconds}
-    return {
-        SELF_SIMILARITY.name: Score(value=float(pairs[peak] - np.median(pairs)), details=loop_details),
-        RETURN_TO_START.name: Score(value=float(returns[closest] - returns[0]), details=start_details),
-    }
+    return (
+        Score(value=float(pairs[peak] - np.median(pairs)), details=loop_details),
+        Score(value=float(returns[closest] - returns[0]), details=start_details),
+    )
 
 
 def _loop_share(track: Track) -> Score:
@@ -431,7 +379,29 @@ def _loop_share(track: Track) -> Score:
     return Score(value=(loop.end - loop.start) / track.num_frames, details=details)
 
 
-REPETITION = TrackMeasure((SELF_SIMILARITY, RETURN_TO_START, LOOP_SHARE), _measure_repetition)
+REPETITION = TrackMeasure(
+    _repetition,
+    MetricSpec(
+        name="proxy/self_similarity_peak",
+        higher_is_better=False,
+        unit="cosine",
+        range=(-2.0, 2.0),
+        description="Greatest cosine of two moments five seconds or more apart, above their median.",
+    ),
+    MetricSpec(
+        name="proxy/return_to_start",
+        higher_is_better=False,
+        unit="cosine",
+        range=(-2.0, 2.0),
+        description="Greatest cosine of a moment after five seconds with the first one, above that at five seconds.",
+    ),
+    MetricSpec.proxy(
+        "loop_share",
+        "Share of the video that plays one stretch of a second or more at least twice in a row.",
+        unit="share",
+        top=1.0,
+    ),
+)
 
 
 SHORT_SIDE = 160
@@ -450,45 +420,37 @@ LEAST_SEEN = 0.05
 """Share of the picture; where less finds its way back, the flow has found nothing and nothing is warped."""
 
 FLOW_SPECS = (
-    MetricSpec(
-        name="proxy/flow_magnitude_mean",
-        higher_is_better=None,
+    MetricSpec.proxy(
+        "flow_magnitude_mean",
+        "Mean length of the optical flow: how much moves.",
         unit="px per 1/8 s",
-        range=(0.0, None),
-        description="Mean length of the optical flow: how much moves.",
-    ),
-    MetricSpec(
-        name="proxy/flow_magnitude_top5",
         higher_is_better=None,
-        unit="px per 1/8 s",
-        range=(0.0, None),
-        description="Mean length of the longest 5 % of the optical flow: how fast the fastest moves.",
     ),
-    MetricSpec(
-        name="proxy/warp_error",
-        higher_is_better=False,
+    MetricSpec.proxy(
+        "flow_magnitude_top5",
+        "Mean length of the longest 5 % of the optical flow: how fast the fastest moves.",
+        unit="px per 1/8 s",
+        higher_is_better=None,
+    ),
+    MetricSpec.proxy(
+        "warp_error",
+        "Mean difference of two frames after motion is taken out, where both show the same.",
         unit="grey levels",
-        range=(0.0, 255.0),
-        description="Mean difference of two frames after motion is taken out, where both show the same.",
+        top=255.0,
     ),
-    MetricSpec(
-        name="proxy/motion_kept",
-        higher_is_better=None,
-        unit="ratio",
-        range=(0.0, None),
-        description="Mean flow of the last five seconds over that of the first five (of the halves, in videos under "
+    MetricSpec.proxy(
+        "motion_kept",
+        "Mean flow of the last five seconds over that of the first five (of the halves, in videos under "
         "ten seconds); 1 where motion stays.",
+        unit="ratio",
+        higher_is_better=None,
     ),
 )
 """Before the estimator's name is added to theirs."""
 
 
 class FlowMetric:
-    """Amount, loss and residue of motion.
-
-    Args:
-        estimator: Of the optical flow; its name goes into the names of the metrics.
-    """
+    """Amount, loss and residue of motion; the estimator's name goes into the names of the metrics."""
 
     def __init__(self, estimator: FlowEstimator) -> None:
         self.estimator = estimator
@@ -503,20 +465,12 @@ class FlowMetric:
             for spec in FLOW_SPECS
         )
 
-    def start(self, video: VideoInfo) -> "FlowMeter":
+    def start(self, video: VideoInfo) -> "_FlowMeter":
         """A meter for one video."""
-        return FlowMeter(self.estimator, video, [spec.name for spec in self.specs])
+        return _FlowMeter(self.estimator, video, [spec.name for spec in self.specs])
 
 
-class FlowMeter:
-    """Measures the flow of one video.
-
-    Args:
-        estimator: Of the optical flow.
-        video: What is announced.
-        names: Of the metrics, in the order of FLOW_SPECS.
-    """
-
+class _FlowMeter:
     def __init__(self, estimator: FlowEstimator, video: VideoInfo, names: list[str]) -> None:
         self._estimator, self._video, self._names = estimator, video, names
         self._stride = stride_for_8fps(video.fps)
@@ -561,19 +515,11 @@ class FlowMeter:
                 else "needs two frames an eighth of a second apart"
             )
             return {name: Score.none(reason) for name in self._names}
-        side, num_frames = min(self._video.height, self._video.width), self._video.num_frames
+        side = min(self._video.height, self._video.width)
         scores = (
-            Score(
-                value=mean,
-                windows=self._means.windows(num_frames),
-                details={"percent_of_short_side": 100.0 * mean / side},
-            ),
-            Score(
-                value=top,
-                windows=self._tops.windows(num_frames),
-                details={"percent_of_short_side": 100.0 * top / side},
-            ),
-            Score(value=error, windows=self._errors.windows(num_frames)),
+            Score(value=mean, windows=self._means.windows(), details={"percent_of_short_side": 100.0 * mean / side}),
+            Score(value=top, windows=self._tops.windows(), details={"percent_of_short_side": 100.0 * top / side}),
+            Score(value=error, windows=self._errors.windows()),
             self._motion_kept(),
         )
         return dict(zip(self._names, scores, strict=True))

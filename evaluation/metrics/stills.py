@@ -1,14 +1,14 @@
-"""Looks at a few frames a second one by one: what measures of single pictures share."""
+"""Metrics of single pictures, eight a second: classical statistics, and the drift of natural scene statistics."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Protocol
 
 import numpy as np
 
-from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, Window, WindowMeans
+from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, WindowMeans, curve
 from longtake.evaluation.metrics.course import LUMA_WEIGHTS, Pooling, mean_difference, reference_frames
 from longtake.evaluation.preprocessing import stride_for_8fps
 
@@ -21,7 +21,7 @@ class Still:
     """One frame.
 
     Attributes:
-        index: Of the frame within its video.
+        index: Position within the video.
         frame: (H, W, 3) uint8, as it came.
         colour: (3, h, w) float32 in 0..255, averaged down to a shorter side of about 256.
         luma: (h, w) float32 of ``colour``.
@@ -33,52 +33,39 @@ class Still:
     luma: np.ndarray
 
 
-class _StillMeter(Protocol):
+class StillMeter(ABC):
     """Measures the stills of one video."""
-
-    def take(self, still: Still) -> None:
-        """The next still."""
-
-    def finish(self) -> Mapping[str, Score]:
-        """All have come: a score for every spec."""
-        ...
-
-
-class _StillMeasure(Protocol):
-    """Numbers that are taken from single frames."""
 
     specs: tuple[MetricSpec, ...]
 
-    def start(self, video: VideoInfo) -> _StillMeter:
-        """A meter for one video."""
-        ...
+    def __init__(self, video: VideoInfo) -> None:
+        self.video = video
+
+    @abstractmethod
+    def take(self, still: Still) -> None:
+        """Take the next still."""
+
+    @abstractmethod
+    def finish(self) -> Mapping[str, Score]:
+        """All have come: a score for every spec."""
 
 
 class StillsMetric:
-    """Hands every still, about eight a second, to every measure.
+    """Hands every still, about eight a second, to a meter of each kind."""
 
-    Args:
-        measures: Of single frames.
-    """
+    def __init__(self, kinds: Sequence[type[StillMeter]]) -> None:
+        self.kinds = kinds
+        self.specs = tuple(spec for kind in kinds for spec in kind.specs)
 
-    def __init__(self, measures: Sequence[_StillMeasure]) -> None:
-        self.measures = tuple(measures)
-        self.specs = tuple(spec for measure in self.measures for spec in measure.specs)
-
-    def start(self, video: VideoInfo) -> "StillsMeter":
+    def start(self, video: VideoInfo) -> "_StillsMeter":
         """A meter for one video."""
-        return StillsMeter(video, [measure.start(video) for measure in self.measures])
+        return _StillsMeter(video, [kind(video) for kind in self.kinds])
 
 
-class StillsMeter:
-    """Picks the stills from what is pushed.
+class _StillsMeter:
+    """Picks the stills from the frames that are pushed."""
 
-    Args:
-        video: What is announced.
-        meters: Of the measures.
-    """
-
-    def __init__(self, video: VideoInfo, meters: Sequence[_StillMeter]) -> None:
+    def __init__(self, video: VideoInfo, meters: Sequence[StillMeter]) -> None:
         self._stride = stride_for_8fps(video.fps)
         self._meters = meters
         self._num_frames = 0
@@ -93,7 +80,7 @@ class StillsMeter:
         self._num_frames += len(frames)
 
     def finish(self) -> dict[str, Score]:
-        """The scores of every measure."""
+        """The scores of every meter."""
         return {name: score for meter in self._meters for name, score in meter.finish().items()}
 
 
@@ -130,29 +117,29 @@ LEAST_SHARPNESS = 1.0
 """Variance of the Laplacian of a picture of nothing but rounding."""
 
 
-def _spec(name: str, unit: str, description: str, *, top: float | None = None) -> MetricSpec:
-    return MetricSpec(
-        name=f"proxy/{name}", higher_is_better=None, unit=unit, range=(0.0, top), description=description
-    )
+def _statistic(name: str, unit: str, description: str, *, top: float | None = None) -> MetricSpec:
+    return MetricSpec.proxy(name, description, unit=unit, higher_is_better=None, top=top)
 
 
 STATISTICS = (
-    _spec("sharpness", "grey levels squared", "Variance of the Laplacian of the brightness."),
-    _spec("contrast", "grey levels", "Deviation of the brightness.", top=127.5),
-    _spec("exposure", "grey levels", "Mean brightness.", top=255.0),
-    _spec("saturation", "share", "Mean saturation (HSV).", top=1.0),
-    _spec("colorfulness", "grey levels", "Spread and strength of the opponent colours (Hasler and Suesstrunk 2003)."),
-    _spec("clipped_fraction", "share", "Share of colour values at either end of the scale.", top=1.0),
-    _spec("blockiness", "ratio", "Steps across the borders of 8x8 blocks over those in their middle; 1 for none."),
-    _spec("noise_sigma", "grey levels", "Deviation of the grain (Immerkaer 1996); fine texture counts too."),
+    _statistic("sharpness", "grey levels squared", "Variance of the Laplacian of the brightness."),
+    _statistic("contrast", "grey levels", "Deviation of the brightness.", top=127.5),
+    _statistic("exposure", "grey levels", "Mean brightness.", top=255.0),
+    _statistic("saturation", "share", "Mean saturation (HSV).", top=1.0),
+    _statistic(
+        "colorfulness", "grey levels", "Spread and strength of the opponent colours (Hasler and Suesstrunk 2003)."
+    ),
+    _statistic("clipped_fraction", "share", "Share of colour values at either end of the scale.", top=1.0),
+    _statistic(
+        "blockiness", "ratio", "Steps across the borders of 8x8 blocks over those in their middle; 1 for none."
+    ),
+    _statistic("noise_sigma", "grey levels", "Deviation of the grain (Immerkaer 1996); fine texture counts too."),
 )
-SHARPNESS_DRIFT = MetricSpec(
-    name="proxy/sharpness_drift",
-    higher_is_better=False,
-    unit="octaves",
-    range=(0.0, None),
-    description="By how many factors of two the sharpness of the last five seconds is off that of the first five "
+SHARPNESS_DRIFT = MetricSpec.proxy(
+    "sharpness_drift",
+    "By how many factors of two the sharpness of the last five seconds is off that of the first five "
     "(of the halves, in videos under ten seconds).",
+    unit="octaves",
 )
 
 
@@ -235,31 +222,18 @@ def _step(picture: np.ndarray, first: int) -> float:
     return mean_difference(before, after)
 
 
-class Classical:
+class Classical(StillMeter):
     """The classical statistics and the drift of the sharpness."""
 
     specs = (*STATISTICS, SHARPNESS_DRIFT)
 
-    def start(self, video: VideoInfo) -> "ClassicalMeter":
-        """A meter for one video."""
-        return ClassicalMeter(video)
-
-
-class ClassicalMeter:
-    """Gathers the statistics of one video.
-
-    Args:
-        video: What is announced.
-    """
-
     def __init__(self, video: VideoInfo) -> None:
-        self._video = video
+        super().__init__(video)
         self._means = [WindowMeans(video) for _ in STATISTICS]
         self._frames: list[int] = []
         self._sharpness: list[float] = []
 
     def take(self, still: Still) -> None:
-        """The next still."""
         values = statistics(still)
         for means, value in zip(self._means, values, strict=True):
             means.add(still.index, value)
@@ -267,30 +241,26 @@ class ClassicalMeter:
         self._sharpness.append(values[0])
 
     def finish(self) -> Mapping[str, Score]:
-        """Means over the stills, with their windows."""
         scores = {}
         for spec, means in zip(STATISTICS, self._means, strict=True):
             mean = means.mean()
-            windows = means.windows(self._video.num_frames)
-            scores[spec.name] = Score.none("no frames") if mean is None else Score(value=mean, windows=windows)
+            scores[spec.name] = Score.none("no frames") if mean is None else Score(value=mean, windows=means.windows())
         return {**scores, SHARPNESS_DRIFT.name: self._sharpness_drift()}
 
     def _sharpness_drift(self) -> Score:
         frames, sharpness = np.array(self._frames), np.array(self._sharpness)
         if len(frames) < 2:
             return Score.none("needs 2 frames, an eighth of a second apart")
-        length = reference_frames(self._video.num_frames, self._video.fps)
+        length = reference_frames(self.video.num_frames, self.video.fps)
         first = _octaves(sharpness[frames < length])
-        last = _octaves(sharpness[frames >= min(self._video.num_frames - length, frames[-1])])
+        last = _octaves(sharpness[frames >= min(self.video.num_frames - length, frames[-1])])
         windows = tuple(
-            Window(
-                start_frame=window.start_frame,
-                num_frames=window.num_frames,
-                value=None if window.value is None else abs(_octaves(np.array([window.value])) - first),
-            )
-            for window in self._means[0].windows(self._video.num_frames)
+            replace(window, value=abs(_octaves(np.array([window.value])) - first))
+            if window.value is not None
+            else window
+            for window in self._means[0].windows()
         )
-        details = {"compared_s": length / self._video.fps, "change": last - first}
+        details = {"compared_s": length / self.video.fps, "change": last - first}
         return Score(value=abs(last - first), windows=windows, details=details)
 
 
@@ -313,35 +283,21 @@ SHRINKAGE = 0.1
 LEAST_SPREAD = 0.01
 """Added to the deviation of each feature, so that a first five seconds without any change can be left by little."""
 
-NSS_DRIFT_SELF = MetricSpec(
-    name="proxy/nss_drift_self",
-    higher_is_better=False,
-    unit="deviations",
-    range=(0.0, None),
-    description="Mahalanobis distance of the last five seconds' mean patch statistics from the first five's (of the "
+NSS_DRIFT_SELF = MetricSpec.proxy(
+    "nss_drift_self",
+    "Mahalanobis distance of the last five seconds' mean patch statistics from the first five's (of the "
     "halves, in videos under ten seconds).",
+    unit="deviations",
 )
 
 
-class NaturalStatistics:
-    """The drift of natural scene statistics."""
+class NaturalStatistics(StillMeter):
+    """The drift of natural scene statistics: of patch features, their distribution at first, means per frame later."""
 
     specs = (NSS_DRIFT_SELF,)
 
-    def start(self, video: VideoInfo) -> "NaturalStatisticsMeter":
-        """A meter for one video."""
-        return NaturalStatisticsMeter(video)
-
-
-class NaturalStatisticsMeter:
-    """Gathers patch features of one video: their distribution at first, means per frame later.
-
-    Args:
-        video: What is announced.
-    """
-
     def __init__(self, video: VideoInfo) -> None:
-        self._video = video
+        super().__init__(video)
         self._length = reference_frames(video.num_frames, video.fps)
         self._num_taken = 0
         self._reference: list[np.ndarray] = []
@@ -349,7 +305,6 @@ class NaturalStatisticsMeter:
         self._means: list[np.ndarray] = []
 
     def take(self, still: Still) -> None:
-        """The next still."""
         self._num_taken += 1
         if (self._num_taken - 1) % EVERY or min(still.luma.shape) < SMALL_PATCH:
             return
@@ -360,25 +315,23 @@ class NaturalStatisticsMeter:
         self._means.append(rows.mean(axis=0))
 
     def finish(self) -> Mapping[str, Score]:
-        """The distance of the end, and of every window."""
         return {NSS_DRIFT_SELF.name: self._drift()}
 
     def _drift(self) -> Score:
+        """The distance of the end, and of every window."""
         if len(self._means) < 2:
             return Score.none(f"needs half a second of video, {SMALL_PATCH} pixels or more a side")
         frames, means = np.array(self._frames), np.array(self._means)
         reference = np.concatenate(self._reference)
-        whiten = _whitening(reference)
-        distances_from = (means - reference.mean(axis=0)) @ whiten
-        late = frames >= min(self._video.num_frames - self._length, frames[-1])
-        windows = []
-        for window in WindowMeans(self._video).windows(self._video.num_frames):
-            inside = (frames >= window.start_frame) & (frames < window.start_frame + window.num_frames)
-            value = float(np.linalg.norm(distances_from[inside].mean(axis=0))) if inside.any() else None
-            windows.append(Window(start_frame=window.start_frame, num_frames=window.num_frames, value=value))
-        value = float(np.linalg.norm(distances_from[late].mean(axis=0)))
-        details = {"compared_s": self._length / self._video.fps, "num_reference_patches": len(reference)}
-        return Score(value=value, windows=tuple(windows), details=details)
+        distances_from = (means - reference.mean(axis=0)) @ _whitening(reference)
+
+        def distance(inside: np.ndarray) -> float | None:
+            return float(np.linalg.norm(distances_from[inside].mean(axis=0))) if inside.any() else None
+
+        late = frames >= min(self.video.num_frames - self._length, frames[-1])
+        windows = curve(self.video, lambda start, end: distance((frames >= start) & (frames < end)))
+        details = {"compared_s": self._length / self.video.fps, "num_reference_patches": len(reference)}
+        return Score(value=distance(late), windows=windows, details=details)
 
 
 def _whitening(rows: np.ndarray) -> np.ndarray:
@@ -391,7 +344,7 @@ def _whitening(rows: np.ndarray) -> np.ndarray:
     return vectors / np.sqrt(values)
 
 
-def normalised(luma: np.ndarray) -> np.ndarray:
+def _normalised(luma: np.ndarray) -> np.ndarray:
     """Brightness without its local mean, over its local deviation (MSCN): (h - 6, w - 6) float32."""
     middle = luma[REACH:-REACH, REACH:-REACH]
     mean = _blur(luma)
@@ -402,16 +355,11 @@ def normalised(luma: np.ndarray) -> np.ndarray:
 def _blur(picture: np.ndarray) -> np.ndarray:
     weights = _gaussian()
     for axis in (0, 1):
-        length = picture.shape[axis] - 2 * REACH
-        parts = [_cut(picture, axis, start, length) for start in range(2 * REACH + 1)]
+        parts = np.moveaxis(np.lib.stride_tricks.sliding_window_view(picture, 2 * REACH + 1, axis=axis), -1, 0)
         picture = weights[REACH] * parts[REACH]
         for offset in range(REACH):
             picture += weights[offset] * (parts[offset] + parts[-1 - offset])
     return picture
-
-
-def _cut(picture: np.ndarray, axis: int, start: int, length: int) -> np.ndarray:
-    return picture[start : start + length] if axis == 0 else picture[:, start : start + length]
 
 
 @cache
@@ -433,7 +381,7 @@ def _patch_features(luma: np.ndarray) -> np.ndarray:
 
     Source: Mittal, Soundararajan and Bovik, "Making a completely blind image quality analyzer", 2013.
     """
-    mscn = normalised(luma)
+    mscn = _normalised(luma)
     patch = PATCH if min(luma.shape) >= 4 * PATCH else SMALL_PATCH
     grid = (max(1, luma.shape[0] // patch), max(1, luma.shape[1] // patch))
     height, width = mscn.shape[0] - 1, mscn.shape[1] - 2

@@ -123,7 +123,7 @@ class SpanMeter(ABC):
             self.value(whole.mean),
             reason=self.reason,
             weight=float(whole.count) if self.specs["short"].grouping == "frame" else 1.0,
-            windows=self.windows.windows(self.video.num_frames),
+            windows=self.windows.windows(),
         )
 
     def long(self) -> Score:

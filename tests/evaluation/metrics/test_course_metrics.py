@@ -71,10 +71,10 @@ def test_area_weights_are_exact_shares(length, cells):
 
 def test_pooling_of_any_size():
     picture = noise(1, 37, 51)[0]
-    pool = Pooling(37, 51, 8)
+    pool = Pooling(37, 51, (8, 8))
     expected = np.einsum("rh,hwc,kw->rkc", _area_weights(37, 8), picture, _area_weights(51, 8))
     assert np.allclose(pool(picture), expected, atol=1e-3)
-    assert Pooling(3, 51, 8).shape == (3, 8)
+    assert Pooling(3, 51, (8, 8)).shape == (3, 8)
 
 
 def test_track_holds_the_picture_its_changes_and_its_repetitions():

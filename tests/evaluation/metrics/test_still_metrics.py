@@ -12,6 +12,7 @@ from longtake.evaluation.metrics.stills import (
     STATISTICS,
     Classical,
     Still,
+    StillMeter,
     StillsMetric,
     blockiness,
     clipped_fraction,
@@ -127,35 +128,32 @@ def test_statistics_of_a_known_frame():
 
 
 def test_only_eight_frames_a_second_are_looked_at(textured):
-    class Counter:
+    seen = []
+
+    class Recorder(StillMeter):
         specs = ()
 
-        def start(self, video):
-            self.seen = []
-            return self
-
         def take(self, still):
-            self.seen.append(still.index)
+            seen.append(still.index)
 
         def finish(self):
             return {}
 
-    counter = Counter()
-    measured(textured[:30], [counter], fps=24.0)
-    assert counter.seen == list(range(0, 30, 3))
+    measured(textured[:30], [Recorder], fps=24.0)
+    assert seen == list(range(0, 30, 3))
 
 
 def test_sharpness_drift_follows_blur_only(textured):
-    steady = measured(textured, [Classical()])["proxy/sharpness_drift"]
+    steady = measured(textured, [Classical])["proxy/sharpness_drift"]
     assert steady.value < 0.02 and steady.details["compared_s"] == 5.0
     softer = textured.copy()
     softer[80:] = blurred(softer[80:], 2).round().astype(np.uint8)
-    drift = measured(softer, [Classical()])["proxy/sharpness_drift"]
+    drift = measured(softer, [Classical])["proxy/sharpness_drift"]
     assert drift.value > 1.0 and drift.details["change"] < -1.0
     assert drift.windows[0].value < 0.05 < 1.0 < drift.windows[-1].value
     lighter = (textured * 0.5 + 100).round().astype(np.uint8)
     mixed = np.concatenate([textured[:80] * 0.5 + 60, lighter[80:]]).round().astype(np.uint8)
-    assert measured(mixed, [Classical()])["proxy/sharpness_drift"].value < 0.05
+    assert measured(mixed, [Classical])["proxy/sharpness_drift"].value < 0.05
 
 
 @pytest.mark.parametrize(("shape", "draw"), [(1.0, "laplace"), (2.0, "normal")])
@@ -177,7 +175,7 @@ def test_normalised_brightness_equals_the_slow_one():
     luma = RNG.uniform(0, 255, (17, 20)).astype(np.float32)
     taps = np.exp(-0.5 * (np.arange(-3, 4) / stills.SIGMA) ** 2)
     kernel = np.outer(taps, taps) / taps.sum() ** 2
-    found = stills.normalised(luma)
+    found = stills._normalised(luma)
     for row, column in ((0, 0), (5, 7), (10, 13)):
         window = luma[row : row + 7, column : column + 7].astype(float)
         mean = (kernel * window).sum()
@@ -187,7 +185,7 @@ def test_normalised_brightness_equals_the_slow_one():
 
 def test_nss_drift_ignores_motion_and_light_and_sees_blur_and_grain(textured):
     def drift(video):
-        return measured(video.clip(0, 255).round().astype(np.uint8), [stills.NaturalStatistics()])[
+        return measured(video.clip(0, 255).round().astype(np.uint8), [stills.NaturalStatistics])[
             "proxy/nss_drift_self"
         ]
 
@@ -204,7 +202,7 @@ def test_nss_drift_ignores_motion_and_light_and_sees_blur_and_grain(textured):
 
 
 def test_nss_needs_pixels():
-    small = measured(RNG.integers(0, 256, (20, 12, 30, 3), dtype=np.uint8), [stills.NaturalStatistics()])
+    small = measured(RNG.integers(0, 256, (20, 12, 30, 3), dtype=np.uint8), [stills.NaturalStatistics])
     assert "16 pixels" in small["proxy/nss_drift_self"].skipped
 
 
