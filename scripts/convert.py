@@ -16,7 +16,8 @@ from longtake.configs.families import load_family
 from longtake.scripts.console import err, out
 
 if TYPE_CHECKING:
-    from longtake.models.checkpoints import Conversion, OutputTensor
+    from longtake.models.checkpoints.converting import Conversion
+    from longtake.models.checkpoints.parts import OutputTensor
 
 SECONDS_BETWEEN_LINES = 5
 
@@ -72,7 +73,8 @@ def convert(
     `longtake info self_forcing_dmd.pt` says what a file is.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from longtake.models.checkpoints import ConversionRequest, check_output, parse_bytes, plan_conversion, summarise
+    from longtake.models.checkpoints.converting import ConversionRequest, check_output, plan_conversion, summarise
+    from longtake.models.checkpoints.parts import parse_bytes
 
     check_output(out_folder)
     request = ConversionRequest(

@@ -27,7 +27,7 @@ def print_file(path: Path) -> None:
         ValueError: If it is no checkpoint; says what it is instead.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from longtake.models.checkpoints import describe_checkpoint
+    from longtake.models.checkpoints.converting import describe_checkpoint
 
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")

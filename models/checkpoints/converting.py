@@ -12,17 +12,27 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from longtake.configs.families import ModelFamily, family_names, load_family
-from longtake.models.checkpoints.checkpoint import FLAT, Checkpoint, TensorInfo, choose_entry, entry_title
-from longtake.models.checkpoints.files import open_checkpoint
+from longtake.models.checkpoints.files import (
+    FLAT,
+    Checkpoint,
+    TensorInfo,
+    choose_entry,
+    entry_title,
+    open_checkpoint,
+)
 from longtake.models.checkpoints.identify import Identity, identify
 from longtake.models.checkpoints.lora import LORA_ORDER, Adapter, adapter_rank, read_adapter
 from longtake.models.checkpoints.parts import DEFAULT_SHARD_BYTES, OnTensor, Part, write_json
-from longtake.models.checkpoints.transformer import Transformer, find_transformer
-from longtake.models.checkpoints.wan_parts import find_text_encoder, find_tokenizer, find_vae, part_config
-from longtake.samplers import make_sampler
+from longtake.models.checkpoints.wan_parts import (
+    Transformer,
+    find_part,
+    find_tokenizer,
+    find_transformer,
+    part_config,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT_FLOW_SHIFT = 5.0  # Wan2.1's own, and that of nearly all models trained from it
+_FLOW_SHIFT = 5.0  # Wan2.1's own, and that of nearly all models trained from it
 _INDEX = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -35,12 +45,12 @@ _INDEX = {
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionRequest:
-    """What to convert, and how.
+    """Source and settings of a conversion.
 
     Attributes:
         source: Checkpoint file, index, or folder.
         preset: Model family it is to fit.
-        key: Entry; the preset's, else the first of ``ENTRY_ORDER``, when None.
+        key: Entry; the preset's, else averaged weights first, when None.
         lora: Adapter to merge.
         lora_key: Entry of the adapter's file.
         lora_alpha: Scale times rank of the adapter; the preset's when None.
@@ -71,7 +81,7 @@ class Conversion:
     """A conversion of which everything but the numbers has been checked.
 
     Attributes:
-        request: What was asked for.
+        request: Source and settings.
         transformer: Found in the checkpoint.
         adapter: To be merged.
         parts: Of the folder; the transformer alone, or a whole pipeline's.
@@ -124,7 +134,7 @@ class Conversion:
             shutil.rmtree(partial, ignore_errors=True)
 
     def record(self) -> dict[str, Any]:
-        """Return what ``conversion.json`` says: where the weights are from and what was done to them."""
+        """Content of ``conversion.json``: origin of the weights, and their changes."""
         found, adapter = self.transformer, self.adapter
         record = {
             "source": found.checkpoint.path.name,
@@ -164,14 +174,10 @@ class Conversion:
 
     def _scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         if self.family is None:
-            return FlowMatchEulerDiscreteScheduler(shift=DEFAULT_FLOW_SHIFT)
+            return FlowMatchEulerDiscreteScheduler(shift=_FLOW_SHIFT)
         is_few_step = self.family.sampler["name"] != "multi_step"
-        return FlowMatchEulerDiscreteScheduler(shift=flow_shift(self.family), stochastic_sampling=is_few_step)
-
-
-def flow_shift(family: ModelFamily) -> float:
-    """Return the flow shift that a family samples with."""
-    return make_sampler(family.sampler).flow_shift
+        shift = self.family.sampler.get("flow_shift", _FLOW_SHIFT)
+        return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=is_few_step)
 
 
 def check_output(out: Path) -> None:
@@ -186,12 +192,6 @@ def check_output(out: Path) -> None:
 
 def plan_conversion(request: ConversionRequest) -> Conversion:
     """Check a conversion by headers alone: names, shapes, dtypes, adapter, preset, and that the parts fit.
-
-    Args:
-        request: What to convert.
-
-    Returns:
-        What ``write`` then does.
 
     Raises:
         ValueError: Says what does not fit.
@@ -246,14 +246,14 @@ def _other_parts(request: ConversionRequest, transformer: Transformer) -> list[P
     missing = [option for option, path in given.items() if path is None]
     if len(missing) == len(given):
         return []
-    if missing:
+    if request.vae is None or request.text_encoder is None or request.tokenizer is None:
         raise ValueError(f"a pipeline folder needs {' and '.join(missing)} too: give all three, or none of them.")
     if transformer.is_image_to_video:
         raise ValueError(
             f"'{transformer.checkpoint.path}' is an image-to-video model, whose pipeline needs an image encoder too: "
             "convert the transformer alone and put it into a folder that has one."
         )
-    vae, text_encoder = find_vae(request.vae), find_text_encoder(request.text_encoder)
+    vae, text_encoder = find_part("vae", request.vae), find_part("text_encoder", request.text_encoder)
     _check_fit(transformer, vae=part_config(vae), text_encoder=part_config(text_encoder))
     return [vae, text_encoder, find_tokenizer(request.tokenizer)]
 
@@ -269,41 +269,34 @@ def _check_fit(transformer: Transformer, *, vae: Mapping[str, Any], text_encoder
             raise ValueError(f"{option} has {found} {what}, the transformer takes {wanted}: they are of two models.")
 
 
-Rows = list[tuple[str, str]]
+_Rows = list[tuple[str, str]]
 
 
-def describe_checkpoint(path: Path, *, config: Path | None = None) -> Rows:
-    """Say what a file is.
+def describe_checkpoint(path: Path) -> _Rows:
+    """Describe a file in (what, text) rows: container, entries, their kinds, the model's shape, fitting presets.
 
     Args:
         path: Anything that ``open_checkpoint`` takes.
-        config: A ``config.json`` that says the number of heads, where none lies beside the file.
-
-    Returns:
-        (what, text) rows: container, entries, what they are, the model's size and shape, presets it may belong to.
 
     Raises:
         ValueError: If it cannot be opened; says what it is instead.
     """
     checkpoint = open_checkpoint(path)
+    num_entries = len(checkpoint.entries)
     rows = [
         ("file", f"{path}, {checkpoint.num_bytes / 1e6:,.1f} MB"),
-        ("container", f"{checkpoint.container}, {_count(len(checkpoint.entries), 'entry', 'entries')}"),
+        ("container", f"{checkpoint.container}, {num_entries} {'entry' if num_entries == 1 else 'entries'}"),
     ]
     identities = {entry: identify(tensors) for entry, tensors in checkpoint.entries.items()}
     for entry, tensors in checkpoint.entries.items():
         rows.append((entry_title(entry), _entry_text(tensors, identities[entry])))
     if checkpoint.others:
         rows.append(("beside them", ", ".join(checkpoint.others)))
-    return rows + _model_rows(checkpoint, identities, config)
+    return rows + _model_rows(checkpoint, identities)
 
 
-def summarise(conversion: Conversion) -> Rows:
-    """Say what a conversion does.
-
-    Returns:
-        (what, text) rows.
-    """
+def summarise(conversion: Conversion) -> _Rows:
+    """Describe a conversion in (what, text) rows."""
     found, adapter, request = conversion.transformer, conversion.adapter, conversion.request
     stored = _dtypes_of(found.infos.values())
     rows = [
@@ -336,7 +329,7 @@ def _entry_text(tensors: Mapping[str, TensorInfo], identity: Identity) -> str:
     return text + (f", prefixes {', '.join(identity.wrappers)}" if identity.wrappers else "")
 
 
-def _model_rows(checkpoint: Checkpoint, identities: Mapping[str, Identity], config: Path | None) -> Rows:
+def _model_rows(checkpoint: Checkpoint, identities: Mapping[str, Identity]) -> _Rows:
     kinds = {identity.kind for identity in identities.values()}
     if "transformer" not in kinds:
         order = LORA_ORDER if "lora" in kinds else tuple(checkpoint.entries)
@@ -344,14 +337,14 @@ def _model_rows(checkpoint: Checkpoint, identities: Mapping[str, Identity], conf
         presets = _adapter_presets(checkpoint) if "lora" in kinds else []
         return [("taken as", title), *_preset_rows(presets)]
     try:
-        found = find_transformer(checkpoint, config=config)
+        found = find_transformer(checkpoint)
     except ValueError as error:
         return [("cannot be converted", str(error))]
     rows = [("taken unasked", entry_title(found.entry)), ("model", _shape_text(found))]
     return rows + _preset_rows(_presets(found))
 
 
-def _preset_rows(names: Sequence[str]) -> Rows:
+def _preset_rows(names: Sequence[str]) -> _Rows:
     return [("may belong to", ", ".join(names))] if names else []
 
 
@@ -389,7 +382,3 @@ def _shape_text(found: Transformer) -> str:
 
 def _weights_text(tensors: Mapping[str, TensorInfo]) -> str:
     return f"{len(tensors)} tensors, {sum(info.num_elements for info in tensors.values()):,} numbers"
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

@@ -1,4 +1,4 @@
-""""""
+"""Checkpoint files, opened without reading their weights: entries of named tensors, read one by one."""
 
 import json
 import os
@@ -6,7 +6,10 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -16,41 +19,365 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from longtake.models.checkpoints.checkpoint import FLAT, Checkpoint, TensorInfo
-
-MAX_HEADER_BYTES = 100_000_000
-_LOOK = 512
+FLAT = ""  # name of the entry of a file whose tensors lie at its top
+# Entries that are taken unasked: the averaged weights first, as the families' own scripts do.
+_ENTRY_ORDER = ("generator_ema", "generator", "model", "state_dict", FLAT)
+# Names of the safetensors format.
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER_BYTES = 100_000_000
+_NUM_LOOKED_AT = 512  # bytes that tell what a file is
 _TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
     b"<!doctype html": "a web page, so the download went wrong: download it again",
     b"<html": "a web page, so the download went wrong: download it again",
 }
+_INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+# Entries may lie one level below the top's: {"state_dict": {"generator": {...}}}.
+_MAX_DEPTH = 2
+# Pages that were read count as resident until the mapping is closed, so it is opened anew after so many bytes.
+_RELEASE_BYTES = 1 << 28
+# Errors of the unpickler in a damaged stream.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor's shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in it."""
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its numbers."""
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint; ``open_checkpoint`` makes one.
+
+    Attributes:
+        path: File or folder, as it was named.
+        files: Files that were opened.
+        container: ``safetensors`` or ``pickle``, for messages.
+        entries: Entry name to {tensor name: info}; the entry of tensors at the top is ``FLAT``.
+        reader: Reads the tensor of an entry and a name.
+        others: Names of what is neither a tensor nor an entry: step counters, settings.
+    """
+
+    path: Path
+    files: Sequence[Path]
+    container: str
+    entries: Mapping[str, Mapping[str, TensorInfo]]
+    reader: Callable[[str, str], Tensor]
+    others: Sequence[str] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def read(self, entry: str, name: str) -> Tensor:
+        """Read one tensor to the CPU, perhaps as a view of the file: not to be written to.
+
+        Raises:
+            ValueError: If the file ends before it.
+        """
+        return self.reader(entry, name)
+
+
+def entry_title(entry: str) -> str:
+    """Name an entry for people."""
+    return entry or "(no entry: tensors at the top)"
+
+
+def choose_entry(checkpoint: Checkpoint, key: str | None = None, *, order: Sequence[str] = _ENTRY_ORDER) -> str:
+    """Find the entry that is meant.
+
+    Args:
+        checkpoint: Opened.
+        key: The entry asked for; by ``order`` when None.
+        order: Names that are taken unasked, best first; the last part of a nested name counts.
+
+    Raises:
+        ValueError: If it is not there; lists those there are.
+    """
+    listed = ", ".join(f"{entry_title(entry)}: {len(found)}" for entry, found in checkpoint.entries.items())
+    if key is not None:
+        if key in checkpoint.entries:
+            return key
+        raise ValueError(f"'{checkpoint.path}' has no entry {key!r}; it holds {listed}.")
+    for wanted in order:
+        for entry in checkpoint.entries:
+            if entry == wanted or (wanted and entry.rpartition(".")[2] == wanted):
+                return entry
+    raise ValueError(
+        f"'{checkpoint.path}' holds {listed}, none of which is taken unasked: name the one that is meant with key "
+        "(--key)."
+    )
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint without reading its weights.
+
+    Args:
+        path: A safetensors file or a zipped pickle, whatever its suffix; an index of shards; a folder of shards or
+            with one checkpoint; or a diffusers pipeline's folder, of which the transformer is taken.
+
+    Returns:
+        Names, shapes and dtypes; tensors are read one by one.
+
+    Raises:
+        ValueError: If it is none of these, is damaged, or wants to load more than tensors.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint '{path}' does not exist.")
+    if path.name.endswith(_INDEX):
+        return _open_index(path, path)
+    if _detect_container(path) == "pickle":
+        return _open_pickle(path)
+    _check_shard(path)
+    return _open_safetensors(path, [path])
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "model_index.json").is_file():
+        folder = folder / "transformer"
+    shards = open_shards(folder)
+    if shards is not None:
+        return shards
+    pickles = sorted(file for file in folder.glob("*") if file.suffix in _PICKLES)
+    if len(pickles) == 1:
+        return open_checkpoint(pickles[0])
+    if pickles:
+        raise ValueError(
+            f"'{folder}' holds {len(pickles)} checkpoints ({', '.join(p.name for p in pickles)}): name one."
+        )
+    raise ValueError(f"'{folder}' holds no checkpoint: give a .safetensors or .pt file, or a folder of shards.")
+
+
+def open_shards(folder: Path) -> Checkpoint | None:
+    """Open the safetensors files of a folder as one model; None if it has none.
+
+    Raises:
+        ValueError: If shards are missing or there are several sets.
+    """
+    indexes = sorted(folder.glob(f"*{_INDEX}"))
+    if len(indexes) > 1:
+        raise ValueError(f"'{folder}' has several sets of shards ({', '.join(i.name for i in indexes)}): name one.")
+    if indexes:
+        return _open_index(folder, indexes[0])
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        _check_shard(file, siblings={other.name for other in files})
+    return _open_safetensors(folder, files) if files else None
+
+
+def _open_index(path: Path, index: Path) -> Checkpoint:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"'{index}' has no weight_map: it is no index of shards.")
+    folder, names = index.parent, sorted(set(listed.values()))
+    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if missing or not names:
+        raise ValueError(
+            f"'{index}' lists {len(names)} shards, {len(missing)} of which are not beside it "
+            f"({', '.join(missing[:5])}): download them too."
+        )
+    checkpoint = _open_safetensors(path, [folder / name for name in names])
+    absent = [name for name in listed if name not in checkpoint.entries[FLAT]]
+    if absent:
+        raise ValueError(f"'{index}' lists {len(absent)} tensors that no shard holds ({absent[0]}...).")
+    return checkpoint
+
+
+def _check_shard(file: Path, *, siblings: AbstractSet[str] = frozenset()) -> None:
+    """Refuse a shard of which others are not among the files that are read with it."""
+    match = _SHARD.fullmatch(file.name)
+    if match is None:
+        return
+    width, count = len(match[2]), int(match[3])
+    wanted = {f"{match[1]}-{i:0{width}}-of-{match[3]}.safetensors" for i in range(1, count + 1)}
+    missing = sorted(wanted - siblings - {file.name})
+    if missing:
+        raise ValueError(
+            f"'{file}' is one of {count} shards, {len(missing)} of which are not read with it ({missing[0]}...): give "
+            "the folder that holds all of them."
+        )
+
+
+def _open_safetensors(path: Path, files: Sequence[Path]) -> Checkpoint:
+    """One safetensors file, or the shards of one model."""
+    infos: dict[str, TensorInfo] = {}
+    places: dict[str, Path] = {}
+    for file in files:
+        found = _read_infos(file)
+        for name in found.keys() & infos.keys():
+            raise ValueError(f"'{file}' and {places[name].name} both hold {name}: they are no shards of one model.")
+        infos |= found
+        places |= dict.fromkeys(found, file)
+
+    def read(entry: str, name: str) -> Tensor:
+        try:
+            # Opened anew for each tensor: pages of an open mapping count as resident memory.
+            with safe_open(places[name], "pt") as opened:
+                return opened.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"'{places[name]}' changed while it was read ({error}).") from error
+
+    container = "safetensors" + (f", {len(files)} shards" if len(files) > 1 else "")
+    return Checkpoint(path=path, files=files, container=container, entries={FLAT: infos}, reader=read)
+
+
+def _read_infos(file: Path) -> dict[str, TensorInfo]:
+    infos = {}
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.offset_keys():
+                part = opened.get_slice(name)
+                if part.get_dtype() not in SAFETENSORS_DTYPES:
+                    raise ValueError(f"'{file}' holds {name} in the unknown dtype {part.get_dtype()}.")
+                infos[name] = TensorInfo(tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()])
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{file}' is truncated or damaged, or no safetensors file ({error}): download it again."
+        ) from error
+    return infos
+
+
+class _PickleReader:
+    """Reads tensors of a memory-mapped pickle, whose mapping is renewed from time to time."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.num_read = 0
+
+    def __call__(self, entry: str, name: str) -> Tensor:
+        if self.num_read > _RELEASE_BYTES:
+            self.tensors = {}  # the old mapping goes before the new one comes
+            self.tensors = dict(_entries(_load(self.path), ()))
+            self.num_read = 0
+        tensor = self.tensors[entry][name]
+        self.num_read += tensor.nbytes
+        return tensor
+
+
+def _open_pickle(path: Path) -> Checkpoint:
+    """Unpickle the structure of a zipped pickle; tensors stay in the file."""
+    root = _load(path)
+    tensors = dict(_entries(root, ()))
+    if not tensors:
+        raise ValueError(f"'{path}' holds no named tensors.")
+    entries = {
+        entry: {name: _info(path, name, tensor) for name, tensor in found.items()} for entry, found in tensors.items()
+    }
+    others = [str(name) for name, value in root.items() if not isinstance(value, Tensor) and not _holds(value)]
+    reader = _PickleReader(path, tensors)
+    return Checkpoint(path=path, files=[path], container="pickle (zip)", entries=entries, reader=reader, others=others)
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        wanted = sorted(get_unsafe_globals_in_checkpoint(path))
+        root = None if wanted else _load_tensors(path)
+    except _DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"'{path}' cannot be unpickled, so it is damaged: {reason}") from error
+    if wanted:
+        rest = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""
+        raise ValueError(
+            f"'{path}' is refused: beside tensors it wants to load {', '.join(wanted[:3])}{rest}, and pickles that do "
+            "can run code. If you trust its author, load it yourself and save the tensors alone with torch.save."
+        )
+    if not isinstance(root, Mapping):
+        raise ValueError(f"'{path}' holds a {type(root).__name__}, where a dictionary of tensors is expected.")
+    return root
+
+
+def _load_tensors(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # torch.load goes by this suffix and would read the pickle as what it is not, so it gets another name to open.
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / "checkpoint.pt"
+        os.symlink(path.resolve(), link)
+        return torch.load(link, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _entries(value: Mapping[str, Any], parents: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(dotted entry name, its tensors) of every dictionary that holds some."""
+    tensors = {name: found for name, found in value.items() if isinstance(name, str) and isinstance(found, Tensor)}
+    if tensors:
+        yield ".".join(parents) or FLAT, tensors
+    if len(parents) < _MAX_DEPTH:
+        for name, found in value.items():
+            if isinstance(name, str) and isinstance(found, Mapping):
+                yield from _entries(found, (*parents, name))
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(True for _ in _entries(value, ("",)))
+
+
+def _info(path: Path, name: str, tensor: Tensor) -> TensorInfo:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        kind = type(tensor).__name__
+        raise ValueError(
+            f"'{path}' holds {name} as a {kind} without plain numbers: save full tensors with torch.save."
+        )
+    info = TensorInfo(tuple(tensor.shape), tensor.dtype)
+    if info.num_bytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"'{path}' holds {name} of shape {list(info.shape)} with fewer numbers than that: refused.")
+    return info
 
 
 def _detect_container(path: Path) -> Literal["safetensors", "pickle"]:
-    """Tell a safetensors file from a zipped pickle.
-
-    Args:
-        path: A file.
-
-    Returns:
-        ``safetensors`` or ``pickle`` (what ``torch.save`` writes since PyTorch 1.6).
-
-    Raises:
-        ValueError: If it is neither; says what it is and what to do.
-    """
+    """Tell a safetensors file from a zipped pickle, which ``torch.save`` writes since PyTorch 1.6."""
     with path.open("rb") as file:
-        start = file.read(_LOOK)
+        start = file.read(_NUM_LOOKED_AT)
     if start.startswith(b"PK\x03\x04"):
         _check_zip(path)
         return "pickle"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES:
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER_BYTES:
         return "safetensors"
     raise ValueError(f"'{path}' {_describe(start)}.")
 
 
 def _describe(start: bytes) -> str:
-    """What a file that is no checkpoint is, and the remedy."""
+    """Name the kind of a file that is no checkpoint, and the remedy."""
     if not start:
         return "is empty: download it again"
     for sign, text in _TEXTS.items():
@@ -109,281 +436,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"'{path}' holds no JSON object but a {type(found).__name__}.")
     return found
-
-
-# Names of the safetensors format.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
-
-
-class _SafetensorsCheckpoint(Checkpoint):
-    """One safetensors file, or the shards of one model."""
-
-    def __init__(self, path: Path, files: Sequence[Path]) -> None:
-        """Read the headers.
-
-        Args:
-            path: What was named: a file, an index or a folder.
-            files: The files to read.
-
-        Raises:
-            ValueError: If one is truncated or damaged, or two hold the same name.
-        """
-        infos: dict[str, TensorInfo] = {}
-        self._files: dict[str, Path] = {}
-        for file in files:
-            found = _read_infos(file)
-            for name in found.keys() & infos.keys():
-                other = self._files[name].name
-                raise ValueError(f"'{file}' and {other} both hold {name}: they are no shards of one model.")
-            infos |= found
-            self._files |= dict.fromkeys(found, file)
-        container = "safetensors" + (f", {len(files)} shards" if len(files) > 1 else "")
-        super().__init__(path, files=files, container=container, entries={FLAT: infos})
-
-    def read(self, entry: str, name: str) -> Tensor:
-        try:
-            # Opened anew for each tensor: pages of an open mapping count as resident memory.
-            with safe_open(self._files[name], "pt") as opened:
-                return opened.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"'{self._files[name]}' changed while it was read ({error}).") from error
-
-
-def open_shards(folder: Path, *, index: Path | None = None) -> _SafetensorsCheckpoint | None:
-    """Open the safetensors files of a folder as one model.
-
-    Args:
-        folder: Where they lie.
-        index: The ``*.safetensors.index.json`` that lists them; the folder's own, where it has one, when None.
-
-    Returns:
-        The checkpoint, or None if the folder has no safetensors files.
-
-    Raises:
-        ValueError: If shards are missing or there are several sets.
-    """
-    indexes = [index] if index is not None else sorted(folder.glob("*.safetensors.index.json"))
-    if len(indexes) > 1:
-        raise ValueError(f"'{folder}' has several sets of shards ({', '.join(i.name for i in indexes)}): name one.")
-    if not indexes:
-        files = sorted(folder.glob("*.safetensors"))
-        for file in files:
-            _check_shard(file, siblings={other.name for other in files})
-        return _SafetensorsCheckpoint(folder, files) if files else None
-    listed = read_json(indexes[0]).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        raise ValueError(f"'{indexes[0]}' has no weight_map: it is no index of shards.")
-    names = sorted(set(listed.values()))
-    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if missing or not names:
-        raise ValueError(
-            f"'{indexes[0]}' lists {len(names)} shards, {len(missing)} of which are not beside it "
-            f"({', '.join(missing[:5])}): download them too."
-        )
-    checkpoint = _SafetensorsCheckpoint(index or folder, [folder / name for name in names])
-    absent = [name for name in listed if name not in checkpoint.entries[FLAT]]
-    if absent:
-        raise ValueError(f"'{indexes[0]}' lists {len(absent)} tensors that no shard holds ({absent[0]}...).")
-    return checkpoint
-
-
-def _check_shard(file: Path, *, siblings: set[str] = frozenset()) -> None:
-    """Refuse a shard whose siblings are not there.
-
-    Args:
-        file: A safetensors file.
-        siblings: Names of the files that are read with it.
-
-    Raises:
-        ValueError: Names what lacks.
-    """
-    match = _SHARD.fullmatch(file.name)
-    if match is None:
-        return
-    width, count = len(match[2]), int(match[3])
-    wanted = {f"{match[1]}-{i:0{width}}-of-{match[3]}.safetensors" for i in range(1, count + 1)}
-    missing = sorted(wanted - siblings - {file.name})
-    if missing:
-        raise ValueError(
-            f"'{file}' is one of {count} shards, {len(missing)} of which are not read with it ({missing[0]}...): give "
-            "the folder that holds all of them."
-        )
-
-
-def _read_infos(file: Path) -> dict[str, TensorInfo]:
-    infos = {}
-    try:
-        with safe_open(file, "pt") as opened:
-            for name in opened.offset_keys():
-                part = opened.get_slice(name)
-                if part.get_dtype() not in DTYPES:
-                    raise ValueError(f"'{file}' holds {name} in the unknown dtype {part.get_dtype()}.")
-                infos[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
-    except SafetensorError as error:
-        raise ValueError(
-            f"'{file}' is truncated or damaged, or no safetensors file ({error}): download it again."
-        ) from error
-    return infos
-
-
-# Entries may lie one level below the top's: {"state_dict": {"generator": {...}}}.
-_MAX_DEPTH = 2
-# Pages that were read count as resident until the mapping is closed, so it is opened anew after so many bytes.
-_RELEASE_BYTES = 1 << 28
-# What the unpickler meets in a damaged stream.
-_DAMAGE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    struct.error,
-)
-
-
-class _PickleCheckpoint(Checkpoint):
-    """A zipped pickle, memory-mapped."""
-
-    def __init__(self, path: Path) -> None:
-        """Unpickle the structure; tensors stay in the file.
-
-        Raises:
-            ValueError: If it wants to load more than tensors, or holds no dictionary of tensors.
-        """
-        self._file = path
-        self._release_bytes = _RELEASE_BYTES
-        self._num_read = 0
-        root = _load(path)
-        self._tensors = dict(_entries(root, ()))
-        if not self._tensors:
-            raise ValueError(f"'{path}' holds no named tensors.")
-        entries = {
-            entry: {name: _info(path, name, tensor) for name, tensor in tensors.items()}
-            for entry, tensors in self._tensors.items()
-        }
-        others = [str(name) for name, value in root.items() if not isinstance(value, Tensor) and not _holds(value)]
-        super().__init__(path, files=[path], container="pickle (zip)", entries=entries, others=others)
-
-    def read(self, entry: str, name: str) -> Tensor:
-        if self._num_read > self._release_bytes:
-            self._tensors = {}  # the old mapping goes before the new one comes
-            self._tensors = dict(_entries(_load(self._file), ()))
-            self._num_read = 0
-        self._num_read += self.entries[entry][name].num_bytes
-        return self._tensors[entry][name]
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        wanted = sorted(get_unsafe_globals_in_checkpoint(path))
-        root = None if wanted else _load_tensors(path)
-    except _DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"'{path}' cannot be unpickled, so it is damaged: {reason}") from error
-    if wanted:
-        rest = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""
-        raise ValueError(
-            f"'{path}' is refused: beside tensors it wants to load {', '.join(wanted[:3])}{rest}, and pickles that do "
-            "can run code. If you trust its author, load it yourself and save the tensors alone with torch.save."
-        )
-    if not isinstance(root, Mapping):
-        raise ValueError(f"'{path}' holds a {type(root).__name__}, where a dictionary of tensors is expected.")
-    return root
-
-
-def _load_tensors(path: Path) -> Any:
-    if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # torch.load goes by this suffix and would read the pickle as what it is not, so it gets another name to open.
-    with TemporaryDirectory() as folder:
-        link = Path(folder) / "checkpoint.pt"
-        os.symlink(path.resolve(), link)
-        return torch.load(link, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _entries(value: Mapping[str, Any], parents: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(dotted entry name, its tensors) of every dictionary that holds some."""
-    tensors = {name: found for name, found in value.items() if isinstance(name, str) and isinstance(found, Tensor)}
-    if tensors:
-        yield ".".join(parents) or FLAT, tensors
-    if len(parents) < _MAX_DEPTH:
-        for name, found in value.items():
-            if isinstance(name, str) and isinstance(found, Mapping):
-                yield from _entries(found, (*parents, name))
-
-
-def _holds(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(True for _ in _entries(value, ("",)))
-
-
-def _info(path: Path, name: str, tensor: Tensor) -> TensorInfo:
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
-        kind = type(tensor).__name__
-        raise ValueError(
-            f"'{path}' holds {name} as a {kind} without plain numbers: save full tensors with torch.save."
-        )
-    info = TensorInfo(tuple(tensor.shape), tensor.dtype)
-    if info.num_bytes > tensor.untyped_storage().nbytes():
-        raise ValueError(f"'{path}' holds {name} of shape {list(info.shape)} with fewer numbers than that: refused.")
-    return info
-
-
-_INDEX = ".safetensors.index.json"
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint without reading its weights.
-
-    Args:
-        path: A safetensors file or a zipped pickle, whatever its suffix; an index of shards; a folder of shards or
-            with one checkpoint; or a diffusers pipeline's folder, of which the transformer is taken.
-
-    Returns:
-        Names, shapes and dtypes; tensors are read one by one.
-
-    Raises:
-        ValueError: If it is none of these, is damaged, or wants to load more than tensors.
-    """
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint '{path}' does not exist.")
-    if path.name.endswith(_INDEX):
-        return open_shards(path.parent, index=path)
-    if _detect_container(path) == "pickle":
-        return _PickleCheckpoint(path)
-    _check_shard(path)
-    return _SafetensorsCheckpoint(path, [path])
-
-
-def _open_folder(folder: Path) -> Checkpoint:
-    if (folder / "model_index.json").is_file():
-        folder = folder / "transformer"
-    shards = open_shards(folder)
-    if shards is not None:
-        return shards
-    pickles = sorted(file for file in folder.glob("*") if file.suffix in _PICKLES)
-    if len(pickles) == 1:
-        return open_checkpoint(pickles[0])
-    if pickles:
-        raise ValueError(
-            f"'{folder}' holds {len(pickles)} checkpoints ({', '.join(p.name for p in pickles)}): name one."
-        )
-    raise ValueError(f"'{folder}' holds no checkpoint: give a .safetensors or .pt file, or a folder of shards.")

@@ -1,16 +1,19 @@
-"""What named tensors are: a Wan transformer, an adapter, another part of Wan, or something else."""
+"""Recognition of named tensors: a Wan transformer, an adapter, another part of Wan, or something else."""
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from longtake.models.checkpoints.checkpoint import FLOATS, TensorInfo
+import torch
+
+from longtake.models.checkpoints.files import TensorInfo
 from longtake.models.conversion import diffusers_name, strip_wrappers, wrappers_in
 
-Kind = Literal["transformer", "lora", "vae", "text_encoder", "unmerged", "relative", "other"]
+_Kind = Literal["transformer", "lora", "vae", "text_encoder", "unmerged", "relative", "other"]
 
 NUM_LATENT_CHANNELS_5B = 48
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LORA = re.compile(r"(?:^|[._])lora_(?:A|B|down|up)\.")
 _UNMERGED = re.compile(r"\.base_layer\.")
 _VAE = re.compile(r"(?:en|de)coder\.(?:conv1|conv_in|middle\.0\.residual\.0|mid_block\.resnets\.0\.norm1)\.\w+")
@@ -29,30 +32,23 @@ _RELATIVES = {
 
 @dataclass(frozen=True)
 class Identity:
-    """What an entry of a checkpoint is.
+    """Kind of an entry of a checkpoint.
 
     Attributes:
-        kind: ``transformer``, or what else.
-        title: The same for people, with what is particular to it.
+        kind: ``transformer``, or another.
+        title: The same for people, with its particulars.
         naming: ``original`` or ``diffusers``; empty where that is no question.
         wrappers: Prefixes of training code that were found.
     """
 
-    kind: Kind
+    kind: _Kind
     title: str
     naming: str = ""
     wrappers: tuple[str, ...] = ()
 
 
 def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
-    """Recognise an entry by its names.
-
-    Args:
-        tensors: Name as stored to info.
-
-    Returns:
-        What it is; for anything unknown the kind is ``other``.
-    """
+    """Recognise an entry by its names as stored; for anything unknown the kind is ``other``."""
     stripped = [strip_wrappers(name) for name in tensors]
     wrappers = tuple(wrappers_in(tensors))
     num_adapters = sum(_LORA.search(name) is not None for name in stripped)
@@ -77,14 +73,7 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
 
 
 def require_transformer(path: object, tensors: Mapping[str, TensorInfo]) -> Identity:
-    """Refuse what is no transformer of Wan2.1's family.
-
-    Args:
-        path: For messages: what was opened, and the entry.
-        tensors: Name as stored to info.
-
-    Returns:
-        What it is.
+    """Refuse anything but a transformer of Wan2.1's family.
 
     Raises:
         ValueError: Says what it is instead, and what to do with it.
@@ -113,14 +102,10 @@ def require_transformer(path: object, tensors: Mapping[str, TensorInfo]) -> Iden
 def require_floats(path: object, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse quantised weights, whose scales are not known.
 
-    Args:
-        path: For messages.
-        tensors: Name to info.
-
     Raises:
         ValueError: If a tensor is not stored in 16, 32 or 64-bit floats.
     """
-    odd = {name: str(info.dtype).removeprefix("torch.") for name, info in tensors.items() if info.dtype not in FLOATS}
+    odd = {name: str(info.dtype).removeprefix("torch.") for name, info in tensors.items() if info.dtype not in _FLOATS}
     if odd:
         raise ValueError(
             f"'{path}' stores {len(odd)} of {len(tensors)} tensors as {', '.join(sorted(set(odd.values())))} "

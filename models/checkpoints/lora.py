@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longtake.models.checkpoints.checkpoint import FLAT, Checkpoint, TensorInfo, choose_entry
+from longtake.models.checkpoints.files import FLAT, Checkpoint, TensorInfo, choose_entry
 from longtake.models.checkpoints.identify import require_floats
 from longtake.models.conversion import diffusers_name, listing, original_name, strip_wrappers
 
@@ -39,8 +39,8 @@ class Adapter:
     """An adapter that fits a model.
 
     Attributes:
-        checkpoint: Where its factors lie.
-        entry: In which entry.
+        checkpoint: File of its factors.
+        entry: Of the file.
         pairs: Diffusers name of the weight to its pair.
     """
 
@@ -59,11 +59,7 @@ class Adapter:
         return sorted({pair.scale for pair in self.pairs.values()})
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """Add the adapter's change to one weight.
-
-        Args:
-            name: Diffusers name.
-            weight: (out, in), any float dtype; not changed.
+        """Add the adapter's change to the weight of a diffusers name.
 
         Returns:
             float32, for the caller to round once; ``weight`` itself if the adapter leaves it as it is.
@@ -91,9 +87,6 @@ def read_adapter(
         key: Entry of the file; ``generator_lora``, ``lora`` or tensors at the top when None.
         alpha: Scale times rank. Few files say it (``.alpha`` tensors); then it may be left out.
 
-    Returns:
-        The adapter.
-
     Raises:
         ValueError: If a factor has no partner, no target or another shape, or alpha is not known.
 
@@ -118,16 +111,12 @@ def read_adapter(
         raise ValueError(f"adapter '{path}' holds no lora_A and lora_B factors in {entry or 'its tensors'}.")
     require_floats(path, tensors)
     known = {target: float(checkpoint.read(entry, name).float()) for target, name in alphas.items()}
-    return Adapter(
-        checkpoint,
-        entry,
-        {
-            target: _pair(
-                target, tensors, sides, alpha=_alpha(path, target, known, alpha), shape=shapes[target], path=path
-            )
-            for target, sides in factors.items()
-        },
-    )
+    pairs = {}
+    for target, sides in factors.items():
+        (down,), (up,) = sides["A"], sides["B"]
+        rank = _rank(path, tensors, down=down, up=up, target=target, shape=shapes[target])
+        pairs[target] = _Pair(down=down, up=up, rank=rank, scale=_alpha(path, known.get(target), alpha) / rank)
+    return Adapter(checkpoint, entry, pairs)
 
 
 def adapter_rank(tensors: Mapping[str, TensorInfo]) -> list[int]:
@@ -143,11 +132,12 @@ def _sort(
     kohya = {name.removesuffix(".weight").replace(".", "_"): name for name in shapes}
     kohya |= {(original_name(name) or "").removesuffix(".weight").replace(".", "_"): name for name in shapes}
     factors: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    alphas, unknown = {}, []
+    alphas: dict[str, str] = {}
+    unknown = []
     for name in tensors:
         match = _FACTOR.fullmatch(name) or _ALPHA.fullmatch(name)
         target = _target(match["target"], kohya) if match else None
-        if target not in shapes:
+        if match is None or target is None or target not in shapes:
             unknown.append(name)
         elif match.re is _ALPHA:
             alphas[target] = name
@@ -165,34 +155,27 @@ def _target(name: str, kohya: Mapping[str, str]) -> str | None:
     return diffusers_name(".".join([*parts, "weight"]))
 
 
-def _alpha(path: object, target: str, known: Mapping[str, float], given: float | None) -> float:
-    stored = known.get(target)
-    if stored is None and given is None:
-        raise ValueError(
-            f"adapter '{path}' does not say its alpha, nor does the preset: give it (--lora-alpha); published with "
-            "the adapter, often equal to its rank."
-        )
+def _alpha(path: object, stored: float | None, given: float | None) -> float:
     if stored is not None and given is not None and stored != given:
         raise ValueError(
             f"adapter '{path}' says alpha={stored:g} itself, {given:g} was given: leave --lora-alpha out."
         )
-    return given if stored is None else stored
+    alpha = given if stored is None else stored
+    if alpha is None:
+        raise ValueError(
+            f"adapter '{path}' does not say its alpha, nor does the preset: give it (--lora-alpha); published with "
+            "the adapter, often equal to its rank."
+        )
+    return alpha
 
 
-def _pair(
-    target: str,
-    tensors: Mapping[str, TensorInfo],
-    sides: Mapping[str, list[str]],
-    *,
-    alpha: float,
-    shape: tuple[int, ...],
-    path: object,
-) -> _Pair:
-    (down,), (up,) = sides["A"], sides["B"]
+def _rank(
+    path: object, tensors: Mapping[str, TensorInfo], *, down: str, up: str, target: str, shape: tuple[int, ...]
+) -> int:
     a, b = tensors[down].shape, tensors[up].shape
     if len(shape) != 2 or len(a) != 2 or len(b) != 2 or (b[0], a[1]) != shape or a[0] != b[1] or not a[0]:
         raise ValueError(
             f"adapter '{path}' does not fit {target} of shape {list(shape)}: {down} is {list(a)}, {up} is {list(b)}; "
             "(rank, in) and (out, rank) fit."
         )
-    return _Pair(down=down, up=up, rank=a[0], scale=alpha / a[0])
+    return a[0]

@@ -1,20 +1,20 @@
-"""What a model folder is made of: parts that are written anew and parts that are taken as they are."""
+"""Parts of a model folder: weights written anew, tensor by tensor, and files taken as they are."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import diffusers
 import torch
 from torch import Tensor
 
-from longtake.models.checkpoints.checkpoint import Checkpoint, TensorInfo
-from longtake.models.checkpoints.files import DTYPES
+from longtake.models.checkpoints.files import SAFETENSORS_DTYPES, Checkpoint, TensorInfo
 from longtake.models.conversion import listing
 
 DEFAULT_SHARD_BYTES = 10 * 10**9  # as diffusers
@@ -22,7 +22,7 @@ TRANSFORMER_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
 _PIECE = 1 << 24  # numbers that are cast and checked at a time
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,16 @@ def parse_bytes(text: str) -> int:
     return num_bytes
 
 
+OnTensor = Callable[[OutputTensor], None]
+
+
 def write_weights(
     folder: Path,
     tensors: Sequence[OutputTensor],
     *,
     stem: str = TRANSFORMER_STEM,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    on_tensor: Callable[[OutputTensor], None] | None = None,
+    on_tensor: OnTensor | None = None,
 ) -> list[Path]:
     """Write tensors as one safetensors file or, above ``max_shard_bytes``, as shards with an index.
 
@@ -105,7 +108,7 @@ def write_weights(
 
 def _write_raw(file: BinaryIO, tensor: Tensor) -> None:
     """Write a tensor's numbers, little-endian, row by row."""
-    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _split(tensors: Sequence[OutputTensor], max_bytes: int) -> list[list[OutputTensor]]:
@@ -144,82 +147,43 @@ def _write_tensor(file: BinaryIO, tensor: OutputTensor) -> bool:
     if tuple(found.shape) != tensor.info.shape:
         raise ValueError(f"{tensor.name} came as {list(found.shape)}, its header says {list(tensor.info.shape)}.")
     is_finite = True
-    for piece in _pieces(found):
+    for piece in found.detach().contiguous().reshape(-1).split(_PIECE):
         cast = piece.to(tensor.info.dtype)
         is_finite = is_finite and bool(torch.isfinite(cast).all())
         _write_raw(file, cast)
     return is_finite
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.detach().contiguous().reshape(-1).split(_PIECE)
-
-
-OnTensor = Callable[[OutputTensor], None]
-
-
-class Part(Protocol):
-    """A sub-folder of a diffusers pipeline."""
-
-    name: str
-    tensors: Sequence[OutputTensor]
-
-    def write(self, folder: Path, *, max_shard_bytes: int, on_tensor: OnTensor | None) -> None:
-        """Fill an existing, empty folder."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class WrittenPart:
-    """Weights that are renamed and written, beside a new ``config.json``.
+class Part:
+    """A sub-folder of a diffusers pipeline: files taken as they are, or weights written beside a new ``config.json``.
 
     Attributes:
-        name: ``transformer``, ``vae`` or ``text_encoder``.
+        name: ``transformer``, ``vae``, ``text_encoder`` or ``tokenizer``.
+        files: Linked, or copied where the new folder is on another disk.
+        config: Content of the ``config.json`` to write.
+        tensors: Weights to write.
         source: Where the weights are from, for messages.
-        config: Content of its ``config.json``.
-        tensors: Its weights.
         stem: Of the weight files' names.
         notes: (what, text) rows for the summary.
     """
 
     name: str
-    source: str
-    config: Mapping[str, Any]
-    tensors: Sequence[OutputTensor]
+    files: Sequence[Path] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Sequence[OutputTensor] = ()
+    source: str = ""
     stem: str = TRANSFORMER_STEM
     notes: Sequence[tuple[str, str]] = ()
 
     def write(
         self, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, on_tensor: OnTensor | None = None
     ) -> None:
-        """Write ``config.json`` and the weights.
+        """Fill an existing, empty folder.
 
         Raises:
             ValueError: If the weights are not finite.
         """
-        write_json(folder / "config.json", self.config)
-        try:
-            write_weights(folder, self.tensors, stem=self.stem, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor)
-        except ValueError as error:
-            raise ValueError(f"'{self.source}': {error}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class TakenPart:
-    """Files that are taken as they are.
-
-    Attributes:
-        name: ``vae``, ``text_encoder`` or ``tokenizer``.
-        files: Linked, or copied where the new folder is on another disk.
-        notes: (what, text) rows for the summary.
-    """
-
-    name: str
-    files: Sequence[Path]
-    notes: Sequence[tuple[str, str]] = ()
-    tensors: Sequence[OutputTensor] = field(default=())
-
-    def write(self, folder: Path, *, max_shard_bytes: int = 0, on_tensor: OnTensor | None = None) -> None:
-        """Link or copy the files."""
         for file in self.files:
             # A hub cache holds links to its blobs; the new folder is not to depend on them.
             source = file.resolve()
@@ -227,29 +191,24 @@ class TakenPart:
                 os.link(source, folder / file.name)
             else:
                 shutil.copy2(source, folder / file.name)
+        if not self.tensors:
+            return
+        write_json(folder / "config.json", self.config)
+        try:
+            write_weights(folder, self.tensors, stem=self.stem, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor)
+        except ValueError as error:
+            raise ValueError(f"'{self.source}': {error}") from error
 
 
 def renamed(
     checkpoint: Checkpoint, entry: str, sources: Mapping[str, str], *, order: Sequence[str]
 ) -> list[OutputTensor]:
-    """Describe tensors that only get another name.
-
-    Args:
-        checkpoint: Where they are read from.
-        entry: In which entry.
-        sources: New name to name in the checkpoint.
-        order: New names, as they are to be written.
-
-    Returns:
-        One output each, dtype as stored.
-    """
-
-    def output(name: str) -> OutputTensor:
-        source = sources[name]
-        info: TensorInfo = checkpoint.entries[entry][source]
-        return OutputTensor(name=name, info=info, load=lambda: checkpoint.read(entry, source))
-
-    return [output(name) for name in order]
+    """Describe tensors that only get another name, in the order of the new names; ``sources`` has the stored ones."""
+    tensors = checkpoint.entries[entry]
+    return [
+        OutputTensor(name=name, info=tensors[sources[name]], load=partial(checkpoint.read, entry, sources[name]))
+        for name in order
+    ]
 
 
 def stock_config(class_name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

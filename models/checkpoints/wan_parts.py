@@ -1,21 +1,290 @@
-""""""
+"""Parts of a Wan pipeline in diffusers' layout, found in files of any naming and checked before anything is read."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from itertools import count, takewhile
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from longtake.models.checkpoints.checkpoint import Checkpoint, TensorInfo, choose_entry
-from longtake.models.checkpoints.files import open_checkpoint, open_shards, read_json
-from longtake.models.checkpoints.identify import NUM_LATENT_CHANNELS_5B, identify, require_floats, strip_names
-from longtake.models.checkpoints.parts import TRANSFORMERS_STEM, Part, TakenPart, WrittenPart, renamed, stock_config
-from longtake.models.checkpoints.transformer import check_shapes
-from longtake.models.conversion import listing
+from longtake.models.checkpoints.files import (
+    Checkpoint,
+    TensorInfo,
+    choose_entry,
+    open_checkpoint,
+    open_shards,
+    read_json,
+)
+from longtake.models.checkpoints.identify import (
+    NUM_LATENT_CHANNELS_5B,
+    Identity,
+    identify,
+    require_floats,
+    require_transformer,
+    strip_names,
+)
+from longtake.models.checkpoints.lora import Adapter
+from longtake.models.checkpoints.parts import (
+    TRANSFORMER_STEM,
+    TRANSFORMERS_STEM,
+    OutputTensor,
+    Part,
+    renamed,
+    stock_config,
+)
+from longtake.models.conversion import convert_original_state_dict, listing
+
+Shape = tuple[int, ...]
+
+_HEAD_DIM = 128  # all of Wan's models
+# Sizes with a name: width, width of the feed-forward, layers.
+_SIZES = {(1536, 8960, 30): "1.3B", (5120, 13824, 40): "14B"}
+_FROM_ORIGINAL = {
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "text_dim": "text_dim",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "eps": "eps",
+}
+_CLASSES = ("WanTransformer3DModel", "WanModel", "CausalWanModel")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a transformer's ``config.json``, Wan's own or diffusers', under the names of ``WanTransformer3DModel``."""
+    found = read_json(path)
+    if "num_attention_heads" in found and "attention_head_dim" in found:
+        known = signature(WanTransformer3DModel.__init__).parameters
+        return {key: value for key, value in found.items() if key in known and value is not None}
+    if "num_heads" in found and "dim" in found:
+        width, heads = found["dim"], found["num_heads"]
+        if not isinstance(width, int) or not isinstance(heads, int) or heads < 1 or width % heads:
+            raise ValueError(f"'{path}' says dim={width}, no multiple of num_heads={heads}.")
+        config = {new: found[old] for old, new in _FROM_ORIGINAL.items() if old in found}
+        return config | {"attention_head_dim": width // heads}
+    raise ValueError(
+        f"'{path}' describes no Wan transformer: it has neither num_heads and dim (Wan's own) nor num_attention_heads "
+        "and attention_head_dim (diffusers)."
+    )
+
+
+def _transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *, path: object) -> dict[str, Any]:
+    """Find the arguments of the ``WanTransformer3DModel`` that has these weights.
+
+    The head's width is in no shape: it is that of the ``given`` config, with which all else has to agree.
+    """
+
+    def shape(name: str, rank: int) -> Shape:
+        if len(shapes[name]) != rank:
+            raise ValueError(
+                f"'{path}' has {name} of shape {list(shapes[name])}: a Wan transformer's has {rank} axes."
+            )
+        return shapes[name]
+
+    patch = shape("patch_embedding.weight", 5)
+    (width,) = shape("patch_embedding.bias", 1)
+    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    widths = [shape(f"blocks.{layer}.ffn.net.0.proj.bias", 1)[0] for layer in layers]
+    config = {
+        "patch_size": list(patch[2:]),
+        "in_channels": patch[1],
+        "out_channels": shape("proj_out.bias", 1)[0] // prod(patch[2:]),
+        "text_dim": _other(shape("condition_embedder.text_embedder.linear_1.weight", 2), width),
+        "freq_dim": _other(shape("condition_embedder.time_embedder.linear_1.weight", 2), width),
+        "ffn_dim": Counter(widths).most_common(1)[0][0],
+        "num_layers": len(layers),
+        "cross_attn_norm": True,
+    }
+    image = "condition_embedder.image_embedder."
+    if f"{image}norm1.bias" in shapes:
+        config |= {"image_dim": shape(f"{image}norm1.bias", 1)[0], "added_kv_proj_dim": width}
+    if f"{image}pos_embed" in shapes:
+        config |= {"pos_embed_seq_len": shape(f"{image}pos_embed", 3)[1]}
+    head_dim = given.get("attention_head_dim", _HEAD_DIM)
+    if not isinstance(head_dim, int) or head_dim < 1 or width % head_dim:
+        raise ValueError(
+            f"'{path}' is {width} wide, no multiple of the {head_dim} that a head of Wan has: say the number of heads "
+            "with its config.json (--config)."
+        )
+    config |= {"num_attention_heads": width // head_dim, "attention_head_dim": head_dim}
+    odd = [f"{k}={given[k]} but {v}" for k, v in config.items() if k in given and not _equal(given[k], v)]
+    if odd:
+        raise ValueError(f"'{path}': config.json says {', '.join(odd)} by the shapes: it belongs to another model.")
+    return dict(given) | config
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return what a ``WanTransformer3DModel`` of this configuration holds, name to shape, in the class's order."""
+    return _shapes_of(_on_meta(WanTransformer3DModel, **config))
+
+
+def _on_meta(model_class: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Any:
+    with torch.device("meta"):
+        return model_class(*args, **kwargs)
+
+
+def _shapes_of(model: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], *, path: object) -> None:
+    """Refuse weights that are not exactly those that the class will load."""
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    odd = [
+        f"{name} is {list(found[name])}, should be {list(expected[name])}{_remark(found[name], expected[name])}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    faults = [f"{len(odd)} misshapen: {'; '.join(sorted(odd)[:3])}{'; ...' if len(odd) > 3 else ''}"] if odd else []
+    faults += [f"missing: {listing(missing)}"] if missing else []
+    faults += [f"extra: {listing(extra)}"] if extra else []
+    if faults:
+        raise ValueError(f"'{path}' does not fit its model: {'; '.join(faults)}. Nothing was written.")
+
+
+def _remark(found: Shape, expected: Shape) -> str:
+    return " (transposed)" if len(found) > 1 and found == expected[::-1] else ""
+
+
+def _other(shape: Shape, width: int) -> int:
+    """The axis that is not the model's width, whichever way round the weight lies."""
+    first, last = shape
+    return first if last == width else last
+
+
+def _equal(given: Any, found: Any) -> bool:
+    return (list(given) if isinstance(given, list | tuple) else given) == found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """A complete transformer in a checkpoint.
+
+    Attributes:
+        checkpoint: File of its weights.
+        entry: Of the file.
+        identity: Kind, naming and prefixes of the entry.
+        config: Arguments of the ``WanTransformer3DModel`` that loads it.
+        sources: Diffusers name to name in the checkpoint, in the class's order.
+    """
+
+    checkpoint: Checkpoint
+    entry: str
+    identity: Identity
+    config: Mapping[str, Any]
+    sources: Mapping[str, str]
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Diffusers name to shape and dtype as stored."""
+        found = self.checkpoint.entries[self.entry]
+        return {name: found[source] for name, source in self.sources.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Diffusers name to shape."""
+        return {name: info.shape for name, info in self.infos.items()}
+
+    @property
+    def size(self) -> str | None:
+        """``1.3B``, ``14B``, or None for any other."""
+        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        return _SIZES.get((width, self.config["ffn_dim"], self.config["num_layers"]))
+
+    @property
+    def is_image_to_video(self) -> bool:
+        """Whether it attends to an image beside the text."""
+        return self.config.get("added_kv_proj_dim") is not None
+
+    def part(self, *, dtype: torch.dtype | None = None, adapter: Adapter | None = None) -> Part:
+        """Describe the folder to write.
+
+        Args:
+            dtype: Of the written weights; as stored when None.
+            adapter: Merged into them.
+        """
+
+        def output(name: str, info: TensorInfo) -> OutputTensor:
+            def load() -> Tensor:
+                weight = self.checkpoint.read(self.entry, self.sources[name])
+                return weight if adapter is None else adapter.merge(name, weight)
+
+            return OutputTensor(name=name, info=TensorInfo(info.shape, dtype or info.dtype), load=load)
+
+        return Part(
+            name="transformer",
+            source=_title(self.checkpoint, self.entry),
+            config=_stock_arguments(_on_meta(WanTransformer3DModel, **self.config)),
+            tensors=[output(name, info) for name, info in self.infos.items()],
+        )
+
+
+def find_transformer(checkpoint: Checkpoint, *, key: str | None = None, config: Path | None = None) -> Transformer:
+    """Find the transformer of a checkpoint and check it against diffusers' class.
+
+    Args:
+        checkpoint: Opened.
+        key: Entry; the first of ``ENTRY_ORDER`` that is there when None.
+        config: A ``config.json``, Wan's own or diffusers', that says how many heads there are; the one beside the
+            checkpoint when None, and heads of 128 without any.
+
+    Raises:
+        ValueError: Says what it is instead, or lists what is missing, extra or misshapen.
+    """
+    entry = choose_entry(checkpoint, key)
+    path = _title(checkpoint, entry)
+    stored = checkpoint.entries[entry]
+    identity = require_transformer(path, stored)
+    try:
+        sources = convert_original_state_dict({name: name for name in stored})
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from error
+    shapes = {name: stored[source].shape for name, source in sources.items()}
+    beside = checkpoint.files[0].parent / "config.json"
+    if config is None and beside.is_file() and read_json(beside).get("_class_name") in _CLASSES:
+        config = beside
+    arguments = _transformer_config(shapes, _read_config(config) if config else {}, path=path)
+    expected = expected_shapes(arguments)
+    _check_shapes(shapes, expected, path=path)
+    ordered = {name: sources[name] for name in expected}
+    return Transformer(checkpoint=checkpoint, entry=entry, identity=identity, config=arguments, sources=ordered)
+
+
+def _title(checkpoint: Checkpoint, entry: str) -> str:
+    return f"{checkpoint.path}:{entry}" if entry else str(checkpoint.path)
+
+
+def _stock_arguments(model: Any) -> dict[str, Any]:
+    """The ``config.json`` of a diffusers model: all arguments of its class, defaults included."""
+    found = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    return stock_config(type(model).__name__, listed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """The model that a file under Wan's own names becomes.
+
+    Attributes:
+        shapes: Of its weights, in the class's order.
+        config: Content of its ``config.json``.
+        rename: Translates an original name; None for an unknown one.
+    """
+
+    shapes: Mapping[str, Shape]
+    config: Mapping[str, Any]
+    rename: Callable[[str], str | None]
+
 
 _NUM_LATENT_CHANNELS = 16  # what the latents' published mean and deviation are for
 _RESIDUAL = {
@@ -44,16 +313,9 @@ _UP = re.compile(r"decoder\.upsamples\.(\d+)\.(.+)")
 
 
 def _vae_name(name: str, *, num_res_blocks: int) -> str | None:
-    """Translate a name of Wan's own VAE.
+    """Translate a name of Wan2.1's own VAE to ``AutoencoderKLWan``'s; None for an unknown one.
 
-    Args:
-        name: Stripped of wrappers.
-        num_res_blocks: Residual blocks per stage of the encoder; the decoder has one more.
-
-    Returns:
-        The name in ``AutoencoderKLWan``, or None for an unknown one.
-
-    Source: names of Wan2.1's VAE and of diffusers' class.
+    ``num_res_blocks`` are the residual blocks per stage of the encoder; the decoder has one more.
     """
     if match := _MIDDLE.fullmatch(name):
         side, index, inside = match.groups()
@@ -72,19 +334,8 @@ def _vae_name(name: str, *, num_res_blocks: int) -> str | None:
     return _OUTSIDE_NAMES.get(name)
 
 
-def _vae_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) -> dict[str, Any]:
-    """Find the arguments of the ``AutoencoderKLWan`` that has these weights.
-
-    Args:
-        shapes: Original name, stripped, to shape.
-        path: For messages.
-
-    Returns:
-        Arguments; statistics of the latents are the class's own, which are Wan2.1's.
-
-    Raises:
-        ValueError: If it is no VAE of Wan2.1.
-    """
+def _original_vae(shapes: Mapping[str, Shape], path: object) -> "_Target":
+    """The ``AutoencoderKLWan`` that has these weights; statistics of the latents are the class's own, Wan2.1's."""
     try:
         num_channels, base = shapes["conv2.weight"][0], shapes["encoder.conv1.weight"][0]
     except (KeyError, IndexError) as error:
@@ -108,59 +359,25 @@ def _vae_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) -> dict[
             stages.append([])
     if not all(stages):
         raise ValueError(f"'{path}' is no Wan2.1 VAE: its encoder has a stage without residual blocks.")
-    return {
-        "base_dim": base,
-        "z_dim": num_channels,
-        "dim_mult": [stage[-1][0] // base for stage in stages],
-        "num_res_blocks": len(stages[0]),
-        "temperal_downsample": temporal,
-    }
-
-
-def _vae_part(checkpoint: Checkpoint) -> WrittenPart:
-    """Describe the ``vae`` folder of an original VAE file.
-
-    Args:
-        checkpoint: Opened.
-
-    Returns:
-        The part, complete, every shape checked against diffusers' class.
-
-    Raises:
-        ValueError: If it is something else, or incomplete.
-    """
-    path = checkpoint.path
-    entry = choose_entry(checkpoint)
-    stored = strip_names(path, checkpoint.entries[entry])
-    infos: dict[str, TensorInfo] = {name: checkpoint.entries[entry][source] for name, source in stored.items()}
-    found = identify(checkpoint.entries[entry])
-    if found.kind != "vae" or found.naming != "original":
-        what = "a VAE in diffusers naming: give its folder, with config.json" if found.kind == "vae" else found.title
-        raise ValueError(f"'{path}' is {what}; --vae takes Wan2.1_VAE.pth or a diffusers folder.")
-    require_floats(path, infos)
-    config = _vae_config({name: info.shape for name, info in infos.items()}, path=path)
-    names = {name: _vae_name(name, num_res_blocks=config["num_res_blocks"]) for name in stored}
-    unknown = [name for name, new in names.items() if new is None]
-    if unknown:
-        raise ValueError(f"'{path}' has names that Wan2.1's VAE has not: {listing(unknown)} of {len(names)}.")
-    with torch.device("meta"):
-        model = AutoencoderKLWan(**config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes({names[name]: info.shape for name, info in infos.items()}, expected, path=path)
-    arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    sources = {names[name]: source for name, source in stored.items()}
-    return WrittenPart(
-        name="vae",
-        source=str(path),
-        config=stock_config("AutoencoderKLWan", arguments),
-        tensors=renamed(checkpoint, entry, sources, order=list(expected)),
-        notes=[("vae", f"converted from {path.name}, {len(sources)} tensors")],
+    num_res_blocks = len(stages[0])
+    model = _on_meta(
+        AutoencoderKLWan,
+        base_dim=base,
+        z_dim=num_channels,
+        dim_mult=[stage[-1][0] // base for stage in stages],
+        num_res_blocks=num_res_blocks,
+        temperal_downsample=temporal,
+    )
+    return _Target(
+        shapes=_shapes_of(model),
+        config=_stock_arguments(model),
+        rename=lambda name: _vae_name(name, num_res_blocks=num_res_blocks),
     )
 
 
-_TEXT_ENCODER_OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+_TEXT_OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
 # Below `blocks.<index>.`; the gate is the factor with the activation, wi_0.
-_BLOCK = {
+_TEXT_BLOCK = {
     "norm1.weight": "layer.0.layer_norm.weight",
     **{f"attn.{x}.weight": f"layer.0.SelfAttention.{x}.weight" for x in "qkvo"},
     "pos_embedding.embedding.weight": "layer.0.SelfAttention.relative_attention_bias.weight",
@@ -169,143 +386,143 @@ _BLOCK = {
     "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
     "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
 }
-_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
+_TEXT_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 _TIED = "encoder.embed_tokens.weight"  # the same numbers as shared.weight, stored once
 
 
 def _text_encoder_name(name: str) -> str | None:
-    """Translate a name of Wan's own text encoder.
-
-    Args:
-        name: Stripped of wrappers.
-
-    Returns:
-        The name in ``UMT5EncoderModel``, or None for an unknown one.
-
-    Source: names of Wan2.1's T5 encoder and of transformers' class.
-    """
-    match = _BLOCK_NAME.fullmatch(name)
+    """Translate a name of Wan's own text encoder to ``UMT5EncoderModel``'s; None for an unknown one."""
+    match = _TEXT_BLOCK_NAME.fullmatch(name)
     if match is None:
-        return _TEXT_ENCODER_OUTSIDE.get(name)
-    return f"encoder.block.{match[1]}.{_BLOCK[match[2]]}" if match[2] in _BLOCK else None
+        return _TEXT_OUTSIDE.get(name)
+    return f"encoder.block.{match[1]}.{_TEXT_BLOCK[match[2]]}" if match[2] in _TEXT_BLOCK else None
 
 
-def _text_encoder_config(shapes: Mapping[str, tuple[int, ...]], *, path: object) -> UMT5Config:
-    """Find the configuration of the ``UMT5EncoderModel`` that has these weights.
-
-    Args:
-        shapes: Original name, stripped, to shape.
-        path: For messages.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: If it is no complete text encoder.
-    """
+def _original_text_encoder(shapes: Mapping[str, Shape], path: object) -> "_Target":
+    """The ``UMT5EncoderModel`` that has these weights."""
     try:
         vocab_size, d_model = shapes["token_embedding.weight"]
         num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
         d_inner, d_ff = shapes["blocks.0.attn.q.weight"][0], shapes["blocks.0.ffn.fc1.weight"][0]
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"'{path}' is no complete UMT5 text encoder: {error}.") from error
-    return UMT5Config(
+    config = UMT5Config(
         vocab_size=vocab_size,
         d_model=d_model,
         d_kv=d_inner // num_heads,
         d_ff=d_ff,
-        num_layers=len({match[1] for match in map(_BLOCK_NAME.fullmatch, shapes) if match}),
+        num_layers=len({match[1] for match in map(_TEXT_BLOCK_NAME.fullmatch, shapes) if match}),
         num_heads=num_heads,
         relative_attention_num_buckets=num_buckets,
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
         architectures=["UMT5EncoderModel"],
     )
+    shapes = _shapes_of(_on_meta(UMT5EncoderModel, config))
+    del shapes[_TIED]
+    return _Target(shapes=shapes, config=config.to_dict(), rename=_text_encoder_name)
 
 
-def _text_encoder_part(checkpoint: Checkpoint) -> WrittenPart:
-    """Describe the ``text_encoder`` folder of an original text encoder file.
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """A part that comes as Wan's own file or as a folder of diffusers or transformers.
+
+    Attributes:
+        title: For messages.
+        owner: Of its original names, for messages.
+        model: Finds the model of original weights.
+        theirs: Name of a weight file of the folder form, for messages.
+        takes: Forms that its option takes, for messages.
+        key: Entry of ``config.json`` that tells the model.
+        value: Of this entry.
+    """
+
+    title: str
+    owner: str
+    model: Callable[[Mapping[str, Shape], object], _Target]
+    theirs: str
+    takes: str
+    key: str
+    value: str
+
+
+_KINDS = {
+    "vae": _Kind(
+        title="Wan VAE",
+        owner="Wan2.1's VAE",
+        model=_original_vae,
+        theirs="a VAE in diffusers naming",
+        takes="--vae takes Wan2.1_VAE.pth or a diffusers folder",
+        key="_class_name",
+        value="AutoencoderKLWan",
+    ),
+    "text_encoder": _Kind(
+        title="UMT5 text encoder",
+        owner="Wan's text encoder",
+        model=_original_text_encoder,
+        theirs="a text encoder in transformers naming",
+        takes="--text-encoder takes models_t5_umt5-xxl-enc-bf16.pth or a transformers folder",
+        key="model_type",
+        value="umt5",
+    ),
+}
+
+
+def find_part(name: str, path: Path) -> Part:
+    """Take a VAE or a text encoder: the folder of a released model as it is, or Wan's own file converted.
 
     Args:
-        checkpoint: Opened.
-
-    Returns:
-        The part, complete, every shape checked against transformers' class.
+        name: ``vae`` or ``text_encoder``.
+        path: Its folder, the folder of a whole pipeline, or Wan's file.
 
     Raises:
-        ValueError: If it is something else, or incomplete.
+        ValueError: If it is something else.
     """
-    path = checkpoint.path
-    entry = choose_entry(checkpoint)
-    stored = strip_names(path, checkpoint.entries[entry])
-    infos: dict[str, TensorInfo] = {name: checkpoint.entries[entry][source] for name, source in stored.items()}
-    found = identify(checkpoint.entries[entry])
-    if found.kind != "text_encoder" or found.naming != "original":
-        is_theirs = found.kind == "text_encoder"
-        what = "a text encoder in transformers naming: give its folder, with config.json" if is_theirs else found.title
-        raise ValueError(
-            f"'{path}' is {what}; --text-encoder takes models_t5_umt5-xxl-enc-bf16.pth or a transformers folder."
-        )
+    kind, words = _KINDS[name], name.replace("_", " ")
+    if not path.is_dir():
+        return _converted_part(name, open_checkpoint(path))
+    folder = _inside(path, name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"'{folder}' has no config.json: it is no diffusers or transformers folder.")
+    found = read_json(folder / "config.json").get(kind.key)
+    if found != kind.value:
+        raise ValueError(f"'{folder}' is no {kind.title}: its config.json says {found!r}.")
+    shards = open_shards(folder)  # refuses what is truncated or lacks shards
+    if shards is None:
+        raise ValueError(f"'{folder}' holds no .safetensors weights; pickles are not taken as they are.")
+    files = [*sorted(folder.glob("*.json")), *shards.files]
+    return Part(name=name, files=files, notes=[(words, f"taken from {folder}")])
+
+
+def _converted_part(name: str, checkpoint: Checkpoint) -> Part:
+    """The part that Wan's own file becomes, complete, every shape checked against the class that will load it."""
+    kind, path, entry = _KINDS[name], checkpoint.path, choose_entry(checkpoint)
+    tensors = checkpoint.entries[entry]
+    stored = strip_names(path, tensors)
+    found = identify(tensors)
+    if (found.kind, found.naming) != (name, "original"):
+        title = f"{kind.theirs}: give its folder, with config.json" if found.kind == name else found.title
+        raise ValueError(f"'{path}' is {title}; {kind.takes}.")
+    infos = {original: tensors[source] for original, source in stored.items()}
     require_floats(path, infos)
-    unknown = [name for name in stored if _text_encoder_name(name) is None]
+    model = kind.model({original: info.shape for original, info in infos.items()}, path)
+    names = {new: original for original in stored if (new := model.rename(original)) is not None}
+    unknown = [original for original in stored if model.rename(original) is None]
     if unknown:
-        raise ValueError(f"'{path}' has names that Wan's text encoder has not: {listing(unknown)} of {len(stored)}.")
-    config = _text_encoder_config({name: info.shape for name, info in infos.items()}, path=path)
-    with torch.device("meta"):
-        model = UMT5EncoderModel(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _TIED}
-    check_shapes({_text_encoder_name(name): info.shape for name, info in infos.items()}, expected, path=path)
-    sources = {_text_encoder_name(name): source for name, source in stored.items()}
-    tensors = renamed(checkpoint, entry, sources, order=list(expected))
-    return WrittenPart(
-        name="text_encoder",
+        raise ValueError(f"'{path}' has names that {kind.owner} has not: {listing(unknown)} of {len(stored)}.")
+    _check_shapes({new: infos[original].shape for new, original in names.items()}, model.shapes, path=path)
+    sources = {new: stored[original] for new, original in names.items()}
+    outputs = renamed(checkpoint, entry, sources, order=list(model.shapes))
+    is_vae = name == "vae"
+    dtype = str(outputs[0].info.dtype).removeprefix("torch.")
+    return Part(
+        name=name,
         source=str(path),
-        config=_content(config, tensors[0].info.dtype),
-        tensors=tensors,
-        stem=TRANSFORMERS_STEM,
-        notes=[("text encoder", f"converted from {path.name}, {len(sources)} tensors")],
+        config=model.config if is_vae else {**model.config, "dtype": dtype},
+        tensors=outputs,
+        stem=TRANSFORMER_STEM if is_vae else TRANSFORMERS_STEM,
+        notes=[(name.replace("_", " "), f"converted from {path.name}, {len(sources)} tensors")],
     )
-
-
-def _content(config: UMT5Config, dtype: torch.dtype) -> dict[str, Any]:
-    return config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-
-
-def find_vae(path: Path) -> Part:
-    """Take a VAE: a diffusers folder as it is, or Wan's own file converted.
-
-    Args:
-        path: ``vae`` folder, folder of a whole pipeline, or ``Wan2.1_VAE.pth``.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    if not path.is_dir():
-        return _vae_part(open_checkpoint(path))
-    folder = _inside(path, "vae")
-    config = _config(folder)
-    if config.get("_class_name") != "AutoencoderKLWan":
-        raise ValueError(f"'{folder}' is no Wan VAE: its config.json names {config.get('_class_name')!r}.")
-    return TakenPart(name="vae", files=_weight_files(folder), notes=[("vae", f"taken from {folder}")])
-
-
-def find_text_encoder(path: Path) -> Part:
-    """Take a text encoder: a transformers folder as it is, or Wan's own file converted.
-
-    Args:
-        path: ``text_encoder`` folder, folder of a whole pipeline, or ``models_t5_umt5-xxl-enc-bf16.pth``.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    if not path.is_dir():
-        return _text_encoder_part(open_checkpoint(path))
-    folder = _inside(path, "text_encoder")
-    config = _config(folder)
-    if config.get("model_type") != "umt5":
-        raise ValueError(f"'{folder}' is no UMT5 text encoder: its config.json says {config.get('model_type')!r}.")
-    files = _weight_files(folder)
-    return TakenPart(name="text_encoder", files=files, notes=[("text encoder", f"taken from {folder}")])
 
 
 def find_tokenizer(path: Path) -> Part:
@@ -321,30 +538,17 @@ def find_tokenizer(path: Path) -> Part:
     files = sorted(file for file in folder.glob("*") if file.suffix in (".json", ".model") and file.is_file())
     if not {"tokenizer.json", "spiece.model"} & {file.name for file in files}:
         raise ValueError(f"'{folder}' holds no tokenizer: tokenizer.json or spiece.model is needed.")
-    return TakenPart(name="tokenizer", files=files, notes=[("tokenizer", f"taken from {folder}")])
+    return Part(name="tokenizer", files=files, notes=[("tokenizer", f"taken from {folder}")])
 
 
-def part_config(part: Part) -> dict[str, Any]:
+def part_config(part: Part) -> Mapping[str, Any]:
     """Return a part's ``config.json``, written or taken."""
-    if isinstance(part, TakenPart):
+    if part.files:
         return read_json(next(file for file in part.files if file.name == "config.json"))
-    return dict(part.config)
+    return part.config
 
 
 def _inside(path: Path, part: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"'{path}' is no folder; --{part.replace('_', '-')} takes one.")
     return path / part if (path / "model_index.json").is_file() else path
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"'{folder}' has no config.json: it is no diffusers or transformers folder.")
-    return read_json(folder / "config.json")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    shards = open_shards(folder)  # refuses what is truncated or lacks shards
-    if shards is None:
-        raise ValueError(f"'{folder}' holds no .safetensors weights; pickles are not taken as they are.")
-    return [*sorted(folder.glob("*.json")), *shards.files]

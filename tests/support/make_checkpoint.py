@@ -18,8 +18,10 @@ import typer
 from checkpoint_layouts import FAMILIES, RANKS, SIZES, FileLayout, contents
 from torch import Tensor
 
-from longtake.models.checkpoints import DTYPES, OutputTensor, TensorInfo, expected_shapes, write_weights
-from longtake.models.checkpoints.parts import _write_raw, write_json
+from longtake.models.checkpoints.converting import DTYPES
+from longtake.models.checkpoints.files import TensorInfo
+from longtake.models.checkpoints.parts import OutputTensor, _write_raw, write_json, write_weights
+from longtake.models.checkpoints.wan_parts import expected_shapes
 from longtake.scripts.console import err, out, run_app
 
 # What a tensor holds, by the file's name for it: (entry, diffusers name of the weight, shape) -> numbers.

@@ -9,7 +9,8 @@ from checkpoint_layouts import FAMILIES, SIZES, contents
 from diffusers import WanTransformer3DModel
 from make_checkpoint import write_family
 
-from longtake.models.checkpoints import ConversionRequest, expected_shapes, plan_conversion
+from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
+from longtake.models.checkpoints.wan_parts import expected_shapes
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 ALPHA = 8.0  # twice the rank, so that a forgotten scale shows
@@ -129,7 +130,8 @@ def test_the_825_true_names_and_shapes():
 
 
 def test_full_size_is_that_of_the_published_models(header_only):
-    from longtake.models.checkpoints import TensorInfo, find_transformer
+    from longtake.models.checkpoints.files import TensorInfo
+    from longtake.models.checkpoints.wan_parts import find_transformer
 
     for family, size, count in (("wan", "1.3B", 1_418_996_800), ("krea", "14B", 14_288_491_584)):
         made = contents(FAMILIES[family][0].entries[""], expected_shapes(SIZES[size]), rank=256)

@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from make_checkpoint import write_family
 from safetensors.torch import load_file, save_file
 
-from longtake.models.checkpoints import ConversionRequest, plan_conversion
+from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
 
 RANK, ALPHA = 3, 5.0
 # Original module, its shape (out, in), its name in diffusers; written by hand.

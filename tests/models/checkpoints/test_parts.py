@@ -11,16 +11,16 @@ from torch.nn import functional as F
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.configs.families import ModelFamily
-from longtake.models.checkpoints import ConversionRequest, TensorInfo, converting, plan_conversion
+from longtake.models.checkpoints import converting
+from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
+from longtake.models.checkpoints.files import TensorInfo
 from longtake.models.checkpoints.wan_parts import (
-    _text_encoder_config,
+    _converted_part,
+    _original_vae,
     _text_encoder_name,
-    _text_encoder_part,
-    _vae_config,
-    _vae_part,
-    find_text_encoder,
+    _vae_name,
+    find_part,
     find_tokenizer,
-    find_vae,
 )
 
 REAL_VAE = {"base": 96, "mult": [1, 2, 4, 4], "blocks": 2, "temporal": [False, True, True]}
@@ -49,36 +49,32 @@ def head(name, dim, outer):
     return {f"{name}.head.0.gamma": (dim, 1, 1, 1)} | convolution(f"{name}.head.2", outer, dim, 3, 3, 3)
 
 
+def stages(name, dims, blocks, *, halved, temporal):
+    """Residual blocks of each stage, and the resampler behind all but the last."""
+    shapes, index = {}, 0
+    for stage, (inner, outer) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        inner = inner // 2 if halved and stage else inner
+        for _ in range(blocks):
+            shapes |= residual(f"{name}.{index}", inner, outer)
+            inner, index = outer, index + 1
+        if stage < len(temporal):
+            shapes |= convolution(f"{name}.{index}.resample.1", outer // 2 if halved else outer, outer, 3, 3)
+            if temporal[stage]:
+                shapes |= convolution(f"{name}.{index}.time_conv", 2 * outer if halved else outer, outer, 3, 1, 1)
+            index += 1
+    return shapes
+
+
 def original_vae(base, mult, blocks, temporal, z=16):
     """Names and shapes as Wan's own VAE lays its layers out, one after another."""
-    dims = [base * m for m in [1, *mult]]
+    down, up = [base * m for m in [1, *mult]], [base * m for m in [mult[-1], *mult[::-1]]]
     shapes = convolution("conv1", 2 * z, 2 * z, 1, 1, 1) | convolution("conv2", z, z, 1, 1, 1)
-    shapes |= convolution("encoder.conv1", dims[0], 3, 3, 3, 3)
-    index = 0
-    for stage, (inner, outer) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
-        for _ in range(blocks):
-            shapes |= residual(f"encoder.downsamples.{index}", inner, outer)
-            inner, index = outer, index + 1
-        if stage < len(mult) - 1:
-            shapes |= convolution(f"encoder.downsamples.{index}.resample.1", outer, outer, 3, 3)
-            if temporal[stage]:
-                shapes |= convolution(f"encoder.downsamples.{index}.time_conv", outer, outer, 3, 1, 1)
-            index += 1
-    shapes |= middle("encoder", dims[-1]) | head("encoder", dims[-1], 2 * z)
-    dims = [base * m for m in [mult[-1], *mult[::-1]]]
-    shapes |= convolution("decoder.conv1", dims[0], z, 3, 3, 3) | middle("decoder", dims[0])
-    index = 0
-    for stage, (inner, outer) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
-        inner = inner // 2 if stage else inner
-        for _ in range(blocks + 1):
-            shapes |= residual(f"decoder.upsamples.{index}", inner, outer)
-            inner, index = outer, index + 1
-        if stage < len(mult) - 1:
-            shapes |= convolution(f"decoder.upsamples.{index}.resample.1", outer // 2, outer, 3, 3)
-            if temporal[::-1][stage]:
-                shapes |= convolution(f"decoder.upsamples.{index}.time_conv", 2 * outer, outer, 3, 1, 1)
-            index += 1
-    return shapes | head("decoder", dims[-1], 3)
+    shapes |= convolution("encoder.conv1", down[0], 3, 3, 3, 3)
+    shapes |= stages("encoder.downsamples", down, blocks, halved=False, temporal=temporal)
+    shapes |= middle("encoder", down[-1]) | head("encoder", down[-1], 2 * z)
+    shapes |= convolution("decoder.conv1", up[0], z, 3, 3, 3) | middle("decoder", up[0])
+    shapes |= stages("decoder.upsamples", up, blocks + 1, halved=True, temporal=temporal[::-1])
+    return shapes | head("decoder", up[-1], 3)
 
 
 def original_text_encoder(vocab, dim, inner, ff, layers, heads, buckets=32):
@@ -106,7 +102,7 @@ def numbers(shapes, seed=0):
 
 def test_the_real_vae_has_the_names_of_both_worlds(header_only):
     shapes = original_vae(**REAL_VAE)
-    part = _vae_part(header_only(infos(shapes)))
+    part = _converted_part("vae", header_only(infos(shapes)))
     with torch.device("meta"):
         model = AutoencoderKLWan()
     assert {t.name: t.info.shape for t in part.tensors} == {n: tuple(t.shape) for n, t in model.state_dict().items()}
@@ -116,18 +112,17 @@ def test_the_real_vae_has_the_names_of_both_worlds(header_only):
     }
     source = {name: name for name in shapes}  # a name instead of a tensor shows where it went
     theirs = convert_wan_vae_to_diffusers(source)
-    from longtake.models.checkpoints.wan_parts import _vae_name
 
     assert {_vae_name(name, num_res_blocks=2): name for name in shapes} == theirs
 
 
 def test_a_tiny_vae_file_loads_and_decodes(tmp_path):
     shapes = original_vae(**TINY_VAE)
-    assert _vae_config(shapes, path="x")["temperal_downsample"] == [True]
+    assert _original_vae(shapes, "x").config["temperal_downsample"] == [True]
     weights = numbers(shapes)
     path = tmp_path / "Wan2.1_VAE.pth"
     torch.save(weights, path)
-    part = find_vae(path)
+    part = find_part("vae", path)
     (tmp_path / "vae").mkdir()
     part.write(tmp_path / "vae")
     model, info = AutoencoderKLWan.from_pretrained(tmp_path / "vae", output_loading_info=True)
@@ -136,31 +131,7 @@ def test_a_tiny_vae_file_loads_and_decodes(tmp_path):
     weights["decoder.upsamples.2.residual.0.gamma"] = weights.pop("decoder.upsamples.4.residual.0.gamma")
     torch.save(weights, path)
     with pytest.raises(ValueError, match="names that Wan2.1's VAE has not: 1 "):
-        find_vae(path)
-
-
-def test_what_is_no_vae_is_refused(tmp_path, header_only, tiny_folder):
-    shapes = original_vae(**TINY_VAE)
-    for change, message in (
-        ({"conv2.weight": (48, 48, 1, 1, 1)}, "VAE of Wan2.2-TI2V-5B"),
-        ({"conv2.weight": (4, 4, 1, 1, 1)}, "4 latent channels, whose mean and deviation are not published"),
-        ({"decoder.conv1.weight": (16, 8, 3, 3, 3)}, r"1 misshapen: decoder.conv_in.weight is \[16, 8, 3, 3, 3\]"),
-        ({"module.conv2.bias": (16,)}, "which are one without wrappers"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            _vae_part(header_only(infos(shapes | change)))
-    del shapes["decoder.head.2.bias"]
-    with pytest.raises(ValueError, match=r"missing: 1 \(decoder.conv_out.bias\)"):
-        _vae_part(header_only(infos(shapes)))
-    del shapes["conv2.weight"]
-    with pytest.raises(ValueError, match="no complete Wan VAE: it lacks 'conv2.weight'"):
-        _vae_part(header_only(infos(shapes)))
-    with pytest.raises(ValueError, match="is a UMT5 text encoder; --vae takes"):
-        _vae_part(header_only(infos(original_text_encoder(**TINY_T5))))
-    with pytest.raises(ValueError, match="diffusers naming: give its folder"):
-        find_vae(next((tiny_folder / "vae").glob("*.safetensors")))
-    with pytest.raises(ValueError, match="is no Wan VAE: its config.json names 'WanTransformer3DModel'"):
-        find_vae(tiny_folder / "transformer")
+        find_part("vae", path)
 
 
 def rms(x, weight):
@@ -196,7 +167,7 @@ def test_a_tiny_text_encoder_gives_the_same_numbers(tmp_path):
     path = tmp_path / "models_t5.pth"
     torch.save(weights, path)
     (tmp_path / "text_encoder").mkdir()
-    find_text_encoder(path).write(tmp_path / "text_encoder")
+    find_part("text_encoder", path).write(tmp_path / "text_encoder")
     model, info = UMT5EncoderModel.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
     assert not any(info.values()), info
     assert torch.equal(model.encoder.embed_tokens.weight, weights["token_embedding.weight"])
@@ -211,7 +182,7 @@ def test_a_tiny_text_encoder_gives_the_same_numbers(tmp_path):
 
 def test_the_real_text_encoder_has_the_names_of_transformers(header_only):
     shapes = original_text_encoder(vocab=256384, dim=4096, inner=4096, ff=10240, layers=24, heads=64)
-    part = _text_encoder_part(header_only(infos(shapes, torch.bfloat16)))
+    part = _converted_part("text_encoder", header_only(infos(shapes, torch.bfloat16)))
     # google/umt5-xxl's published configuration.
     config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     with torch.device("meta"):
@@ -219,26 +190,48 @@ def test_the_real_text_encoder_has_the_names_of_transformers(header_only):
     wanted = {n: tuple(t.shape) for n, t in model.state_dict().items() if n != "encoder.embed_tokens.weight"}
     assert {tensor.name: tensor.info.shape for tensor in part.tensors} == wanted and len(wanted) == 242
     assert part.config["dtype"] == "bfloat16" and part.config["architectures"] == ["UMT5EncoderModel"]
-    assert _text_encoder_config(shapes, path="x").dense_act_fn == "gelu_new"
+    assert part.config["dense_act_fn"] == "gelu_new"
     assert _text_encoder_name("blocks.0.ffn.gate.1.weight") is None
 
 
-def test_what_is_no_text_encoder_is_refused(header_only, tiny_folder):
-    shapes = original_text_encoder(**TINY_T5)
-    with pytest.raises(ValueError, match="names that Wan's text encoder has not"):
-        _text_encoder_part(header_only(infos(shapes | {"blocks.0.ffn.fc3.weight": (1,)})))
-    with pytest.raises(ValueError, match=r"missing: 1 \(encoder.block.1.layer.0.SelfAttention.v.weight\)"):
-        del shapes["blocks.1.attn.v.weight"]
-        _text_encoder_part(header_only(infos(shapes)))
-    with pytest.raises(ValueError, match="no complete UMT5 text encoder: 'token_embedding.weight'"):
-        del shapes["token_embedding.weight"]
-        _text_encoder_part(header_only(infos(shapes)))
-    with pytest.raises(ValueError, match="is a Wan VAE; --text-encoder takes"):
-        _text_encoder_part(header_only(infos(original_vae(**TINY_VAE))))
-    with pytest.raises(ValueError, match="transformers naming: give its folder"):
-        find_text_encoder(next((tiny_folder / "text_encoder").glob("*.safetensors")))
-    with pytest.raises(ValueError, match="is no UMT5 text encoder"):
-        find_text_encoder(tiny_folder / "vae")
+VAE, TEXT = original_vae(**TINY_VAE), original_text_encoder(**TINY_T5)
+WRONG_PARTS = [
+    ("vae", VAE | {"conv2.weight": (48, 48, 1, 1, 1)}, "VAE of Wan2.2-TI2V-5B"),
+    ("vae", VAE | {"conv2.weight": (4,)}, "4 latent channels, whose mean and deviation are not published"),
+    ("vae", VAE | {"decoder.conv1.weight": (16, 8, 3, 3, 3)}, r"1 misshapen: decoder.conv_in.weight is \[16, 8, 3"),
+    ("vae", VAE | {"module.conv2.bias": (16,)}, "which are one without wrappers"),
+    ("vae", {n: s for n, s in VAE.items() if n != "decoder.head.2.bias"}, r"missing: 1 \(decoder.conv_out.bias\)"),
+    ("vae", {n: s for n, s in VAE.items() if n != "conv2.weight"}, "complete Wan VAE: it lacks 'conv2.weight'"),
+    ("vae", TEXT, "is a UMT5 text encoder; --vae takes"),
+    ("text_encoder", TEXT | {"blocks.0.ffn.fc3.weight": (1,)}, "names that Wan's text encoder has not"),
+    (
+        "text_encoder",
+        {n: s for n, s in TEXT.items() if n != "blocks.1.attn.v.weight"},
+        r"missing: 1 \(.*SelfAttention.v",
+    ),
+    ("text_encoder", {n: s for n, s in TEXT.items() if n[0] != "t"}, "no complete UMT5 text encoder: 'token_embedd"),
+    ("text_encoder", VAE, "is a Wan VAE; --text-encoder takes"),
+]
+
+
+@pytest.mark.parametrize(("name", "shapes", "message"), WRONG_PARTS)
+def test_files_that_are_no_such_part_are_refused(name, shapes, message, header_only):
+    with pytest.raises(ValueError, match=message):
+        _converted_part(name, header_only(infos(shapes)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vae", "is no Wan VAE: its config.json says 'WanTransformer3DModel'"),
+        ("text_encoder", "is no UMT5 text encoder"),
+    ],
+)
+def test_folders_of_other_parts_and_their_bare_files_are_refused(name, message, tiny_folder):
+    with pytest.raises(ValueError, match="naming: give its folder"):
+        find_part(name, next((tiny_folder / name).glob("*.safetensors")))
+    with pytest.raises(ValueError, match=message):
+        find_part(name, tiny_folder / "transformer")
 
 
 @pytest.fixture
@@ -267,7 +260,7 @@ def test_a_whole_folder_opens_and_runs(request_of_all, tiny_folder, tmp_path, mo
         torch.manual_seed(0)  # of all numbers: stochastic sampling draws some of its own
         videos.append(pipe("a red circle", max_sequence_length=16, **settings).frames)
     assert torch.allclose(*videos, atol=1e-5)
-    from longtake.models.checkpoints import open_checkpoint
+    from longtake.models.checkpoints.files import open_checkpoint
     from longtake.pipelines.loading import check_model_folder
 
     check_model_folder(out)
@@ -306,7 +299,7 @@ def test_parts_that_do_not_fit_are_refused(request_of_all, tiny_folder, tmp_path
     refused("truncated", vae=other)
     weights.rename(weights.with_suffix(".bin"))
     refused("holds no .safetensors weights; pickles are not taken", vae=other)
-    assert find_vae(tiny_folder).files == find_vae(tiny_folder / "vae").files
+    assert find_part("vae", tiny_folder).files == find_part("vae", tiny_folder / "vae").files
     assert {file.name for file in find_tokenizer(tiny_folder).files} >= {"tokenizer.json", "tokenizer_config.json"}
 
 

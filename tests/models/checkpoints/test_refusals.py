@@ -10,8 +10,9 @@ from make_checkpoint import write_family
 from safetensors.torch import save_file
 
 from longtake.configs.families import CheckpointRule, ModelFamily
-from longtake.models.checkpoints import ConversionRequest, choose_entry, converting, open_checkpoint, plan_conversion
-from longtake.models.checkpoints.checkpoint import TensorInfo
+from longtake.models.checkpoints import converting
+from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
+from longtake.models.checkpoints.files import TensorInfo, choose_entry, open_checkpoint
 
 FAMILIES = ["wan", "self_forcing_ode"]  # a safetensors file and a pickle
 

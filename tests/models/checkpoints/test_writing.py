@@ -8,18 +8,10 @@ from diffusers import WanTransformer3DModel
 from make_checkpoint import write_family
 from safetensors import safe_open
 
-from longtake.models.checkpoints import (
-    ConversionRequest,
-    OutputTensor,
-    TensorInfo,
-    describe_checkpoint,
-    files,
-    open_checkpoint,
-    parse_bytes,
-    plan_conversion,
-    transformer,
-    write_weights,
-)
+from longtake.models.checkpoints import files, wan_parts
+from longtake.models.checkpoints.converting import ConversionRequest, describe_checkpoint, plan_conversion
+from longtake.models.checkpoints.files import TensorInfo, open_checkpoint
+from longtake.models.checkpoints.parts import OutputTensor, parse_bytes, write_weights
 
 
 def public(model):
@@ -134,7 +126,7 @@ def test_descriptions(tmp_path, monkeypatch):
     )
     assert rows["taken unasked"] == "generator_ema" and "may belong to" not in rows
     assert rows["model"].startswith("own size, text-to-video: 2 layers, 24 wide, 2 heads of 12, feed-forward 32")
-    monkeypatch.setitem(transformer.SIZES, (24, 32, 2), "1.3B")  # as if it were of full size
+    monkeypatch.setitem(wan_parts._SIZES, (24, 32, 2), "1.3B")  # as if it were of full size
     rows = dict(describe_checkpoint(path))
     assert rows["model"].startswith("1.3B, ") and "self_forcing" in rows["may belong to"].split(", ")
     (flat,) = write_family(tmp_path / "flat", "wan")
@@ -157,5 +149,5 @@ def test_a_description_says_why_a_file_cannot_be_converted(tmp_path):
 
 def test_describing_reads_no_weights(tmp_path, monkeypatch):
     (path,) = write_family(tmp_path / "repository", "self_forcing")
-    monkeypatch.setattr(files._PickleCheckpoint, "read", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(files.Checkpoint, "read", lambda *args: pytest.fail("a weight was read"))
     assert dict(describe_checkpoint(path))["taken unasked"] == "generator_ema"
