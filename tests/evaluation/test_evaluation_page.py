@@ -81,3 +81,11 @@ def test_prompts_needed_for_the_sign_test():
 def test_the_environment_is_the_one_of_the_exports():
     (text,) = _blocks("sh")
     assert text == ENVIRONMENT
+
+
+@pytest.mark.parametrize("name", ["policies", "history", "compressors", "attention"])
+def test_the_protocol_beside_a_published_study_is_its_own(name):
+    """Presets may change later; the fingerprint that the report prints stays that of the file beside it."""
+    folder = Path(__file__).resolve().parents[2] / "docs" / "results"
+    fingerprint = load_protocol(str(folder / f"{name}.yaml")).fingerprint()
+    assert f"<code>{fingerprint}</code>" in (folder / f"{name}.html").read_text(encoding="utf-8")
