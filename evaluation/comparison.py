@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longtake.evaluation.intervals import Interval
+from longtake.evaluation.intervals import NUM_RESAMPLES, Interval, Paired, column_intervals, column_pairs, holm
 from longtake.evaluation.metric import MetricSpec, Score
-from longtake.evaluation.paired import NUM_RESAMPLES, Paired, column_intervals, column_pairs, holm
 from longtake.evaluation.records import RunScores
 from longtake.evaluation.scores import TOTALS
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from longtake import __version__
+from longtake.evaluation.intervals import mean_interval
 from longtake.evaluation.metric import MetricSpec, Score, Window
-from longtake.evaluation.paired import mean_interval
 from longtake.evaluation.records import SCHEMA, RunScores, VideoScores, read_manifest, score_name
 from longtake.evaluation.running.plan import MANIFEST, SCORES, read_json
 from longtake.evaluation.scores import TOTALS

@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from longtake.evaluation.comparison import compare_runs, value_at
-from longtake.evaluation.intervals import ratio_by_prompt
-from longtake.evaluation.paired import NUM_RESAMPLES
+from longtake.evaluation.intervals import NUM_RESAMPLES, ratio_by_prompt
 from longtake.evaluation.records import RunScores, write_atomically
 from longtake.evaluation.report.data import (
     COSTS,

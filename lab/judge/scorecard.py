@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from lab.judge.training import clip_indices
-from longtake.evaluation.intervals import Interval, wilson_interval
+from longtake.evaluation.intervals import Interval
 from longtake.evaluation.mini_world.judge import (
     ATTRIBUTES,
     CLIP_FRAMES,
@@ -113,12 +114,17 @@ def scorecard(found: Sequence[Mapping[str, str]], expected: Sequence[Mapping[str
                 attribute=name,
                 num_right=num_right,
                 num_asked=num_asked,
-                accuracy=wilson_interval(num_right, num_asked),
+                accuracy=_accuracy(num_right, num_asked),
                 pass_line=PASS_LINES.get(name),
                 mistakes=dict(sorted(wrong.items(), key=lambda item: -item[1])),
             )
         )
     return lines
+
+
+def _accuracy(num_right: int, num_asked: int) -> Interval:
+    limits = binomtest(num_right, num_asked).proportion_ci(method="wilson")
+    return Interval(mean=num_right / num_asked, low=float(limits.low), high=float(limits.high), num_prompts=num_asked)
 
 
 def score_model(

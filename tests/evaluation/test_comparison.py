@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from longtake.evaluation.comparison import compare_runs
+from longtake.evaluation.intervals import column_pairs, holm, mean_interval
 from longtake.evaluation.metric import MetricSpec, Score, Window
-from longtake.evaluation.paired import _paired_difference, holm, mean_interval
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores
 from longtake.evaluation.scores import QUALITY, quality7
 
@@ -83,7 +83,11 @@ def test_means_and_differences_are_those_of_the_values(comparison, runs):
             [expected.mean, expected.low, expected.high], rel=1e-12
         )
         assert (cell["num_videos"], cell["num_prompts"]) == (24, 12)
-    pairs = {name: _paired_difference(scaled[name], scaled["full"], num_resamples=500) for name in ("sink", "pack")}
+    columns = {label: np.array([[values[key]] for key in sorted(values)]) for label, values in scaled.items()}
+    prompts = np.array([prompt for prompt, _ in sorted(scaled["full"])])
+    pairs = {
+        name: column_pairs(columns[name], columns["full"], prompts, num_resamples=500)[0] for name in ("sink", "pack")
+    }
     adjusted = holm({name: pair.sign_p for name, pair in pairs.items()})
     for name, pair in pairs.items():
         cell = cells["paired"][name]

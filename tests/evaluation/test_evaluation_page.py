@@ -9,9 +9,9 @@ import pytest
 import typer
 import yaml
 
+from longtake.evaluation.intervals import _sign_test, holm
 from longtake.evaluation.metric import PREFIXES
 from longtake.evaluation.metrics import GROUPS
-from longtake.evaluation.paired import _sign_test, holm
 from longtake.evaluation.results import SCALARS
 from longtake.evaluation.running.protocol import load_protocol, resolve_generation
 from longtake.evaluation.vbench_io.export import ENVIRONMENT

@@ -17,7 +17,7 @@ from report_runs import FROZEN, NASTY, POLICIES, SKIPPED, WITHOUT_OVERALL, build
 from rich.console import Console
 
 from longtake.evaluation import report as report_module
-from longtake.evaluation.paired import _sign_test
+from longtake.evaluation.intervals import _sign_test
 from longtake.evaluation.published import find_rows, load_published
 from longtake.evaluation.report import figures, write_report
 from longtake.evaluation.report.data import DARK, LIGHT, Measure, ReportData
