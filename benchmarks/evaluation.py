@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from longtake.evaluation.running.launchers import THREAD_VARIABLES
+from longtake.evaluation.running.workers import THREAD_VARIABLES
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.scripts.console import out
 

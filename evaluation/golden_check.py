@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longtake.evaluation.backbones import Backbones
-from longtake.evaluation.metric import Metric, Score, VideoInfo
+from longtake.evaluation.metric import Metric, Score
 from longtake.evaluation.metrics import make_metrics
 from longtake.evaluation.metrics.dimensions import DIMENSIONS, fused, mapped_clip_to_clip
 from longtake.evaluation.metrics.vbench import imaging
 from longtake.evaluation.preprocessing import clip_ranges, middle
-from longtake.evaluation.running.video_folder import prompt_of_name
+from longtake.evaluation.records import ManifestLine
+from longtake.evaluation.running.plan import prompt_of_name, video_info
 from longtake.evaluation.scores import quality7, semantic, total
 from longtake.evaluation.video import VideoSource, measure
 
@@ -101,14 +102,7 @@ def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> It
             continue
         source = VideoSource.open(path)
         yield _equal(f"{name}: decoded bytes", expected["sha256_rgb"], _sha256_rgb(source))
-        info = VideoInfo(
-            id=name,
-            num_frames=source.num_frames,
-            fps=source.fps,
-            height=source.height,
-            width=source.width,
-            prompt=expected["prompt"],
-        )
+        info = video_info(ManifestLine(id=name, file=path.name, prompt=expected["prompt"]), source)
         scores = _golden_scores(measure(source, info, metrics))
         for dimension in (dimension.name for dimension in DIMENSIONS):
             yield from _dimension(f"{name}: {dimension}", dimension, expected, scores.get(dimension))

@@ -3,24 +3,27 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from longtake.evaluation.metric import MetricSpec, Score, Segment, VideoInfo, Window
+from longtake.evaluation.metric import MetricSpec, Score, Segment, Window
 
 SCHEMA = 1
-OTHER_NAMES = {"n_frames": "num_frames", "H": "height", "W": "width"}
-LONGEST_NAME = 255 - len(".json")
-"""Bytes of a file's name that file systems take."""
+MANIFEST = "manifest.jsonl"
+SCORES = "scores"
 NUM_SHOWN_PROMPTS = 3
 """The report shows frames of so many prompts: the first ones, their first seed."""
+_OTHER_NAMES = {"n_frames": "num_frames", "H": "height", "W": "width"}
+_LONGEST_NAME = 255 - len(".json")
+"""Bytes of a file's name that file systems take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestLine:
-    """How one video was made.
+    """Facts about one video: the text it was made from, how, and with what.
 
     Attributes:
         id: Unique within the run; the file name's stem. No underscore: the official VBench stumbles over it.
@@ -34,10 +37,6 @@ class ManifestLine:
         segments: Prompts over time.
         config_hash: Of everything the video depends on beside prompt and seed.
         checkpoint: Name and hash of the weights.
-        num_frames: Frames.
-        fps: Frames per second.
-        height: Pixels.
-        width: Pixels.
         chunk_starts: First frame of each block.
         encoder: Codec settings.
         sha256: Of the file; empty if unknown.
@@ -81,7 +80,7 @@ class ManifestLine:
         Raises:
             ValueError: If a key is unknown or a needed one is missing.
         """
-        values = {OTHER_NAMES.get(name, name): value for name, value in values.items()}
+        values = {_OTHER_NAMES.get(name, name): value for name, value in values.items()}
         unknown = values.keys() - {item.name for item in fields(cls)}
         missing = {"id"} - values.keys()
         if unknown or missing:
@@ -115,21 +114,6 @@ class VideoScores:
             windows = tuple(Window(start_frame=s, num_frames=n, value=v) for s, n, v in score["windows"])
             scores[name] = Score(**{**score, "windows": windows})
         return cls(video=ManifestLine.from_json(values["video"]), scores=scores)
-
-
-def video_info(line: ManifestLine, *, num_frames: int, fps: float, height: int, width: int, path: Path) -> VideoInfo:
-    """What metrics are told about a video: from its manifest line, and from the file itself where both say it."""
-    return VideoInfo(
-        id=line.id,
-        num_frames=num_frames,
-        fps=fps,
-        height=height,
-        width=width,
-        prompt=line.prompt,
-        segments=line.segments,
-        chunk_starts=line.chunk_starts,
-        path=path,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,15 +162,24 @@ def read_manifest(path: Path) -> list[ManifestLine]:
             lines.append(ManifestLine.from_json(json.loads(text)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    repeated = {line.id for line in lines if sum(other.id == line.id for other in lines) > 1}
-    if repeated:
-        raise ValueError(f"{path} names {sorted(repeated)[0]!r} more than once: ids must be unique")
+    if repeated := sorted(name for name, count in Counter(line.id for line in lines).items() if count > 1):
+        raise ValueError(f"{path} names {repeated[0]!r} more than once: ids must be unique")
     return lines
 
 
 def write_manifest(path: Path, lines: Iterable[ManifestLine]) -> None:
     """Write a manifest; all of it or nothing."""
     write_atomically(path, "".join(json.dumps(line.to_json(), sort_keys=True) + "\n" for line in lines))
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that is written whole or not at all; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): delete it, and its video is measured again") from error
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -201,9 +194,9 @@ def write_json(path: Path, values: Any) -> None:
 def score_name(video_id: str) -> str:
     """File name of a video's scores; what would be too long for one ends in a hash."""
     text = video_id.encode()
-    if len(text) <= LONGEST_NAME:
+    if len(text) <= _LONGEST_NAME:
         return f"{video_id}.json"
-    return f"{text[: LONGEST_NAME - 17].decode(errors='ignore')}-{_hash(video_id)}.json"
+    return f"{text[: _LONGEST_NAME - 17].decode(errors='ignore')}-{_hash(video_id)}.json"
 
 
 def _hash(text: str) -> str:

@@ -17,8 +17,16 @@ import numpy as np
 from longtake import __version__
 from longtake.evaluation.intervals import mean_interval
 from longtake.evaluation.metric import MetricSpec, Score, Window
-from longtake.evaluation.records import SCHEMA, RunScores, VideoScores, read_manifest, score_name
-from longtake.evaluation.running.plan import MANIFEST, SCORES, read_json
+from longtake.evaluation.records import (
+    MANIFEST,
+    SCHEMA,
+    SCORES,
+    RunScores,
+    VideoScores,
+    read_json,
+    read_manifest,
+    score_name,
+)
 from longtake.evaluation.scores import TOTALS
 from longtake.evaluation.vbench_io import merge_imported, read_imported
 

@@ -285,4 +285,4 @@ def _guarded(metric: Metric, info: VideoInfo, function, *arguments):
 
 def _names(metric: Metric) -> str:
     more = f" and {len(metric.specs) - 1} more" if len(metric.specs) > 1 else ""
-    return f"metric {metric.specs[0].name}{more}"
+    return f"metric {metric.specs[0].name if metric.specs else type(metric).__name__}{more}"

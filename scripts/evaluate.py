@@ -438,7 +438,7 @@ def _sets(
     `longtake evaluate sets study/pack --reference study/full --backbones vbench.py --role dinov2`
     """
     from longtake.evaluation.backbones import classical_backbones, load_backbones
-    from longtake.evaluation.running.set_runner import measure_sets
+    from longtake.evaluation.sets import measure_sets
 
     found = classical_backbones() if backbones is None else load_backbones(backbones)
     measured = measure_sets(run, reference, backbones=found, role=role, num_frames=num_frames, allow_small=allow_small)
@@ -447,7 +447,7 @@ def _sets(
 
 
 def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> bool:
-    from longtake.evaluation.running.launchers import is_rank, num_cores, run_here, run_rank, start_ranks
+    from longtake.evaluation.running.workers import is_rank, num_cores, run_here, run_rank, start_ranks
 
     with stop_requests("unit of work") as should_stop:
         if is_rank():
@@ -531,8 +531,8 @@ def _clock(seconds: float) -> str:
 
 def _show_summary(folder: Path) -> None:
     """Print the comparison's first table, and where the report is."""
+    from longtake.evaluation.records import read_json
     from longtake.evaluation.report.tables import summary_table
-    from longtake.evaluation.running.plan import read_json
     from longtake.evaluation.running.runner import COMPARISON_FILE, REPORT_FILE
 
     err.print(summary_table(read_json(folder / COMPARISON_FILE)))

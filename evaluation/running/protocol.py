@@ -27,15 +27,32 @@ ATTENTION = "attention"
 """Key of an entry of ``caches`` beside the cache policy's own."""
 GROUPS = ("vbench", "long", "weight_free", "judge")
 """Groups of metrics, as ``evaluation/metrics`` makes them."""
-PLACES = (
-    *("name", "videos", "manifest", "prompt_file", "mixed_rates"),
-    *("model", "prompts", "prompts_extended", "num_prompts", "backbones"),
+_PLACES = set(
+    [
+        "name",
+        "videos",
+        "manifest",
+        "prompt_file",
+        "mixed_rates",
+        "model",
+        "prompts",
+        "prompts_extended",
+        "num_prompts",
+        "backbones",
+    ]
 )
 """Keys that say where something is, or repeat what a hash says: not part of the fingerprint."""
-GENERATION = (
-    *("family", "model_sha256", "dtype", "device", "sampler", "seconds", "segment_event", "batch", "threads", "crf"),
+_GENERATION = set(
+    ["family", "model_sha256", "dtype", "device", "sampler", "seconds", "segment_event", "batch", "threads", "crf"]
 )
 """Keys that a video depends on beside prompt, seed and policy."""
+_HASHES = {
+    "model": "model_sha256",
+    "backbones": "backbones_sha256",
+    **dict.fromkeys(("prompts", "prompts_extended", "num_prompts", "dimensions"), "prompts_sha256"),
+    **dict.fromkeys(("segment_seconds", "seconds"), "prompts_sha256"),
+}
+"""{key: hash that belongs to what it names}; another list, model or file of backbones has another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +65,8 @@ class Protocol:
         manifest: JSON lines that say what the existing videos were made from.
         prompt_file: JSON mapping of the existing videos' file names to prompts.
         fps: Frames per second of folders of frames, which do not say it.
-        mixed_rates: Whether a run may hold existing videos of different frame rates; None: if they are clips for
-            given networks, without a manifest and without another run to compare with.
+        mixed_rates: Whether a run may hold existing videos of different frame rates. None: with given networks,
+            because VBench measures every clip at its own rate.
         model: A family with bundled weights, or a diffusers folder.
         family: How a folder is run; a bundled model has its own.
         model_sha256: Of the weights; filled in when it is resolved.
@@ -143,10 +160,10 @@ class Protocol:
 
     def identity(self) -> dict[str, Any]:
         """Everything that the numbers depend on, without names and places."""
-        left_out = set(PLACES)
+        left_out = _PLACES
         if self.videos is not None:
-            left_out |= {*GENERATION, "caches", "prompts_sha256", "dimensions", "samples", "segment_seconds"}
-            left_out -= {"threads", "device"}
+            left_out = left_out | (_GENERATION - {"threads", "device"})
+            left_out |= {"caches", "prompts_sha256", "dimensions", "samples", "segment_seconds"}
         return {key: value for key, value in self.as_mapping().items() if key not in left_out}
 
     def fingerprint(self) -> str:
@@ -156,7 +173,7 @@ class Protocol:
     def config_hash(self, label: str) -> str:
         """Hash of what a video of one policy depends on beside prompt and seed."""
         values = self.as_mapping()
-        return _hash({key: values[key] for key in GENERATION} | {"cache": (self.caches or {})[label]})
+        return _hash({key: values[key] for key in _GENERATION} | {"cache": (self.caches or {})[label]})
 
 
 def protocol_names() -> list[str]:
@@ -166,11 +183,9 @@ def protocol_names() -> list[str]:
 
 
 def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any] | None = None) -> Protocol:
-    """Put a protocol together: a file or a bundled one, then options over it.
+    """Put a protocol together: a YAML file or one of :func:`protocol_names`, then options over it.
 
-    Args:
-        source: A YAML file or one of :func:`protocol_names`; ``standard`` when None.
-        options: Keys of the protocol; None values are left out.
+    ``source`` None is ``standard``; options that are None are left out.
 
     Raises:
         ValueError: With the key, the value, and what would be right.
@@ -179,13 +194,9 @@ def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any
     name = str(source if source is not None else "standard")
     values = _read(name)
     before = Protocol().as_mapping() | values
-    changed = {key for key in given if before.get(key) != given[key]}
-    # A hash in a file belongs to what the file names; another list, model or backbone has another.
-    owners = {"model": "model_sha256", "backbones": "backbones_sha256"}
-    owners |= dict.fromkeys(("prompts", "prompts_extended", "num_prompts", "dimensions"), "prompts_sha256")
-    owners |= dict.fromkeys(("segment_seconds", "seconds"), "prompts_sha256")
-    for key in changed & owners.keys():
-        values.pop(owners[key], None)
+    for key in given.keys() & _HASHES.keys():
+        if before[key] != given[key]:
+            values.pop(_HASHES[key], None)
     values |= given
     if isinstance(values.get("caches"), Sequence) and not isinstance(values["caches"], str):
         values["caches"] = dict(_parse_cache(entry) for entry in values["caches"])
@@ -198,36 +209,28 @@ def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any
 
 
 def _parse_cache(entry: Any) -> tuple[str, Any]:
-    """Read ``NAME``, ``LABEL={policy: NAME, field: value}`` or ``{LABEL: cache}`` into (label, entry of ``caches``).
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
+    """Read ``NAME``, ``LABEL={policy: NAME, field: value}`` or ``{LABEL: cache}`` into (label, entry)."""
     if isinstance(entry, Mapping) and len(entry) == 1:
         return next(iter(entry.items()))
-    if not isinstance(entry, str):
-        raise ValueError(f"cache {entry!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'")
-    label, equals, text = entry.partition("=")
+    label, equals, text = entry.partition("=") if isinstance(entry, str) else ("", "", "")
     try:
         values = yaml.safe_load(text) if equals else label.strip()
     except yaml.YAMLError as error:
         raise ValueError(f"cache {entry!r}: {text!r} is no YAML: put it into quotes") from error
-    if not isinstance(values, str) and not (isinstance(values, Mapping) and "policy" in values):
+    if not values or not (isinstance(values, str) or isinstance(values, Mapping) and "policy" in values):
         raise ValueError(f"cache {entry!r}: write NAME or 'LABEL={{policy: NAME, field: value}}'")
     return label.strip(), values
 
 
 def split_caches(texts: Sequence[str]) -> list[str]:
     """Split ``full,pack,deep={policy: deep_forcing, num_sink_frames: 6}`` at the commas between policies."""
-    parts: list[str] = []
-    for text in texts:
-        depth, start = 0, 0
-        for index, letter in enumerate(text):
-            depth += (letter in "{[") - (letter in "}]")
-            if letter == "," and depth == 0:
-                parts.append(text[start:index])
-                start = index + 1
-        parts.append(text[start:])
+    parts, depth = [""], 0
+    for letter in ",".join(texts):
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
     return [part.strip() for part in parts if part.strip()]
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from longtake.evaluation.records import RunScores, write_json, write_manifest
+from longtake.evaluation.records import MANIFEST, RunScores, read_json, write_json, write_manifest
 from longtake.evaluation.results import COSTS_FILE, RESULTS_FILE, RUN_FILE, load_run, results_json, run_record
-from longtake.evaluation.running.plan import MANIFEST, UNITS, RunPlan, Unit, interleaved, plan_generation, read_json
+from longtake.evaluation.running.plan import UNITS, RunPlan, Unit, interleaved, plan_generation, plan_videos
 from longtake.evaluation.running.protocol import (
     PROTOCOL_FILE,
     Protocol,
@@ -44,13 +44,7 @@ _LOCK_FILE = ".lock"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Settings of every worker.
-
-    Attributes:
-        protocol: Resolved, with paths that work from any folder.
-        keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
-        units: Everything that is to be done, to be checked before any work.
-    """
+    """Settings of every worker: the resolved protocol with absolute paths, and all units, to be checked beforehand."""
 
     protocol: Protocol
     keep_videos: bool
@@ -75,9 +69,7 @@ class Evaluation:
         protocol = resolve_backbones(protocol)
         if protocol.videos is not None:
             self.protocol, self.runs = protocol, self._existing(protocol, protocol.videos)
-            labels = [run.label for run in self.runs]
-            if protocol.baseline is not None and protocol.baseline not in labels:
-                raise ValueError(f"baseline {protocol.baseline!r} is none of the runs: {', '.join(labels)}")
+            check_baseline(protocol.baseline, self.labels)
         else:
             self.protocol, self.runs = self._generated(protocol)
         self.units = interleaved(self.runs)
@@ -130,10 +122,7 @@ class Evaluation:
         return Setup(protocol=protocol, keep_videos=self.keep_videos, units=units)
 
     def describe(self, description: Mapping[str, Any]) -> None:
-        """Write down what is measured, or check that it is what earlier videos were measured with.
-
-        Args:
-            description: ``specs``, ``skipped`` and ``files``, from a worker.
+        """Write down a worker's ``specs``, ``skipped`` and ``files``, or check that earlier videos had the same.
 
         Raises:
             ValueError: If a run's folder holds scores of other metrics.
@@ -163,16 +152,14 @@ class Evaluation:
         write_results(self.out)
 
     def _existing(self, protocol: Protocol, videos: str) -> list[RunPlan]:
-        from longtake.evaluation.running.video_folder import plan_videos
-
+        mixed_rates = protocol.backbones is not None if protocol.mixed_rates is None else protocol.mixed_rates
         return plan_videos(
             Path(videos),
             self.out,
             manifest=None if protocol.manifest is None else Path(protocol.manifest),
             prompt_file=None if protocol.prompt_file is None else Path(protocol.prompt_file),
             fps=protocol.fps,
-            mixed_rates=protocol.mixed_rates,
-            has_backbones=protocol.backbones is not None,
+            mixed_rates=mixed_rates,
         )
 
     def _generated(self, protocol: Protocol) -> tuple[Protocol, list[RunPlan]]:
@@ -218,23 +205,26 @@ def ordered_runs(out: Path) -> list[Path]:
         ValueError: If there are none.
     """
     order = list(settled_protocol(out).caches or {})
-    key = {label: position for position, label in enumerate(order)}
-    return sorted(run_folders(out), key=lambda folder: key.get(folder.name, len(order)))
+    return sorted(
+        run_folders(out), key=lambda folder: order.index(folder.name) if folder.name in order else len(order)
+    )
+
+
+def check_baseline(baseline: str | None, labels: Sequence[str]) -> None:
+    """Refuse a baseline that is none of the runs."""
+    if baseline is not None and baseline not in labels:
+        raise ValueError(f"baseline {baseline!r} is none of the runs: {', '.join(labels)}")
 
 
 def write_results(out: Path) -> list[RunScores]:
-    """Write results, comparison and report of what has been measured so far.
-
-    Args:
-        out: Folder of an evaluation.
+    """Write results, comparison and report of what has been measured so far in the folder of an evaluation.
 
     Raises:
         ValueError: If it holds no runs, or none with a video.
     """
-    folders = ordered_runs(out)
     protocol = load_protocol(out / PROTOCOL_FILE)
     runs, videos = [], {}
-    for folder in folders:
+    for folder in ordered_runs(out):
         _write_costs(folder)
         run = load_run(folder)
         if run.videos:
@@ -243,8 +233,7 @@ def write_results(out: Path) -> list[RunScores]:
             videos[run.label] = folder
     if not runs:
         raise ValueError(f"no video of {out} has been measured: run `longtake evaluate run --out {out}` first")
-    labels = [run.label for run in runs]
-    baseline = next((label for label in labels if label == protocol.baseline), labels[0])
+    baseline = protocol.baseline if protocol.baseline in videos else runs[0].label
     command = shlex.join(("longtake", "evaluate", "run", "--protocol", PROTOCOL_FILE, "--out", "OUT"))
     write_comparison(
         out, runs, baseline=baseline, moments=protocol.moments, protocol=protocol, videos=videos, commands=[command]
@@ -269,19 +258,10 @@ def write_comparison(
     commands: Sequence[str],
     protocol: Protocol | None = None,
 ) -> Path:
-    """Compare runs and write ``comparison.json`` and ``report.html``.
+    """Compare runs and write ``comparison.json`` and ``report.html``, whose path is returned.
 
-    Args:
-        out: Folder to write to.
-        runs: From :func:`longtake.evaluation.results.load_run`.
-        baseline: Label of the run that the others are compared with.
-        moments: Seconds; those behind the end of every video are left out.
-        videos: {label: folder that the manifest's file names are relative to}.
-        commands: What to type to get the same numbers.
-        protocol: Of the runs, where they have one.
-
-    Returns:
-        The report.
+    ``moments`` behind the end of every video are left out. ``videos`` is {label: folder that the manifest's file names
+    are relative to}; ``commands`` are what to type to get the same numbers.
     """
     from longtake.evaluation.comparison import REACH_SECONDS, compare_runs
     from longtake.evaluation.published import find_rows, load_published

@@ -6,11 +6,12 @@ import imageio.v3
 import numpy as np
 import pytest
 
-from longtake.evaluation.running import worker
-from longtake.evaluation.running.plan import plan_generation, read_json
+from longtake.evaluation.records import read_json
+from longtake.evaluation.running import workers
+from longtake.evaluation.running.plan import plan_generation
 from longtake.evaluation.running.protocol import Protocol, resolve_generation
 from longtake.evaluation.running.suites import Change, Prompt
-from longtake.evaluation.running.worker import Generator
+from longtake.evaluation.running.workers import Generator
 from longtake.pipelines.video_file import VideoWriter
 
 CACHES = {"window": {"policy": "sliding_window"}, "long": {"policy": "longlive"}}
@@ -118,7 +119,7 @@ def test_a_full_disk_leaves_no_half_video_under_its_name(generator, tmp_path, mo
                 raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
             super().write(frames)
 
-    monkeypatch.setattr(worker, "VideoWriter", Full)
+    monkeypatch.setattr(workers, "VideoWriter", Full)
     with pytest.raises(OSError, match="No space left"):
         generator.make(unit, on_share=lambda share: None)
     assert not list((tmp_path / "window" / "videos").iterdir())

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from longtake.evaluation.records import ManifestLine, score_name, write_json, write_manifest
-from longtake.evaluation.running.plan import Unit, interleaved, plan_generation
+from longtake.evaluation.running.plan import Unit, interleaved, plan_generation, plan_videos, prompt_of_name
 from longtake.evaluation.running.protocol import Protocol
+from longtake.evaluation.running.runner import Evaluation
 from longtake.evaluation.running.suites import Change, Prompt
-from longtake.evaluation.running.video_folder import plan_videos, prompt_of_name
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 CACHES = {"full": {"policy": "full"}, "pack": {"policy": "pack"}, "other": {"policy": "pack"}}
@@ -258,17 +258,18 @@ def test_a_run_has_one_frame_rate_and_readable_videos(tmp_path):
     write_video(tmp_path / "clips" / "two.mp4", fps=16)
     with pytest.raises(ValueError, match="mixes frame rates: one has 8 frames per second, two 16"):
         plan_videos(tmp_path / "clips", tmp_path / "out")
-    for allowed in ({"mixed_rates": True}, {"has_backbones": True}):  # VBench takes every clip at its own rate
-        (run,) = plan_videos(tmp_path / "clips", tmp_path / "out", **allowed)
-        assert [unit.lines[0].fps for unit in run.units] == [8, 16]
-    write_video(tmp_path / "two" / "a" / "one.mp4", fps=8)
-    write_video(tmp_path / "two" / "a" / "two.mp4", fps=16)
-    write_video(tmp_path / "two" / "b" / "one.mp4", fps=8)
-    assert len(plan_videos(tmp_path / "two", tmp_path / "out", has_backbones=True)) == 2
-    for folder in ("clips", "two"):
-        for refused in ({"mixed_rates": False, "has_backbones": True}, {}):
-            with pytest.raises(ValueError, match="mixes frame rates"):
-                plan_videos(tmp_path / folder, tmp_path / "out", **refused)
+
+    def rates(**settings):
+        protocol = Protocol(videos=str(tmp_path / "clips"), **settings)
+        return [unit.lines[0].fps for unit in Evaluation(protocol, tmp_path / "out").units]
+
+    (tmp_path / "mine.py").write_text("x = 1")
+    # VBench takes every clip at its own rate, so with its networks they may differ.
+    given = {"backbones": str(tmp_path / "mine.py")}
+    assert rates(mixed_rates=True) == rates(**given) == [8, 16]
+    for refused in ({}, {"mixed_rates": False, **given}):
+        with pytest.raises(ValueError, match="mixes frame rates"):
+            rates(**refused)
     (tmp_path / "clips" / "two.mp4").write_bytes(b"no video at all")
     with pytest.raises(ValueError, match="two.mp4"):
         plan_videos(tmp_path / "clips", tmp_path / "out")

@@ -1,25 +1,28 @@
 """Set measures against slow versions written from their definitions; identical, shifted and collapsed sets."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longtake.evaluation.backbones import classical_backbones
 from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.sets import (
     FeatureCollector,
-    _frechet_name,
-    _frechet_of_features,
+    _frechet,
     _histogram_agreement,
     _prdc,
     _spectrum,
-    _write_features,
-    frechet,
-    read_features,
+    _stream,
+    measure_sets,
     set_scores,
-    stream,
 )
+from longtake.pipelines.video_file import VideoFormat, VideoWriter
+from longtake.scripts.console import run_app
+from longtake.scripts.main import app
 
 
 def _features(seed, num=60, dims=8, shift=0.0, scale=1.0):
@@ -36,63 +39,36 @@ def _frechet_by_eigenvalues(x, y):
     return ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * root
 
 
-def test_frechet_against_eigenvalues_of_the_product_and_against_moments():
+def test_frechet_against_eigenvalues_of_the_product():
     x, y = _features(0) @ _features(1, 8, 8), _features(2, 50, shift=0.3)
     expected = _frechet_by_eigenvalues(x, y)
-    assert _frechet_of_features(x, y) == pytest.approx(expected, rel=1e-9)
-    moments = [m for a in (x, y) for m in (a.mean(axis=0), np.cov(a, rowvar=False))]
-    assert frechet(*moments) == pytest.approx(expected, rel=1e-9)
-    assert _frechet_of_features(y, x) == pytest.approx(expected, rel=1e-9)
-
-
-def test_frechet_of_known_gaussians():
-    one, four = np.eye(3), 4 * np.eye(3)
-    assert frechet(np.zeros(3), one, np.ones(3), four) == pytest.approx(3 + 3 * (2 - 1) ** 2)
-    x = _features(3)
-    assert _frechet_of_features(x, x) == pytest.approx(0.0, abs=1e-12)
-    assert _frechet_of_features(x + 0.5, x) == pytest.approx(8 * 0.25, rel=1e-9)
+    assert _frechet(x, y) == pytest.approx(expected, rel=1e-9)
+    assert _frechet(y, x) == pytest.approx(expected, rel=1e-9)
+    assert _frechet(x, x) == pytest.approx(0.0, abs=1e-9)
+    assert _frechet(x + 0.5, x) == pytest.approx(8 * 0.25, rel=1e-9)
 
 
 def test_frechet_of_singular_covariances_is_exact():
     x = _features(4, num=20, dims=200)
-    assert _frechet_of_features(x, x, allow_small=True) == pytest.approx(0.0, abs=1e-10)
-    assert _frechet_of_features(x, x + 0.1, allow_small=True) == pytest.approx(200 * 0.01, rel=1e-9)
+    assert _frechet(x, x, allow_small=True) == pytest.approx(0.0, abs=1e-10)
+    assert _frechet(x, x + 0.1, allow_small=True) == pytest.approx(200 * 0.01, rel=1e-9)
 
 
 def test_small_sets_are_refused_because_their_distance_is_biased():
     x, y = _features(5, num=30, dims=40), _features(6, num=30, dims=40)
     with pytest.raises(ValueError, match="30 and 30 videos are too small for 40 dimensions"):
-        _frechet_of_features(x, y)
+        _frechet(x, y)
     large = [_features(seed, num=4000, dims=40) for seed in (7, 8)]
-    assert _frechet_of_features(x, y, allow_small=True) > 20 * _frechet_of_features(*large)
+    assert _frechet(x, y, allow_small=True) > 20 * _frechet(*large)
     with pytest.raises(ValueError, match="too small"):
-        _frechet_of_features(x[:1], y, allow_small=True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)), "one length"),
-        ((np.zeros(3), np.eye(2), np.zeros(3), np.eye(3)), "symmetric"),
-        ((np.zeros(2), -np.eye(2), np.zeros(2), np.eye(2)), "eigenvalue -1"),
-    ],
-)
-def test_what_is_no_gaussian_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        frechet(*arguments)
+        _frechet(x[:1], y, allow_small=True)
 
 
 def test_features_must_match_and_be_finite():
     with pytest.raises(ValueError, match="equal dimensions"):
-        _frechet_of_features(_features(0, dims=4), _features(0, dims=5))
+        _frechet(_features(0, dims=4), _features(0, dims=5))
     with pytest.raises(ValueError, match="NaN"):
         _prdc(np.full((9, 2), np.nan), _features(0, dims=2))
-
-
-def test_fvd_is_the_name_of_one_network_only():
-    assert _frechet_name("DINO", "real") == "set/frechet[enc=DINO][ref=real]"
-    assert _frechet_name("I3D", "real") == "set/frechet[enc=I3D][ref=real]"
-    assert _frechet_name("I3D", "real", is_standard_i3d=True) == "set/fvd[ref=real]"
 
 
 # Precision, recall, density, coverage
@@ -122,17 +98,14 @@ def test_prdc_is_what_loops_over_pairs_give(seed, shift, scale, k):
     x, y = _features(seed, 14, 3, shift, scale), _features(seed + 1, 11, 3)
     result = _prdc(x, y, num_neighbours=k)
     expected = _prdc_by_loops(x, y, k)
-    assert (result.precision, result.recall, result.density, result.coverage) == pytest.approx(expected)
+    assert tuple(result.values()) == pytest.approx(expected)
 
 
 def test_identical_far_and_collapsed_sets():
     x = _features(9, 700, 4)  # more than are handled at once
-    same = _prdc(x, x)
-    assert (same.precision, same.recall, same.density, same.coverage) == (1.0, 1.0, 1.0, 1.0)
-    far = _prdc(x + 100.0, x)
-    assert (far.precision, far.recall, far.density, far.coverage) == (0.0, 0.0, 0.0, 0.0)
+    assert set(_prdc(x, x).values()) == {1.0} and set(_prdc(x + 100.0, x).values()) == {0.0}
     narrow = _prdc(0.05 * x, x)
-    assert narrow.precision == 1.0 and narrow.recall < 0.1
+    assert narrow["precision"] == 1.0 and narrow["recall"] < 0.1
 
 
 def test_more_neighbours_than_there_are_is_refused():
@@ -165,11 +138,10 @@ def _spectrum_by_sums(features):
 def test_spectrum_is_what_sums_give():
     features = _features(10, 16, 5).cumsum(axis=0)
     means, skews = _spectrum_by_sums(features)
-    result = _spectrum(features)
-    assert result.mean == pytest.approx(means, rel=1e-9)
-    assert result.skewness == pytest.approx(skews, rel=1e-7)
-    still = _spectrum(np.ones((16, 5)))
-    assert np.isfinite(still.skewness).all()
+    mean, skewness = _spectrum(features)
+    assert mean == pytest.approx(means, rel=1e-9)
+    assert skewness == pytest.approx(skews, rel=1e-7)
+    assert np.isfinite(_spectrum(np.ones((16, 5)))[1]).all()
 
 
 @pytest.mark.parametrize("frames", [2, 15])
@@ -186,22 +158,20 @@ def _videos(seed, num=40, frames=16, dims=6, *, noise=1.0, level=0.0):
 
 def test_stream_sees_what_changed_and_only_that():
     reference = _videos(11)
-    same = stream(reference, reference)
-    assert (same.temporal, same.fidelity, same.diversity) == (pytest.approx(1.0), 1.0, 1.0)
+
+    def stream(videos):
+        return tuple(_stream(videos, reference).values())
+
+    assert stream(reference) == (pytest.approx(1.0), 1.0, 1.0)
     shuffled = np.stack([np.random.default_rng(i).permutation(video) for i, video in enumerate(reference)])
-    other_order = stream(shuffled, reference)
-    assert (other_order.fidelity, other_order.diversity) == (1.0, 1.0)
-    assert other_order.temporal < 0.5
-    moved = stream(_videos(11, level=40.0), reference)
-    assert (moved.fidelity, moved.diversity) == (0.0, 0.0)
-    assert moved.temporal > 0.95
-    collapsed = stream(np.repeat(reference[:2], 20, axis=0) + 0.01 * _videos(12), reference)
-    assert collapsed.diversity < 0.3 < 0.9 < collapsed.fidelity
-
-
-def test_stream_needs_videos_of_one_shape():
+    temporal, *spatial = stream(shuffled)
+    assert temporal < 0.5 and spatial == [1.0, 1.0]
+    temporal, *spatial = stream(_videos(11, level=40.0))
+    assert temporal > 0.95 and spatial == [0.0, 0.0]
+    _, fidelity, diversity = stream(np.repeat(reference[:2], 20, axis=0) + 0.01 * _videos(12))
+    assert diversity < 0.3 < 0.9 < fidelity
     with pytest.raises(ValueError, match="equal"):
-        stream(_videos(0, frames=16), _videos(0, frames=18))
+        stream(_videos(0, frames=18))
 
 
 def test_histograms_share_their_range():
@@ -211,7 +181,7 @@ def test_histograms_share_their_range():
     assert _histogram_agreement(x, y) < 0.1
 
 
-# Features on disk
+# Features of videos, and the command
 
 
 class _MeanColour:
@@ -235,41 +205,74 @@ def _info(num_frames, name="p0000-0"):
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(0, 2**31))
 @settings(deadline=None, derandomize=True, max_examples=30)
-def test_collected_features_do_not_depend_on_the_pieces(tmp_path_factory, lengths, seed):
+def test_collected_features_do_not_depend_on_the_pieces(lengths, seed):
     num_frames = sum(lengths)
     if num_frames < 4:
         return
-    folder = tmp_path_factory.mktemp("features")
     frames = np.random.default_rng(seed).integers(0, 256, size=(num_frames, 6, 8, 3), dtype=np.uint8)
     encoder = _MeanColour()
-    meter = FeatureCollector(encoder, _transform, folder, num_frames=4).start(_info(num_frames))
+    collector = FeatureCollector(encoder, _transform, num_frames=4)
+    meter = collector.start(_info(num_frames))
     for start, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
         meter.push(frames[start : start + length])
     assert meter.finish() == {}
     edges = np.linspace(0, num_frames, 5).astype(int)
     chosen = [(a + b - 1) // 2 for a, b in zip(edges, edges[1:], strict=False)]
-    stored = read_features(folder)["p0000-0"]
-    assert stored == pytest.approx(frames[chosen].mean(axis=(1, 2)), rel=1e-5)
-    assert max(encoder.sizes) <= 8 and list(folder.iterdir()) == [folder / "p0000-0.npy"]
+    assert collector.features["p0000-0"] == pytest.approx(frames[chosen].mean(axis=(1, 2)), rel=1e-5)
+    assert max(encoder.sizes) <= 8
 
 
-def test_collecting_refuses_odd_numbers_and_short_videos(tmp_path):
+def test_collecting_refuses_odd_numbers_and_short_videos():
     with pytest.raises(ValueError, match="even number"):
-        FeatureCollector(_MeanColour(), _transform, tmp_path, num_frames=7)
+        FeatureCollector(_MeanColour(), _transform, num_frames=7)
     with pytest.raises(ValueError, match="'p0000-0' has 9 frames"):
-        FeatureCollector(_MeanColour(), _transform, tmp_path, num_frames=16).start(_info(9))
+        FeatureCollector(_MeanColour(), _transform, num_frames=16).start(_info(9))
 
 
-def test_reading_refuses_nothing_garbage_and_mixed_shapes(tmp_path):
-    with pytest.raises(ValueError, match="holds no features"):
-        read_features(tmp_path)
-    _write_features(tmp_path, "a", np.zeros((4, 3)))
-    _write_features(tmp_path, "b", np.zeros((6, 3)))
-    with pytest.raises(ValueError, match=r"\(4, 3\), \(6, 3\)"):
-        read_features(tmp_path)
-    (tmp_path / "c.npy").write_bytes(b"not an array")
-    with pytest.raises(ValueError, match="cannot read the features"):
-        read_features(tmp_path)
+def test_folders_of_videos_are_measured_as_sets(tmp_path, capfd):
+    """The command, in this process: the file says what the terminal does, and two equal folders are at distance 0."""
+    for name, seeds in (("run", range(6)), ("same", range(6)), ("other", range(9, 15))):
+        for seed in seeds:
+            frames = np.random.default_rng(seed).integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
+            path = tmp_path / name / f"clip-{seed}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            with VideoWriter(path, video_format=VideoFormat(height=32, width=32, threads=1)) as writer:
+                writer.write(frames)
+    words = ("--num-frames", "4", "--allow-small")
+
+    def call(reference, *more):
+        code = run_app(app, ["evaluate", "sets", str(tmp_path / "run"), "--reference", str(reference), *words, *more])
+        return code, *capfd.readouterr()
+
+    code, stdout, _ = call(tmp_path / "same")
+    written = json.loads((tmp_path / "run" / "sets.json").read_text())
+    assert code == 0 and len(stdout.splitlines()) == 8 == len(written["scores"]) and written["num_frames"] == 4
+    frechet, precision = (written["scores"][f"set/{key}[enc=hog+hist][ref=same]"] for key in ("frechet", "precision"))
+    assert frechet["value"] == pytest.approx(0.0, abs=1e-9) and precision["value"] == 1.0
+    assert frechet["details"] | {"num_dimensions": 0} == {
+        "num_videos": 6,
+        "num_reference": 6,
+        "num_dimensions": 0,
+        "is_small": True,
+    }
+    far = measure_sets(
+        tmp_path / "run",
+        tmp_path / "other",
+        backbones=classical_backbones(),
+        role="dino",
+        num_frames=4,
+        allow_small=True,
+    )
+    assert far.scores["set/frechet[enc=hog+hist][ref=other]"].value > 0.01
+    for more, message in (
+        (("--role", "musiq"), "role 'musiq' has no encoder of frames; known: dino, clip, dinov2, dreamsim"),
+        (("--role", "clip"), "no backbone for 'clip'"),
+        (("--num-frames", "8"), "has 6 frames"),
+    ):
+        code, _, stderr = call(tmp_path / "same", *more)
+        assert code == 2 and message in stderr
+    code, _, stderr = call(tmp_path)
+    assert code == 2 and "holds 3 runs: give the folder of one" in stderr
 
 
 def test_all_scores_of_a_set_under_their_names():

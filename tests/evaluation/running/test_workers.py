@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from longtake.evaluation.records import ManifestLine
-from longtake.evaluation.running import launchers, worker
-from longtake.evaluation.running.launchers import do_units, local_workers
+from longtake.evaluation.running import workers
 from longtake.evaluation.running.plan import Unit
-from longtake.evaluation.running.worker import do_unit
+from longtake.evaluation.running.workers import _do_units, _local_workers, do_unit
 
 UNITS = [
     Unit(label="x", number=n, share=n, folder=Path("out"), lines=(ManifestLine(id=f"p{n}", file="a.mp4"),))
@@ -65,7 +64,7 @@ def work(do, *, num_workers, should_stop=lambda watcher: False):
     watcher, error = Watcher(), None
     fakes = [Fake(slot, do) for slot in range(num_workers)]
     try:
-        do_units(watcher, UNITS, fakes, watcher=watcher, should_stop=lambda: should_stop(watcher))
+        _do_units(watcher, UNITS, fakes, watcher=watcher, should_stop=lambda: should_stop(watcher))
     except Exception as raised:
         error = raised
     return watcher, error
@@ -89,9 +88,14 @@ def test_the_others_finish_their_units_before_a_failure_is_raised():
         second_begun.set()
         first_failed.wait(timeout=10)
         time.sleep(0.3)  # until the failure is known
+        if unit.number > 1:
+            raise [RuntimeError("in p2:\nTraceback\nKeyError: 'a'"), ValueError("cannot read it")][unit.number - 2]
 
     watcher, error = work(do, num_workers=2)
     assert str(error) == "cannot read it" and watcher.finished == [1]
+    watcher, error = work(do, num_workers=4)
+    assert type(error) is RuntimeError and watcher.finished == [1]
+    assert str(error).splitlines()[-2:] == ["KeyError: 'a'", "also: cannot read it"], "a fault first, each once"
 
 
 def test_a_request_to_stop_begins_no_more_units():
@@ -101,11 +105,11 @@ def test_a_request_to_stop_begins_no_more_units():
 
 def test_a_worker_that_dies_takes_no_other_with_it():
     """Its death is one line with a remedy; threads and signals are as they should be in the others."""
-    with local_workers(range(2), threads=3) as (first, second):
+    with _local_workers(range(2), threads=3) as (first, second):
         environment = second.submit(os.getenv, "OMP_NUM_THREADS")
         with pytest.raises(Exception, match="terminated abruptly") as raised:
             first.submit(os.kill, first.submit(os.getpid).result(), signal.SIGKILL).result()
-        error = launchers._failure(raised.value, UNITS[3])
+        error = workers._failure(raised.value, UNITS[3])
         assert isinstance(error, ValueError) and "x, videos p3 to p3: finished work is kept" in str(error)
         assert environment.result() == "3" != os.environ.get("OMP_NUM_THREADS")
         own = second.submit(os.getpid).result()
@@ -115,7 +119,7 @@ def test_a_worker_that_dies_takes_no_other_with_it():
 
 def test_an_interruption_ends_the_workers_at_once():
     begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), local_workers([0], threads=1) as (only,):
+    with pytest.raises(KeyboardInterrupt), _local_workers([0], threads=1) as (only,):
         only.submit(os.getpid).result()
         only.submit(time.sleep, 600)
         raise KeyboardInterrupt
@@ -141,7 +145,7 @@ def test_a_worker_says_why_it_stops(failure, expected, monkeypatch):
         def do(self, unit, *, on_steps):
             raise failure
 
-    monkeypatch.setattr(worker, "_worker", Refusing())
+    monkeypatch.setattr(workers, "_worker", Refusing())
     with pytest.raises(expected[0]) as raised:
         do_unit(UNITS[3])
     assert type(raised.value) is expected[0] and str(raised.value).startswith(expected[1])
