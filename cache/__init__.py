@@ -12,6 +12,7 @@ from longtake.cache.base import (
     Pass,
     PolicyState,
     Read,
+    Traits,
 )
 from longtake.cache.frames import FramePlan, FramePolicy
 from longtake.cache.kv_cache import Call, KVCache, Run, SparseAttention
@@ -44,5 +45,6 @@ __all__ = [
     "Storage",
     "Stored",
     "TokenBuffer",
+    "Traits",
     "make_policy",
 ]

@@ -177,6 +177,28 @@ class EncodeJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Traits:
+    """Properties of a policy that decide what it can be combined with.
+
+    Attributes:
+        takes_windows: Denoising passes may span several blocks that are committed one by one, as samplers with a
+            joint window make them.
+        needs_vae: A rollout has to have a VAE, for jobs with ``pooling``.
+        needs_weights: It works with something trained or measured for a model: a compressor, a map of heads.
+        weighs_tokens: Reads have a bias, which sparse attention does not take.
+        splits_heads: Heads of a layer read different tokens, which sparse attention over all heads does not take.
+        breaks_frames: Reads hold tokens that are no frame's: chosen, averaged or compressed ones.
+    """
+
+    takes_windows: bool = False
+    needs_vae: bool = False
+    needs_weights: bool = False
+    weighs_tokens: bool = False
+    splits_heads: bool = False
+    breaks_frames: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class CachePolicy(ABC):
     """Validated settings of a policy; ``start`` makes the state of one rollout.
 
@@ -184,8 +206,7 @@ class CachePolicy(ABC):
         name: Key in YAML and on the command line.
         source: Paper or repository.
         events: What a change of prompt may do to its cache.
-        takes_windows: Whether denoising passes may span several blocks that are committed one by one, as samplers with
-            a joint window make them.
+        traits: What it can be combined with; a property where that depends on settings.
         published_block: Latent frames per block that the source's sizes are meant for.
         published_window: Blocks that the source denoises together.
     """
@@ -193,34 +214,9 @@ class CachePolicy(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     events: ClassVar[frozenset[Event]] = frozenset({"keep"})
-    takes_windows: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits()
     published_block: ClassVar[int] = 3
     published_window: ClassVar[int] = 1
-
-    @property
-    def needs_vae(self) -> bool:
-        """Whether a rollout has to have a VAE: jobs with ``pooling``."""
-        return False
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether reads have a bias, which sparse attention does not take."""
-        return False
-
-    @property
-    def splits_heads(self) -> bool:
-        """Whether heads of a layer may read different tokens, which sparse attention over all heads does not take."""
-        return False
-
-    @property
-    def breaks_frames(self) -> bool:
-        """Whether reads may hold tokens that are no frame's: chosen, averaged or compressed ones."""
-        return False
-
-    @property
-    def needs_weights(self) -> bool:
-        """Whether it needs something trained or measured for a model: a compressor, a map of heads."""
-        return False
 
     @abstractmethod
     def start(self, geometry: Geometry) -> "PolicyState":
@@ -258,14 +254,14 @@ class CachePolicy(ABC):
 class PolicyState(ABC):
     """What one rollout keeps. Four methods, and a state that can be saved.
 
-    Class attributes:
+    Attributes:
         merges_commit: Whether a block's commit may share one forward with the next block's first denoising pass.
             A policy that works on whole blocks in ``end_block`` sets it False.
         keeps_read_sets: Whether the assembled read sets of all layers stay in memory over a block's passes. Where
             tokens are encoded or far away, that would undo what it saves, and their wrapper sets it False.
     """
 
-    merges_commit: ClassVar[bool] = True
+    merges_commit: bool = True
     keeps_read_sets: bool = True
 
     @abstractmethod

@@ -94,7 +94,7 @@ def footprint(
         buffers = _Buffers(shapes, stay=policy.start(shapes).keeps_read_sets, is_wide=is_wide)
         return buffers.most(simulate(policy, shapes, num_blocks, observe=buffers.observe, **shown))
 
-    all_alone = policy.splits_heads or geometry.num_layers < 3
+    all_alone = policy.traits.splits_heads or geometry.num_layers < 3
     most, last_growth, is_steady = one = played(geometry.num_layers if all_alone else 1)
     two = one if all_alone else played(2)
     sizes = {key: size + (geometry.num_layers - 1) * (two[0][key] - size) for key, size in most.items()}

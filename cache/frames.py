@@ -1,6 +1,7 @@
 """Storage of whole frames, and the state shared by all policies that keep whole frames.
 
-A frame-level policy is a pure function of counters (``FramePolicy.plan``), so it can be tested without a model.
+A frame-level policy is two pure functions of counters, ``FramePolicy.keep`` and ``FramePolicy.read``, so it can be
+tested without a model.
 """
 
 from abc import abstractmethod
@@ -53,7 +54,13 @@ class FramePlan:
     @classmethod
     def contiguous(cls, frames: tuple[int, ...], num_frames: int) -> "FramePlan":
         """Every frame at its place in the reading order: 0, 1, 2, ..."""
-        positions = tuple(map(float, range(len(frames) + num_frames)))
+        return cls.with_gap(frames, num_frames, first=0, gap=0)
+
+    @classmethod
+    def with_gap(cls, frames: tuple[int, ...], num_frames: int, *, first: int, gap: int) -> "FramePlan":
+        """Every frame at its place in the reading order, where ``gap`` places stay free behind the first frames."""
+        places = [*range(first), *range(first + gap, len(frames) + gap + num_frames)]
+        positions = tuple(map(float, places))
         return cls(frames, positions[: len(frames)], positions[len(frames) :])
 
 
@@ -62,17 +69,24 @@ class FramePolicy(CachePolicy):
     """A policy that keeps or drops whole frames, the same in every layer."""
 
     @abstractmethod
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Say what the block at ``start_frame`` reads.
-
-        What the next block does not read is dropped for good, unless ``kept`` says otherwise: a plan may let go of
-        frames and never get one back.
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Choose the frames that stay stored for a block and later ones; the others are gone for good.
 
         Args:
             stored: Frames at hand, ascending, all before ``start_frame``.
             start_frame: First frame of the block.
             num_frames: Frames of the block.
         """
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Choose what a block reads of the kept frames, and its positions: all of them, side by side from 0.
+
+        Args:
+            kept: What ``keep`` returned.
+            start_frame: First frame of the block.
+            num_frames: Frames of the block.
+        """
+        return FramePlan.contiguous(kept, num_frames)
 
     @abstractmethod
     def num_stored_frames(self, frames_per_block: int) -> int | None:
@@ -85,16 +99,6 @@ class FramePolicy(CachePolicy):
     def num_extra_frames(self, frames_per_block: int) -> int:
         """Places for whole frames that a state of its own fills, behind those of ``FrameState``."""
         return 0
-
-    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...] | None:
-        """Frames that stay stored for the block at ``start_frame`` and later ones; None: those that it reads.
-
-        Args:
-            stored: Frames at hand, ascending, all before ``start_frame``.
-            start_frame: First frame of the next block.
-            num_frames: Frames of the next block.
-        """
-        return None
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
         """Name the role of each stored frame; all recent unless a policy says otherwise."""
@@ -254,18 +258,22 @@ class FrameState(PolicyState):
     def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
         """Let go of frames if the next prompt asks for it."""
         if trace.event in ("flush", "cut"):
-            self.keep(self.policy.after_flush(tuple(sorted(self._after))))
+            self.assign(self.policy.after_flush(tuple(sorted(self._after))))
         return []
 
+    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Frames that stay; a state for which that depends on more than counters adds it here."""
+        return self.policy.keep(stored, start_frame, num_frames)
+
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """What a block reads; a state whose plans depend on more than counters adds it here."""
-        return self.policy.plan(stored, start_frame, num_frames)
+        """What a block reads; a state for which that depends on more than counters adds it here."""
+        return self.policy.read(self.kept(stored, start_frame, num_frames), start_frame, num_frames)
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
         """Role of each stored frame."""
         return self.policy.roles(frames)
 
-    def keep(self, frames: tuple[int, ...]) -> None:
+    def assign(self, frames: tuple[int, ...]) -> None:
         """Make these the frames at hand: stored ones stay where they are, others get a place to be written to."""
         kept = set(frames)
         after = {frame: slot for frame, slot in self._after.items() if frame in kept}
@@ -351,13 +359,11 @@ class FrameState(PolicyState):
     def _hand_over(self, pass_: Pass) -> None:
         end = pass_.start_frame + pass_.num_frames
         at_hand = (*sorted(self._after), *range(pass_.start_frame, end))
-        kept = self.policy.kept(at_hand, end, self.geometry.frames_per_block)
-        if kept is None:
-            kept = self.plan(at_hand, end, self.geometry.frames_per_block).frames
+        kept = self.kept(at_hand, end, self.geometry.frames_per_block)
         if not self.store.is_bounded:
             self.store.grow(len(kept))
         self._before, self._committed = self._after, pass_.start_frame
-        self.keep(kept)
+        self.assign(kept)
 
 
 def check_positions(positions: str) -> None:

@@ -103,10 +103,10 @@ class RecacheState(FrameState):
         self._outlive = tuple(f for f, role in roles if protects and role != "recent" and f < first)
         if not self.is_causal:
             at_hand = (*self._outlive, *range(first, end))
-            self.keep(self.plan(at_hand, end, self.geometry.frames_per_block).frames)
+            self.assign(self.kept(at_hand, end, self.geometry.frames_per_block))
             return [EncodeJob(latents, end - num_frames, timestep=None, label="recache")]
         # Every frame that is encoded anew is new to the cache, whatever was committed before.
-        self.keep(self._outlive)
+        self.assign(self._outlive)
         self._committed, self._plan = -1, None
         size = self.geometry.frames_per_block
         starts = [*range(end - size, first, -size), first][::-1]

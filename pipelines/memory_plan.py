@@ -224,7 +224,7 @@ class MemoryPlan:
     @property
     def denoising(self) -> int:
         """The largest moment of a block's forwards; where a policy pools pixels, of a decode beside them."""
-        pooling = self.features + self.decoding if self.policy.needs_vae else 0
+        pooling = self.features + self.decoding if self.policy.traits.needs_vae else 0
         return max(self.forward, pooling)
 
     @property

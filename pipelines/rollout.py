@@ -93,7 +93,7 @@ class LatentRollout:
         )
         self.num_given_frames = 0 if self._conditioning is None else self._conditioning.num_frames
         self.settings.check_length(num_given=self.num_given_frames)
-        if self.policy.needs_vae and pixels is None:
+        if self.policy.traits.needs_vae and pixels is None:
             raise ValueError(
                 f"cache policy {self.policy.name!r} pools pixels with these settings and needs a VAE: "
                 "give pixels, or use LongVideoPipeline."

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longtake.attention import BackendUnavailable, SparsePolicy
 from longtake.attention.policies import POLICIES as SPARSE_POLICIES
-from longtake.cache import EXACT_POLICY, POLICIES, CachePolicy, Event, make_policy
+from longtake.cache import EXACT_POLICY, POLICIES, CachePolicy, Event, Traits, make_policy
 from longtake.models.numerics import Numerics, check_numerics
 from longtake.models.sparse_attention import AttentionSetting
 from longtake.pipelines.conditioning import ConditioningLatents
@@ -110,8 +110,11 @@ class RolloutSettings:
             )
 
     def _check_sampler(self) -> None:
-        if self.solver.num_window_blocks > 1 and not self.policy.takes_windows:
-            known = [name for name, kind in POLICIES.items() if kind.takes_windows is True]
+        if self.solver.num_window_blocks > 1 and not self.policy.traits.takes_windows:
+            kinds = {
+                name: kind.traits for name, kind in POLICIES.items()
+            }  # of a wrapper it depends on the inner policy
+            known = [name for name, traits in kinds.items() if isinstance(traits, Traits) and traits.takes_windows]
             raise ValueError(
                 f"cache policy {self.policy.name!r} serves one block at a time, sampler {self.solver.name!r} denoises "
                 f"{self.solver.num_window_blocks} together: use another sampler, or one of the policies "
@@ -190,17 +193,17 @@ def _check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
     """Refuse sparse attention over a cache that weights its tokens, breaks frames or gives heads different ones."""
     if attention.is_dense:
         return
-    if policy.weighs_tokens:
+    if policy.traits.weighs_tokens:
         raise ValueError(
             f"cache policy {policy.name!r} weights its tokens with these settings, which attention "
             f"{attention.policy.name!r} does not take: use attention 'dense', or another cache policy."
         )
-    if policy.splits_heads and not attention.policy.is_static:
+    if policy.traits.splits_heads and not attention.policy.is_static:
         raise ValueError(
             f"cache policy {policy.name!r} gives heads different tokens, and attention {attention.policy.name!r} "
             "chooses by the tokens of all heads: use one that looks at positions alone, such as 'radial'."
         )
-    if policy.breaks_frames and attention.policy.needs_frames:
+    if policy.traits.breaks_frames and attention.policy.needs_frames:
         known = [name for name, kind in SPARSE_POLICIES.items() if not kind.needs_frames]
         raise ValueError(
             f"cache policy {policy.name!r} reads tokens that are no whole frames with these settings, which attention "

@@ -83,7 +83,7 @@ def summary(cls: type[CachePolicy]) -> str:
 
 def needs(policy: CachePolicy) -> str:
     """What it needs beside the model: weights or a VAE."""
-    wanted = {"VAE": policy.needs_vae, "weights": policy.needs_weights}
+    wanted = {"VAE": policy.traits.needs_vae, "weights": policy.traits.needs_weights}
     return ", ".join(name for name, is_needed in wanted.items() if is_needed) or "-"
 
 

@@ -75,34 +75,38 @@ class Anchor(SinkWindow):
         """First frame of the window that a block sees."""
         return start_frame + num_frames - (self.num_window_frames - self.num_sink_frames)
 
-    def plan(
-        self, stored: tuple[int, ...], start_frame: int, num_frames: int, *, anchors: tuple[int, ...] = ()
-    ) -> FramePlan:
-        """Read sinks, junction and window.
+    def junction(self, start_frame: int, num_frames: int, anchors: tuple[int, ...]) -> range:
+        """Frames of the junction that a block reads: of the last one of which a frame has left the window.
 
         Args:
-            stored: Frames at hand, ascending.
             start_frame: First frame of the block.
             num_frames: Frames of the block.
-            anchors: Where junctions start; the last one of which a frame has left the window is read.
+            anchors: Where junctions start.
         """
-        oldest = self.oldest(start_frame, num_frames)
-        anchor = max((a for a in anchors if a < oldest), default=-1)
-        junction_start = self.num_position_frames - self.num_context_frames
+        anchor = max((a for a in anchors if a < self.oldest(start_frame, num_frames)), default=None)
+        return range(0) if anchor is None else range(anchor, anchor + self.num_junction_frames)
+
+    def keep(
+        self, stored: tuple[int, ...], start_frame: int, num_frames: int, *, anchors: tuple[int, ...] = ()
+    ) -> tuple[int, ...]:
+        """Keep sinks, junction and window."""
+        oldest, junction = self.oldest(start_frame, num_frames), self.junction(start_frame, num_frames, anchors)
+        return tuple(f for f in stored if f < self.num_sink_frames or f >= oldest or f in junction)
+
+    def read(
+        self, kept: tuple[int, ...], start_frame: int, num_frames: int, *, anchors: tuple[int, ...] = ()
+    ) -> FramePlan:
+        """Read all, each region where it stands."""
+        oldest, junction = self.oldest(start_frame, num_frames), self.junction(start_frame, num_frames, anchors)
+        junction_shift = self.num_position_frames - self.num_context_frames - junction.start
         query = min(self.num_position_frames - num_frames, start_frame)
-        frames, positions, roles = [], [], []
-        for frame in stored:
-            if frame < self.num_sink_frames:
-                role, position = "sink", frame
-            elif frame >= oldest:
-                role, position = "recent", frame - start_frame + query
-            elif 0 <= anchor <= frame < anchor + self.num_junction_frames:
-                role, position = "junction", junction_start + frame - anchor
-            else:
-                continue
-            frames.append(frame), positions.append(float(position)), roles.append(role)
-        queries = tuple(map(float, range(query, query + num_frames)))
-        return FramePlan(tuple(frames), tuple(positions), queries, tuple(roles))
+        sinks = [frame for frame in kept if frame < self.num_sink_frames]
+        recent = [frame for frame in kept[len(sinks) :] if frame >= oldest]
+        middle = kept[len(sinks) : len(kept) - len(recent)]
+        positions = [*sinks, *(f + junction_shift for f in middle), *(f - start_frame + query for f in recent)]
+        roles = ("sink",) * len(sinks) + ("junction",) * len(middle) + ("recent",) * len(recent)
+        queries = range(query, query + num_frames)
+        return FramePlan(kept, tuple(map(float, positions)), tuple(map(float, queries)), roles)
 
 
 class AnchorState(RecacheState):
@@ -126,9 +130,14 @@ class AnchorState(RecacheState):
             self._anchors = (*(a for a in self._anchors if a >= first), end)
         return super().end_block(trace)
 
+    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """What the policy keeps, with this rollout's junctions."""
+        return self.policy.keep(stored, start_frame, num_frames, anchors=self._anchors)
+
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """What the policy plans, with this rollout's junctions."""
-        return self.policy.plan(stored, start_frame, num_frames, anchors=self._anchors)
+        """What the policy reads, with this rollout's junctions."""
+        kept = self.kept(stored, start_frame, num_frames)
+        return self.policy.read(kept, start_frame, num_frames, anchors=self._anchors)
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
         """Role of each frame that the next block reads."""

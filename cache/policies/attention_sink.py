@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from longtake.cache.base import Event, Geometry
+from longtake.cache.base import Event, Geometry, Traits
 from longtake.cache.frames import FramePlan, FramePolicy, check_positions
 from longtake.cache.recache import RecacheState
 
@@ -42,8 +42,8 @@ class SinkWindow(FramePolicy):
         num_sinks = self.num_sinks(frames)
         return ("sink",) * num_sinks + ("recent",) * (len(frames) - num_sinks)
 
-    def sinks_and_window(self, stored: tuple[int, ...], num_frames: int) -> tuple[int, ...]:
-        """The sinks and the last frames that fit beside them and a block of ``num_frames``."""
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the sinks and the last frames that fit beside them and the block."""
         num_sinks = self.num_sinks(stored)
         room = self.num_context_frames - num_frames - num_sinks
         return stored[:num_sinks] + stored[max(len(stored) - room, num_sinks) :]
@@ -61,7 +61,7 @@ class AttentionSink(SinkWindow):
     name: ClassVar[str] = "attention_sink"
     source: ClassVar[str] = "StreamingLLM, arXiv:2309.17453"
     events: ClassVar[frozenset[Event]] = frozenset({"keep", "recache", "flush"})
-    takes_windows: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(takes_windows=True)
 
     positions: Literal["absolute", "contiguous"] = "contiguous"
 
@@ -74,9 +74,8 @@ class AttentionSink(SinkWindow):
         self.check(geometry.frames_per_block, geometry.max_frames)
         return RecacheState(self, geometry, num_frames=self.num_context_frames, num_sink_frames=self.num_sink_frames)
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read the sinks and the last frames that fit beside them and the block."""
-        frames = self.sinks_and_window(stored, num_frames)
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all, where ``positions`` says."""
         if self.positions == "absolute":
-            return FramePlan.absolute(frames, start_frame, num_frames)
-        return FramePlan.contiguous(frames, num_frames)
+            return FramePlan.absolute(kept, start_frame, num_frames)
+        return FramePlan.contiguous(kept, num_frames)

@@ -1,13 +1,13 @@
 """A deep sink that moves along with the video, and compression of what lies between sink and present."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, Number, Pass, PolicyState, Read
+from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, Number, Pass, PolicyState, Read, Traits
 from longtake.cache.frames import FramePlan, FramePolicy, FrameState
 from longtake.cache.storage import take_tokens
 from longtake.cache.tokens import ChosenTokens, coordinates, token_numbers
@@ -345,9 +345,9 @@ class DeepForcing(CachePolicy):
         return max(self.num_budget_frames - self.num_sink_frames - self.num_recent_frames, 0)
 
     @property
-    def breaks_frames(self) -> bool:
+    def traits(self) -> Traits:
         """Tokens are chosen one by one."""
-        return self.compression == "participative"
+        return Traits(breaks_frames=self.compression == "participative")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse blocks that do not fit behind the sink, or are longer than what is recent."""
@@ -410,15 +410,18 @@ class _DeepSink(FramePolicy):
         num_sinks = min(self.own.num_sink_frames, len(frames))
         return ("sink",) * num_sinks + ("recent",) * (len(frames) - num_sinks)
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Everything while it fits; then the sink and the last frames, the sink behind them."""
-        elapsed = start_frame - stored[0] if stored else 0
-        if elapsed + num_frames <= self.own.num_context_frames:
-            return FramePlan.absolute(stored, start_frame, num_frames)
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the sink and the last frames that fit beside it and the block."""
         sinks, window = stored[: self.own.num_sink_frames], stored[self.own.num_sink_frames :]
         room = self.own.num_context_frames - num_frames - len(sinks)
-        recent = window[max(len(window) - room, 0) :]
-        shift = self.own.sink_shift(elapsed, num_frames)
-        positions = (*(frame + shift for frame in sinks), *recent)
-        own = range(start_frame, start_frame + num_frames)
-        return FramePlan(sinks + recent, tuple(map(float, positions)), tuple(map(float, own)))
+        return sinks + window[max(len(window) - room, 0) :]
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all, with the sink moved up once something has been dropped."""
+        plan = FramePlan.absolute(kept, start_frame, num_frames)
+        elapsed = start_frame - kept[0] if kept else 0
+        if elapsed + num_frames <= self.own.num_context_frames:
+            return plan
+        num_sinks, shift = self.own.num_sink_frames, self.own.sink_shift(elapsed, num_frames)
+        moved = tuple(position + shift for position in plan.positions[:num_sinks])
+        return replace(plan, positions=moved + plan.positions[num_sinks:])

@@ -55,14 +55,17 @@ class DilatedWindow(FramePolicy):
         num_dilated = next(gaps, 0)
         return ("mid",) * num_dilated + ("recent",) * (len(frames) - num_dilated)
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all while all fits; then the window and the newest frames of the grid before it."""
-        frames = stored
-        if start_frame + num_frames > self.num_context_frames:
-            oldest = start_frame - (self.num_context_frames - num_frames - self.num_dilated_frames)
-            grid = tuple(frame for frame in stored if frame < oldest and frame % self.dilation == 0)
-            window = tuple(frame for frame in stored if frame >= oldest)
-            frames = grid[max(len(grid) - self.num_dilated_frames, 0) :] + window
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep all while all fits; then the window and the newest frames of the grid before it."""
+        if start_frame + num_frames <= self.num_context_frames:
+            return stored
+        oldest = start_frame - (self.num_context_frames - num_frames - self.num_dilated_frames)
+        grid = tuple(frame for frame in stored if frame < oldest and frame % self.dilation == 0)
+        window = tuple(frame for frame in stored if frame >= oldest)
+        return grid[max(len(grid) - self.num_dilated_frames, 0) :] + window
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all, where ``positions`` says."""
         if self.positions == "absolute":
-            return FramePlan.absolute(frames, start_frame, num_frames)
-        return FramePlan.contiguous(frames, num_frames)
+            return FramePlan.absolute(kept, start_frame, num_frames)
+        return FramePlan.contiguous(kept, num_frames)

@@ -68,14 +68,15 @@ class EmaSink(AveragingPolicy):
         """The window; sinks are kept apart."""
         return self.num_context_frames - frames_per_block - self.num_sink_frames
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read the last frames that fit beside the sinks and the block."""
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the last frames that fit beside the sinks and the block."""
         window = tuple(frame for frame in stored if frame >= self.num_sink_frames)
         room = self.num_context_frames - num_frames - self.num_sink_frames
-        window = window[max(len(window) - room, 0) :]
-        first = min(self.num_sink_frames, start_frame)
-        positions = tuple(map(float, range(first, first + len(window) + num_frames)))
-        return FramePlan(window, positions[: len(window)], positions[len(window) :])
+        return window[max(len(window) - room, 0) :]
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read the window behind the sinks that there are."""
+        return FramePlan.with_gap(kept, num_frames, first=0, gap=min(self.num_sink_frames, start_frame))
 
     def averages(self, start_frame: int, num_frames: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The sinks that are there, at 0 and up."""

@@ -11,7 +11,18 @@ import yaml
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, HeadGroup, Number, Pass, PolicyState, Read
+from longtake.cache.base import (
+    CachePolicy,
+    CacheStats,
+    Context,
+    Geometry,
+    HeadGroup,
+    Number,
+    Pass,
+    PolicyState,
+    Read,
+    Traits,
+)
 from longtake.cache.storage import TokenBuffer
 from longtake.cache.tokens import coordinates, token_numbers
 
@@ -368,8 +379,6 @@ class ForcingKV(CachePolicy):
 
     name: ClassVar[str] = "forcing_kv"
     source: ClassVar[str] = "Forcing-KV, arXiv:2605.09681"
-    breaks_frames: ClassVar[bool] = True  # dynamic heads keep segments of frames
-    splits_heads: ClassVar[bool] = True  # static heads read other tokens than dynamic ones
 
     num_sink_frames: int = 1
     num_recent_frames: int = 1  # before the block
@@ -393,9 +402,9 @@ class ForcingKV(CachePolicy):
             raise ValueError(f"forcing_kv needs a head_map or heads: {PROFILER}, or use head_map: auto.")
 
     @property
-    def needs_weights(self) -> bool:
-        """Whether it needs something measured for a model: a map of its heads, unless they are listed."""
-        return not self.heads
+    def traits(self) -> Traits:
+        """Dynamic heads keep segments of frames, static ones do not; a map is measured unless heads are listed."""
+        return Traits(breaks_frames=True, splits_heads=True, needs_weights=not self.heads)
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse blocks that give dynamic heads fewer frames to choose from than they are to keep."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from longtake.cache.base import Traits
 from longtake.cache.frames import FramePlan, FramePolicy
 
 
@@ -16,7 +17,7 @@ class Full(FramePolicy):
 
     name: ClassVar[str] = "full"
     source: ClassVar[str] = "CausVid, arXiv:2412.07772"
-    takes_windows: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(takes_windows=True)
 
     num_context_frames: int | None = None  # longest rollout allowed; null: no limit
 
@@ -37,6 +38,10 @@ class Full(FramePolicy):
         """Unbounded."""
         return None
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep all."""
+        return stored
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read all, at absolute positions."""
-        return FramePlan.absolute(stored, start_frame, num_frames)
+        return FramePlan.absolute(kept, start_frame, num_frames)

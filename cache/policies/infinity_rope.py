@@ -58,14 +58,13 @@ class InfinityRope(SinkWindow):
         num_sinks = self.num_sinks(stored)
         return stored[:num_sinks] + stored[max(len(stored) - self.num_flush_frames, num_sinks) :]
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read the sinks and the window, at positions that do not grow."""
-        frames = self.sinks_and_window(stored, num_frames)
         if self.placement == "released":
-            return FramePlan.contiguous(frames, num_frames)
+            return FramePlan.contiguous(kept, num_frames)
         first = min(start_frame, self.onset)
-        positions = tuple(float(max(first - (start_frame - frame), 0)) for frame in frames)
-        return FramePlan(frames, positions, tuple(map(float, range(first, first + num_frames))))
+        positions = tuple(float(max(first - (start_frame - frame), 0)) for frame in kept)
+        return FramePlan(kept, positions, tuple(map(float, range(first, first + num_frames))))
 
 
 class InfinityRopeState(FrameState):

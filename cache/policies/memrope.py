@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from longtake.cache.averages import AveragingPolicy, FrameAverages
+from longtake.cache.base import Traits
 from longtake.cache.frames import FramePlan
 from longtake.cache.storage import KeysValues, Stored
 
@@ -33,7 +34,7 @@ class MemRoPE(AveragingPolicy):
 
     name: ClassVar[str] = "memrope"
     source: ClassVar[str] = "MemRoPE, arXiv:2603.12513"
-    breaks_frames: ClassVar[bool] = True  # averages have a place in the picture, and none in time
+    traits: ClassVar[Traits] = Traits(breaks_frames=True)  # averages have a place in the picture, and none in time
 
     num_context_frames: int = 12  # everything attended: sinks, two memories, last frames and the block itself
     num_sink_frames: int = 3
@@ -75,16 +76,19 @@ class MemRoPE(AveragingPolicy):
         """Sinks are the frames before ``num_sink_frames``."""
         return tuple("sink" if frame < self.num_sink_frames else "recent" for frame in frames)
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all while all fits; then the sinks and the last frames, with a gap for the memories."""
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep all while all fits; then the sinks and the last frames."""
         if start_frame + num_frames <= self.num_context_frames:
-            return FramePlan.contiguous(stored, num_frames)
+            return stored
         sinks = tuple(frame for frame in stored if frame < self.num_sink_frames)
         window = stored[len(sinks) :]
-        frames = sinks + window[max(len(window) - self._room(num_frames), 0) :]
-        places = [*range(len(sinks)), *range(len(sinks) + 2, len(frames) + 2 + num_frames)]
-        positions = tuple(map(float, places))
-        return FramePlan(frames, positions[: len(frames)], positions[len(frames) :])
+        return sinks + window[max(len(window) - self._room(num_frames), 0) :]
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all, with a gap behind the sinks for the memories that there are."""
+        first = sum(frame < self.num_sink_frames for frame in kept)
+        gap = len(self.averages(start_frame, num_frames)[0])
+        return FramePlan.with_gap(kept, num_frames, first=first, gap=gap)
 
     def averages(self, start_frame: int, num_frames: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Both memories behind the sinks, once something has left; each stands for its mean age."""

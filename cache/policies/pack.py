@@ -24,6 +24,7 @@ from longtake.cache.base import (
     Pass,
     PolicyState,
     Read,
+    Traits,
 )
 from longtake.cache.frames import FrameStore
 from longtake.cache.storage import Stored, take_tokens
@@ -477,7 +478,7 @@ class _PackState(PolicyState):
         latents, tokens, pooling = trace.latents, None, None
         if self.network is not None:
             tokens = self.network(latents, self.cells)
-        if self.policy.needs_vae:
+        if self.policy.traits.needs_vae:
             pooling = self.policy.factors(self.geometry)
         else:
             patch = latents.shape[-2] // self.size[1]
@@ -726,24 +727,14 @@ class Pack(CachePolicy):
             )
 
     @property
-    def needs_vae(self) -> bool:
-        """Pixels are pooled for ``lr``."""
-        return "lr" in self.compressor
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """Cells may count for the tokens they stand for."""
-        return self.is_count_biased
-
-    @property
-    def breaks_frames(self) -> bool:
-        """Compressed blocks are read beside whole ones."""
-        return self.compressor != "none"
-
-    @property
-    def needs_weights(self) -> bool:
-        """The network of ``hr`` is trained for its model."""
-        return "hr" in self.compressor
+    def traits(self) -> Traits:
+        """Pixels are pooled for ``lr``, the network of ``hr`` is trained, cells may count for their tokens."""
+        return Traits(
+            needs_vae="lr" in self.compressor,
+            needs_weights="hr" in self.compressor,
+            weighs_tokens=self.is_count_biased,
+            breaks_frames=self.compressor != "none",
+        )
 
     @property
     def is_encoded(self) -> bool:
@@ -770,6 +761,6 @@ class Pack(CachePolicy):
             ValueError: If the compressor's weights are missing.
         """
         network = None
-        if self.compressor_weights is not None and self.needs_weights:
+        if self.compressor_weights is not None and self.traits.needs_weights:
             network = load_compressor(self.compressor_weights, self.compressor, geometry.device)
         return _PackState(self, geometry, network)

@@ -218,8 +218,8 @@ class Relax(FramePolicy):
         roles = ("recent" if index >= last else "mid" for index in range(len(frames)))
         return tuple("sink" if f < self.num_sink_frames else role for f, role in zip(frames, roles, strict=True))
 
-    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """The sinks and the last frames that fit into the budget."""
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the sinks and the last frames that fit into the budget."""
         first = start_frame - (self.num_budget_frames - num_frames - self.num_sink_frames)
         return tuple(frame for frame in stored if frame < self.num_sink_frames or frame >= first)
 
@@ -229,16 +229,14 @@ class Relax(FramePolicy):
             return 0
         return self.num_context_frames - num_frames - self.num_sink_frames - self.num_recent_frames
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read all while all fits; then sinks and tail, with a gap for history."""
         gap = self.num_history(start_frame, num_frames)
-        frames = stored[: self.num_sink_frames] + stored[-self.num_recent_frames :] if gap else stored
+        frames = kept[: self.num_sink_frames] + kept[-self.num_recent_frames :] if gap else kept
         if self.positions == "absolute":
             return replace(FramePlan.absolute(frames, start_frame, num_frames), roles=self.roles(frames))
-        places = range(len(frames) + gap + num_frames)
-        places = [p for p in places if not gap or not self.num_sink_frames <= p < self.num_sink_frames + gap]
-        positions = tuple(map(float, places))
-        return FramePlan(frames, positions[: len(frames)], positions[len(frames) :], self.roles(frames))
+        plan = FramePlan.with_gap(frames, num_frames, first=self.num_sink_frames if gap else 0, gap=gap)
+        return replace(plan, roles=self.roles(frames))
 
     def candidates(self, stored: tuple[int, ...], num_history: int) -> tuple[int, ...]:
         """Frames that stand for election, evenly spaced over the newer half of the middle."""

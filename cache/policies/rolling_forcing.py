@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from longtake.cache.base import Context, Geometry, Pass
+from longtake.cache.base import Context, Geometry, Pass, Traits
 from longtake.cache.frames import FramePlan, FrameState
 from longtake.cache.policies.attention_sink import SinkWindow
 
@@ -30,7 +30,7 @@ class RollingForcing(SinkWindow):
 
     name: ClassVar[str] = "rolling_forcing"
     source: ClassVar[str] = "Rolling Forcing, arXiv:2509.25161"
-    takes_windows: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(takes_windows=True)
     published_window: ClassVar[int] = 5
 
     num_context_frames: int = 21  # everything attended: sinks, working frames and the window
@@ -50,13 +50,13 @@ class RollingForcing(SinkWindow):
         """What a single block reads beside itself; a window reads less."""
         return self.num_context_frames - frames_per_block
 
-    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """The sinks, and as many of the last frames as fit beside them."""
-        return self.sinks_and_window(stored, 0)
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the sinks, and as many of the last frames as fit beside them."""
+        return super().keep(stored, start_frame, 0)
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read the sinks and the last frames that fit beside them and the window."""
-        frames = self.sinks_and_window(stored, num_frames)
+        frames = super().keep(kept, start_frame, num_frames)
         num_sinks = self.num_sinks(frames)
         first = start_frame - (len(frames) - num_sinks) - num_sinks
         plan = FramePlan.absolute(frames, start_frame, num_frames)
@@ -66,7 +66,7 @@ class RollingForcing(SinkWindow):
     def commit_plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read what the released code commits with, or what the block itself would read."""
         if self.commit == "keep_sinks":
-            return self.plan(stored, start_frame, num_frames)
+            return self.read(stored, start_frame, num_frames)
         room = self.num_context_frames - num_frames
         return FramePlan.absolute(stored[max(len(stored) - room, 0) :], start_frame, num_frames)
 

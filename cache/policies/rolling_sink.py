@@ -52,12 +52,12 @@ class RollingSink(FramePolicy):
         """First frames are sinks, those behind a gap are the last block's."""
         return tuple("sink" if frame == index else "recent" for index, frame in enumerate(frames))
 
-    def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """The first frames and the last block, whether or not the next block reads them all."""
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the first frames and the last block, whether or not the next block reads them all."""
         num_first = self.num_context_frames - num_frames
         return tuple(frame for frame in stored if frame < num_first or frame >= start_frame - num_frames)
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Fill the window before the block with what is shown at each of its places."""
         num_first = self.num_context_frames - num_frames
         places = range(max(start_frame - num_first, 0), start_frame)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from longtake.cache.base import Event, Geometry
+from longtake.cache.base import Event, Geometry, Traits
 from longtake.cache.frames import FramePlan, FramePolicy, check_positions
 from longtake.cache.recache import RecacheState
 
@@ -19,7 +19,7 @@ class SlidingWindow(FramePolicy):
     name: ClassVar[str] = "sliding_window"
     source: ClassVar[str] = "Self-Forcing, arXiv:2506.08009"
     events: ClassVar[frozenset[Event]] = frozenset({"keep", "recache", "flush"})
-    takes_windows: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(takes_windows=True)
 
     num_context_frames: int = 21  # everything attended: history and the block itself
     positions: Literal["absolute", "contiguous"] = "absolute"
@@ -46,10 +46,13 @@ class SlidingWindow(FramePolicy):
         """What one block reads beside itself."""
         return self.num_context_frames - frames_per_block
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read the last frames that fit beside the block."""
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the last frames that fit beside the block."""
         room = self.num_context_frames - num_frames
-        frames = stored[max(len(stored) - room, 0) :]
+        return stored[max(len(stored) - room, 0) :]
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all, where ``positions`` says."""
         if self.positions == "absolute":
-            return FramePlan.absolute(frames, start_frame, num_frames)
-        return FramePlan.contiguous(frames, num_frames)
+            return FramePlan.absolute(kept, start_frame, num_frames)
+        return FramePlan.contiguous(kept, num_frames)

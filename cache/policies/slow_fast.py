@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from longtake.cache.base import CacheStats, Context, Geometry, Number, Pass, Read
+from longtake.cache.base import CacheStats, Context, Geometry, Number, Pass, Read, Traits
 from longtake.cache.frames import FramePlan, FramePolicy, FrameState
 
 
@@ -178,7 +178,7 @@ class SlowFast(FramePolicy):
 
     name: ClassVar[str] = "slow_fast"
     source: ClassVar[str] = "Context Forcing, arXiv:2602.06028"
-    breaks_frames: ClassVar[bool] = True  # slow frames are read as one memory
+    traits: ClassVar[Traits] = Traits(breaks_frames=True)  # slow frames are read as one memory
 
     num_context_frames: int = 21  # everything attended: sinks, slow, fast and the block itself
     num_sink_frames: int = 3
@@ -242,12 +242,13 @@ class SlowFast(FramePolicy):
         gone = start_frame - (self.num_recent_frames - num_frames) - self.num_sink_frames
         return min(max(gone, 0), self.num_slow_frames)
 
-    def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read the sinks and the fast memory, with a gap for the slow one."""
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the sinks and the fast memory."""
         sinks = tuple(frame for frame in stored if frame < self.num_sink_frames)
         window = stored[len(sinks) :]
-        frames = sinks + window[max(len(window) - (self.num_recent_frames - num_frames), 0) :]
-        gap = self.num_slow(start_frame, num_frames)
-        places = [*range(len(sinks)), *range(len(sinks) + gap, len(frames) + gap + num_frames)]
-        positions = tuple(map(float, places))
-        return FramePlan(frames, positions[: len(frames)], positions[len(frames) :])
+        return sinks + window[max(len(window) - (self.num_recent_frames - num_frames), 0) :]
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all, with a gap behind the sinks for the slow memory."""
+        first = sum(frame < self.num_sink_frames for frame in kept)
+        return FramePlan.with_gap(kept, num_frames, first=first, gap=self.num_slow(start_frame, num_frames))

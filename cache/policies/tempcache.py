@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, Number, Pass, PolicyState, Read
+from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, Number, Pass, PolicyState, Read, Traits
 from longtake.cache.storage import KeysValues, Stored, take_tokens
 from longtake.cache.tokens import coordinates, token_numbers
 
@@ -147,8 +147,8 @@ class TempCache(CachePolicy):
 
     name: ClassVar[str] = "tempcache"
     source: ClassVar[str] = "FAST-AR, arXiv:2602.01801"
-    breaks_frames: ClassVar[bool] = True  # merged tokens are no frame's
-    weighs_tokens: ClassVar[bool] = True  # a merged token counts for those it stands for
+    # Merged tokens are no frame's, and count for those that they stand for.
+    traits: ClassVar[Traits] = Traits(breaks_frames=True, weighs_tokens=True)
 
     num_context_frames: int = 21  # everything attended, in frames' worth of tokens: history and the block itself
     min_similarity: float = 0.9  # of un-rotated keys

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longtake.cache.base import CachePolicy, Event, Geometry, PolicyState
+from longtake.cache.base import CachePolicy, Event, Geometry, PolicyState, Traits
 from longtake.cache.coded import CodedStorage
 from longtake.cache.policies.attention_sink import AttentionSink
 from longtake.cache.storage import PlainStorage
@@ -43,34 +43,9 @@ class Wrapper(CachePolicy):
         return self.inner.published_window
 
     @property
-    def takes_windows(self) -> bool:
-        """Whether passes may span several blocks: the inner policy's."""
-        return self.inner.takes_windows
-
-    @property
-    def needs_vae(self) -> bool:
-        """Whether a rollout has to have a VAE: the inner policy's."""
-        return self.inner.needs_vae
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether reads have a bias: the inner policy's."""
-        return self.inner.weighs_tokens
-
-    @property
-    def splits_heads(self) -> bool:
-        """Whether heads may read different tokens: the inner policy's."""
-        return self.inner.splits_heads
-
-    @property
-    def breaks_frames(self) -> bool:
-        """Whether reads may hold tokens that are no frame's: the inner policy's."""
-        return self.inner.breaks_frames
-
-    @property
-    def needs_weights(self) -> bool:
-        """Whether it works with trained weights only: the inner policy's."""
-        return self.inner.needs_weights
+    def traits(self) -> Traits:
+        """Those of the inner policy."""
+        return self.inner.traits
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse what the inner policy refuses."""

@@ -118,19 +118,18 @@ class ForgetsTheNewest(SlidingWindow):
 
     name: ClassVar[str] = "broken"
 
-    def plan(self, stored, start_frame, num_frames):
-        plan = super().plan(stored, start_frame, num_frames)
-        return FramePlan.absolute(plan.frames[:-1], start_frame, num_frames)
+    def keep(self, stored, start_frame, num_frames):
+        return super().keep(stored, start_frame, num_frames)[:-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LosesItsSink(AttentionSink):
     """Lets go of the sink after a while."""
 
-    def plan(self, stored, start_frame, num_frames):
+    def keep(self, stored, start_frame, num_frames):
         if start_frame > 700:
             stored = stored[1:]
-        return super().plan(stored, start_frame, num_frames)
+        return super().keep(stored, start_frame, num_frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,17 +139,17 @@ class Grows(SlidingWindow):
     def num_stored_frames(self, frames_per_block):
         return None
 
-    def plan(self, stored, start_frame, num_frames):
+    def keep(self, stored, start_frame, num_frames):
         room = self.num_context_frames - num_frames + start_frame // 100
-        return FramePlan.absolute(stored[max(len(stored) - room, 0) :], start_frame, num_frames)
+        return stored[max(len(stored) - room, 0) :]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadsTwice(SlidingWindow):
     """Reads the oldest frame a second time in the place of the next."""
 
-    def plan(self, stored, start_frame, num_frames):
-        plan = super().plan(stored, start_frame, num_frames)
+    def read(self, kept, start_frame, num_frames):
+        plan = super().read(kept, start_frame, num_frames)
         return FramePlan((*plan.frames[:1], *plan.frames[:1], *plan.frames[2:]), plan.positions, plan.query_positions)
 
 
@@ -158,8 +157,8 @@ class ReadsTwice(SlidingWindow):
 class Drifts(SlidingWindow):
     """Positions half a frame past the last one."""
 
-    def plan(self, stored, start_frame, num_frames):
-        plan = super().plan(stored, start_frame, num_frames)
+    def read(self, kept, start_frame, num_frames):
+        plan = super().read(kept, start_frame, num_frames)
         return FramePlan(plan.frames, plan.positions, tuple(p + 0.5 for p in plan.query_positions))
 
 
@@ -177,9 +176,12 @@ class WithState(FramePolicy):
     def num_stored_frames(self, frames_per_block):
         return self.num_context_frames - frames_per_block
 
-    def plan(self, stored, start_frame, num_frames):
+    def keep(self, stored, start_frame, num_frames):
         room = self.num_context_frames - num_frames
-        return FramePlan.absolute(stored[max(len(stored) - room, 0) :], start_frame, num_frames)
+        return stored[max(len(stored) - room, 0) :]
+
+    def read(self, kept, start_frame, num_frames):
+        return FramePlan.absolute(kept, start_frame, num_frames)
 
     def start(self, geometry):
         return self.state(self, geometry)

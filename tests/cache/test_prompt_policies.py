@@ -210,8 +210,8 @@ class CutsForEver(InfinityRope):
 
     name = "cuts_for_ever"
 
-    def plan(self, stored, start_frame, num_frames):
-        plan = super().plan(stored, start_frame, num_frames)
+    def read(self, kept, start_frame, num_frames):
+        plan = super().read(kept, start_frame, num_frames)
         if start_frame < 18:
             return plan
         return type(plan)(plan.frames, plan.positions, tuple(45.0 + i for i in range(num_frames)))

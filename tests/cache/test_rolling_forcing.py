@@ -11,10 +11,10 @@ def windows(policy, *, num_blocks, num_levels, block=3):
     for w in range(num_levels - 1, num_blocks + num_levels - 1):
         first, last = w - num_levels + 1, min(w, num_blocks - 1)
         start = first * block
-        plan = policy.plan(stored, start, (last - first + 1) * block)
+        plan = policy.read(stored, start, (last - first + 1) * block)
         commit = policy.commit_plan(stored, start, block)
         yield w, plan, commit
-        stored = policy.kept((*stored, *range(start, start + block)), start + block, block)
+        stored = policy.keep((*stored, *range(start, start + block)), start + block, block)
 
 
 def read(plan, num_sinks=3):

@@ -76,7 +76,7 @@ def test_a_family_can_be_run_without_naming_cache_or_sampler(name, tmp_path):
     assert all(run.cache[key] == value for key, value in (family.cache or {}).items())
     together = sampler.num_window_blocks * family.frames_per_block
     policy.check(together, family.num_latent_frames(81))
-    assert policy.takes_windows or sampler.num_window_blocks == 1
+    assert policy.traits.takes_windows or sampler.num_window_blocks == 1
 
 
 @pytest.mark.parametrize("name", family_names())

@@ -57,7 +57,7 @@ def counted(model, row, plan, cache):
     branch = sum(row[key] for key in ("allocated", "read_sets", "phases")) + model["text"]
     branch += 0 if on_gpu else row["on_host"]
     held = branches * branch + staging + model["modulation"] + model["features"]
-    pooling = model["features"] + model["decoding"] if plan.policy.needs_vae else 0
+    pooling = model["features"] + model["decoding"] if plan.policy.traits.needs_vae else 0
     unread = staging - plan.staging  # places in host memory that no pass reads were counted as if all were
     # The full history was run past the end of the video, where its read sets were replaced once more.
     forward = min(row["forward"], row["assembling"]) if cache == "full" else row["forward"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from longtake.cache import Context, EncodeJob, KeysValues, Read
+from longtake.cache import Context, EncodeJob, KeysValues, Read, Traits
 from longtake.cache.frames import FrameState
 from longtake.cache.policies.attention_sink import AttentionSink
 from longtake.models.causal import CausalTransformer
@@ -32,8 +32,8 @@ class Remember(AttentionSink):
     every_block: bool = False
 
     @property
-    def needs_vae(self):
-        return self.pooling is not None
+    def traits(self):
+        return Traits(takes_windows=True, needs_vae=self.pooling is not None)
 
     def start(self, geometry):
         return RememberState(self, geometry)
