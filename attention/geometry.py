@@ -1,7 +1,7 @@
 """The frames of the queries and of the keys of one attention call."""
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -13,21 +13,13 @@ Kind = Literal["denoise", "commit"]
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of keys that belong together, usually one frame.
+    """A run of keys that belong together, usually one frame."""
 
-    Attributes:
-        frame: Index of the latent frame in the video; -1 where there is none (text).
-        position: Temporal position at which the run was rotated; it need not be ``frame``.
-        start: First key of the run.
-        length: Keys in the run; whole frames have ``AttentionGeometry.frame_tokens``.
-        role: Use of the run in the cache.
-    """
-
-    frame: int
-    position: float
-    start: int
-    length: int
-    role: str
+    frame: int  # index of the latent frame in the video; -1 where there is none (text)
+    position: float  # temporal position at which the run was rotated; it need not be ``frame``
+    start: int  # first key of the run
+    length: int  # keys in the run; whole frames have ``AttentionGeometry.frame_tokens``
+    role: str  # use of the run in the cache, one of ``Role``
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
@@ -48,34 +40,20 @@ class AttentionGeometry:
     Queries are whole frames in order, ``frame_tokens`` each, row by row. Keys are the segments in order. In the
     bidirectional form the two are the same frames; in the cached form the queries are the block in work, and the keys
     are what the cache gave, the block's own last.
-
-    Attributes:
-        frame_tokens: Tokens of a latent frame.
-        grid: (rows, columns) of a frame; their product is ``frame_tokens``.
-        frames_per_block: Latent frames denoised together; None in the bidirectional form.
-        segments: Runs of keys, in the order of the keys, without gaps.
-        query_frames: Index in the video of every frame that asks.
-        query_positions: Temporal position of every frame that asks.
-        block_index: Number of the block in the rollout, from 0.
-        step_index: Number of the denoising step, from 0.
-        num_steps: Denoising steps of a block.
-        layer: Number of the layer in the network, from 0.
-        num_layers: Layers of the network.
-        kind: ``denoise``, or ``commit`` for the pass that fills the cache.
     """
 
     frame_tokens: int
-    grid: tuple[int, int]
-    frames_per_block: int | None
-    segments: tuple[Segment, ...]
-    query_frames: tuple[int, ...]
-    query_positions: tuple[float, ...]
-    block_index: int = 0
+    grid: tuple[int, int]  # (rows, columns) of a frame; their product is ``frame_tokens``
+    frames_per_block: int | None  # latent frames denoised together; None in the bidirectional form
+    segments: tuple[Segment, ...]  # runs of keys, in the order of the keys, without gaps
+    query_frames: tuple[int, ...]  # index in the video of every frame that asks
+    query_positions: tuple[float, ...]  # temporal position of every frame that asks
+    block_index: int = 0  # of the block in the rollout
     step_index: int = 0
-    num_steps: int = 1
+    num_steps: int = 1  # denoising steps of a block
     layer: int = 0
     num_layers: int = 1
-    kind: Kind = "denoise"
+    kind: Kind = "denoise"  # ``commit``: the pass that fills the cache
 
     def __post_init__(self) -> None:
         rows, columns = self.grid
@@ -108,22 +86,8 @@ class AttentionGeometry:
         num_layers: int = 1,
     ) -> "AttentionGeometry":
         """Describe a call in which every frame of a video asks every frame; arguments as the attributes."""
-        tokens = grid[0] * grid[1]
-        return cls(
-            frame_tokens=tokens,
-            grid=grid,
-            frames_per_block=None,
-            segments=tuple(
-                Segment(frame=index, position=float(index), start=index * tokens, length=tokens, role="current")
-                for index in range(num_frames)
-            ),
-            query_frames=tuple(range(num_frames)),
-            query_positions=tuple(map(float, range(num_frames))),
-            step_index=step_index,
-            num_steps=num_steps,
-            layer=layer,
-            num_layers=num_layers,
-        )
+        whole = make_geometry(num_frames, grid)
+        return replace(whole, step_index=step_index, num_steps=num_steps, layer=layer, num_layers=num_layers)
 
     @property
     def num_queries(self) -> int:
@@ -135,25 +99,57 @@ class AttentionGeometry:
         """Key tokens."""
         return self.segments[-1].stop
 
+    @property
+    def query_lengths(self) -> list[int]:
+        """Tokens of every frame that asks."""
+        return [self.frame_tokens] * len(self.query_frames)
+
+    @property
+    def key_lengths(self) -> list[int]:
+        """Keys of every segment."""
+        return [segment.length for segment in self.segments]
+
+    def is_whole(self, segment: Segment) -> bool:
+        """True if a segment has a frame's tokens, one at every place; of others a policy knows no places."""
+        return segment.length == self.frame_tokens and segment.role not in ("memory", "text")
+
+    def own_segments(self) -> list[int]:
+        """Find the frames that ask among ``segments``, one after the other.
+
+        Raises:
+            ValueError: If they are not there.
+        """
+        own = [index for index, segment in enumerate(self.segments) if segment.role == "current"]
+        frames = tuple(self.segments[index].frame for index in own)
+        if frames != self.query_frames or not all(self.is_whole(self.segments[index]) for index in own):
+            raise ValueError(
+                f"segments of role 'current' are frames {list(frames)} but the queries are frames "
+                f"{list(self.query_frames)}: sparse attention needs the asking frames among the keys, whole."
+            )
+        return own
+
     @cached_property
     def layout(self) -> "Layout":
         """Everything but step, layer and pass: all that a plan made without looking at q and k depends on."""
-        return Layout(
-            (
-                self.frame_tokens,
-                self.grid,
-                self.frames_per_block,
-                self.segments,
-                self.query_frames,
-                self.query_positions,
-            )
-        )
+        frames = (self.frame_tokens, self.grid, self.frames_per_block, self.segments)
+        return Layout((*frames, self.query_frames, self.query_positions))
 
     def at(self, *, step_index: int, layer: int, kind: Kind) -> "AttentionGeometry":
         """The same frames in another step, layer or pass of the block, not checked anew."""
         other = copy(self)
         vars(other).update(step_index=step_index, layer=layer, kind=kind, layout=self.layout)
         return other
+
+
+class Layout(tuple):
+    """A layout whose hash is computed once: every attention call of a block looks its plan up by the same one."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def make_geometry(
@@ -167,9 +163,7 @@ def make_geometry(
         block_frames: Last frames that ask, at most ``num_frames``; None: all, in the bidirectional form.
         num_sinks: First frames that are sinks of the cache.
     """
-    if block_frames is None:
-        return AttentionGeometry.bidirectional(num_frames, grid)
-    tokens, first = grid[0] * grid[1], num_frames - block_frames
+    tokens, first = grid[0] * grid[1], 0 if block_frames is None else num_frames - block_frames
     roles = ["current" if frame >= first else "sink" if frame < num_sinks else "recent" for frame in range(num_frames)]
     return AttentionGeometry(
         frame_tokens=tokens,
@@ -181,16 +175,5 @@ def make_geometry(
         ),
         query_frames=tuple(range(first, num_frames)),
         query_positions=tuple(map(float, range(first, num_frames))),
-        block_index=first // block_frames,
+        block_index=first // (block_frames or 1),
     )
-
-
-class Layout(tuple):
-    """A layout whose hash is taken once: every attention call of a block looks its plan up by the same one."""
-
-    @cached_property
-    def _hash(self) -> int:
-        return super().__hash__()
-
-    def __hash__(self) -> int:
-        return self._hash

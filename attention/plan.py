@@ -272,6 +272,11 @@ def split_runs(lengths: Iterable[int], block_size: int) -> Tensor:
     return torch.tensor(edges, dtype=torch.int32)
 
 
+def edges_of(sizes: Tensor) -> Tensor:
+    """Edges, int32, of (..., blocks) sizes."""
+    return torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).to(torch.int32)
+
+
 def _row_groups(plan: "BlockPlan") -> tuple[RowGroup, ...]:
     """Join the rows of a plan that read the same keys, over blocks and over heads."""
     masks = plan.block_mask.cpu()

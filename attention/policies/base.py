@@ -7,18 +7,47 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from longtake.attention.geometry import AttentionGeometry, Segment
+from longtake.attention.geometry import AttentionGeometry
 from longtake.attention.plan import BlockPlan
+
+T = TypeVar("T")
 
 Memory = MutableMapping[Any, Any]
 """State of a policy between the calls of a rollout. The caller owns it and begins every video with an empty one."""
 
-_MAX_PLANS = 128
+
+class Tokens(NamedTuple):
+    """Queries, keys and values of one sample, (tokens, heads, head_dim); keys may have fewer heads than queries."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Recent(Generic[T]):
+    """The values used last, by key. They are pure functions of their keys, so no rollout can notice another."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value kept under a key, or a new one."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = self._values[key] = make()
+        if len(self._values) > self.most:
+            self._values.popitem(last=False)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +94,14 @@ class SparsePolicy(ABC):
         Raises:
             ValueError: If the geometry is one the policy has no meaning for, or the tokens do not fit it.
         """
-        return None if self.is_dense(geometry) else self._plan(q, k, v, geometry, {} if memory is None else memory)
+        return None if self.is_dense(geometry) else self._plan((q, k, v), geometry, {} if memory is None else memory)
 
     @abstractmethod
     def is_dense(self, geometry: AttentionGeometry) -> bool:
         """True if a call is computed densely whatever its tokens."""
 
     def _plan(
-        self, q: Tensor | None, k: Tensor | None, v: Tensor | None, geometry: AttentionGeometry, memory: Memory
+        self, tokens: tuple[Tensor | None, ...], geometry: AttentionGeometry, memory: Memory
     ) -> BlockPlan | None:
         """Choose blocks for a call that is not dense."""
         return None
@@ -87,6 +116,11 @@ class SparsePolicy(ABC):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
 
+    def _check_share(self, name: str) -> None:
+        """Refuse a field that is no share above 0."""
+        if not 0 < getattr(self, name) <= 1:
+            raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(SparsePolicy):
@@ -96,7 +130,6 @@ class Dense(SparsePolicy):
     source: ClassVar[str] = "Attention Is All You Need, arXiv:1706.03762"
 
     def is_dense(self, geometry: AttentionGeometry) -> bool:
-        """Always."""
         return True
 
 
@@ -132,8 +165,9 @@ class TokenPolicy(BlockPolicy):
     is_static: ClassVar[bool] = False
 
     def _plan(
-        self, q: Tensor | None, k: Tensor | None, v: Tensor | None, geometry: AttentionGeometry, memory: Memory
+        self, tokens: tuple[Tensor | None, ...], geometry: AttentionGeometry, memory: Memory
     ) -> BlockPlan | None:
+        q, k, v = tokens
         prefix = f"attention policy {self.name!r}"
         if q is None or k is None or (self.needs_values and v is None):
             needed = "q, k and v" if self.needs_values else "q and k"
@@ -147,15 +181,11 @@ class TokenPolicy(BlockPolicy):
                 f"{q.shape[1]} queries and {k.shape[1]} keys do not fit the geometry, "
                 f"which has {geometry.num_queries} and {geometry.num_keys}."
             )
-        v = k if v is None else v  # not read then
-        plan = self.token_plan(q[0], k[0], v[0], geometry, memory)
-        return plan if plan is None else plan.validate()
+        return self.token_plan(Tokens(q[0], k[0], k[0] if v is None else v[0]), geometry, memory)
 
     @abstractmethod
-    def token_plan(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
-    ) -> BlockPlan | None:
-        """Choose blocks by (tokens, heads, head_dim) queries, keys and, where ``needs_values``, values."""
+    def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan | None:
+        """Choose blocks by the tokens; the values are right only where ``needs_values``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +193,12 @@ class StaticPolicy(BlockPolicy):
     """A policy that looks at the geometry only, so that equal layouts share one plan."""
 
     def _plan(
-        self, q: Tensor | None, k: Tensor | None, v: Tensor | None, geometry: AttentionGeometry, memory: Memory
+        self, tokens: tuple[Tensor | None, ...], geometry: AttentionGeometry, memory: Memory
     ) -> BlockPlan | None:
-        return _PLANS.get((self, geometry.layout), lambda: self._shared(geometry))
+        def shared() -> BlockPlan | None:
+            return _PLANS.get((self, "rules", self.rules(geometry)), lambda: self.layout_plan(geometry))
 
-    def _shared(self, geometry: AttentionGeometry) -> BlockPlan | None:
-        return _PLANS.get((self, "rules", self.rules(geometry)), lambda: self.layout_plan(geometry))
+        return _PLANS.get((self, geometry.layout), shared)
 
     def rules(self, geometry: AttentionGeometry) -> Hashable:
         """The part of the layout that the plan depends on: layouts with equal rules share a plan."""
@@ -179,43 +209,17 @@ class StaticPolicy(BlockPolicy):
         """Make the plan; its result is kept, and must depend on ``rules`` and the settings alone."""
 
 
-class _Plans:
-    """The plans used last. They are pure functions of their keys, so no rollout can notice another."""
-
-    def __init__(self) -> None:
-        self._plans: OrderedDict[Hashable, BlockPlan | None] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], BlockPlan | None]) -> BlockPlan | None:
-        """The plan kept under a key, or a new one."""
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key]
-        plan = make()
-        self._plans[key] = plan if plan is None else plan.validate()
-        if len(self._plans) > _MAX_PLANS:
-            self._plans.popitem(last=False)
-        return plan
-
-
-_PLANS = _Plans()
+_PLANS: Recent[BlockPlan | None] = Recent(128)
 
 
 class DensityMeter:
-    """A stand-in for a policy that counts the share of dense attention its plans leave to be computed.
-
-    Attributes:
-        policy: Policy whose plans are counted.
-        num_calls: Plans asked for so far.
-        num_dense_calls: Of those, the ones it declined; they count as 1.
-        num_pairs: (query, key) pairs there were.
-        num_computed: Pairs of them that plans kept, the mean over heads.
-    """
+    """A stand-in for a policy that counts the share of dense attention its plans leave to be computed."""
 
     def __init__(self, policy: SparsePolicy) -> None:
         self.policy = policy
         self.is_static = policy.is_static
-        self.num_calls = self.num_dense_calls = 0
-        self.num_pairs = self.num_computed = 0.0
+        self.num_calls = self.num_dense_calls = 0  # of them, those that the policy declined
+        self.num_pairs = self.num_computed = 0.0  # (query, key) pairs, and those that plans kept, the mean over heads
 
     def plan(
         self,
@@ -239,27 +243,6 @@ class DensityMeter:
     def density(self) -> float:
         """Share of all pairs that was computed, 0 to 1; 1 before the first call."""
         return self.num_computed / self.num_pairs if self.num_pairs else 1.0
-
-
-def is_whole(segment: Segment, geometry: AttentionGeometry) -> bool:
-    """True if a segment has a frame's tokens, one at every place; of others a policy knows no places."""
-    return segment.length == geometry.frame_tokens and segment.role not in ("memory", "text")
-
-
-def own_segments(geometry: AttentionGeometry) -> list[int]:
-    """Find the frames that ask among ``segments``, one after the other.
-
-    Raises:
-        ValueError: If they are not there.
-    """
-    own = [index for index, segment in enumerate(geometry.segments) if segment.role == "current"]
-    frames = tuple(geometry.segments[index].frame for index in own)
-    if frames != geometry.query_frames or any(not is_whole(geometry.segments[index], geometry) for index in own):
-        raise ValueError(
-            f"segments of role 'current' are frames {list(frames)} but the queries are frames "
-            f"{list(geometry.query_frames)}: sparse attention needs the asking frames among the keys, whole."
-        )
-    return own
 
 
 def shared_heads(k: Tensor, num_heads: int) -> Tensor:
@@ -294,16 +277,7 @@ def _padded_means(x: Tensor, edges: Tensor, sizes: Tensor) -> Tensor:
 
 
 def sum_by_group(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Add up rows by group, in an order that is the same in every run.
-
-    Args:
-        values: (rows, ...), float.
-        group: (rows,), int64: the group of each row.
-        num_groups: Number of groups; one may be empty.
-
-    Returns:
-        (num_groups, ...), dtype of the values.
-    """
+    """Add up (rows, ...) by the group of each row, in an order that is the same in every run; a group may be empty."""
     if values.device.type == "cpu":
         return values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, group, values)
     return _product_sums(values, group, num_groups)

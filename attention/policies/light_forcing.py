@@ -1,7 +1,6 @@
 """Light Forcing: sparser with every block of a rollout, and of the past only what each query block asks for."""
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import ClassVar, Literal
@@ -9,20 +8,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from longtake.attention.geometry import AttentionGeometry, Layout
+from longtake.attention.geometry import AttentionGeometry
 from longtake.attention.plan import BlockPlan, split_runs
 from longtake.attention.policies.base import (
     Memory,
+    Recent,
     TokenPolicy,
+    Tokens,
     block_means,
-    is_whole,
-    own_segments,
     shared_heads,
     sum_by_group,
 )
-
-_MAX_SCENES = 16
-"""Kept: blocks of several rollouts that take turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +70,10 @@ class LightForcing(TokenPolicy):
 
     def block_sparsity(self, block_index: int, frames_per_block: int) -> float:
         """Share of the key blocks that a block of the rollout leaves out."""
-        schedule = _growth_schedule(
-            self.num_frames,
-            frames_per_block,
-            sparsity=self.sparsity,
-            base_sparsity=self._base,
-            num_context_frames=self.num_context_frames,
-        )
+        schedule = _growth_schedule(self, frames_per_block)
         return schedule[min(block_index, len(schedule) - 1)]
 
-    def token_plan(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
-    ) -> BlockPlan | None:
+    def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan | None:
         """Choose blocks; None where the schedule leaves nothing out or there is no past."""
         if geometry.frames_per_block is None:
             raise ValueError(
@@ -95,9 +83,9 @@ class LightForcing(TokenPolicy):
         sparsity = self.block_sparsity(geometry.block_index, geometry.frames_per_block)
         if sparsity == 0 or geometry.num_keys == geometry.num_queries:
             return None
-        scene = _scene(self, geometry)
-        queries = block_means(q, scene.q_edges)
-        keys = block_means(shared_heads(k, q.shape[1]), scene.k_edges)
+        scene = _SCENES.get((self, geometry.layout), lambda: _Scene(self, geometry))
+        queries = block_means(tokens.q, scene.q_edges)
+        keys = block_means(shared_heads(tokens.k, tokens.q.shape[1]), scene.k_edges)
         is_eligible = scene.eligible(queries, keys)
         # A hair more than the product, so that 0.1 x 10 is one block.
         count = max(1, math.floor((1 - sparsity) * len(keys) + 1e-9))
@@ -112,17 +100,15 @@ class _Scene:
 
     def __init__(self, policy: LightForcing, geometry: AttentionGeometry) -> None:
         self.policy, self.geometry = policy, geometry
-        self.own = own_segments(geometry)
-        past = [index for index in range(len(geometry.segments)) if index not in self.own]
-        frames = [index for index in past if is_whole(geometry.segments[index], geometry)]
+        self.own = geometry.own_segments()
+        whole = [index for index, segment in enumerate(geometry.segments) if geometry.is_whole(segment)]
+        frames = [index for index in whole if index not in self.own]
         self.sinks = frames[: policy.num_sink_frames]
         self.near = frames[max(len(frames) - policy.num_near_frames, len(self.sinks)) :]
         self.middle = [index for index in frames if index not in self.sinks and index not in self.near]
         self.num_frames = len(frames)
-        lengths = [segment.length for segment in geometry.segments]
-        self.k_edges = split_runs(lengths, policy.block_size)
-        size = policy.query_block_size or policy.block_size
-        self.q_edges = split_runs([geometry.frame_tokens] * len(geometry.query_frames), size)
+        self.k_edges = split_runs(geometry.key_lengths, policy.block_size)
+        self.q_edges = split_runs(geometry.query_lengths, policy.query_block_size or policy.block_size)
         ends = torch.tensor([segment.stop for segment in geometry.segments])
         self.segment_of = torch.searchsorted(ends, self.k_edges[:-1].long(), right=True)
 
@@ -152,34 +138,23 @@ class _Scene:
         return is_forced
 
 
-_SCENES: OrderedDict[tuple[LightForcing, Layout], _Scene] = OrderedDict()
-
-
-def _scene(policy: LightForcing, geometry: AttentionGeometry) -> _Scene:
-    """The scene of a layout, made once for all layers and steps of a block."""
-    key = (policy, geometry.layout)
-    if key not in _SCENES:
-        _SCENES[key] = _Scene(policy, geometry)
-        if len(_SCENES) > _MAX_SCENES:
-            _SCENES.popitem(last=False)
-    return _SCENES[key]
+_SCENES: Recent[_Scene] = Recent(16)  # blocks of several rollouts that take turns
 
 
 @cache
-def _growth_schedule(
-    num_frames: int, frames_per_block: int, *, sparsity: float, base_sparsity: float, num_context_frames: int | None
-) -> tuple[float, ...]:
+def _growth_schedule(policy: LightForcing, frames_per_block: int) -> tuple[float, ...]:
     """Chunk-aware growth: the sparsity of every block of a video, whose mean over all that is read is ``sparsity``.
 
     The first block has 0. The released code takes 1 / sqrt(frames so far) for the noise of a block.
     """
-    ends = [(index + 1) * frames_per_block for index in range(1, num_frames // frames_per_block)]
-    lengths = [end if num_context_frames is None else min(end, num_context_frames) for end in ends]
+    base, window = policy._base, policy.num_context_frames
+    ends = [(index + 1) * frames_per_block for index in range(1, policy.num_frames // frames_per_block)]
+    lengths = [end if window is None else min(end, window) for end in ends]
     noise = [1 / math.sqrt(end) for end in ends]
     weight = sum(a * length for a, length in zip(noise, lengths, strict=True))
-    beta = (base_sparsity - sparsity) * sum(lengths) / weight if ends else 0.0
+    beta = (base - policy.sparsity) * sum(lengths) / weight if ends else 0.0
     limit = math.nextafter(1, 0)
-    return (0.0, *(min(max(base_sparsity - a * beta, 0.0), limit) for a in noise))
+    return (0.0, *(min(max(base - a * beta, 0.0), limit) for a in noise))
 
 
 def _merged_means(means: Tensor, sizes: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -189,16 +164,10 @@ def _merged_means(means: Tensor, sizes: Tensor, group: Tensor, num_groups: int) 
 
 
 def _best(scores: Tensor, count: Tensor | int, *, tiers: Tensor | None = None) -> Tensor:
-    """Take the best entries of every row; of equal ones the first.
+    """Select the ``count`` best of (..., entries) scores, higher is better; of equal ones the first.
 
-    Args:
-        scores: (..., entries), higher is better.
-        count: Entries to take, for all rows or (...,) for each.
-        tiers: (..., entries), whole numbers: entries of a lower tier come before all of a higher one, whatever their
-            score.
-
-    Returns:
-        (..., entries), bool.
+    ``count`` is for all rows or (...,) for each. Entries of a lower one of the (..., entries) ``tiers`` come before
+    all of a higher one, whatever their score.
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     if tiers is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtake.attention.geometry import AttentionGeometry, Segment
 from longtake.attention.plan import BlockPlan, split_runs
-from longtake.attention.policies.base import Memory, TokenPolicy, block_means, is_whole, own_segments, shared_heads
+from longtake.attention.policies.base import Memory, TokenPolicy, Tokens, block_means, shared_heads
 
 ORDERS = tuple("".join(axes) for axes in permutations("fhw"))
 """The six orders of frames, rows (h) and columns (w), outermost axis first."""
@@ -89,17 +89,14 @@ class Paro(TokenPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         permutation(self.order, 1, 1, 1)
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density} must be above 0 and at most 1.")
+        self._check_share("density")
         self._check_least(1, "block_size")
         if self.calibration is not None:
             _load_calibration(self.calibration)
 
-    def token_plan(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
-    ) -> BlockPlan | None:
+    def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan:
         """Order the tokens of every head, and choose blocks."""
-        own = own_segments(geometry)
+        q, own = tokens.q, geometry.own_segments()
         before, after = geometry.segments[: own[0]], geometry.segments[own[-1] + 1 :]
         calibration = None if self.calibration is None else _load_calibration(self.calibration)
         orders = self._orders(geometry, q.shape[1], calibration)
@@ -117,7 +114,7 @@ class Paro(TokenPolicy):
         if mask is None:
             heads = torch.arange(q.shape[1]).to(q.device)
             queries = block_means(q[q_perm.T.to(q.device), heads], q_edges)
-            keys = block_means(shared_heads(k, q.shape[1])[k_perm.T.to(q.device), heads], k_edges)
+            keys = block_means(shared_heads(tokens.k, q.shape[1])[k_perm.T.to(q.device), heads], k_edges)
             scores = torch.einsum("qhd,khd->hqk", queries, keys) / q.shape[2] ** 0.5
             sizes = k_edges.diff().to(scores)
             mask = mask_from_sums((scores + sizes.log()).softmax(-1), self.density).cpu()
@@ -150,20 +147,13 @@ class Paro(TokenPolicy):
 def _in_order(segments: tuple[Segment, ...], order: str, geometry: AttentionGeometry) -> list[Tensor]:
     """Tokens of cached segments, frames in the order's rows and columns."""
     within = permutation("f" + order.replace("f", ""), 1, *geometry.grid)
-    return [s.start + (within if is_whole(s, geometry) else torch.arange(s.length)) for s in segments]
+    return [s.start + (within if geometry.is_whole(s) else torch.arange(s.length)) for s in segments]
 
 
 def permutation(order: str, num_frames: int, num_rows: int, num_columns: int) -> Tensor:
-    """Sort the tokens of a video by an order.
+    """(tokens,), int64: the token at each place once a video is sorted by an order of ``ORDERS``.
 
-    Args:
-        order: One of ``ORDERS``; ``fhw`` is the order in which tokens are given.
-        num_frames: Frames.
-        num_rows: Rows of a frame.
-        num_columns: Columns of a frame.
-
-    Returns:
-        (tokens,), int64: the token that stands at each place.
+    Tokens are given in the order ``fhw``.
 
     Raises:
         ValueError: If the order is unknown.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from longtake.attention.geometry import AttentionGeometry
-from longtake.attention.plan import BlockPlan
-from longtake.attention.policies.base import StaticPolicy, is_whole, own_segments
+from longtake.attention.plan import BlockPlan, edges_of
+from longtake.attention.policies.base import StaticPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,41 +28,34 @@ class SlidingTile(StaticPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (
-            ("tile", self.tile),
-            ("window", self.window),
-            *(("head_windows", w) for w in self.head_windows),
-        ):
+        windows = [("head_windows", window) for window in self.head_windows]
+        for name, value in (("tile", self.tile), ("window", self.window), *windows):
             if len(value) != 3 or min(value) < 1:
                 raise ValueError(f"{name}={list(value)} must be three numbers of 1 or more: frames, rows, columns.")
 
     def layout_plan(self, geometry: AttentionGeometry) -> BlockPlan:
         """Sort the tokens by tile, and give every tile its window."""
-        own = own_segments(geometry)
-        whole = [index for index, segment in enumerate(geometry.segments) if is_whole(segment, geometry)]
+        own = geometry.own_segments()
+        whole = [index for index, segment in enumerate(geometry.segments) if geometry.is_whole(segment)]
         tiles = _Tiles(len(whole), geometry.grid, self.tile)
-        key_tile, token = [], []
-        for index, segment in enumerate(geometry.segments):
-            # What has no places in a frame is a tile of its own behind the others.
-            frame_tiles = tiles.of_frame(whole.index(index)) if index in whole else None
-            length = segment.length
-            key_tile.append(torch.full((length,), tiles.count + index) if frame_tiles is None else frame_tiles)
-            token.append(torch.arange(segment.start, segment.stop))
-        key_tile, token = torch.cat(key_tile), torch.cat(token)
-        k_perm = token[key_tile.argsort(stable=True)]
+        # A segment that has no places in a frame is a tile of its own behind the others.
+        tile_of = [torch.full((length,), tiles.count + index) for index, length in enumerate(geometry.key_lengths)]
+        for number, index in enumerate(whole):
+            tile_of[index] = tiles.of_frame(number)
+        key_tile, query_tile = torch.cat(tile_of), torch.cat([tile_of[index] for index in own])
         key_tiles, key_sizes = key_tile.unique(return_counts=True)
-        query_tile = torch.cat([tiles.of_frame(whole.index(index)) for index in own])
         query_tiles, query_sizes = query_tile.unique(return_counts=True)
         windows = self.head_windows or (self.window,)
         masks = torch.stack([tiles.in_window(query_tiles, key_tiles, window) for window in windows])
-        is_sink = torch.cat([torch.full((s.length,), s.role == "sink") for s in geometry.segments])
-        masks |= torch.isin(key_tiles, key_tile[is_sink])
+        for segment, own_tiles in zip(geometry.segments, tile_of, strict=True):
+            if segment.role == "sink":
+                masks |= torch.isin(key_tiles, own_tiles)
         return BlockPlan.from_dense_block_mask(
             masks,
-            _edges(query_sizes),
-            _edges(key_sizes),
+            edges_of(query_sizes),
+            edges_of(key_sizes),
             q_perm=query_tile.argsort(stable=True)[None],
-            k_perm=k_perm[None],
+            k_perm=key_tile.argsort(stable=True)[None],
         )
 
 
@@ -93,7 +86,3 @@ class _Tiles:
     def _places(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _, rows, columns = self.shape
         return tiles // (rows * columns), tiles // columns % rows, tiles % columns
-
-
-def _edges(sizes: Tensor) -> Tensor:
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)

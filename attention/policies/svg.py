@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longtake.attention.geometry import AttentionGeometry
 from longtake.attention.plan import BlockPlan, uniform_edges
-from longtake.attention.policies.base import Memory, TokenPolicy, is_whole, own_segments, shared_heads
+from longtake.attention.policies.base import Memory, TokenPolicy, Tokens, shared_heads
 
 _BAND_STEP = 128
 """The source rounds the half width of its band up to a multiple of this many tokens."""
@@ -31,29 +31,24 @@ class Svg(TokenPolicy):
     num_sampled_rows: int = 64  # queries that decide on the layout of every head
     num_sampled_from: int = 10000  # they are drawn from the first so many
     block_size: int = 128  # tokens on each side of a block
-    temporal_sink: bool = (
-        True  # the first frame's worth of places is read in the temporal order too: not the first frame
-    )
+    temporal_sink: bool = True  # the first places of the temporal order, as many as a frame has, are read by all
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density} must be above 0 and at most 1.")
+        self._check_share("density")
         self._check_least(1, "num_sampled_rows", "num_sampled_from", "block_size")
 
-    def token_plan(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
-    ) -> BlockPlan | None:
+    def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan:
         """Give each head the spatial or the temporal order, and its band."""
-        own_segments(geometry)
-        if not all(is_whole(segment, geometry) for segment in geometry.segments):
+        geometry.own_segments()
+        if not all(map(geometry.is_whole, geometry.segments)):
             raise ValueError(
                 "attention policy 'svg' needs whole frames among the keys: "
                 "compressed memory and text have no place in its orders."
             )
         both = _layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)
-        kind = self._temporal_heads(q, k, v, geometry, both).cpu().long()
+        kind = self._temporal_heads(tokens, geometry, both).cpu().long()
         bands = [self._band(both[0], geometry, True), self._band(both[1], geometry, self.temporal_sink)]
         return BlockPlan.from_dense_block_mask(
             torch.stack(bands)[kind],
@@ -63,17 +58,15 @@ class Svg(TokenPolicy):
             k_perm=torch.stack([layout.k_perm for layout in both])[kind],
         )
 
-    def _temporal_heads(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, both: "tuple[_Layout, _Layout]"
-    ) -> Tensor:
+    def _temporal_heads(self, tokens: Tokens, geometry: AttentionGeometry, both: "tuple[_Layout, _Layout]") -> Tensor:
         """Tell which heads the temporal mask changes less than the spatial one, by a sample of queries.
 
         The masks that decide are the source's: blocks of 128 nearer than two frames, and the first frame's worth of
         keys in the layout's order.
         """
-        generator = torch.Generator().manual_seed(self.seed)
+        q, generator = tokens.q, torch.Generator().manual_seed(self.seed)
         rows = torch.randint(min(len(q), self.num_sampled_from), (self.num_sampled_rows,), generator=generator)
-        k, v = (shared_heads(x, q.shape[1]).float() for x in (k, v))
+        k, v = (shared_heads(x, q.shape[1]).float() for x in (tokens.k, tokens.v))
         scores = torch.einsum("rhd,khd->hrk", q[rows.to(q.device)].float(), k) / q.shape[-1] ** 0.5
         exact = torch.einsum("hrk,khd->hrd", scores.softmax(-1), v)
         errors = []

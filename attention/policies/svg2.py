@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from longtake.attention.geometry import AttentionGeometry
-from longtake.attention.plan import BlockPlan
-from longtake.attention.policies.base import Memory, TokenPolicy, shared_heads, sum_by_group
+from longtake.attention.plan import BlockPlan, edges_of
+from longtake.attention.policies.base import Memory, TokenPolicy, Tokens, shared_heads, sum_by_group
+
+_SETTLED = 1e-4  # farthest that a centroid still moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +41,16 @@ class Svg2(TokenPolicy):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1.")
 
-    def token_plan(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: AttentionGeometry, memory: Memory
-    ) -> BlockPlan | None:
+    def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan:
         """Cluster, choose, and sort the tokens by cluster."""
-        queries = self._clusters(q, self.num_query_clusters, (self.name, geometry.layer, "q"), memory)
-        keys = self._clusters(k, self.num_key_clusters, (self.name, geometry.layer, "k"), memory)
+        queries = self._clusters(tokens.q, self.num_query_clusters, (self.name, geometry.layer, "q"), memory)
+        keys = self._clusters(tokens.k, self.num_key_clusters, (self.name, geometry.layer, "k"), memory)
         # Key heads are clustered once, however many query heads share them.
-        keys = _Clusters(*(shared_heads(part[None], q.shape[1])[0] for part in keys))
+        keys = _Clusters(*(shared_heads(part[None], tokens.q.shape[1])[0] for part in keys))
         return BlockPlan.from_dense_block_mask(
             self._top_p(queries.centroids, keys).cpu(),
-            _edges(queries),
-            _edges(keys),
+            edges_of(queries.sizes).cpu(),
+            edges_of(keys.sizes).cpu(),
             q_perm=queries.labels.argsort(dim=-1, stable=True).cpu(),
             k_perm=keys.labels.argsort(dim=-1, stable=True).cpu(),
         )
@@ -89,35 +89,24 @@ class _Clusters(NamedTuple):
     sizes: Tensor  # (heads, clusters), int64; a cluster may be empty
 
 
-def _edges(clusters: _Clusters) -> Tensor:
-    """(heads, clusters + 1), int32."""
-    return torch.nn.functional.pad(clusters.sizes.cumsum(-1), (1, 0)).to("cpu", torch.int32)
-
-
 def _kmeans(
-    x: Tensor,
-    num_clusters: int,
-    *,
-    num_iterations: int,
-    centroids: Tensor | None = None,
-    seed: int = 0,
-    tolerance: float = 1e-4,
+    x: Tensor, num_clusters: int, *, num_iterations: int, centroids: Tensor | None = None, seed: int = 0
 ) -> _Clusters:
     """Group (tokens, heads, head_dim) by Euclidean distance, head by head (Lloyd's algorithm).
 
     It begins with ``centroids``, or with tokens drawn by ``seed``, the same for all heads, and ends once no centroid
-    moves by more than ``tolerance``. Labels belong to the centroids as they were before the last averaging.
+    moves any more. Labels belong to the centroids as they were before the last averaging.
     """
     tokens = x.float().transpose(0, 1)
     if centroids is None:
         drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:num_clusters]
         centroids = tokens[:, drawn.to(x.device)]
     # One head at a time, so that there is one table of distances.
-    results = [_kmeans_of_head(*pair, num_iterations, tolerance) for pair in zip(tokens, centroids, strict=True)]
+    results = [_kmeans_of_head(*pair, num_iterations) for pair in zip(tokens, centroids, strict=True)]
     return _Clusters(*(torch.stack(parts) for parts in zip(*results, strict=True)))
 
 
-def _kmeans_of_head(tokens: Tensor, centroids: Tensor, num_iterations: int, tolerance: float) -> _Clusters:
+def _kmeans_of_head(tokens: Tensor, centroids: Tensor, num_iterations: int) -> _Clusters:
     labels = sizes = torch.empty(0)
     for _ in range(num_iterations):
         # The squared distance without the token's own square, which is the same for all centroids.
@@ -127,7 +116,7 @@ def _kmeans_of_head(tokens: Tensor, centroids: Tensor, num_iterations: int, tole
         sums = sum_by_group(tokens, labels, len(centroids))
         # An empty cluster stays where it is.
         moved = torch.where(sizes[:, None] > 0, sums / sizes[:, None].clamp(min=1), centroids)
-        has_settled = bool((moved - centroids).abs().max() <= tolerance)
+        has_settled = bool((moved - centroids).abs().max() <= _SETTLED)
         centroids = moved
         if has_settled:
             break

@@ -28,15 +28,14 @@ class Window(StaticPolicy):
 
     def rules(self, geometry: AttentionGeometry) -> Hashable:
         """Segments that each frame reads."""
-        lengths = tuple(segment.length for segment in geometry.segments)
-        return geometry.frame_tokens, lengths, self._reads(geometry)
+        return geometry.frame_tokens, tuple(geometry.key_lengths), self._reads(geometry)
 
     def layout_plan(self, geometry: AttentionGeometry) -> BlockPlan:
         """One block a frame."""
         return BlockPlan.from_dense_block_mask(
             torch.tensor(self._reads(geometry)),
-            split_runs([geometry.frame_tokens] * len(geometry.query_frames), geometry.frame_tokens),
-            split_runs([s.length for s in geometry.segments], max(s.length for s in geometry.segments)),
+            split_runs(geometry.query_lengths, geometry.frame_tokens),
+            split_runs(geometry.key_lengths, max(geometry.key_lengths)),
         )
 
     def _reads(self, geometry: AttentionGeometry) -> tuple[tuple[bool, ...], ...]:

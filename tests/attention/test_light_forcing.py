@@ -21,8 +21,8 @@ PUBLISHED = [
 ]
 
 
-def schedule(num_frames, frames_per_block=3, **options):
-    return _growth_schedule(num_frames, frames_per_block, **options)
+def schedule(frames_per_block=3, **options):
+    return _growth_schedule(LightForcing(**options), frames_per_block)
 
 
 @pytest.mark.parametrize(("options", "expected"), PUBLISHED)
@@ -44,13 +44,8 @@ def test_schedules_are_the_published_ones(options, expected):
 )
 def test_the_budget_is_spent_exactly(num_blocks, frames_per_block, sparsity, more, window):
     """What is read over the video is what a constant sparsity would read, the first block aside."""
-    found = _growth_schedule(
-        num_blocks * frames_per_block,
-        frames_per_block,
-        sparsity=sparsity,
-        base_sparsity=sparsity + more,
-        num_context_frames=window,
-    )
+    budget = {"sparsity": sparsity, "base_sparsity": sparsity + more, "num_context_frames": window}
+    found = schedule(frames_per_block, num_frames=num_blocks * frames_per_block, **budget)
     lengths = [min((index + 1) * frames_per_block, window or 10**9) for index in range(1, num_blocks)]
     spent = sum((1 - s) * length for s, length in zip(found[1:], lengths, strict=True))
     assert spent == pytest.approx((1 - sparsity) * sum(lengths), rel=1e-9)
@@ -58,10 +53,10 @@ def test_the_budget_is_spent_exactly(num_blocks, frames_per_block, sparsity, mor
 
 
 def test_schedules_have_ends():
-    assert schedule(3, sparsity=0.5, base_sparsity=0.6, num_context_frames=None) == (0.0,)
+    assert schedule(num_frames=3, sparsity=0.5, base_sparsity=0.6, num_context_frames=None) == (0.0,)
     policy = LightForcing(**LONG)
     assert policy.block_sparsity(10_000, 3) == policy.block_sparsity(20, 3) == schedule(**LONG)[-1]
-    early = schedule(300, sparsity=0.1, base_sparsity=0.9, num_context_frames=None)
+    early = schedule(num_frames=300, sparsity=0.1, base_sparsity=0.9, num_context_frames=None)
     assert min(early) == 0.0 and max(early) < 1
     assert LightForcing(sparsity=0.95)._base == 0.99 and LightForcing(sparsity=0.995)._base == 0.995
 

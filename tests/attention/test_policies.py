@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 from block_attention import signature
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry, Segment, make_attention_policy, sparse_attention
 from longtake.attention.geometry import make_geometry
@@ -68,7 +70,7 @@ def test_no_preset_without_a_policy():
 
 
 @pytest.mark.parametrize(
-    ("settings", "match"),
+    ("values", "match"),
     [
         ("radail", "unknown attention policy 'radail'.*Did you mean 'radial'"),
         ({"policy": "radial", "decay": 1}, "unknown key 'decay' for attention policy 'radial'.*decay_factor"),
@@ -78,9 +80,9 @@ def test_no_preset_without_a_policy():
         ({}, "need a key 'policy'"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(settings, match):
+def test_settings_that_do_not_fit_are_named(values, match):
     with pytest.raises(ValueError, match=match):
-        make_attention_policy(settings)
+        make_attention_policy(values)
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -204,7 +206,7 @@ def test_a_window_that_rolls_on_has_one_plan(name, positions, monkeypatch):
     made = []
     cls = POLICIES[name]
     original = cls.layout_plan
-    monkeypatch.setattr(base, "_PLANS", base._Plans())
+    monkeypatch.setattr(base, "_PLANS", base.Recent(8))
     monkeypatch.setattr(cls, "layout_plan", lambda self, geometry: made.append(1) or original(self, geometry))
     policy = make(name)
     plans = {id(policy.plan(None, None, rolling(index, positions=positions))) for index in range(4, 40)}
@@ -213,16 +215,7 @@ def test_a_window_that_rolls_on_has_one_plan(name, positions, monkeypatch):
     assert layers == plans
     other = make(name, distance="global")
     assert id(other.plan(None, None, rolling(9, positions=positions))) not in plans
-    assert len(base._PLANS._plans) <= base._MAX_PLANS
-
-
-def test_few_plans_are_kept(monkeypatch):
-    plans = base._Plans()
-    monkeypatch.setattr(base, "_PLANS", plans)
-    policy = Window(dense_blocks=0, dense_layers=0, dense_steps=0)
-    for num_frames in range(3, 3 + base._MAX_PLANS):
-        policy.plan(None, None, make_geometry(num_frames, (2, 2), block_frames=3))
-    assert len(plans._plans) == base._MAX_PLANS
+    assert len(base._PLANS) == 8, "few plans are kept"
 
 
 def test_window_reads_near_frames_sinks_and_itself():
@@ -258,3 +251,24 @@ def test_policies_import_no_kernels():
         assert "backends" not in text and "dispatch" not in text, path.name
     assert all(issubclass(cls, SparsePolicy) for cls in POLICIES.values())
     assert all(issubclass(POLICIES[name], BlockPolicy) for name in SPARSE)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_block_means_of_any_sizes(sizes):
+    """In the way of other devices, which sums in a fixed order, too."""
+    edges = torch.tensor([0, *sizes]).cumsum(0)
+    x = torch.randn(int(edges[-1]), 2, 4, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([x[a:b].double().mean(0) for a, b in zip(edges, edges[1:], strict=False)])
+    for means in (base.block_means(x, edges.int()), base._padded_means(x, edges, edges.diff())):
+        assert torch.allclose(means.double(), expected, atol=1e-6)
+    half = base.block_means(x.bfloat16(), edges)
+    assert half.dtype == torch.float32 and torch.allclose(half, expected.float(), atol=2e-2)
+
+
+def test_sums_by_group_in_both_ways():
+    generator = torch.Generator().manual_seed(0)
+    values, group = torch.randn(50, 3, 2, generator=generator), torch.randint(7, (50,), generator=generator)
+    expected = torch.stack([values[group == number].sum(0) for number in range(8)])
+    for sums in (base.sum_by_group, base._product_sums):
+        assert torch.allclose(sums(values, group, 8), expected, atol=1e-6)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from longtake.attention import AttentionGeometry, Segment
+from longtake.attention import AttentionGeometry, Segment, make_attention_policy
 from longtake.attention.geometry import make_geometry
-from longtake.attention.policies.radial import Radial, _Bands, radial_block_mask
+from longtake.attention.policies.radial import Radial
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "radial_masks.safetensors"
 # (tokens of a frame, decay factor): density by frames, blocks of 128.
@@ -44,16 +44,20 @@ def strip(policy, *args, **options):
     return active(policy).plan(None, None, make_geometry(*args, **options))
 
 
+def video_mask(num_frames, tokens, **options):
+    return Radial(**options).video_mask(num_frames, tokens)
+
+
 @pytest.mark.parametrize("case", ["a", "d"])
 def test_golden_masks_bit_for_bit(case):
     with safe_open(GOLDEN, "pt") as file:
         values = json.loads(file.metadata()["cases"])[case]
         expected = file.get_tensor(case)
     density = values.pop("density")
-    mask = radial_block_mask(values.pop("num_frames"), values.pop("tokens_per_frame"), **values)
+    mask = video_mask(values.pop("num_frames"), values.pop("tokens_per_frame"), **values)
     assert torch.equal(mask, expected)
     assert mask.float().mean().item() == pytest.approx(density, abs=1e-6)
-    wrong = radial_block_mask(mask.shape[0] * values["block_size"] // 384, 384, block_size=values["block_size"])
+    wrong = video_mask(mask.shape[0] * values["block_size"] // 384, 384, block_size=values["block_size"])
     assert wrong.shape != mask.shape or not torch.equal(wrong, expected)
 
 
@@ -69,7 +73,7 @@ def test_golden_masks_bit_for_bit(case):
 )
 def test_equal_to_the_slow_version(num_frames, tokens, block_size, decay_factor, model, adjacent, thin_below):
     options = {"block_size": block_size, "decay_factor": decay_factor, "model": model, "thin_below": thin_below}
-    mask = radial_block_mask(num_frames, tokens, adjacent_width=adjacent, **options)
+    mask = video_mask(num_frames, tokens, adjacent_width=adjacent, **options)
     slow = reference.block_mask(num_frames, tokens, adjacent=adjacent, **options)
     whole = num_frames * tokens // block_size
     assert mask.shape == (math.ceil(num_frames * tokens / block_size),) * 2
@@ -79,7 +83,7 @@ def test_equal_to_the_slow_version(num_frames, tokens, block_size, decay_factor,
 @pytest.mark.parametrize(("num_frames", "tokens", "block_size"), [(5, 200, 64), (6, 1560, 128), (4, 1560, 64)])
 def test_tokens_behind_the_last_whole_block_are_covered(num_frames, tokens, block_size):
     """The source leaves them out, or fails; the last frame's own tokens are read, and the first frame by all."""
-    mask = radial_block_mask(num_frames, tokens, block_size=block_size)
+    mask = video_mask(num_frames, tokens, block_size=block_size)
     assert num_frames * tokens % block_size and mask[-1, -1]
     assert mask[:, 0].all() and mask.diagonal().all() and mask[-1, :2].all()
     near = tokens // block_size // 2
@@ -93,11 +97,11 @@ def test_widths_and_thinning_are_the_closed_form(tokens):
     for distance in range(2, 70):
         length = power / 2 ** (math.floor(math.log2(distance)) + 1)
         is_kept = length >= 128 or distance % math.floor(128 / length) == 0
-        width = _Bands(decay_factor=0.7).width(distance, tokens)
+        width = Radial(decay_factor=0.7).band_width(distance, tokens)
         assert width == (max(128, 0.7 * length) if is_kept else None)
         first = distance if first is None and length < 128 else first
-    assert _Bands().width(0, tokens) == _Bands().width(1, tokens) == tokens
-    assert _Bands(adjacent_width="half").width(1, tokens) == tokens // 2
+    assert Radial().band_width(0, tokens) == Radial().band_width(1, tokens) == tokens
+    assert Radial(adjacent_width="half").band_width(1, tokens) == tokens // 2
     assert first == {256: 4, 1536: 16, 1560: 16, 3840: 32}[tokens]
 
 
@@ -105,11 +109,11 @@ def test_widths_and_thinning_are_the_closed_form(tokens):
 def test_blocks_of_a_band_are_the_closed_form(decay_factor):
     """With blocks that divide a frame: own block, and those with floor(width) > B (apart - 1/6)."""
     tokens, size = 1536, 128
-    mask = radial_block_mask(9, tokens, decay_factor=decay_factor)
+    mask = video_mask(9, tokens, decay_factor=decay_factor)
     per_frame = tokens // size
     apart = (torch.arange(per_frame)[:, None] - torch.arange(per_frame)).abs()
     for distance in range(2, 8):
-        width = math.floor(_Bands(decay_factor=decay_factor).width(distance, tokens))
+        width = math.floor(Radial(decay_factor=decay_factor).band_width(distance, tokens))
         expected = (apart == 0) | (width > size * (apart - 1 / 6))
         found = mask[8 * per_frame :, (8 - distance) * per_frame : (9 - distance) * per_frame]
         assert torch.equal(found, expected), distance
@@ -118,7 +122,7 @@ def test_blocks_of_a_band_are_the_closed_form(decay_factor):
 @pytest.mark.parametrize(("tokens", "decay_factor"), DENSITIES)
 def test_densities_are_the_published_ones(tokens, decay_factor):
     for num_frames, density in DENSITIES[tokens, decay_factor].items():
-        mask = radial_block_mask(num_frames, tokens, decay_factor=decay_factor)
+        mask = video_mask(num_frames, tokens, decay_factor=decay_factor)
         assert mask.float().mean().item() == pytest.approx(density, abs=1e-3), num_frames
 
 
@@ -137,7 +141,7 @@ def test_densities_of_the_cached_form(tokens, decay_factor):
 def test_cached_rows_are_the_last_rows_of_the_square(tokens, block_size, decay_factor, num_frames):
     policy = Radial(block_size=block_size, decay_factor=decay_factor, dense_current=False, distance="global")
     found = strip(policy, num_frames, (tokens // 16, 16), block_frames=3, num_sinks=1).block_mask[0]
-    square = radial_block_mask(num_frames, tokens, block_size=block_size, decay_factor=decay_factor)
+    square = video_mask(num_frames, tokens, block_size=block_size, decay_factor=decay_factor)
     assert torch.equal(found, square[-found.shape[0] :])
     with_current = strip(replace(policy, dense_current=True), num_frames, (tokens // 16, 16), block_frames=3)
     own = 3 * tokens // block_size
@@ -201,7 +205,7 @@ def test_what_has_no_places_in_a_frame_is_read_whole():
 
 @pytest.mark.parametrize("tokens", [256, 512, 1560])
 def test_a_larger_factor_reads_no_less(tokens):
-    masks = [radial_block_mask(7, tokens, decay_factor=factor) for factor in (0.1, 0.2, 0.5, 1.0, 1.5)]
+    masks = [video_mask(7, tokens, decay_factor=factor) for factor in (0.1, 0.2, 0.5, 1.0, 1.5)]
     for small, large in zip(masks, masks[1:], strict=False):
         assert not (small & ~large).any()
     changes = not torch.equal(masks[0], masks[3])
@@ -229,18 +233,11 @@ def test_every_query_reads_its_own_block(num_frames, columns, block_size, thin_b
 def test_the_published_mask_is_the_plan_of_a_whole_video():
     geometry = AttentionGeometry.bidirectional(6, (30, 52))
     plan = active(Radial(decay_factor=0.2)).plan(None, None, geometry)
-    assert torch.equal(plan.block_mask[0], radial_block_mask(6, 1560, decay_factor=0.2))
+    assert torch.equal(plan.block_mask[0], video_mask(6, 1560, decay_factor=0.2))
     assert plan.uniform_block_sizes == (128, 128)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"num_frames": 0}, {"tokens_per_frame": 0}, {"block_size": 0}, {"decay_factor": 0.0}, {"model": "ltx"}],
-    ids=str,
-)
-def test_bad_numbers_are_named(values):
+@pytest.mark.parametrize("values", [{"block_size": 0}, {"decay_factor": 0.0}, {"model": "ltx"}], ids=str)
+def test_bad_settings_are_named(values):
     with pytest.raises(ValueError, match=next(iter(values))):
-        radial_block_mask(**{"num_frames": 2, "tokens_per_frame": 64} | values)
-    if "num_frames" not in values and "tokens_per_frame" not in values and "model" not in values:
-        with pytest.raises(ValueError, match=next(iter(values))):
-            Radial(**values)
+        make_attention_policy({"policy": "radial"} | values)

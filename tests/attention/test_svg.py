@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry, sparse_attention
 from longtake.attention.geometry import make_geometry
+from longtake.attention.policies.base import Tokens
 from longtake.attention.policies.svg import Svg, _half_width, _layouts
 from longtake.attention.policies.svg2 import Svg2, _Clusters, _kmeans
 
@@ -89,7 +90,7 @@ def test_planted_heads_are_told_apart(geometry):
     kinds = ["spatial", "temporal", "temporal", "spatial"]
     q, k, v = planted(geometry, kinds)
     both = _layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)
-    found = Svg()._temporal_heads(q[0], k[0], v[0], geometry, both)
+    found = Svg()._temporal_heads(Tokens(q[0], k[0], v[0]), geometry, both)
     assert found.tolist() == [kind == "temporal" for kind in kinds]
     plan = Svg(density=0.3, **DENSE_FROM_THE_START).plan(q, k, geometry, v=v)
     assert torch.equal(plan.q_perm[0], both[0].q_perm) and torch.equal(plan.q_perm[1], both[1].q_perm)
