@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from longtake.evaluation.backbones import Backbones
 from longtake.evaluation.metric import Metric, Score
 from longtake.evaluation.metrics import make_metrics
-from longtake.evaluation.metrics.dimensions import DIMENSIONS, fused, mapped_clip_to_clip
-from longtake.evaluation.metrics.vbench import imaging
+from longtake.evaluation.metrics.dimensions import DIMENSIONS, IMAGING, fused, mapped_clip_to_clip
+from longtake.evaluation.metrics.vbench import SpanMetric
 from longtake.evaluation.preprocessing import clip_ranges, middle
 from longtake.evaluation.records import ManifestLine
 from longtake.evaluation.running.plan import prompt_of_name, video_info
@@ -107,7 +107,7 @@ def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> It
         for dimension in (dimension.name for dimension in DIMENSIONS):
             yield from _dimension(f"{name}: {dimension}", dimension, expected, scores.get(dimension))
         for mode in MUSIQ_MODES if scorer is not None else ():
-            metric: Metric = imaging(("short",), scorer, mode=mode)
+            metric: Metric = SpanMetric(IMAGING, ("short",), [scorer], mode=mode)
             value = _golden_scores(measure(source, info, [metric]))["imaging_quality"].value
             yield _near(f"{name}: imaging_quality, {mode}", expected["imaging_quality_raw_0_100"][mode], value)
 

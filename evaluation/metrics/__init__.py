@@ -7,8 +7,8 @@ from longtake.evaluation.metric import Metric
 from longtake.evaluation.metrics.course import COLOUR, FLICKER, SEAMS, SHOTS, SPECTRUM, TrackMetric
 from longtake.evaluation.metrics.judge import JudgeMetric
 from longtake.evaluation.metrics.motion import REPETITION, STILLNESS, FlowMetric
-from longtake.evaluation.metrics.quality import vbench_metrics
 from longtake.evaluation.metrics.stills import Classical, NaturalStatistics, StillsMetric
+from longtake.evaluation.metrics.vbench import vbench_metrics
 
 GROUPS = ("vbench", "long", "weight_free", "judge")
 """``vbench``: whole videos; ``long``: clips of two seconds (VBench-Long); ``weight_free``: ours; ``judge``: the mini

@@ -1,43 +1,43 @@
-"""VBench's dimensions that look at single frames or at neighbours: flickering, consistency, aesthetic and imaging.
+"""VBench's dimensions, made for the backbones at hand.
 
 Formulas: VBench (arXiv:2311.17982) and VBench++ (arXiv:2411.13503), as its code has them at commit 45e79ec. Each meter
 gives up to three numbers from one pass: of the whole video, of VBench-Long's clips, and of its development branch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
-from longtake.evaluation.metric import Meter, MetricSpec, Score, VideoInfo, Window, WindowMeans
+from longtake.evaluation.backbones import Backbone, Backbones
+from longtake.evaluation.metric import Meter, Metric, MetricSpec, Score, VideoInfo, Window, WindowMeans
+from longtake.evaluation.metrics.course import mean_difference
 from longtake.evaluation.metrics.dimensions import (
-    AESTHETIC,
-    BACKGROUND,
-    DYNAMIC,
-    FLICKERING,
-    IMAGING,
+    CLIP_SECONDS,
+    DIMENSIONS,
+    FOLDERS,
+    LEFT_TO_VBENCH,
     OVERALL,
-    SMOOTHNESS,
-    SUBJECT,
-    Batches,
     Dimension,
-    Span,
-    Spans,
-    Tally,
     Variant,
-    clip_to_clip_scores,
-    clips_score,
+    clamped_cosines,
+    consistency,
+    fused,
+    mapped_clip_to_clip,
     metric_spec,
-    whole_score,
 )
 from longtake.evaluation.preprocessing import (
     MusiqMode,
+    clip_ranges,
     clip_transform,
     dino_transform,
+    dinov2_transform,
+    dreamsim_transform,
     middle,
     musiq_transform,
     pad_to_multiple,
@@ -47,473 +47,287 @@ from longtake.evaluation.preprocessing import (
 )
 
 Specs = Mapping[Variant, MetricSpec]
-Features = Callable[[np.ndarray], Tensor]
-"""(F, H, W, 3) uint8 frames to (F, D) float32 features."""
-
 BATCH = 8
 """Frames per call of a network. Fixed, so that a number does not depend on how the frames were read."""
 
 
-class SpanMetric:
-    """A dimension of VBench, on whole videos, on clips, or on both.
+@dataclass(frozen=True)
+class _Span:
+    """A stretch of frames.
 
-    Args:
-        specs: One per variant to be measured.
-        meter: Makes the meter of one video.
+    Attributes:
+        start: First frame.
+        length: Frames.
+        fps: Rate that sampling inside the span goes by: clips have VBench-Long's whole number of frames per second.
     """
 
-    def __init__(self, specs: Specs, meter: Callable[[VideoInfo, Specs], Meter]) -> None:
-        self._by_variant = dict(specs)
-        self.specs = tuple(specs.values())
-        self._meter = meter
+    start: int
+    length: int
+    fps: float
 
-    def start(self, video: VideoInfo) -> Meter:
-        """A meter for one video."""
-        return self._meter(video, self._by_variant)
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
-class SpanMeter(ABC):
-    """Takes a video in batches and gathers terms over its spans.
+@dataclass(eq=False)
+class _Tally:
+    """Sum and number of the terms of a span."""
 
-    Args:
-        video: To be measured.
-        specs: One per variant to be measured.
-        batch: Frames per batch.
-    """
+    span: _Span
+    total: float = 0.0
+    count: int = 0
 
-    reason = "needs at least 2 frames"
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
 
-    def __init__(self, video: VideoInfo, specs: Specs, *, batch: int = BATCH) -> None:
-        self.video, self.specs = video, specs
-        self.spans = Spans(video, clips="long" in specs or "long_dev" in specs)
-        self.windows = WindowMeans(video)
-        self._batches = Batches(video, batch, self.take)
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+
+class _BatchMeter(ABC):
+    """Takes a video in batches of a fixed number of frames, however it is pushed."""
+
+    def __init__(self, video: VideoInfo) -> None:
+        self.video = video
+        self._waiting: np.ndarray | None = None
+        self._num_taken = 0
 
     def push(self, frames: np.ndarray) -> None:
-        """Take the next frames: (F, H, W, 3) uint8."""
-        with torch.no_grad():
-            self._batches.push(frames)
+        """Take the next frames: (F, H, W, 3) uint8; they are copied where they have to wait."""
+        frames = frames if self._waiting is None else np.concatenate([self._waiting, frames])
+        whole = len(frames) - len(frames) % BATCH
+        for start in range(0, whole, BATCH):
+            self._emit(frames[start : start + BATCH])
+        self._waiting = frames[whole:].copy() if whole < len(frames) else None
+
+    def close(self) -> None:
+        """Take what is left.
+
+        Raises:
+            ValueError: If there were more or fewer frames than announced.
+        """
+        if self._waiting is not None:
+            self._emit(self._waiting)
+        if self._num_taken != self.video.num_frames:
+            raise ValueError(
+                f"video {self.video.id!r}: {self._num_taken} frames came and num_frames={self.video.num_frames} were "
+                "announced: count the frames that decode, then measure again."
+            )
+
+    @torch.no_grad()
+    def _emit(self, frames: np.ndarray) -> None:
+        self.take(self._num_taken, frames)
+        self._num_taken += len(frames)
 
     @abstractmethod
     def take(self, start: int, frames: np.ndarray) -> None:
         """Take the batch whose first frame has index ``start``."""
 
+
+class _SpanMeter(_BatchMeter):
+    """Gathers terms over the whole video and, for the long variants, over its clips.
+
+    Args:
+        video: To be measured; below a frame per second it has no clips.
+        specs: One per variant to be measured.
+    """
+
+    reason = "needs at least 2 frames"
+
+    def __init__(self, video: VideoInfo, specs: Specs) -> None:
+        super().__init__(video)
+        self.specs = specs
+        self.whole = _Tally(_Span(0, video.num_frames, video.fps))
+        has_clips = ("long" in specs or "long_dev" in specs) and video.fps >= 1
+        ranges = clip_ranges(video.num_frames, video.fps, CLIP_SECONDS) if has_clips else []
+        self.clips = [_Tally(_Span(start, length, float(int(video.fps)))) for start, length in ranges]
+        self.windows = WindowMeans(video)
+        self._first_open = 0
+
+    def holding(self, first: int, last: int) -> list[_Tally]:
+        """Tallies of the spans that hold frames ``first`` to ``last``; ``first`` must not fall between calls."""
+        clips, index = self.clips, self._first_open
+        while index < len(clips) and clips[index].span.end <= first:
+            index += 1
+        self._first_open = index
+        found = [self.whole]
+        while index < len(clips) and clips[index].span.start <= first:
+            if last < clips[index].span.end:
+                found.append(clips[index])
+            index += 1
+        return found
+
     def finish(self) -> Mapping[str, Score]:
         """The score of every variant."""
-        with torch.no_grad():
-            self._batches.close()
-        return {spec.name: self.score(variant) for variant, spec in self.specs.items()}
+        self.close()
+        return {spec.name: self._score(variant) for variant, spec in self.specs.items()}
 
-    def score(self, variant: Variant) -> Score:
-        """Of one variant."""
+    def _score(self, variant: Variant) -> Score:
         if variant == "short":
             return self.short()
-        if not self.spans.clips:
+        if not self.clips:
             return Score.none(f"clips of VBench-Long need 1 frame per second, the video has {self.video.fps:g}")
-        return self.long()
+        return self.long(is_dev=variant == "long_dev")
 
     def value(self, mean: float | None) -> float | None:
         """From the mean of a span's terms to its value."""
         return mean
 
     def short(self) -> Score:
-        """On the whole video."""
-        whole = self.spans.whole
-        return whole_score(
-            self.value(whole.mean),
-            reason=self.reason,
-            weight=float(whole.count) if self.specs["short"].grouping == "frame" else 1.0,
-            windows=self.windows.windows(),
+        weight = float(self.whole.count) if self.specs["short"].grouping == "frame" else 1.0
+        return self.whole_score(self.value(self.whole.mean), weight=weight, windows=self.windows.windows())
+
+    def long(self, *, is_dev: bool) -> Score:
+        """On the clips; only the consistencies have a development branch."""
+        return self.clips_score([self.value(clip.mean) for clip in self.clips])
+
+    def whole_score(self, value: float | None, **facts: Any) -> Score:
+        return Score.none(self.reason) if value is None else Score(value=value, **facts)
+
+    def clips_score(
+        self,
+        values: Sequence[float | None],
+        *,
+        per_clip: Sequence[Mapping[str, Any]] | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> Score:
+        """The score of a video as the mean over its clips; it weighs as many clips as have a value.
+
+        Args:
+            values: Of each clip; None where it has none.
+            per_clip: What stands behind each clip's value.
+            details: What else stands behind the score.
+
+        Returns:
+            The score; its windows are the clips, the last of which may overlap the one before.
+        """
+        kept = [value for value in values if value is not None]
+        if not kept:
+            return Score.none(self.reason)
+        facts = [
+            {"start_frame": clip.span.start, "num_frames": clip.span.length, "value": value}
+            for clip, value in zip(self.clips, values, strict=True)
+        ]
+        rows = [{**own, **behind} for own, behind in zip(facts, per_clip or [{}] * len(facts), strict=True)]
+        return Score(
+            value=sum(kept) / len(kept),
+            weight=float(len(kept)),
+            windows=tuple(Window(**own) for own in facts),
+            details={**(details or {}), "clips": rows},
         )
 
-    def long(self) -> Score:
-        """On the clips."""
-        values = [self.value(clip.mean) for clip in self.spans.clips]
-        return clips_score(self.clips, values, reason=self.reason)
 
-    @property
-    def clips(self) -> list[Span]:
-        """The clips of the video."""
-        return [tally.span for tally in self.spans.clips]
-
-
-class _FlickeringMeter(SpanMeter):
-    """``(255 - mean |I[t+1] - I[t]|) / 255``."""
-
-    def __init__(self, video: VideoInfo, specs: Specs) -> None:
-        super().__init__(video, specs)
-        self._last: np.ndarray | None = None
-
-    def take(self, start: int, frames: np.ndarray) -> None:
-        """Differences of each frame from the one before."""
-        for index, frame in enumerate(frames, start=start):
-            if self._last is not None:
-                difference = _mean_absolute_difference(self._last, frame)
-                self.spans.add(index - 1, index, difference)
-                self.windows.add(index, 1.0 - difference / 255.0)
-            self._last = frame
-        self._last = frames[-1].copy()
-
-    def value(self, mean: float | None) -> float | None:
-        """One less the difference, in units of white."""
-        return None if mean is None else (255.0 - mean) / 255.0
-
-
-def _mean_absolute_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean of ``|a - b|`` over two uint8 arrays of one shape, exactly."""
-    return float(np.sum(np.maximum(a, b) - np.minimum(a, b), dtype=np.uint64)) / a.size
-
-
-class _ConsistencyMeter(SpanMeter):
+class _ConsistencyMeter(_SpanMeter):
     """Mean over frames of ``(max(0, cos to the frame before) + max(0, cos to the span's first)) / 2``.
 
     Args:
         video: To be measured.
         specs: One per variant.
-        features: Of the frames.
-        first_features: Of each clip's first frame for the development branch; needed where it is measured.
-        dimension: Which of the two consistencies: each has a quantile table of its own.
+        encoder: Of all frames: DINO or CLIP.
+        first_encoder: Of each clip's first frame for the development branch: DINOv2 or DreamSim.
     """
 
-    def __init__(
-        self,
-        video: VideoInfo,
-        specs: Specs,
-        *,
-        features: Features,
-        first_features: Features | None,
-        dimension: str,
-    ) -> None:
+    transform: Any
+    first_transform: Any
+    dimension: str
+
+    def __init__(self, video: VideoInfo, specs: Specs, encoder: Any, first_encoder: Any = None) -> None:
         super().__init__(video, specs)
-        self._features, self._first_features, self._dimension = features, first_features, dimension
+        self._encoder, self._first_encoder = encoder, first_encoder
         self._last: Tensor | None = None
-        self._firsts: dict[Span, Tensor] = {}
+        self._firsts: dict[_Span, Tensor] = {}
         self._dev_firsts: list[Tensor] = []
 
     def take(self, start: int, frames: np.ndarray) -> None:
         """Terms of every frame but the first of a span."""
-        features = normalize(self._features(frames), dim=-1)
+        features = normalize(self._encoder.encode(self.transform(frames)), dim=-1)
         before = features[:1] if self._last is None else self._last
-        to_previous = _clamped_cosines(torch.cat([before, features[:-1]]), features)
+        to_previous = clamped_cosines(torch.cat([before, features[:-1]]), features)
         self._last = features[-1:].clone()
         end = start + len(frames)
-        for tally in self.spans:
+        for tally in (self.whole, *self.clips):
             span = tally.span
             begin = max(start, span.start)
             if begin >= min(end, span.end):
                 continue
             if begin == span.start:
                 self._firsts[span] = features[begin - start : begin - start + 1].clone()
-                if tally is not self.spans.whole and self._first_features is not None:
-                    first = self._first_features(frames[begin - start : begin - start + 1])
-                    self._dev_firsts.append(normalize(first, dim=-1))
+                if tally is not self.whole and self._first_encoder is not None:
+                    first = self.first_transform(frames[begin - start : begin - start + 1])
+                    self._dev_firsts.append(normalize(self._first_encoder.encode(first), dim=-1))
                 begin += 1
             rows = features[begin - start : span.end - start]
-            to_first = _clamped_cosines(self._firsts[span].expand_as(rows), rows)
+            to_first = clamped_cosines(self._firsts[span].expand_as(rows), rows)
             for index, cosine in enumerate(to_first, start=begin):
                 term = (to_previous[index - start] + cosine) / 2
                 tally.add(term)
-                if tally is self.spans.whole:
+                if tally is self.whole:
                     self.windows.add(index, term)
 
-    def long(self) -> Score:
-        """Mean over clips; what the clip-to-clip branch would have said is in the details."""
-        firsts = [self._firsts[clip] for clip in self.clips]
-        return self._fused(firsts, fuse=False)
+    def long(self, *, is_dev: bool) -> Score:
+        """Mean over clips; with the development flag of half the clip's value and half the mapped clip-to-clip value.
 
-    def score(self, variant: Variant) -> Score:
-        """Of one variant; VBench-Long's development branch is of the consistencies alone."""
-        return self.long_dev() if variant == "long_dev" and self.spans.clips else super().score(variant)
-
-    def long_dev(self) -> Score:
-        """Mean over clips of half the clip's value and half the mapped clip-to-clip value."""
-        return self._fused(self._dev_firsts, fuse=True)
-
-    def _fused(self, first_features: list[Tensor], *, fuse: bool) -> Score:
-        inclip = [tally.mean for tally in self.spans.clips]
-        scores = clip_to_clip_scores(inclip, first_features, self._dimension)
-        return clips_score(
-            self.clips,
-            scores.fused if fuse else scores.inclip,
-            reason=self.reason,
+        Without the flag the details tell what the clip-to-clip branch would have said.
+        """
+        firsts = self._dev_firsts if is_dev else [self._firsts[clip.span] for clip in self.clips]
+        between = consistency(torch.cat(firsts)) or 0.0
+        inclip = [clip.mean for clip in self.clips]
+        values = [None if v is None else fused(v, between, self.dimension) for v in inclip] if is_dev else inclip
+        mapped = mapped_clip_to_clip(between, self.dimension)
+        return self.clips_score(
+            values,
             per_clip=[{"inclip_score": value} for value in inclip],
-            details={"clip2clip_score": scores.clip_to_clip, "mapped_clip2clip_score": scores.mapped},
+            details={"clip2clip_score": between, "mapped_clip2clip_score": mapped},
         )
 
 
-def _clamped_cosines(a: Tensor, b: Tensor) -> list[float]:
-    """Cosines of the rows of (n, D) and (n, D), negative ones as zero."""
-    return [max(0.0, cosine) for cosine in cosine_similarity(a, b).tolist()]
+class _SubjectMeter(_ConsistencyMeter):
+    dimension = "subject_consistency"
+    transform = staticmethod(dino_transform)
+    first_transform = staticmethod(dinov2_transform)
 
 
-class _FrameQualityMeter(SpanMeter):
-    """Mean over frames of a value that each frame has by itself.
+class _BackgroundMeter(_ConsistencyMeter):
+    dimension = "background_consistency"
+    transform = staticmethod(clip_transform)
+    first_transform = staticmethod(dreamsim_transform)
 
-    Args:
-        video: To be measured.
-        specs: One per variant.
-        quality: (F, H, W, 3) uint8 frames to their F values.
-    """
 
-    reason = "the video has no frames"
+class _FlickeringMeter(_SpanMeter):
+    """``(255 - mean |I[t+1] - I[t]|) / 255``; identical to VBench's, without its static filter."""
 
-    def __init__(self, video: VideoInfo, specs: Specs, quality: Callable[[np.ndarray], list[float]]) -> None:
+    def __init__(self, video: VideoInfo, specs: Specs) -> None:
         super().__init__(video, specs)
-        self._quality = quality
+        self._last: np.ndarray | None = None
 
     def take(self, start: int, frames: np.ndarray) -> None:
-        """One term per frame."""
-        for index, value in enumerate(self._quality(frames), start=start):
-            self.spans.add(index, index, value)
-            self.windows.add(index, value)
+        for index, frame in enumerate(frames, start=start):
+            if self._last is not None:
+                difference = mean_difference(self._last, frame)
+                for tally in self.holding(index - 1, index):
+                    tally.add(difference)
+                self.windows.add(index, 1.0 - difference / 255.0)
+            self._last = frame
+        self._last = frames[-1].copy()
 
-
-def flickering(variants: tuple[Variant, ...]) -> SpanMetric:
-    """``temporal_flickering``: needs no network; identical to VBench's, without its static filter."""
-    return SpanMetric({variant: metric_spec(FLICKERING, variant) for variant in variants}, _FlickeringMeter)
-
-
-def consistency(
-    dimension: Dimension, variants: tuple[Variant, ...], encoder: Any, first_encoder: Any, first_transform: Any
-) -> SpanMetric:
-    """``subject_consistency`` or ``background_consistency``.
-
-    Args:
-        dimension: :data:`SUBJECT` or :data:`BACKGROUND`.
-        variants: To measure; ``long_dev`` needs the last two arguments.
-        encoder: A frame encoder: DINO or CLIP.
-        first_encoder: Of the clips' first frames in the development branch: DINOv2 or DreamSim; may be None.
-        first_transform: Its transform.
-    """
-    transform = {SUBJECT: dino_transform, BACKGROUND: clip_transform}[dimension]
-
-    def features(frames: np.ndarray) -> Tensor:
-        return encoder.encode(transform(frames))
-
-    def first_features(frames: np.ndarray) -> Tensor:
-        return first_encoder.encode(first_transform(frames))
-
-    def meter(video: VideoInfo, specs: Specs) -> Meter:
-        second = first_features if "long_dev" in specs else None
-        return _ConsistencyMeter(video, specs, features=features, first_features=second, dimension=dimension.name)
-
-    def networks(variant: Variant) -> list[tuple[str, Any]]:
-        return [("enc", encoder), ("c2c", first_encoder)] if variant == "long_dev" else [("enc", encoder)]
-
-    specs = {variant: metric_spec(dimension, variant, networks(variant)) for variant in variants}
-    return SpanMetric(specs, meter)
-
-
-def aesthetic(variants: tuple[Variant, ...], encoder: Any, head: Any) -> SpanMetric:
-    """``aesthetic_quality``: a head on normalised CLIP features, over ten.
-
-    Args:
-        variants: To measure.
-        encoder: CLIP ViT-L/14, (B, 3, 224, 224) to (B, 768).
-        head: of length 1, to (B, 1).
-    """
-
-    def quality(frames: np.ndarray) -> list[float]:
-        features = normalize(encoder.encode(clip_transform(frames)), dim=-1)
-        return (head.rate(features).reshape(-1) / 10).tolist()
-
-    def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return _FrameQualityMeter(video, specs, quality)
-
-    networks = [("aesthetic", encoder), ("aesthetic", head)]
-    return SpanMetric({variant: metric_spec(AESTHETIC, variant, networks) for variant in variants}, meter)
-
-
-def imaging(variants: tuple[Variant, ...], scorer: Any, *, mode: MusiqMode = "longer") -> SpanMetric:
-    """``imaging_quality``: MUSIQ on each frame, 0..100.
-
-    Args:
-        variants: To measure.
-        scorer: A frame scorer, (1, 3, h, w) in 0..1 to a number.
-        mode: VBench's ``imaging_quality_preprocessing_mode``; published numbers have its default.
-    """
-
-    def quality(frames: np.ndarray) -> list[float]:
-        return [scorer.score(musiq_transform(frame[None], mode=mode)) for frame in frames]
-
-    def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return _FrameQualityMeter(video, specs, quality)
-
-    return SpanMetric({variant: metric_spec(IMAGING, variant, [("iqa", scorer)]) for variant in variants}, meter)
-
-
-NUM_FRAMES = 8
-"""Frames that ViCLIP looks at."""
-
-
-class _SampledClips:
-    """Eight frames of each of some spans, gathered as a video streams by; a span that has all lets go of its frames.
-
-    Args:
-        spans: They may overlap.
-    """
-
-    def __init__(self, spans: Sequence[Span]) -> None:
-        self._open = {span: sampled_frames(span) for span in spans}
-        self._images: dict[int, Tensor] = {}
-
-    def take(self, start: int, frames: np.ndarray) -> Iterator[tuple[Span, Tensor]]:
-        """The spans that are complete with the batch whose first frame is ``start``, with (1, 8, 3, 224, 224)."""
-        end = start + len(frames)
-        asked = sorted({index for indices in self._open.values() for index in indices if start <= index < end})
-        if not asked:
-            return
-        images = clip_transform(frames[[index - start for index in asked]], loader="uint8")
-        self._images.update(zip(asked, images, strict=True))
-        for span, indices in list(self._open.items()):
-            if indices[-1] < end:
-                yield span, torch.stack([self._images[index] for index in indices])[None]
-                del self._open[span]
-        needed = {index for indices in self._open.values() for index in indices}
-        self._images = {index: image for index, image in self._images.items() if index in needed}
-
-
-class _AgreementMeter(SpanMeter):
-    """Cosine between the features of the middle frames of eight equal stretches and those of the prompt.
-
-    Args:
-        video: To be measured; without a prompt there is no score.
-        specs: One per variant.
-        scorer: Encodes eight frames, and a text.
-    """
-
-    reason = "the video has no prompt"
-
-    def __init__(self, video: VideoInfo, specs: Specs, scorer: Any) -> None:
-        super().__init__(video, specs)
-        self._scorer = scorer
-        wanted = [self.spans.whole.span] if "short" in specs else []
-        wanted += [clip for clip in self.clips if clip not in wanted]
-        self._clips = _SampledClips(wanted if video.prompt else [])
-        self._values: dict[Span, float] = {}
-        self._text: Tensor | None = None
-
-    def take(self, start: int, frames: np.ndarray) -> None:
-        """Score the spans whose last frame has come."""
-        for span, clip in self._clips.take(start, frames):
-            if self._text is None:
-                self._text = _encoded_text(self._scorer, self.video.prompt)
-            self._values[span] = cosine(self._scorer, clip, self._text)
-
-    def short(self) -> Score:
-        """Of the whole video."""
-        return whole_score(self._values.get(self.spans.whole.span), reason=self.reason)
-
-    def long(self) -> Score:
-        """Mean over the clips, each against the whole prompt."""
-        return clips_score(self.clips, [self._values.get(clip) for clip in self.clips], reason=self.reason)
-
-
-class SegmentAlignment:
-    """``proxy/segment_alignment``: where the prompt changes, each prompt against the frames while it held.
-
-    One window per segment, so that the curve shows which prompts a rollout followed; the value is their mean. The
-    layout of "CLIP score per 10 s" (LongLive) with the network and the sampling of VBench's ``overall_consistency``.
-
-    Args:
-        scorer: As for :func:`agreement`.
-    """
-
-    def __init__(self, scorer: Any) -> None:
-        self._scorer = scorer
-        spec = MetricSpec(
-            name=f"proxy/segment_alignment[clip={scorer.name}]",
-            higher_is_better=True,
-            unit="-1..1",
-            range=(-1.0, 1.0),
-            backbone=scorer.name,
-            weights_sha256=scorer.weights_sha256,
-            transform=OVERALL.transform,
-            description="Cosine between features of eight frames of a segment and of its prompt, mean over segments.",
-        )
-        self.specs = (spec,)
-
-    def start(self, video: VideoInfo) -> Meter:
-        """A meter for one video."""
-        return _SegmentMeter(video, self.specs[0].name, self._scorer)
-
-
-class _SegmentMeter:
-    def __init__(self, video: VideoInfo, name: str, scorer: Any) -> None:
-        self._name, self._scorer = name, scorer
-        self._prompts: dict[Span, str] = {}
-        for segment in video.segments:
-            start, end = (min(round(s * video.fps), video.num_frames) for s in (segment.start_s, segment.end_s))
-            if start < end:
-                self._prompts[Span(start, end - start, video.fps)] = segment.prompt
-        self._clips = _SampledClips(list(self._prompts))
-        self._batches = Batches(video, BATCH, self._take)
-        self._values: dict[Span, float] = {}
-
-    def push(self, frames: np.ndarray) -> None:
-        """Take the next frames: (F, H, W, 3) uint8."""
-        with torch.no_grad():
-            self._batches.push(frames)
-
-    def finish(self) -> Mapping[str, Score]:
-        """Mean over the segments, and a window for each."""
-        with torch.no_grad():
-            self._batches.close()
-        if not self._values:
-            return {self._name: Score.none("the video has one prompt")}
-        windows = tuple(Window(start_frame=s.start, num_frames=s.length, value=v) for s, v in self._values.items())
-        return {self._name: Score(value=sum(self._values.values()) / len(self._values), windows=windows)}
-
-    def _take(self, start: int, frames: np.ndarray) -> None:
-        for span, clip in self._clips.take(start, frames):
-            self._values[span] = cosine(self._scorer, clip, _encoded_text(self._scorer, self._prompts[span]))
-
-
-def _encoded_text(scorer: Any, prompt: str) -> Tensor:
-    """(1, D), of length 1."""
-    return normalize(scorer.encode_text(prompt), dim=-1)
-
-
-def cosine(scorer: Any, clip: Tensor, text: Tensor) -> float:
-    """Between the features of (1, 8, 3, 224, 224) and a text's."""
-    return float((normalize(scorer.encode_video(clip), dim=-1) @ text.T)[0, 0])
-
-
-def sampled_frames(span: Span) -> list[int]:
-    """The frames of a span that are looked at; the last is repeated in spans that are too short."""
-    return [span.start + index for index in middle(NUM_FRAMES, span.length)]
-
-
-def agreement(variants: tuple[Variant, ...], scorer: Any) -> SpanMetric:
-    """``overall_consistency``.
-
-    Args:
-        variants: To measure.
-        scorer: ``encode_video`` of (1, 8, 3, 224, 224) and ``encode_text``, both to (1, D).
-    """
-
-    def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return _AgreementMeter(video, specs, scorer)
-
-    networks = [("clip", scorer)]
-    return SpanMetric({variant: metric_spec(OVERALL, variant, networks) for variant in variants}, meter)
+    def value(self, mean: float | None) -> float | None:
+        return None if mean is None else (255.0 - mean) / 255.0
 
 
 AMT_MULTIPLE, RAFT_MULTIPLE = 16, 8
 """Sides of the images that the two networks take, in pixels."""
-MOVING_SHARE = 0.05
-"""The flow of a pair is the mean over the fastest so many pixels."""
-PIXELS_PER_256 = 6.0
-"""A pair moves above this flow on a video whose shorter side has 256 pixels, and in proportion on others."""
 
 
-class _SmoothnessMeter(SpanMeter):
+class _SmoothnessMeter(_SpanMeter):
     """``(255 - mean |I[2k+1] - middle(I[2k], I[2k+2])|) / 255``, frames counted from the start of the span.
 
     Args:
         video: To be measured.
         specs: One per variant.
-        interpolator: Two images to the one in the middle.
+        interpolator: Two images (1, 3, H, W) in 0..1 to the one in the middle.
     """
 
     reason = "needs at least 3 frames"
@@ -530,19 +344,17 @@ class _SmoothnessMeter(SpanMeter):
             self._recent = [*self._recent[-2:], frame]
             if index < 2:
                 continue
-            wanting = [
-                tally for tally in self.spans.holding(index - 2, index) if (index - 1 - tally.span.start) % 2 == 1
-            ]
+            holding = self.holding(index - 2, index)
+            wanting = [tally for tally in holding if (index - 1 - tally.span.start) % 2 == 1]
             if wanting:
                 error = self._error(index)
                 for tally in wanting:
                     tally.add(error)
-                if wanting[0] is self.spans.whole:
+                if wanting[0] is self.whole:
                     self.windows.add(index - 1, 1.0 - error / 255.0)
         self._recent = [frame.copy() for frame in self._recent[-2:]]
 
     def value(self, mean: float | None) -> float | None:
-        """One less the error, in units of white."""
         return None if mean is None else (255.0 - mean) / 255.0
 
     def _error(self, index: int) -> float:
@@ -565,7 +377,13 @@ class _SmoothnessMeter(SpanMeter):
         return self._inputs[index], self._padding
 
 
-class _DynamicMeter(SpanMeter):
+MOVING_SHARE = 0.05
+"""The flow of a pair is the mean over the fastest so many pixels."""
+PIXELS_PER_256 = 6.0
+"""A pair moves above this flow on a video whose shorter side has 256 pixels, and in proportion on others."""
+
+
+class _DynamicMeter(_SpanMeter):
     """Whether at least a quarter of the sampled frames' number of pairs moves more than a threshold.
 
     Frames are sampled from the start of each span, at about eight a second. The number of pairs needed is rounded
@@ -574,7 +392,7 @@ class _DynamicMeter(SpanMeter):
     Args:
         video: To be measured.
         specs: One per variant.
-        estimator: Two images to their flow.
+        estimator: Two images (1, 3, H, W) in 0..255 to their flow (2, H, W) in pixels.
     """
 
     reason = "needs at least 1 frame"
@@ -582,11 +400,10 @@ class _DynamicMeter(SpanMeter):
     def __init__(self, video: VideoInfo, specs: Specs, estimator: Any) -> None:
         super().__init__(video, specs)
         self._estimator = estimator
-        self._flows: dict[int, list[float]] = {id(tally): [] for tally in self.spans}
+        self._flows: dict[_Tally, list[float]] = {tally: [] for tally in (self.whole, *self.clips)}
         self._held: dict[int, np.ndarray] = {}
-        wanted = list(self.spans) if "short" in specs else self.spans.clips
-        self._pairs: dict[int, dict[int, list[Tally]]] = {}
-        for tally in wanted:
+        self._pairs: dict[int, dict[int, list[_Tally]]] = {}
+        for tally in (self.whole, *self.clips) if "short" in specs else self.clips:
             indices = _motion_frames(tally.span)
             for first, second in zip(indices, indices[1:], strict=False):
                 self._pairs.setdefault(second, {}).setdefault(first, []).append(tally)
@@ -594,30 +411,23 @@ class _DynamicMeter(SpanMeter):
         self._reach = max((b - a for b, pairs in self._pairs.items() for a in pairs), default=0)
 
     def take(self, start: int, frames: np.ndarray) -> None:
-        """The flow of every pair that ends in the batch."""
         for index, frame in enumerate(frames, start=start):
             for first, tallies in self._pairs.pop(index, {}).items():
                 flow = self._flow(self._held[first], frame)
                 for tally in tallies:
-                    self._flows[id(tally)].append(flow)
+                    self._flows[tally].append(flow)
             if index in self._needed:
                 self._held[index] = frame.copy()
             self._held.pop(index - self._reach, None)
 
     def short(self) -> Score:
-        """Of the whole video: 1 or 0."""
-        value, details = self._decide(self.spans.whole)
-        return whole_score(value, reason=self.reason, details=details)
+        value, details = self._decide(self.whole)
+        return self.whole_score(value, details=details)
 
-    def long(self) -> Score:
+    def long(self, *, is_dev: bool) -> Score:
         """The share of clips that are dynamic."""
-        decided = [self._decide(clip) for clip in self.spans.clips]
-        return clips_score(
-            self.clips,
-            [value for value, _ in decided],
-            reason=self.reason,
-            per_clip=[details for _, details in decided],
-        )
+        values, details = zip(*(self._decide(clip) for clip in self.clips), strict=True)
+        return self.clips_score(values, per_clip=details)
 
     def _flow(self, a: np.ndarray, b: np.ndarray) -> float:
         """Mean over the fastest pixels, those of the padding among them."""
@@ -628,14 +438,14 @@ class _DynamicMeter(SpanMeter):
         fastest = np.partition(speeds, speeds.size - count)[speeds.size - count :] if count else speeds[:0]
         return float(np.mean(np.sort(fastest)[::-1])) if count else 0.0
 
-    def _decide(self, tally: Tally) -> tuple[float, dict[str, Any]]:
+    def _decide(self, tally: _Tally) -> tuple[float, dict[str, Any]]:
         """1 or 0 with the counts behind it."""
-        flows = self._flows[id(tally)]
+        flows = self._flows[tally]
         threshold = PIXELS_PER_256 * (min(self.video.height, self.video.width) / 256.0)
         needed = round(4 * (len(_motion_frames(tally.span)) / 16.0))
         above = sum(flow > threshold for flow in flows)
         is_dynamic = bool(flows) and above >= needed
-        details: Mapping[str, Any] = {
+        return float(is_dynamic), {
             "is_dynamic": is_dynamic,
             "n_pairs": len(flows),
             "threshold": threshold,
@@ -645,39 +455,247 @@ class _DynamicMeter(SpanMeter):
             "pair_scores_mean": sum(flows) / len(flows) if flows else None,
             "pair_scores_max": max(flows, default=None),
         }
-        return float(is_dynamic), dict(details)
 
 
-def _motion_frames(span: Span) -> list[int]:
+def _motion_frames(span: _Span) -> list[int]:
     """The frames of a span that dynamic degree looks at."""
     return list(range(span.start, span.end, stride_for_8fps(span.fps)))
 
 
-def smoothness(variants: tuple[Variant, ...], interpolator: Any) -> SpanMetric:
-    """``motion_smoothness``.
+class _FrameQualityMeter(_SpanMeter):
+    """Mean over frames of a value that each frame has by itself."""
+
+    reason = "the video has no frames"
+
+    def take(self, start: int, frames: np.ndarray) -> None:
+        for index, value in enumerate(self.quality(frames), start=start):
+            for tally in self.holding(index, index):
+                tally.add(value)
+            self.windows.add(index, value)
+
+    @abstractmethod
+    def quality(self, frames: np.ndarray) -> list[float]:
+        """Values of (F, H, W, 3) uint8 frames."""
+
+
+class _AestheticMeter(_FrameQualityMeter):
+    """A head on normalised features of CLIP ViT-L/14, over ten."""
+
+    def __init__(self, video: VideoInfo, specs: Specs, encoder: Any, head: Any) -> None:
+        super().__init__(video, specs)
+        self._encoder, self._head = encoder, head
+
+    def quality(self, frames: np.ndarray) -> list[float]:
+        features = normalize(self._encoder.encode(clip_transform(frames)), dim=-1)
+        return (self._head.rate(features).reshape(-1) / 10).tolist()
+
+
+class _ImagingMeter(_FrameQualityMeter):
+    """MUSIQ on each frame, 0..100; published numbers have VBench's default preprocessing mode, ``longer``."""
+
+    def __init__(self, video: VideoInfo, specs: Specs, scorer: Any, *, mode: MusiqMode = "longer") -> None:
+        super().__init__(video, specs)
+        self._scorer, self._mode = scorer, mode
+
+    def quality(self, frames: np.ndarray) -> list[float]:
+        return [self._scorer.score(musiq_transform(frame[None], mode=self._mode)) for frame in frames]
+
+
+NUM_FRAMES = 8
+"""Frames that ViCLIP looks at."""
+
+
+class _SampledClips:
+    """Cosines of eight frames of each of some spans with a text, taken as a video streams by.
+
+    A span that has all its frames lets go of them.
 
     Args:
-        variants: To measure.
-        interpolator: Two images (1, 3, H, W) in 0..1 to the one in the middle.
+        texts: {span: its text}; spans may overlap.
+        scorer: ``encode_video`` of (1, 8, 3, 224, 224) and ``encode_text``, both to (1, D).
     """
 
-    def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return _SmoothnessMeter(video, specs, interpolator)
+    def __init__(self, texts: Mapping[_Span, str], scorer: Any) -> None:
+        self._texts, self._scorer = texts, scorer
+        self._open = {span: [span.start + index for index in middle(NUM_FRAMES, span.length)] for span in texts}
+        self._images: dict[int, Tensor] = {}
+        self._encoded: dict[str, Tensor] = {}
 
-    networks = [("interp", interpolator)]
-    return SpanMetric({variant: metric_spec(SMOOTHNESS, variant, networks) for variant in variants}, meter)
+    def take(self, start: int, frames: np.ndarray) -> Iterator[tuple[_Span, float]]:
+        """The spans that are complete with the batch whose first frame is ``start``, and their cosines."""
+        end = start + len(frames)
+        asked = sorted({index for indices in self._open.values() for index in indices if start <= index < end})
+        if not asked:
+            return
+        images = clip_transform(frames[[index - start for index in asked]], loader="uint8")
+        self._images.update(zip(asked, images, strict=True))
+        for span, indices in list(self._open.items()):
+            if indices[-1] < end:
+                clip = torch.stack([self._images[index] for index in indices])[None]
+                yield span, self._cosine(clip, self._texts[span])
+                del self._open[span]
+        needed = {index for indices in self._open.values() for index in indices}
+        self._images = {index: image for index, image in self._images.items() if index in needed}
+
+    def _cosine(self, clip: Tensor, text: str) -> float:
+        if text not in self._encoded:
+            self._encoded[text] = normalize(self._scorer.encode_text(text), dim=-1)
+        return float((normalize(self._scorer.encode_video(clip), dim=-1) @ self._encoded[text].T)[0, 0])
 
 
-def dynamics(variants: tuple[Variant, ...], estimator: Any) -> SpanMetric:
-    """``dynamic_degree``.
+class _AgreementMeter(_SpanMeter):
+    """Cosine between the features of the middle frames of eight equal stretches and those of the prompt."""
+
+    reason = "the video has no prompt"
+
+    def __init__(self, video: VideoInfo, specs: Specs, scorer: Any) -> None:
+        super().__init__(video, specs)
+        wanted = [self.whole, *self.clips] if "short" in specs else self.clips
+        self._clips = _SampledClips({tally.span: video.prompt for tally in wanted if video.prompt}, scorer)
+        self._values: dict[_Span, float] = {}
+
+    def take(self, start: int, frames: np.ndarray) -> None:
+        self._values.update(self._clips.take(start, frames))
+
+    def short(self) -> Score:
+        return self.whole_score(self._values.get(self.whole.span))
+
+    def long(self, *, is_dev: bool) -> Score:
+        """Mean over the clips, each against the whole prompt."""
+        return self.clips_score([self._values.get(clip.span) for clip in self.clips])
+
+
+class SegmentAlignment:
+    """``proxy/segment_alignment``: where the prompt changes, each prompt against the frames while it held.
+
+    One window per segment, so that the curve shows which prompts a rollout followed; the value is their mean. The
+    layout of "CLIP score per 10 s" (LongLive) with the network and the sampling of VBench's ``overall_consistency``.
+    """
+
+    def __init__(self, scorer: Any) -> None:
+        self._scorer = scorer
+        spec = MetricSpec(
+            name=f"proxy/segment_alignment[clip={scorer.name}]",
+            higher_is_better=True,
+            unit="-1..1",
+            range=(-1.0, 1.0),
+            backbone=scorer.name,
+            weights_sha256=scorer.weights_sha256,
+            transform=OVERALL.transform,
+            description="Cosine between features of eight frames of a segment and of its prompt, mean over segments.",
+        )
+        self.specs = (spec,)
+
+    def start(self, video: VideoInfo) -> Meter:
+        """A meter for one video."""
+        return _SegmentMeter(video, self.specs[0].name, self._scorer)
+
+
+class _SegmentMeter(_BatchMeter):
+    def __init__(self, video: VideoInfo, name: str, scorer: Any) -> None:
+        super().__init__(video)
+        self._name = name
+        prompts: dict[_Span, str] = {}
+        for segment in video.segments:
+            start, end = (min(round(s * video.fps), video.num_frames) for s in (segment.start_s, segment.end_s))
+            if start < end:
+                prompts[_Span(start, end - start, video.fps)] = segment.prompt
+        self._clips = _SampledClips(prompts, scorer)
+        self._values: dict[_Span, float] = {}
+
+    def take(self, start: int, frames: np.ndarray) -> None:
+        self._values.update(self._clips.take(start, frames))
+
+    def finish(self) -> Mapping[str, Score]:
+        """Mean over the segments, and a window for each."""
+        self.close()
+        if not self._values:
+            return {self._name: Score.none("the video has one prompt")}
+        windows = tuple(Window(start_frame=s.start, num_frames=s.length, value=v) for s, v in self._values.items())
+        return {self._name: Score(value=sum(self._values.values()) / len(self._values), windows=windows)}
+
+
+_METERS: Mapping[str, Any] = {
+    "subject_consistency": _SubjectMeter,
+    "background_consistency": _BackgroundMeter,
+    "temporal_flickering": _FlickeringMeter,
+    "motion_smoothness": _SmoothnessMeter,
+    "dynamic_degree": _DynamicMeter,
+    "aesthetic_quality": _AestheticMeter,
+    "imaging_quality": _ImagingMeter,
+    "overall_consistency": _AgreementMeter,
+}
+
+
+class SpanMetric:
+    """A dimension of VBench, on whole videos, on clips, or on both.
 
     Args:
+        dimension: One of :data:`DIMENSIONS`.
         variants: To measure.
-        estimator: Two images (1, 3, H, W) in 0..255 to their flow (2, H, W) in pixels.
+        networks: One for each of the dimension's roles.
+        dev_networks: One for each of its roles in the development branch; needed for ``long_dev``.
+        options: Of the dimension's meter: ``mode`` of imaging quality's preprocessing.
     """
 
-    def meter(video: VideoInfo, specs: Specs) -> Meter:
-        return _DynamicMeter(video, specs, estimator)
+    def __init__(
+        self,
+        dimension: Dimension,
+        variants: Sequence[Variant],
+        networks: Sequence[Backbone] = (),
+        dev_networks: Sequence[Backbone] = (),
+        **options: Any,
+    ) -> None:
+        self._specs = {
+            variant: metric_spec(dimension, variant, networks, dev_networks if variant == "long_dev" else ())
+            for variant in variants
+        }
+        self.specs = tuple(self._specs.values())
+        self._kind, self._networks, self._options = _METERS[dimension.name], (*networks, *dev_networks), options
 
-    networks = [("flow", estimator)]
-    return SpanMetric({variant: metric_spec(DYNAMIC, variant, networks) for variant in variants}, meter)
+    def start(self, video: VideoInfo) -> Meter:
+        """A meter for one video."""
+        return self._kind(video, self._specs, *self._networks, **self._options)
+
+
+def vbench_metrics(backbones: Backbones, *, short: bool, long: bool) -> tuple[list[Metric], dict[str, str]]:
+    """VBench's dimensions on whole videos, on two-second clips, or on both from one pass.
+
+    Args:
+        backbones: By role.
+        short: Measure whole videos.
+        long: Measure clips, without and with the development flag.
+
+    Returns:
+        The metrics, and {name: why it is not computed}, under the name it would have with VBench's own networks.
+    """
+    metrics: list[Metric] = []
+    skipped: dict[str, str] = {}
+    for dimension in DIMENSIONS if short or long else ():
+        networks, lack = _networks(backbones, dimension.roles)
+        dev_networks, dev_lack = _networks(backbones, dimension.dev_roles)
+        reasons: dict[Variant, str] = {"short": lack} if short else {}
+        reasons |= {"long": lack} if long else {}
+        reasons |= {"long_dev": lack or dev_lack} if long and dimension.dev_roles else {}
+        skipped.update({f"vbench/{FOLDERS[variant]}{dimension.name}": why for variant, why in reasons.items() if why})
+        if variants := [variant for variant, why in reasons.items() if not why]:
+            metrics.append(SpanMetric(dimension, variants, networks, dev_networks if "long_dev" in variants else ()))
+    if short:
+        networks, why = _networks(backbones, OVERALL.roles)
+        if why:
+            skipped["proxy/segment_alignment"] = why
+        else:
+            metrics.append(SegmentAlignment(*networks))
+        for name, needs in LEFT_TO_VBENCH.items():
+            skipped[f"vbench/{name}"] = (
+                f"left to the official tool ({needs}): see evaluate export-vbench and import-vbench"
+            )
+    return metrics, skipped
+
+
+def _networks(backbones: Backbones, roles: Sequence[str]) -> tuple[list[Any], str]:
+    """The networks of some roles, and why those that are missing are."""
+    networks = [backbones.get(role) for role in roles]
+    return networks, "; ".join(
+        backbones.why_missing(role) for role, network in zip(roles, networks, strict=True) if network is None
+    )

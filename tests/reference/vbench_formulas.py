@@ -71,3 +71,12 @@ def clips(num_frames, fps):
         borrowed = length - rest
         found.append(((num_frames // length) * length - borrowed, num_frames))
     return found
+
+
+def official_clip_to_clip(clip_file, by_video):
+    """The clip-to-clip value that the official tool finds for a clip, by the clip's file name.
+
+    It takes the name up to the first underscore for the video's name. A video whose own name has an underscore is
+    therefore never found, counts as 0, and its drift is not counted: exported names have none.
+    """
+    return by_video.get(f"{clip_file.split('_')[0]}.mp4", 0.0)

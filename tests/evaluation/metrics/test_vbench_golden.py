@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vbench_formulas import official_clip_to_clip
 
 from longtake.evaluation.backbones import Backbones, load_backbones
 from longtake.evaluation.golden_check import TOLERANCE, _golden_scores, check_golden
 from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.metrics import make_metrics
-from longtake.evaluation.metrics.dimensions import _official_clip_to_clip, fused
+from longtake.evaluation.metrics.dimensions import fused
 from longtake.evaluation.video import VideoSource, measure
 
 FOLDER = Path(__file__).resolve().parents[2] / "golden" / "vbench"
@@ -117,7 +118,7 @@ def test_a_run_of_vbench_long_whose_names_had_underscores(golden, backbones, bui
         dev = _golden_scores(measure(source, about, metrics), "long_dev/")["subject_consistency"]
         by_video = {f"vid_{number}.mp4": dev.details["clip2clip_score"]}
         for index, clip in enumerate(dev.details["clips"]):
-            lost = _official_clip_to_clip(f"vid_{number}_{index:03d}.mp4", by_video)
+            lost = official_clip_to_clip(f"vid_{number}_{index:03d}.mp4", by_video)
             ours.append(fused(clip["inclip_score"], lost, "subject_consistency"))
         drifted.append(dev)
     np.testing.assert_allclose(sorted(ours), sorted(row["video_results"] for row in rows), atol=TOLERANCE, rtol=0)

@@ -12,11 +12,12 @@ from vbench_stubs import ROLES, Stub, info, moving_squares, scores, stubs
 from longtake.evaluation.golden_check import _golden_scores
 from longtake.evaluation.metric import Score, Segment
 from longtake.evaluation.metrics import GROUPS, make_metrics
-from longtake.evaluation.metrics.dimensions import of_own_prompts
-from longtake.evaluation.metrics.vbench import SegmentAlignment, dynamics, flickering
+from longtake.evaluation.metrics.dimensions import DYNAMIC, FLICKERING, of_own_prompts
+from longtake.evaluation.metrics.vbench import SegmentAlignment, SpanMetric
 from longtake.evaluation.preprocessing import clip_transform, dino_transform, musiq_transform
 
 BOTH = ("vbench", "long")
+BOTH_VARIANTS = ("short", "long")
 
 
 def all_metrics(**kwargs):
@@ -29,7 +30,7 @@ def short_scores(frames, **about):
 
 
 def dynamic_score(frames, fps):
-    (score,) = scores([dynamics(("short",), Stub("s"))], frames, fps=fps).values()
+    (score,) = scores([SpanMetric(DYNAMIC, ("short",), [Stub("s")])], frames, fps=fps).values()
     return score
 
 
@@ -195,7 +196,7 @@ def test_a_video_of_another_length_than_announced_is_refused(num_pushed, video):
 
 def test_memory_does_not_grow_with_the_video():
     def peak(num_frames):
-        metrics = [flickering(("short", "long")), dynamics(("short", "long"), Stub("s"))]
+        metrics = [SpanMetric(FLICKERING, BOTH_VARIANTS), SpanMetric(DYNAMIC, BOTH_VARIANTS, [Stub("s")])]
         piece = moving_squares(16, height=96, width=128)
         about = info(np.broadcast_to(piece[:1], (num_frames, *piece.shape[1:])), fps=16.0)
         meters = [metric.start(about) for metric in metrics]
