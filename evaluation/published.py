@@ -1,5 +1,6 @@
 """Numbers that others have published, each with where it was read and under which protocol: context, not targets."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -53,17 +54,7 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model in one table.
-
-    Attributes:
-        table: Id of the table.
-        model: As the table calls it.
-        source: Where the table stands.
-        protocol: How the numbers were made, as far as known.
-        note: What else to know; may be empty.
-        seconds: Length of the videos; None if unknown.
-        numbers: {column: number}, without those the table leaves out.
-    """
+    """One model in one table; ``seconds`` is the length of its videos, and ``numbers`` lack what is not printed."""
 
     table: str
     model: str
@@ -79,13 +70,7 @@ class Row:
 
 
 def load_published(path: Path | None = None) -> list[Row]:
-    """Read published numbers.
-
-    Args:
-        path: A YAML file of the bundled one's form; None for the bundled one.
-
-    Returns:
-        The rows of all tables, in the file's order.
+    """Read the rows of all tables of a YAML file of the bundled one's form, or of the bundled one.
 
     Raises:
         ValueError: If the file cannot be read, or a table, column, tag or number is not what it should be.
@@ -97,26 +82,16 @@ def load_published(path: Path | None = None) -> list[Row]:
         raise ValueError(f"cannot read published numbers from {path}: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("tables"), list):
         raise ValueError(f"{path} must hold 'schema: {SCHEMA}' and a list of 'tables'.")
-    rows: list[Row] = []
-    for table in content["tables"]:
-        rows.extend(_table_rows(table, path))
-    seen: set[tuple[str, str]] = set()
-    for row in rows:
-        if (row.table, row.model) in seen:
-            raise ValueError(f"{path}: {row.model!r} stands twice in table {row.table!r}.")
-        seen.add((row.table, row.model))
+    rows = [row for table in content["tables"] for row in _table_rows(table, path)]
+    counts = Counter((row.table, row.model) for row in rows)
+    if repeated := next((name for name, count in counts.items() if count > 1), None):
+        raise ValueError(f"{path}: {repeated[1]!r} stands twice in table {repeated[0]!r}.")
     return rows
 
 
-def find_rows(rows: Sequence[Row], *, seconds: float, tolerance: float = 0.2) -> list[Row]:
-    """Rows of videos about as long.
-
-    Args:
-        rows: To choose from.
-        seconds: Length of one's own videos.
-        tolerance: Relative difference of length that is still about as long.
-    """
-    return [row for row in rows if row.seconds is not None and abs(row.seconds - seconds) <= tolerance * seconds]
+def find_rows(rows: Sequence[Row], *, seconds: float) -> list[Row]:
+    """Rows of videos about as long: within a fifth."""
+    return [row for row in rows if row.seconds is not None and abs(row.seconds - seconds) <= 0.2 * seconds]
 
 
 def _table_rows(table: Any, path: Path) -> list[Row]:

@@ -9,62 +9,46 @@ long videos: Forcing-KV's evaluation.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 Variant = Literal["short", "long", "long_dev"]
+"""Whole videos, or VBench-Long's clips without and with its development flag."""
+Values = Mapping[str, float | None]
+"""{name of a metric: its value over the run, 0..1}, that is the mean times ``MetricSpec.scale``; None if missing."""
 Value = tuple[float | None, str | None]
-"""A score and None, or None and the reason."""
+"""A score in 0..1 and None, or None and the members that are missing."""
 
-
-@dataclass(frozen=True)
-class _Norm:
-    """How a dimension enters a score: ``weight * (value - low) / (high - low)``."""
-
-    low: float
-    high: float
-    weight: float = 1.0
-
-
-QUALITY: Mapping[str, _Norm] = {
-    "subject_consistency": _Norm(0.1462, 1.0),
-    "background_consistency": _Norm(0.2615, 1.0),
-    "temporal_flickering": _Norm(0.6293, 1.0),
-    "motion_smoothness": _Norm(0.706, 0.9975),
-    "dynamic_degree": _Norm(0.0, 1.0, weight=0.5),
-    "aesthetic_quality": _Norm(0.0, 1.0),
-    "imaging_quality": _Norm(0.0, 1.0),
+QUALITY = {
+    "subject_consistency": (0.1462, 1.0),
+    "background_consistency": (0.2615, 1.0),
+    "temporal_flickering": (0.6293, 1.0),
+    "motion_smoothness": (0.706, 0.9975),
+    "dynamic_degree": (0.0, 1.0),
+    "aesthetic_quality": (0.0, 1.0),
+    "imaging_quality": (0.0, 1.0),
 }
-SEMANTIC: Mapping[str, _Norm] = {
-    "object_class": _Norm(0.0, 1.0),
-    "multiple_objects": _Norm(0.0, 1.0),
-    "human_action": _Norm(0.0, 1.0),
-    "color": _Norm(0.0, 1.0),
-    "spatial_relationship": _Norm(0.0, 1.0),
-    "scene": _Norm(0.0, 0.8222),
-    "appearance_style": _Norm(0.0009, 0.2855),
-    "temporal_style": _Norm(0.0, 0.364),
-    "overall_consistency": _Norm(0.0, 0.364),
+"""{dimension: (low, high)} of Quality; a dimension enters a score as ``weight * (value - low) / (high - low)``."""
+SEMANTIC = {
+    "object_class": (0.0, 1.0),
+    "multiple_objects": (0.0, 1.0),
+    "human_action": (0.0, 1.0),
+    "color": (0.0, 1.0),
+    "spatial_relationship": (0.0, 1.0),
+    "scene": (0.0, 0.8222),
+    "appearance_style": (0.0009, 0.2855),
+    "temporal_style": (0.0, 0.364),
+    "overall_consistency": (0.0, 0.364),
 }
-QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0
-NOT_IN_LONG = ("temporal_flickering",)
-"""What the six-dimensional variant leaves out."""
 DEV_DIMENSIONS = ("subject_consistency", "background_consistency")
 """The dimensions that VBench-Long's development flag changes."""
+_WEIGHTS = {"dynamic_degree": 0.5}
+_QUALITY_WEIGHT, _SEMANTIC_WEIGHT = 4.0, 1.0
+_QUALITY_LONG = {name: norm for name, norm in QUALITY.items() if name != "temporal_flickering"}
 
 
-def quality7(values: Mapping[str, float | None], *, variant: Variant = "short") -> Value:
-    """VBench's Quality over seven dimensions.
-
-    Args:
-        values: {name of a metric: its value over the run, 0..1}, that is the mean times ``MetricSpec.scale``. Others
-            than those needed may be among them, and None stands for a missing one.
-        variant: Of whole videos, or VBench-Long's without and with its development flag. Papers that print a
-            VBench-Long Quality next to a flickering column mean these seven.
-
-    Returns:
-        The score in 0..1, or None and which members are missing.
+def quality7(values: Values, *, variant: Variant = "short") -> Value:
+    """VBench's Quality over seven dimensions: what papers mean that print it next to a flickering column.
 
     Raises:
         ValueError: If a value is on another scale, for example imaging quality out of 100.
@@ -72,35 +56,25 @@ def quality7(values: Mapping[str, float | None], *, variant: Variant = "short") 
     return _weighted(values, QUALITY, variant)
 
 
-def quality6_long(values: Mapping[str, float | None], *, variant: Variant = "long") -> Value:
-    """The Quality of long videos without temporal flickering: about two points from the other on the same videos.
-
-    Arguments, return value and errors as for :func:`quality7`.
-    """
-    return _weighted(values, {name: QUALITY[name] for name in QUALITY if name not in NOT_IN_LONG}, variant)
+def quality6_long(values: Values, *, variant: Variant = "long") -> Value:
+    """The Quality of long videos without temporal flickering: about two points from the other on the same videos."""
+    return _weighted(values, _QUALITY_LONG, variant)
 
 
-def semantic(values: Mapping[str, float | None]) -> Value:
-    """VBench's Semantic, the mean over nine dimensions, most of which come from the official tool's results.
-
-    Arguments, return value and errors as for :func:`quality7`.
-    """
+def semantic(values: Values) -> Value:
+    """VBench's Semantic, the mean over nine dimensions, most of which come from the official tool's results."""
     return _weighted(values, SEMANTIC, "short")
 
 
-def total(values: Mapping[str, float | None]) -> Value:
-    """VBench's Total: four parts Quality over seven dimensions, one part Semantic.
-
-    Arguments, return value and errors as for :func:`quality7`.
-    """
-    reason = _missing(values, [*QUALITY, *SEMANTIC], "short")
-    if reason is not None:
-        return None, reason
+def total(values: Values) -> Value:
+    """VBench's Total: four parts Quality over seven dimensions, one part Semantic."""
     (quality, _), (meaning, _) = quality7(values), semantic(values)
-    return (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * meaning) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT), None
+    if quality is None or meaning is None:
+        return None, _missing(values, [*QUALITY, *SEMANTIC], "short")
+    return (_QUALITY_WEIGHT * quality + _SEMANTIC_WEIGHT * meaning) / (_QUALITY_WEIGHT + _SEMANTIC_WEIGHT), None
 
 
-TOTALS: Mapping[str, Callable[[Mapping[str, float | None]], Value]] = {
+TOTALS: Mapping[str, Callable[[Values], Value]] = {
     "quality7": quality7,
     "quality7_long": partial(quality7, variant="long"),
     "quality7_long_dev": partial(quality7, variant="long_dev"),
@@ -118,25 +92,24 @@ def member_name(dimension: str, variant: Variant) -> str:
     return f"vbench/{folder[variant]}{dimension}"
 
 
-def _weighted(values: Mapping[str, float | None], norms: Mapping[str, _Norm], variant: Variant) -> Value:
-    reason = _missing(values, norms, variant)
-    if reason is not None:
+def _weighted(values: Values, norms: Mapping[str, tuple[float, float]], variant: Variant) -> Value:
+    if (reason := _missing(values, norms, variant)) is not None:
         return None, reason
-    parts = 0.0
-    for dimension, norm in norms.items():
-        name = member_name(dimension, variant)
-        value = float(values[name])
+    parts = weights = 0.0
+    for dimension, (low, high) in norms.items():
+        name, weight = member_name(dimension, variant), _WEIGHTS.get(dimension, 1.0)
+        value = float(values[name] or 0.0)
         # Cosines of equal features may pass 1 by rounding.
         if not -1.001 <= value <= 1.001:
             raise ValueError(
                 f"{name}={value:g} is outside -1..1: scores take means times MetricSpec.scale "
                 "(imaging_quality is 0..100 per video, scale 0.01)."
             )
-        parts += norm.weight * (value - norm.low) / (norm.high - norm.low)
-    return parts / sum(norm.weight for norm in norms.values()), None
+        parts, weights = parts + weight * (value - low) / (high - low), weights + weight
+    return parts / weights, None
 
 
-def _missing(values: Mapping[str, float | None], dimensions: Iterable[str], variant: Variant) -> str | None:
+def _missing(values: Values, dimensions: Iterable[str], variant: Variant) -> str | None:
     names = [member_name(dimension, variant) for dimension in dimensions]
     absent = [name for name in names if values.get(name) is None]
     return f"missing: {', '.join(absent)}" if absent else None
