@@ -6,11 +6,11 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from math import isnan, log
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,10 +30,12 @@ from longtake.evaluation.records import (
 from longtake.evaluation.scores import TOTALS
 from longtake.evaluation.vbench_io import merge_imported, read_imported
 
-SPAN_SECONDS = 5.0
-MIN_SECONDS = 2 * SPAN_SECONDS
-HELIOS_SHARE = 0.15
-NUM_CHUNKS = 10
+RUN_FILE = "run.json"
+COSTS_FILE = "costs.json"
+RESULTS_FILE = "results.json"
+_SPAN_SECONDS = 5.0
+_MIN_SECONDS = 2 * _SPAN_SECONDS
+_NUM_CHUNKS = 10
 
 
 class _NoValueError(Exception):
@@ -53,31 +55,31 @@ class _Curve:
         for window in self.windows:
             inside = min(end, window.start_frame + window.num_frames) - max(start, window.start_frame)
             if inside > 0:
-                total, weight = total + inside * window.value, weight + inside
+                total, weight = total + inside * (window.value or 0.0), weight + inside
         if not weight:
             raise _NoValueError(f"no value between {start / self.fps:g} s and {end / self.fps:g} s")
         return total / weight
 
     @property
     def first(self) -> float:
-        return self.mean(0, SPAN_SECONDS * self.fps)
+        return self.mean(0, _SPAN_SECONDS * self.fps)
 
     @property
     def last(self) -> float:
-        return self.mean(self.num_frames - SPAN_SECONDS * self.fps, self.num_frames)
+        return self.mean(self.num_frames - _SPAN_SECONDS * self.fps, self.num_frames)
 
 
 def _helios(curve: _Curve) -> float:
-    span = HELIOS_SHARE * curve.num_frames
+    span = 0.15 * curve.num_frames
     return abs(curve.mean(0, span) - curve.mean(curve.num_frames - span, curve.num_frames))
 
 
-def _vde(curve: _Curve, weigh: Callable[[float], float]) -> float:
-    edges = np.linspace(0, curve.num_frames, NUM_CHUNKS + 1).tolist()
+def _vde(weigh: Callable[[float], float], curve: _Curve) -> float:
+    edges = np.linspace(0, curve.num_frames, _NUM_CHUNKS + 1).tolist()
     means = [curve.mean(start, end) for start, end in zip(edges, edges[1:], strict=False)]
     if means[0] <= 0:
         raise _NoValueError(f"relative to the first tenth, which is {means[0]:g}: not above 0")
-    return sum(weigh(NUM_CHUNKS - i) * abs(means[i] - means[0]) for i in range(1, NUM_CHUNKS)) / means[0]
+    return sum(weigh(_NUM_CHUNKS - i) * abs(means[i] - means[0]) for i in range(1, _NUM_CHUNKS)) / means[0]
 
 
 def _slope(curve: _Curve) -> float:
@@ -91,12 +93,11 @@ def _slope(curve: _Curve) -> float:
 
 def _ratio(curve: _Curve) -> float:
     if curve.first <= 0:
-        raise _NoValueError(f"relative to the first {SPAN_SECONDS:g} s, which are {curve.first:g}: not above 0")
+        raise _NoValueError(f"relative to the first {_SPAN_SECONDS:g} s, which are {curve.first:g}: not above 0")
     return curve.last / curve.first
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scalar:
+class _Scalar(NamedTuple):
     """One number of a curve.
 
     ``better``: 1 if more is better where more of the measure is, -1 if less is, 0 if less is always better.
@@ -106,49 +107,26 @@ class _Scalar:
     better: int
     description: str
     is_relative: bool = False
+    source: str = "ours"
 
 
-SCALARS: dict[str, _Scalar] = {
-    "first5": _Scalar(compute=lambda c: c.first, better=1, description="mean of the first 5 s"),
-    "last5": _Scalar(compute=lambda c: c.last, better=1, description="mean of the last 5 s"),
-    "delta5": _Scalar(compute=lambda c: c.first - c.last, better=-1, description="first 5 s less last 5 s, signed"),
-    "abs": _Scalar(compute=lambda c: abs(c.first - c.last), better=0, description="|first 5 s - last 5 s|"),
-    "helios15": _Scalar(compute=_helios, better=0, description="|first 15 % of the frames - last 15 %|"),
-    "vde_linear": _Scalar(
-        compute=lambda c: _vde(c, float),
-        better=0,
-        description="change of ten chunks relative to the first, linear weights, early ones most",
-        is_relative=True,
-    ),
-    "vde_log": _Scalar(
-        compute=lambda c: _vde(c, log),
-        better=0,
-        description="change of ten chunks relative to the first, logarithmic weights, early ones most",
-        is_relative=True,
-    ),
-    "slope_per_minute": _Scalar(
-        compute=_slope, better=1, description="least-squares slope over the windows, per minute"
-    ),
-    "last_over_first": _Scalar(compute=_ratio, better=1, description="last 5 s over first 5 s", is_relative=True),
+_WEIGHED = "change of ten chunks relative to the first, {} weights, early ones most"
+SCALARS = {
+    "first5": _Scalar(lambda c: c.first, 1, "mean of the first 5 s"),
+    "last5": _Scalar(lambda c: c.last, 1, "mean of the last 5 s"),
+    "delta5": _Scalar(lambda c: c.first - c.last, -1, "first 5 s less last 5 s, signed", source="Forcing-KV"),
+    "abs": _Scalar(lambda c: abs(c.first - c.last), 0, "|first 5 s - last 5 s|"),
+    "helios15": _Scalar(_helios, 0, "|first 15 % of the frames - last 15 %|", source="Helios"),
+    "vde_linear": _Scalar(partial(_vde, float), 0, _WEIGHED.format("linear"), is_relative=True, source="BlockVid"),
+    "vde_log": _Scalar(partial(_vde, log), 0, _WEIGHED.format("logarithmic"), is_relative=True, source="BlockVid"),
+    "slope_per_minute": _Scalar(_slope, 1, "least-squares slope over the windows, per minute"),
+    "last_over_first": _Scalar(_ratio, 1, "last 5 s over first 5 s", is_relative=True),
 }
-"""{name: how it is made of a curve}; the last part of a drift metric's name."""
-_SOURCES = {"delta5": "Forcing-KV", "helios15": "Helios", "vde_linear": "BlockVid", "vde_log": "BlockVid"}
-
-
-def _drift_name(metric: str, scalar: str) -> str:
-    """``drift/METRIC/SCALAR``, the metric with its prefix."""
-    return f"drift/{metric}/{scalar}"
+"""{name: how it is made of a curve}; the last part of ``drift/METRIC/SCALAR``, the metric with its prefix."""
 
 
 def drift_specs(spec: MetricSpec) -> tuple[MetricSpec, ...]:
-    """What the drift numbers of a measure mean.
-
-    Args:
-        spec: Of a measure that gives windows.
-
-    Returns:
-        One per scalar, in the order of :data:`SCALARS`; none for a measure that is a drift or of a set itself.
-    """
+    """Specs of the drift of a measure, one per scalar; none for a measure that is a drift or of a set itself."""
     if spec.name.startswith(("drift/", "set/")):
         return ()
     return tuple(_spec(spec, name, scalar) for name, scalar in SCALARS.items())
@@ -158,11 +136,11 @@ def _spec(spec: MetricSpec, name: str, scalar: _Scalar) -> MetricSpec:
     higher = None if spec.higher_is_better is None else spec.higher_is_better == (scalar.better == 1)
     return replace(
         spec,
-        name=_drift_name(spec.name, name),
+        name=f"drift/{spec.name}/{name}",
         higher_is_better=higher if scalar.better else False,
         unit="" if scalar.is_relative else spec.unit,
         range=spec.range if name in ("first5", "last5") else (None, None),
-        formula=_SOURCES.get(name, "ours"),
+        formula=scalar.source,
         grouping="video",
         scale=1.0 if scalar.is_relative else spec.scale,
         description=f"{scalar.description}, of the curve of {spec.name}.",
@@ -170,16 +148,10 @@ def _spec(spec: MetricSpec, name: str, scalar: _Scalar) -> MetricSpec:
 
 
 def drift_scores(spec: MetricSpec, score: Score, fps: float) -> dict[str, Score]:
-    """The drift numbers of one measure on one video.
+    """The drift of one measure on one video: {name: score}, one for every one of :func:`drift_specs`.
 
-    Args:
-        spec: Of the measure.
-        score: Its score, with windows; windows without a value are left out.
-        fps: Of the video.
-
-    Returns:
-        {name: score}, one for every one of :func:`drift_specs`; none has a value where the video is under ten seconds,
-        the measure has no curve or no value, or the number is not defined for it.
+    None has a value where the video is under ten seconds, or the measure has no curve or no value; windows without a
+    value are left out.
 
     Raises:
         ValueError: If ``fps`` is not above 0.
@@ -191,8 +163,8 @@ def drift_scores(spec: MetricSpec, score: Score, fps: float) -> dict[str, Score]
     curve = _Curve(windows=windows, num_frames=num_frames, fps=fps)
     refusal = _refusal(spec, score, curve)
     return {
-        _drift_name(spec.name, name): Score.none(refusal) if refusal else _score(curve, SCALARS[name])
-        for name in ([] if spec.name.startswith(("drift/", "set/")) else SCALARS)
+        own.name: Score.none(refusal) if refusal else _score(curve, scalar)
+        for own, scalar in zip(drift_specs(spec), SCALARS.values(), strict=False)
     }
 
 
@@ -201,8 +173,8 @@ def _refusal(spec: MetricSpec, score: Score, curve: _Curve) -> str:
         return score.skipped
     if not curve.windows:
         return f"{spec.name} has no curve over time"
-    if curve.num_frames < MIN_SECONDS * curve.fps - 0.5:
-        return f"drift needs {MIN_SECONDS:g} s of video; this one has {curve.num_frames / curve.fps:.2f} s"
+    if curve.num_frames < _MIN_SECONDS * curve.fps - 0.5:
+        return f"drift needs {_MIN_SECONDS:g} s of video; this one has {curve.num_frames / curve.fps:.2f} s"
     return ""
 
 
@@ -213,17 +185,10 @@ def _score(curve: _Curve, scalar: _Scalar) -> Score:
         return Score.none(str(error))
 
 
-RUN_FILE = "run.json"
-COSTS_FILE = "costs.json"
-RESULTS_FILE = "results.json"
-
-
 def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
     """Read a run's folder: what has been measured or imported so far, and the drift of every measure with a curve.
 
-    Args:
-        folder: With ``run.json`` and ``scores/``; ``manifest.jsonl`` gives the order of the videos.
-        has_drift: Whether drift is computed, which takes most of the time.
+    Drift, which takes most of the time, is left out without ``has_drift``.
 
     Raises:
         ValueError: If it is no run's folder, or a video has been measured with other metrics.
@@ -231,7 +196,7 @@ def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
     record = read_json(folder / RUN_FILE)
     if record is None:
         raise ValueError(f"{folder} is no run of an evaluation: it has no {RUN_FILE}")
-    specs = {values["name"]: _column_spec(values) for values in record["specs"]}
+    specs = {v["name"]: MetricSpec(**{**v, "range": tuple(v["range"])}) for v in record["specs"]}
     videos = [VideoScores.from_json(values) for values in _score_files(folder)]
     for video in videos:
         if strange := video.scores.keys() ^ specs.keys():
@@ -254,48 +219,30 @@ def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
 
 def _with_drift(run: RunScores) -> RunScores:
     """A run with the drift numbers of every measure that has a curve."""
-    specs = dict(run.specs)
-    added: list[dict[str, Score]] = [{} for _ in run.videos]
-    for spec in run.specs.values():
-        if not any(video.scores[spec.name].windows for video in run.videos):
-            continue
-        for own in drift_specs(spec):
-            specs[own.name] = own
-        for video, scores in zip(run.videos, added, strict=True):
-            if drift_specs(spec):
-                scores.update(drift_scores(spec, video.scores[spec.name], video.video.fps))
-    videos = [
-        replace(video, scores={**video.scores, **scores}) for video, scores in zip(run.videos, added, strict=True)
-    ]
-    return replace(run, specs=specs, videos=videos)
+    curved = [spec for spec in run.specs.values() if any(video.scores[spec.name].windows for video in run.videos)]
+    specs = {own.name: own for spec in curved for own in drift_specs(spec)}
+    videos = []
+    for video in run.videos:
+        scores = dict(video.scores)
+        for spec in curved:
+            scores |= drift_scores(spec, video.scores[spec.name], video.video.fps)
+        videos.append(replace(video, scores=scores))
+    return replace(run, specs={**run.specs, **specs}, videos=videos)
 
 
 def run_record(label: str, header: Mapping[str, Any], specs: Sequence[Any], skipped: Mapping[str, str]) -> Any:
-    """The content of ``run.json``: what a run measures.
-
-    Args:
-        label: Of the run.
-        header: Of the run; JSON-able, free of times and paths. The version of the program is added.
-        specs: One mapping of a spec's fields per number.
-        skipped: {metric: why it is not computed}.
-    """
-    # Through JSON, so that tuples and lists compare as equal.
-    tool = {"name": "longtake", "version": __version__, "git": _git_commit()}
-    header = {**header, "tool": tool}
+    """The content of ``run.json``: a run's header with the version of the program, specs, and reasons for gaps."""
+    header = {**header, "tool": {"name": "longtake", "version": __version__, "git": _git_commit()}}
     values = {"schema": SCHEMA, "label": label, "header": header, "specs": specs, "skipped": skipped}
+    # Through JSON, so that tuples and lists compare as equal.
     return json.loads(json.dumps(values))
 
 
 def results_json(run: RunScores) -> dict[str, Any]:
-    """A run's results, schema 1.
+    """Results of a run, schema 1: ``schema``, ``tool``, ``run`` (its header), ``metrics`` and ``scores``.
 
-    Args:
-        run: From :func:`load_run`.
-
-    Returns:
-        ``schema``, ``tool``, ``run`` (its header), ``metrics`` and ``scores``. Every metric has the same keys; one
-        that was not computed has ``skipped`` and no value. ``scores`` has every score's value, None where members are
-        missing; ``reasons`` says which, ``reason`` of ``quality7`` alone. Never NaN.
+    Every metric has the same keys; one that was not computed has ``skipped`` and no value. ``scores`` has every
+    score's value, None where members are missing; ``reasons`` says which, ``reason`` of ``quality7`` alone. Never NaN.
     """
     metrics = {name: _metric(run, spec) for name, spec in run.specs.items()}
     means = {name: entry["value"] for name, entry in metrics.items() if entry["value"] is not None}
@@ -343,10 +290,6 @@ def _score_files(folder: Path) -> list[Any]:
     return sorted(values, key=lambda v: (v["video"]["prompt_index"], v["video"]["seed_index"], v["video"]["id"]))
 
 
-def _column_spec(values: Mapping[str, Any]) -> MetricSpec:
-    return MetricSpec(**{**values, "range": tuple(values["range"])})
-
-
 def _metric(run: RunScores, spec: MetricSpec) -> dict[str, Any]:
     scores = [(video.video, video.scores[spec.name]) for video in run.videos if spec.name in video.scores]
     present = [(line, score) for line, score in scores if score.value is not None and score.weight > 0]
@@ -377,14 +320,10 @@ def _metric(run: RunScores, spec: MetricSpec) -> dict[str, Any]:
 
 def _skipped(run: RunScores, name: str, reason: str) -> dict[str, Any]:
     """A metric that nothing is known of but why it is not there: all keys, no numbers."""
-    spec = MetricSpec(name=name, higher_is_better=None)
-    nothing = {"clip_seconds": None, "grouping": None, "scale": None}
-    return {
-        **_metric(replace(run, videos=()), spec),
-        "provenance": _provenance(run, spec) | nothing,
-        "comparable_to_published": False,
-        "skipped": reason,
-    }
+    entry = _metric(replace(run, videos=()), MetricSpec(name=name, higher_is_better=None))
+    nothing = {"clip_seconds": None, "grouping": None, "scale": None, "codec": _codec(run)}
+    entry["provenance"] |= nothing
+    return entry | {"comparable_to_published": False, "skipped": reason}
 
 
 def _unit(spec: MetricSpec) -> str:
@@ -416,10 +355,9 @@ def _provenance(run: RunScores, spec: MetricSpec) -> dict[str, Any]:
 
 
 def _per_video(name: str, score: Score) -> dict[str, Any]:
-    values = asdict(score)
     windows = [[window.start_frame, window.num_frames, window.value] for window in score.windows]
     entry = {"id": name, "value": score.value, "weight": score.weight, "windows": windows}
-    return entry | {key: values[key] for key in ("details", "skipped") if values[key]}
+    return entry | {key: value for key in ("details", "skipped") if (value := getattr(score, key))}
 
 
 def _codec(run: RunScores) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.evaluation.metric import MetricSpec, Score, Window
-from longtake.evaluation.results import SCALARS, _drift_name, drift_scores, drift_specs
+from longtake.evaluation.results import SCALARS, drift_scores, drift_specs
 
 SPEC = MetricSpec(name="vbench/imaging_quality", higher_is_better=True, unit="0..100", range=(0, 100), scale=0.01)
 FPS = 16.0
@@ -22,7 +22,7 @@ def _score(values, *, frames=32, **changes):
 def _values(score, *, spec=SPEC, fps=FPS):
     scores = drift_scores(spec, score, fps)
     assert list(scores) == [s.name for s in drift_specs(spec)]
-    return {name: scores[_drift_name(spec.name, name)] for name in SCALARS}
+    return {name: scores[f"drift/{spec.name}/{name}"] for name in SCALARS}
 
 
 def _reference(values, *, frames=32, fps=FPS):
