@@ -551,7 +551,7 @@ def _measured_runs(places: Sequence[Path]) -> "list[RunScores]":
 
 def _reference(folder: Path, runs: "Sequence[RunScores]", columns: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
     """Levels of the true scenes under the metrics' names; none where the prompts are not the bundled suite's."""
-    from longtake.evaluation.mini_world.drift import reference_levels
+    from longtake.evaluation.metrics.judge import reference_levels
     from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
     from longtake.evaluation.report.tables import JUDGE
     from longtake.evaluation.running.suites import PROMPT_SEED

@@ -1,18 +1,43 @@
-"""The bundled judge as metrics: does a video of the mini model's world show what its caption asks for, to the end."""
+"""The bundled judge as metrics: does a video of the mini model's world show what its caption asks for, to the end.
+
+Measures of five-second windows, each defined so that a true scene scores the same in every window of an endless video:
+
+* accuracies: does the judge see in this window what the caption asks for;
+* ``background_psnr``: median background of this window against that of the first, still cameras only;
+* ``revisit_psnr``: each view against the same view one or more camera round trips before, panning cameras only;
+* ``motion_magnitude``: share of pixels that change visibly within a quarter of a second, true scene = 1;
+* ``object_present``: share of frames with something as bright as an object, unless the caption lets it leave or hide.
+
+Nothing here ever holds more than one window of frames plus one camera round trip per video.
+"""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from math import isnan
+from math import isnan, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, Window
-from longtake.evaluation.mini_world.drift import ACCURACIES, MAX_PSNR, WINDOW_FRAMES, WindowMeter
-from longtake.evaluation.mini_world.judge import WEIGHTS, ClipJudge, load_judge
+from longtake.evaluation.mini_world.judge import (
+    CLIP_FRAMES,
+    CLIP_SECONDS,
+    FRAME_STRIDE,
+    WEIGHTS,
+    ClipJudge,
+    expected_verdict,
+    is_right,
+    load_judge,
+    resize_frames,
+    verdicts,
+)
 from longtake.evaluation.mini_world.scenes import (
     CAMERAS,
     EVENT_PERIOD,
@@ -24,25 +49,40 @@ from longtake.evaluation.mini_world.scenes import (
     describe,
     held_back_scenes,
     parse_caption,
+    render,
+    sample_scene,
 )
 from longtake.evaluation.running.suites import PROMPT_SEED
 
+WINDOW_FRAMES = CLIP_FRAMES * FRAME_STRIDE
+ACCURACIES = ("shape", "colour", "background", "texture", "motion", "camera")
+MEMORIES = ("background_psnr", "revisit_psnr")
+MEASURES = (*ACCURACIES, "one_object", *MEMORIES, "motion_magnitude", "object_present")
 MEAN_OF_SIX = "mean_of_six"
-NUM_KNOWN = 256
-"""Scenes of the suite that are known by their captions."""
-BACKBONE = "longtake judge"
+BRIGHT = 180 / 255  # every object colour has a channel above, no background and no landmark has
+VISIBLE_CHANGE = 0.15  # of full scale, in some channel: above codec and model flicker, below any moving edge
+MIN_BRIGHT_PIXELS = 40  # of 4096; the smallest whole object of the world covers 60
+MAX_PSNR = 50.0  # dB; equal images would be infinite
+REVISIT_SHIFT = 6  # pixels; a camera that is late by less has not forgotten the place
+MIN_SEEN = 0.5  # share of the background that has to be seen for it to be compared without the object
+NUM_KNOWN = 256  # scenes of the suite that are known by their captions
+
+
+def _spec(
+    name: str, description: str, *, unit: str = "share", top: float | None = 1.0, higher_is_better: bool | None = True
+) -> MetricSpec:
+    return MetricSpec(
+        name=f"judge/{name}",
+        higher_is_better=higher_is_better,
+        unit=unit,
+        range=(0.0, top),
+        backbone="longtake judge",
+        description=description,
+    )
 
 
 def _accuracy(name: str, what: str) -> MetricSpec:
-    return _spec(
-        name, unit="share", range=(0.0, 1.0), description=f"Share of the windows in which the judge sees {what}."
-    )
-
-
-def _spec(name: str, **values: Any) -> MetricSpec:
-    return MetricSpec(
-        name=f"judge/{name}", higher_is_better=values.pop("higher_is_better", True), backbone=BACKBONE, **values
-    )
+    return _spec(name, f"Share of the windows in which the judge sees {what}.")
 
 
 SPECS = (
@@ -51,30 +91,180 @@ SPECS = (
     _accuracy("one_object", "one object, as the caption says"),
     _spec(
         "background_psnr",
+        "Background of each window against that of the first, still cameras only.",
         unit="dB",
-        range=(0.0, MAX_PSNR),
-        description="Background of each window against that of the first, still cameras only.",
+        top=MAX_PSNR,
     ),
     _spec(
         "revisit_psnr",
+        "Each view against the same view a camera round trip or more before, panning cameras only.",
         unit="dB",
-        range=(0.0, MAX_PSNR),
-        description="Each view against the same view a camera round trip or more before, panning cameras only.",
+        top=MAX_PSNR,
     ),
     _spec(
         "motion_magnitude",
+        "Pixels that change visibly within a quarter of a second, over those of the true scene.",
         unit="ratio",
-        range=(0.0, None),
+        top=None,
         higher_is_better=None,
-        description="Pixels that change visibly within a quarter of a second, over those of the true scene.",
     ),
-    _spec(
-        "object_present",
-        unit="share",
-        range=(0.0, 1.0),
-        description="Share of the frames that show an object, unless the caption lets it leave or hide.",
-    ),
+    _spec("object_present", "Share of the frames that show an object, unless the caption lets it leave or hide."),
 )
+
+
+def _bright_mask(frames: Tensor) -> Tensor:
+    """Bright pixels, where an object may be, and two pixels around them: (frames, 1, H, W) bool."""
+    bright = (frames.amax(dim=1, keepdim=True) > BRIGHT).float()
+    return F.max_pool2d(bright, 5, stride=1, padding=2) > 0.5
+
+
+def _median_background(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the per-pixel median over the frames in which no object covers the pixel.
+
+    Args:
+        frames: (frames, 3, H, W) in [0, 1].
+
+    Returns:
+        (3, H, W) median, over all frames where an object always covers the pixel; and (H, W) bool, True where the
+        background was seen.
+    """
+    covered = _bright_mask(frames)
+    seen = ~covered.all(dim=0)[0]
+    uncovered = torch.where(covered & seen, torch.nan, frames)
+    return uncovered.nanmedian(dim=0).values, seen
+
+
+def _masked_psnr(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of (..., 3, H, W) images over the pixels of a mask (..., H, W).
+
+    Returns:
+        (...) dB, at most MAX_PSNR; NaN where the mask is empty.
+    """
+    error = (first - second).square().mean(dim=-3)
+    mse = (error * mask).sum(dim=(-1, -2)) / mask.sum(dim=(-1, -2))
+    return (-10.0 * mse.log10()).clamp(max=MAX_PSNR)
+
+
+def _background_psnr(reference: tuple[Tensor, Tensor], frames: Tensor) -> float:
+    """Compare the background of a window with a reference of :func:`_median_background`.
+
+    The object's place is left out, unless more than half of the picture would be: a picture that has gone bright
+    all over is no object.
+    """
+    median, seen = _median_background(frames)
+    both = seen & reference[1]
+    if both.float().mean() < MIN_SEEN:
+        both = torch.ones_like(both)
+    return _masked_psnr(median, reference[0], both).item()
+
+
+def _motion_share(frames: Tensor) -> float:
+    """Share of pixels that change visibly between (frames, 3, H, W) a quarter of a second apart, mean over them."""
+    change = (frames[1:] - frames[:-1]).abs().amax(dim=1)
+    return (change > VISIBLE_CHANGE).float().mean().item()
+
+
+def _presence(frames: Tensor) -> float:
+    """Share of the (frames, 3, H, W) frames that show at least a small bright object."""
+    pixels = (frames.amax(dim=1) > BRIGHT).sum(dim=(1, 2))
+    return (pixels >= MIN_BRIGHT_PIXELS).float().mean().item()
+
+
+def _revisit_psnr(earlier: Tensor, later: Tensor) -> float:
+    """Compare views with their first visits, objects left out, at the best of a few horizontal shifts.
+
+    Args:
+        earlier: (frames, 3, H, W) in [0, 1], the first visits.
+        later: The same views, whole camera round trips later.
+
+    Returns:
+        Mean over the frames, dB; NaN where objects leave no background to compare.
+    """
+    width = later.shape[-1]
+    free_earlier, free_later = ~_bright_mask(earlier)[:, 0], ~_bright_mask(later)[:, 0]
+    best = torch.full((len(later),), -torch.inf)
+    for shift in range(-REVISIT_SHIFT, REVISIT_SHIFT + 1):
+        here = slice(max(0, shift), width + min(0, shift))
+        there = slice(max(0, -shift), width + min(0, -shift))
+        free = free_later[..., here] & free_earlier[..., there]
+        psnr = _masked_psnr(later[..., here], earlier[..., there], free)
+        best = torch.fmax(best, psnr)
+    best = best[best.isfinite()]
+    return best.mean().item() if len(best) else nan
+
+
+def _sampled_scene(scene: Scene, num_frames: int, *, start: int = 0) -> Tensor:
+    """Render the frames of a true scene that the measures look at: (frames, 3, 64, 64) float32 in [0, 1]."""
+    pixels = render(scene, np.arange(start, num_frames, FRAME_STRIDE))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
+
+
+class WindowMeter:
+    """Measures a video window by window as its frames arrive.
+
+    Args:
+        judge: Of :func:`longtake.evaluation.mini_world.judge.load_judge`.
+        scene: The video was made from its caption; its motion in the first minute is the unit of motion.
+    """
+
+    def __init__(self, judge: ClipJudge, scene: Scene) -> None:
+        self._judge = judge
+        self._expected = expected_verdict(parse_caption(describe(scene)))
+        self._round_trip = round(CAMERAS[scene.camera] * FPS) // FRAME_STRIDE  # in looked-at frames; 0: still
+        self._true_motion = _motion_share(_sampled_scene(scene, 60 * FPS))
+        self._background: tuple[Tensor, Tensor] | None = None
+        self._first_visits: list[Tensor] = []
+        self._num_frames = self._num_windows = 0
+        self._waiting: list[Tensor] = []
+
+    def push(self, frames: Tensor) -> list[dict[str, float]]:
+        """Take the next frames; return the measures of every window they complete.
+
+        Args:
+            frames: (F, 3, H, W) in [0, 1], F >= 0, in order and without gaps, 16 per second.
+
+        Returns:
+            Per completed window {measure: value}; NaN where a measure does not apply.
+        """
+        skipped = -self._num_frames % FRAME_STRIDE
+        self._num_frames += len(frames)
+        return self.look_at(resize_frames(frames[skipped::FRAME_STRIDE]).clamp(0.0, 1.0))
+
+    def look_at(self, frames: Tensor) -> list[dict[str, float]]:
+        """The same for (F, 3, 64, 64) frames a quarter of a second apart."""
+        self._waiting.extend(frames)
+        rows = []
+        while len(self._waiting) >= CLIP_FRAMES:
+            clip = torch.stack(self._waiting[:CLIP_FRAMES])
+            del self._waiting[:CLIP_FRAMES]
+            rows.append(self._measure(clip))
+            self._num_windows += 1
+        return rows
+
+    def _measure(self, clip: Tensor) -> dict[str, float]:
+        (verdict,) = verdicts(self._judge, clip[None])
+        expected = self._expected
+        return {
+            **{name: is_right(verdict, expected, name) for name in ACCURACIES},
+            "one_object": is_right(verdict, expected, "count") if expected["count"] == "one" else nan,
+            "background_psnr": nan if self._round_trip else self._background_measure(clip),
+            "revisit_psnr": self._revisit_measure(clip) if self._round_trip else nan,
+            "motion_magnitude": _motion_share(clip) / self._true_motion,
+            "object_present": _presence(clip) if expected["event"] == "none" else nan,
+        }
+
+    def _background_measure(self, clip: Tensor) -> float:
+        if self._background is None:
+            self._background = _median_background(clip)
+            return nan
+        return _background_psnr(self._background, clip)
+
+    def _revisit_measure(self, clip: Tensor) -> float:
+        start = self._num_windows * CLIP_FRAMES
+        missing = max(0, self._round_trip - len(self._first_visits))
+        self._first_visits.extend(clip[:missing].clone())
+        visits = [self._first_visits[(start + index) % self._round_trip] for index in range(missing, len(clip))]
+        return _revisit_psnr(torch.stack(visits), clip[missing:]) if visits else nan
 
 
 class JudgeMetric:
@@ -92,18 +282,16 @@ class JudgeMetric:
         sha256 = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
         self.specs = tuple(replace(spec, weights_sha256=sha256) for spec in SPECS)
 
-    def start(self, video: VideoInfo) -> "JudgeMeter":
+    def start(self, video: VideoInfo) -> "_JudgeMeter":
         """A meter for one video; one that is not of the bundled world gets scores without values."""
         reason = _why_not(video)
         if reason is not None:
-            return JudgeMeter(video, None, reason=reason)
+            return _JudgeMeter(video, None, reason=reason)
         given = (_suite_scenes() if self._scenes is None else self._scenes).get(video.prompt)
-        return JudgeMeter(video, given or _middling_scene(video.prompt), is_given=given is not None)
+        return _JudgeMeter(video, given or _middling_scene(video.prompt), is_given=given is not None)
 
 
-@cache
-def _judge() -> ClipJudge:
-    return load_judge()
+_judge = cache(load_judge)
 
 
 @cache
@@ -114,7 +302,7 @@ def _suite_scenes() -> Mapping[str, Scene]:
 
 
 def _why_not(video: VideoInfo) -> str | None:
-    """Why the judge cannot see a video, in one clause; None if it can."""
+    """Reason, in one clause, for which the judge cannot see a video; None if it can."""
     if not _is_caption(video.prompt):
         return "its prompt is no caption of the bundled world of moving scenes"
     if len(video.segments) > 1:
@@ -135,20 +323,17 @@ def _is_caption(prompt: str) -> bool:
         found = parse_caption(prompt)
     except ValueError:
         return False
-    actors = [found, *([found["second"]] if found["second"] is not None else [])]
-    needed = ("shape", "colour", "motion")
-    is_complete = all(actor[name] is not None for actor in actors for name in needed)
-    return is_complete and found["background"] is not None and found["texture"] is not None
+    actors = [found] if found["second"] is None else [found, found["second"]]
+    said = [
+        found["background"],
+        found["texture"],
+        *(a[name] for a in actors for name in ("shape", "colour", "motion")),
+    ]
+    return None not in said
 
 
 def _middling_scene(caption: str) -> Scene:
-    """A scene with the caption, the rest of it in the middle of what scenes have; no landmarks.
-
-    Raises:
-        ValueError: If it is no caption of the bundled world.
-    """
-    if not _is_caption(caption):
-        raise ValueError(f"caption={caption!r} is no caption of the moving scenes: write it like describe() does.")
+    """A scene with the caption, the rest of it in the middle of what scenes have; no landmarks."""
     found = parse_caption(caption)
     second = found["second"]
     return Scene(
@@ -195,11 +380,11 @@ def _scene_periods(caption: str) -> list[float]:
     return sorted(periods)
 
 
-class JudgeMeter:
+class _JudgeMeter:
     """Judges one video.
 
     Args:
-        video: What is announced.
+        video: As announced.
         scene: It was made from, or one that stands in; None where the judge sees nothing.
         is_given: Whether the scene is the true one.
         reason: Why the judge sees nothing.
@@ -207,14 +392,14 @@ class JudgeMeter:
 
     def __init__(self, video: VideoInfo, scene: Scene | None, *, is_given: bool = False, reason: str = "") -> None:
         self._video, self._is_given, self._reason = video, is_given, reason
-        self._meter = WindowMeter(_judge(), [scene]) if scene is not None else None
+        self._meter = WindowMeter(_judge(), scene) if scene is not None else None
         self._rows: list[dict[str, float]] = []
 
     def push(self, frames: np.ndarray) -> None:
         """Take the next frames, (F, H, W, 3) uint8."""
         if self._meter is not None:
-            pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float() / 255.0
-            self._rows.extend(row[0] for row in self._meter.push(pixels))
+            pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255.0
+            self._rows.extend(self._meter.push(pixels))
 
     def finish(self) -> dict[str, Score]:
         """Means over the whole windows, with their curves."""
@@ -243,3 +428,64 @@ class JudgeMeter:
                 "scene_periods_s": _scene_periods(self._video.prompt),
             }
         return Score(value=sum(values) / len(values), windows=windows, details=details)
+
+
+def _forgotten(scene: Scene, *, seed: int) -> Scene:
+    """Another scene with the same caption and the same camera: other texture phase, other landmarks."""
+    rng = np.random.default_rng([seed, round(1000 * scene.texture_x)])
+    other = sample_scene(rng)
+    while bool(other.landmarks) != bool(scene.landmarks):
+        other = sample_scene(rng)
+    return replace(scene, texture_x=other.texture_x, texture_y=other.texture_y, landmarks=other.landmarks)
+
+
+def _with_amnesia(scene: Scene, *, num_frames: int, seed: int = 0) -> tuple[Tensor, int]:
+    """Render the looked-at frames of a video that turns into :func:`_forgotten` once everything has been seen.
+
+    Returns:
+        (frames, 3, 64, 64), and the first window after the change.
+    """
+    window = int(-(-max(CLIP_SECONDS, CAMERAS[scene.camera]) // CLIP_SECONDS))
+    change = window * WINDOW_FRAMES
+    after = _sampled_scene(_forgotten(scene, seed=seed), num_frames, start=change)
+    return torch.cat([_sampled_scene(scene, change), after]), window
+
+
+def _truth_levels(judge: ClipJudge, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
+    """Measure the true scenes of a study's prompts for 20 seconds.
+
+    Returns:
+        ``{"true scene": {measure: mean}, "forgotten": {memory measure: mean}}``; the second is the level that a
+        video reaches when it keeps to its caption and remembers nothing else.
+    """
+    num_frames = 20 * FPS
+    true: list[dict[str, float]] = []
+    lost: list[dict[str, float]] = []
+    for scene in scenes:
+        true += WindowMeter(judge, scene).look_at(_sampled_scene(scene, num_frames))
+        video, change = _with_amnesia(scene, num_frames=num_frames)
+        lost += WindowMeter(judge, scene).look_at(video)[change:]
+    return {"true scene": _means(true, MEASURES), "forgotten": _means(lost, MEMORIES)}
+
+
+def _means(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    known = {name: np.array([row[name] for row in rows if not isnan(row[name])]) for name in names}
+    return {name: float(values.mean()) for name, values in known.items() if len(values)}
+
+
+def reference_levels(folder: Path, prompts: Sequence[int], *, prompt_seed: int) -> dict[str, dict[str, float]]:
+    """Levels of the true scenes of some prompts; measured once, then read from ``levels.json`` in ``folder``."""
+    judge = load_judge()
+    settings = json.dumps({"prompts": list(prompts), "prompt_seed": prompt_seed}, sort_keys=True)
+    digest = hashlib.sha256(settings.encode())
+    for name, tensor in sorted(judge.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    key = digest.hexdigest()[:12]
+    path = folder / "levels.json"
+    known = json.loads(path.read_text()) if path.is_file() else {"key": None}
+    if known["key"] != key:
+        scenes = held_back_scenes(prompts[-1] + 1, seed=prompt_seed)
+        known = {"key": key, "levels": _truth_levels(judge, [scenes[index] for index in prompts])}
+        path.write_text(json.dumps(known, indent=1) + "\n")
+    return known["levels"]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from longtake.evaluation.metric import MetricSpec, Score, Window
-from longtake.evaluation.mini_world import drift
+from longtake.evaluation.metrics import judge
 from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores, write_json
 from longtake.evaluation.report.tables import (
@@ -183,7 +183,7 @@ def test_the_command_takes_several_folders_and_writes_a_page(tmp_path, capfd, mo
         asked.append((folder, prompts))
         return {name: {"shape": row["judge/shape"]} for name, row in LEVELS.items()}
 
-    monkeypatch.setattr(drift, "reference_levels", measured)
+    monkeypatch.setattr(judge, "reference_levels", measured)
 
     def call(*words):
         code = run_app(app, ["evaluate", "table", *map(str, words)])

@@ -7,14 +7,12 @@ import pytest
 import torch
 
 from lab.judge.training import without_object
-from longtake.evaluation.mini_world.drift import (
+from longtake.evaluation.metrics.judge import (
     MAX_PSNR,
-    WINDOW_FRAMES,
     WindowMeter,
     _masked_psnr,
     _median_background,
     _motion_share,
-    _repeat_frames,
     _sampled_scene,
     _truth_levels,
     _with_amnesia,
@@ -64,7 +62,7 @@ def test_accuracy_on_true_scenes_is_the_judges_own_in_every_window(true_rows):
 
 
 def test_a_frozen_video_does_not_move(judge, still):
-    frozen = _video(still[0])[:, :1].expand(-1, NUM_FRAMES, -1, -1, -1)
+    frozen = _video(still[0])[:1].expand(NUM_FRAMES, -1, -1, -1)
     rows = _measure(judge, still[0], frozen)
     assert all(row["motion_magnitude"] == 0.0 for row in rows)
     noisy = frozen + 0.02 * torch.randn(frozen.shape, generator=torch.Generator().manual_seed(0))
@@ -73,13 +71,12 @@ def test_a_frozen_video_does_not_move(judge, still):
 
 def test_a_video_of_twice_the_speed_moves_more(judge, still):
     fast = [s for s in still if s.actor.speed == "slowly"][0]
-    doubled = torch.from_numpy(render(fast, 2 * np.arange(NUM_FRAMES))).permute(0, 3, 1, 2)[None] / 255.0
-    rows = _measure(judge, fast, doubled)
+    rows = _measure(judge, fast, _pixels(render(fast, 2 * np.arange(NUM_FRAMES))))
     assert min(row["motion_magnitude"] for row in rows) > 1.2
 
 
 def test_a_background_that_changes_colour_loses_psnr_and_keeps_falling(judge, still):
-    ramp = torch.linspace(0.0, 0.2, NUM_FRAMES)[None, :, None, None, None]
+    ramp = torch.linspace(0.0, 0.2, NUM_FRAMES)[:, None, None, None]
     for scene in still:
         rows = _measure(judge, scene, (_video(scene) + ramp).clamp(0.0, 1.0))
         psnr = [row["background_psnr"] for row in rows[1:]]
@@ -90,7 +87,7 @@ def test_a_background_that_changes_colour_loses_psnr_and_keeps_falling(judge, st
 
 def test_an_object_that_fades_out_is_no_longer_present(judge, still):
     video = _video(still[0])
-    video[:, NUM_FRAMES // 2 :] = _video(without_object(still[0]))[:, NUM_FRAMES // 2 :]
+    video[NUM_FRAMES // 2 :] = _video(without_object(still[0]))[NUM_FRAMES // 2 :]
     rows = _measure(judge, still[0], video)
     assert [row["object_present"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
     assert [row["one_object"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
@@ -98,7 +95,7 @@ def test_an_object_that_fades_out_is_no_longer_present(judge, still):
 
 def test_a_picture_gone_bright_is_not_excused_as_an_object(judge, still):
     video = _video(still[0])
-    video[:, NUM_FRAMES // 2 :] = 0.9
+    video[NUM_FRAMES // 2 :] = 0.9
     rows = _measure(judge, still[0], video)
     assert rows[1]["background_psnr"] == MAX_PSNR
     assert rows[-1]["background_psnr"] < 10.0
@@ -108,7 +105,7 @@ def test_forgetting_what_the_caption_does_not_say_costs_revisits_and_nothing_els
     panned = [scene for scene in scenes if scene.camera != "still"][:4]
     for scene in panned:
         video, change = _with_amnesia(scene, num_frames=NUM_FRAMES)
-        rows, true = _measure(judge, scene, video), _measure(judge, scene, _video(scene))
+        rows, true = WindowMeter(judge, scene).look_at(video), _measure(judge, scene, _video(scene))
         for row, before in list(zip(rows, true, strict=True))[change:]:
             assert row["revisit_psnr"] < 30.0 < before["revisit_psnr"] == MAX_PSNR
             assert (row["background"], row["colour"]) == (before["background"], before["colour"])
@@ -116,10 +113,8 @@ def test_forgetting_what_the_caption_does_not_say_costs_revisits_and_nothing_els
 
 def test_a_camera_a_few_pixels_late_has_not_forgotten(judge, scenes):
     scene = next(s for s in scenes if s.camera == "panning slowly")
-    late = torch.from_numpy(
-        np.concatenate([render(scene, np.arange(192)), render(scene, np.arange(192, NUM_FRAMES) - 3)])
-    )
-    rows = _measure(judge, scene, late.permute(0, 3, 1, 2)[None] / 255.0)
+    late = np.concatenate([render(scene, np.arange(192)), render(scene, np.arange(192, NUM_FRAMES) - 3)])
+    rows = _measure(judge, scene, _pixels(late))
     assert rows[-1]["revisit_psnr"] > 25.0
 
 
@@ -134,30 +129,22 @@ def test_a_swapped_prompt_scores_low(judge, scenes, true_rows):
     assert _values(true_rows, "background").mean() > 0.95
 
 
-def test_uneven_chunks_larger_frames_and_batches_measure_the_same(judge, scenes):
-    pair = [scenes[0], scenes[1]]
-    videos = torch.cat([_video(scene) for scene in pair])
-    whole = [_measure(judge, scene, _video(scene)) for scene in pair]
-    meter = WindowMeter(judge, pair)
+def test_uneven_chunks_and_larger_frames_measure_the_same(judge, scenes, true_rows):
+    large = torch.nn.functional.interpolate(_video(scenes[0]), scale_factor=2)
+    meter = WindowMeter(judge, scenes[0])
     cuts = [0, 1, 10, 10, 99, 250, NUM_FRAMES]
-    large = torch.nn.functional.interpolate(videos.flatten(0, 1), scale_factor=2).unflatten(0, (2, NUM_FRAMES))
-    windows = [w for a, b in zip(cuts, cuts[1:], strict=False) for w in meter.push(large[:, a:b])]
-    assert meter.num_windows == NUM_FRAMES // WINDOW_FRAMES
-    for index in range(2):
-        for window, expected in zip(windows, whole[index], strict=True):
-            assert window[index] == pytest.approx(expected, nan_ok=True, rel=1e-4)
-    with pytest.raises(ValueError, match="one video per scene"):
-        meter.push(videos[:1])
+    rows = [row for a, b in zip(cuts, cuts[1:], strict=False) for row in meter.push(large[a:b])]
+    for row, expected in zip(rows, true_rows[0], strict=True):
+        assert row == pytest.approx(expected, nan_ok=True, rel=1e-4)
 
 
 def test_meter_holds_one_window_and_one_round_trip_at_most(judge, scenes):
     scene = next(s for s in scenes if s.camera == "panning slowly")
-    meter = WindowMeter(judge, [scene])
+    meter = WindowMeter(judge, scene)
     for start in range(0, 16 * 60, 12):
-        frames = _sampled_scene(scene, start + 12, start=start)
-        meter.push(_repeat_frames(frames))
+        meter.look_at(_sampled_scene(scene, start + 12, start=start))
     assert len(meter._waiting) < 20
-    assert len(meter._videos[0].first_visits) == 48
+    assert len(meter._first_visits) == 48
 
 
 def test_median_background_ignores_a_passing_object_and_keeps_a_resting_one(still):
@@ -189,13 +176,17 @@ def test_truth_levels_separate_memory_from_forgetting(judge, scenes):
     assert levels["true scene"]["background"] > 0.95
 
 
+def _pixels(frames):
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255.0
+
+
 def _video(scene):
-    return torch.from_numpy(render(scene, np.arange(NUM_FRAMES))).permute(0, 3, 1, 2)[None].float() / 255.0
+    return _pixels(render(scene, np.arange(NUM_FRAMES)))
 
 
 def _measure(judge, scene, video):
-    meter = WindowMeter(judge, [scene])
-    return [row for piece in video.split(50, dim=1) for (row,) in meter.push(piece)]
+    meter = WindowMeter(judge, scene)
+    return [row for piece in video.split(50) for row in meter.push(piece)]
 
 
 def _values(rows, name):
