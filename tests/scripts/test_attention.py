@@ -1,6 +1,5 @@
 """`longtake attention`: every backend's answer, a picture of a mask and its density; the benchmark, never a time."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +9,7 @@ from longtake.attention import BACKENDS
 from longtake.attention.geometry import make_geometry
 from longtake.attention.policies import make_attention_policy
 from longtake.scripts import main
-from longtake.scripts.attention import COLOURS, MARGIN, WIDTH, _draw
+from longtake.scripts.attention import WIDTH, _codes, _roles
 from longtake.scripts.console import run_app
 
 
@@ -95,7 +94,7 @@ def test_radial_is_drawn_with_its_density(capfd, tmp_path):
     assert code == 0, stderr
     assert "density 0.444" in stdout and str(png) in stdout
     picture = Image.open(png)
-    assert picture.format == "PNG" and picture.width == WIDTH + MARGIN + 14
+    assert picture.format == "PNG" and picture.width > WIDTH and picture.height > 500
 
 
 def test_the_last_block_of_a_cache_is_a_strip(capfd, tmp_path):
@@ -110,13 +109,10 @@ def test_pixels_are_what_is_read():
     geometry = make_geometry(10, (8, 11), block_frames=2)
     settings = {"policy": "window", "num_window_frames": 1, "dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
     plan = make_attention_policy(settings).plan(None, None, geometry)
-    pixels = np.asarray(_draw(plan, geometry, title="").convert("RGB")).astype(int)
-    top, step = MARGIN + 20, WIDTH / 10
-    expected = {0: "sink", 5: None, 7: "recent", 8: "current"}
-    for frame, role in expected.items():
-        colour = pixels[top + 8, MARGIN + round((frame + 0.5) * step)]
-        wanted = COLOURS[role] if role else "#f1f3f7"
-        assert abs(colour - [int(wanted[i : i + 2], 16) for i in (1, 3, 5)]).max() < 12, frame
+    codes = _codes(plan, geometry, height=176, head=0)
+    roles = [0, *_roles(geometry)]
+    expected = {0: "sink", 5: 0, 7: "recent", 8: "current"}
+    assert {frame: roles[codes[8, round((frame + 0.5) * WIDTH / 10)]] for frame in expected} == expected
 
 
 def test_tiles_and_everything_can_be_drawn(capfd, tmp_path):
