@@ -1,8 +1,8 @@
 """Frame-by-frame decoding and encoding with diffusers' Wan VAE, with a state that can be saved between calls."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -15,53 +15,37 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     unpatchify,
 )
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from longtake.models.wan import execution_device, offload_hooks
+from longtake.models.wan import config_of, execution_device, offload_hooks, stock_forward
 
 # The Wan encoder takes one frame first and then four at a time: diffusers fixes this number, not the config.
 FRAMES_PER_LATENT = 4
 
-# What a slot of the feature map may hold besides a tensor. diffusers marks a temporal upsampler that has seen
-# exactly one latent frame with the string "Rep".
-EMPTY = "empty"
-REPEAT = "Rep"
-TENSOR = "tensor"
+# Kinds of a slot of the feature map. diffusers marks a temporal upsampler that has seen exactly one latent frame with
+# the string "Rep".
+_EMPTY, _REPEAT, _TENSOR = "empty", "Rep", "tensor"
+
+_State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class _FeatureMap:
-    """The causal convolutions' memory of past frames, kept outside the VAE so that several streams can share it.
+    """Past frames of the causal convolutions, kept outside the VAE so that several streams can share it."""
 
-    Args:
-        module: The VAE's decoder or encoder.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         # One slot for every causal convolution is what diffusers allocates; some of them stay unused.
         num_slots = sum(isinstance(child, WanCausalConv3d) for child in module.modules())
         self.slots: list[Tensor | str | None] = [None] * num_slots
 
     def state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
-        """The tensors by slot, and what every slot holds."""
-        tensors: dict[str, Tensor] = {}
-        kinds: list[str] = []
-        for index, slot in enumerate(self.slots):
-            if isinstance(slot, Tensor):
-                tensors[f"slot_{index:03d}"] = slot.contiguous()
-                kinds.append(TENSOR)
-            else:
-                kinds.append(EMPTY if slot is None else slot)
-        return tensors, kinds
+        """The tensors by slot, and the kind of every slot."""
+        tensors = {f"slot_{i:03d}": slot.contiguous() for i, slot in enumerate(self.slots) if isinstance(slot, Tensor)}
+        return tensors, [_TENSOR if isinstance(slot, Tensor) else slot or _EMPTY for slot in self.slots]
 
     def load_state_dict(
-        self, tensors: Mapping[str, Tensor], kinds: list[str], *, device: torch.device, dtype: torch.dtype
+        self, tensors: Mapping[str, Tensor], kinds: list[str], *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
-        """Take over what ``state_dict`` returned.
-
-        Raises:
-            ValueError: If it belongs to another VAE or is incomplete.
-        """
         if len(kinds) != len(self.slots):
             raise ValueError(
                 f"VAE stream state has {len(kinds)} slots, this VAE has {len(self.slots)}: load it with the VAE "
@@ -69,20 +53,48 @@ class _FeatureMap:
             )
         slots: list[Tensor | str | None] = []
         for index, kind in enumerate(kinds):
-            if kind == TENSOR:
+            if kind == _TENSOR:
                 slots.append(_required(tensors, f"slot_{index:03d}").to(device=device, dtype=dtype))
-            elif kind in (EMPTY, REPEAT):
-                slots.append(None if kind == EMPTY else REPEAT)
+            elif kind in (_EMPTY, _REPEAT):
+                slots.append(None if kind == _EMPTY else _REPEAT)
             else:
-                raise ValueError(f"VAE stream state: slot {index} is {kind!r}; known: {EMPTY}, {REPEAT}, {TENSOR}")
+                raise ValueError(f"VAE stream state: slot {index} is {kind!r}; known: {_EMPTY}, {_REPEAT}, {_TENSOR}")
         self.slots = slots
 
     def move(self, device: torch.device | str) -> None:
-        """Bring the tensors to a device."""
         self.slots = [slot.to(device) if isinstance(slot, Tensor) else slot for slot in self.slots]
 
 
-class StreamingDecoder:
+class _Stream:
+    """A video on its way through one half of a VAE.
+
+    Attributes:
+        vae: The Wan VAE, unmodified.
+        num_frames: Latent frames so far.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, half: nn.Module) -> None:
+        self.vae = vae
+        self.num_frames = 0
+        self._features = _FeatureMap(half)
+
+    def state_dict(self) -> _State:
+        """Everything that the stream remembers: tensors by name, and JSON-able numbers."""
+        tensors, kinds = self._features.state_dict()
+        return tensors, {"num_frames": self.num_frames, "slots": kinds}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue the stream whose ``state_dict`` is given; the next frames are bit-identical.
+
+        Raises:
+            ValueError: If the state belongs to a VAE of another shape or is incomplete.
+        """
+        kinds = _required(numbers, "slots")
+        self._features.load_state_dict(tensors, kinds, device=execution_device(self.vae), dtype=self.vae.dtype)
+        self.num_frames = int(_required(numbers, "num_frames"))
+
+
+class StreamingDecoder(_Stream):
     """Latent frames in, pixel frames out, any number at a time; equal to ``vae.decode`` of the whole video.
 
     Memory does not grow with the length of the video: only the last one or two feature frames of every causal
@@ -94,14 +106,7 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        """Start a stream.
-
-        Args:
-            vae: The Wan VAE, unmodified.
-        """
-        self.vae = vae
-        self.num_frames = 0
-        self._features = _FeatureMap(vae.decoder)
+        super().__init__(vae, vae.decoder)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the next latent frames of the stream.
@@ -126,31 +131,8 @@ class StreamingDecoder:
         self.num_frames += latents.shape[2]
         return frames
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything the stream remembers, as tensors and JSON-able numbers.
 
-        Returns:
-            (tensors, numbers): the feature map's tensors by slot, and ``{"num_frames", "slots"}``.
-        """
-        tensors, kinds = self._features.state_dict()
-        return tensors, {"num_frames": self.num_frames, "slots": kinds}
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue the stream whose ``state_dict`` is given; the next frames are bit-identical.
-
-        Args:
-            tensors: First value of ``state_dict``.
-            numbers: Second value of ``state_dict``.
-
-        Raises:
-            ValueError: If the state belongs to a VAE of another shape or is incomplete.
-        """
-        kinds = _required(numbers, "slots")
-        self._features.load_state_dict(tensors, kinds, device=execution_device(self.vae), dtype=self.vae.dtype)
-        self.num_frames = int(_required(numbers, "num_frames"))
-
-
-class StreamingEncoder:
+class StreamingEncoder(_Stream):
     """Pixel frames in, latent frames out, any number at a time; equal to ``vae.encode`` of the whole video.
 
     A latent frame needs one pixel frame (the first) or four (all others). Frames that do not fill a latent frame
@@ -160,14 +142,7 @@ class StreamingEncoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        """Start a stream.
-
-        Args:
-            vae: The Wan VAE, unmodified.
-        """
-        self.vae = vae
-        self.num_frames = 0
-        self._features = _FeatureMap(vae.encoder)
+        super().__init__(vae, vae.encoder)
         self._waiting: Tensor | None = None
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -186,83 +161,76 @@ class StreamingEncoder:
         _check_frames(frames, name="frames")
         if self._waiting is not None:
             frames = torch.cat([self._waiting, frames], dim=2)
-        groups: list[Tensor] = []
-        start = 0
-        while True:
-            length = 1 if self.num_frames + len(groups) == 0 else FRAMES_PER_LATENT
-            if start + length > frames.shape[2]:
-                break
-            groups.append(frames[:, :, start : start + length])
-            start += length
-        self._waiting = frames[:, :, start:].clone() if start < frames.shape[2] else None
-        if not groups:
-            ratio = self.vae.spatial_compression_ratio
+        first = 1 if self.num_frames == 0 else 0
+        num_groups = first + (frames.shape[2] - first) // FRAMES_PER_LATENT
+        end = first + FRAMES_PER_LATENT * (num_groups - first)
+        self._waiting = frames[:, :, end:].clone() if end < frames.shape[2] else None
+        if not num_groups:
+            ratio = _ratio(self.vae)
             batch, _, _, height, width = frames.shape
-            return frames.new_empty(batch, self.vae.config.z_dim, 0, height // ratio, width // ratio)
-        self.num_frames += len(groups)
-        return _encode_groups(self.vae, groups, self._features.slots)
+            return frames.new_empty(batch, config_of(self.vae).z_dim, 0, height // ratio, width // ratio)
+        self.num_frames += num_groups
+        sizes = [1] * first + [FRAMES_PER_LATENT] * (num_groups - first)
+        return _encode_groups(self.vae, frames[:, :, :end].split(sizes, dim=2), self._features.slots)
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything the stream remembers, as tensors and JSON-able numbers.
-
-        Returns:
-            (tensors, numbers): feature map and waiting frames, and ``{"num_frames", "slots"}``.
-        """
-        tensors, kinds = self._features.state_dict()
-        if self._waiting is not None:
-            tensors["waiting"] = self._waiting.contiguous()
-        return tensors, {"num_frames": self.num_frames, "slots": kinds}
+    def state_dict(self) -> _State:
+        """Everything that the stream remembers, waiting frames too: tensors by name, and JSON-able numbers."""
+        tensors, numbers = super().state_dict()
+        return tensors if self._waiting is None else tensors | {"waiting": self._waiting.contiguous()}, numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue the stream whose ``state_dict`` is given; the next latents are bit-identical.
 
-        Args:
-            tensors: First value of ``state_dict``.
-            numbers: Second value of ``state_dict``.
-
         Raises:
             ValueError: If the state belongs to a VAE of another shape or is incomplete.
         """
-        device, dtype = execution_device(self.vae), self.vae.dtype
-        self._features.load_state_dict(tensors, _required(numbers, "slots"), device=device, dtype=dtype)
-        self.num_frames = int(_required(numbers, "num_frames"))
+        super().load_state_dict(tensors, numbers)
         waiting = tensors.get("waiting")
-        self._waiting = None if waiting is None else waiting.to(device=device, dtype=dtype)
+        self._waiting = None if waiting is None else waiting.to(execution_device(self.vae), self.vae.dtype)
 
 
 # The decorator lets accelerate's offload hooks bring the VAE to its device, as they do for ``vae.decode``.
 @apply_forward_hook
 @torch.no_grad()
 def _decode_frames(vae: AutoencoderKLWan, latents: Tensor, slots: list, is_first: bool) -> Tensor:
-    projected = vae.post_quant_conv(latents)
-    parts = []
-    for index in range(latents.shape[2]):
-        frame = projected[:, :, index : index + 1]
-        parts.append(vae.decoder(frame, feat_cache=slots, feat_idx=[0], first_chunk=is_first and index == 0))
-    video = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-    if vae.config.patch_size is not None:
-        video = unpatchify(video, patch_size=vae.config.patch_size)
-    return video.clamp(-1.0, 1.0)
+    return _pixels(vae, _decoded(vae, vae.post_quant_conv(latents).split(1, dim=2), slots, is_first=is_first))
 
 
 @apply_forward_hook
 @torch.no_grad()
-def _encode_groups(vae: AutoencoderKLWan, groups: list[Tensor], slots: list) -> Tensor:
-    parts = []
-    for group in groups:
-        if vae.config.patch_size is not None:
-            group = patchify(group, patch_size=vae.config.patch_size)
-        parts.append(vae.encoder(group, feat_cache=slots, feat_idx=[0]))
-    moments = vae.quant_conv(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
-    return moments.chunk(2, dim=1)[0]
+def _encode_groups(vae: AutoencoderKLWan, groups: Iterable[Tensor], slots: list) -> Tensor:
+    patch_size = config_of(vae).patch_size
+    if patch_size is not None:
+        groups = (patchify(group, patch_size=patch_size) for group in groups)
+    parts = [vae.encoder(group, feat_cache=slots, feat_idx=[0]) for group in groups]
+    return vae.quant_conv(_joined(parts)).chunk(2, dim=1)[0]
+
+
+def _decoded(vae: AutoencoderKLWan, frames: Iterable[Tensor], slots: list, *, is_first: bool) -> Tensor:
+    """Latent frames as the decoder makes them: not clamped, pixels still in patches."""
+    return _joined(
+        [
+            vae.decoder(frame, feat_cache=slots, feat_idx=[0], first_chunk=is_first and index == 0)
+            for index, frame in enumerate(frames)
+        ]
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _pixels(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    patch_size = config_of(vae).patch_size
+    return (video if patch_size is None else unpatchify(video, patch_size=patch_size)).clamp(-1.0, 1.0)
+
+
+def _ratio(vae: AutoencoderKLWan) -> int:
+    """Pixel rows, and columns, of a latent position."""
+    return cast(int, vae.spatial_compression_ratio)
 
 
 def _check_frames(tensor: Tensor, *, name: str) -> None:
-    """Refuse what is no video.
-
-    Raises:
-        ValueError: If ``tensor`` is not 5-D or holds no frame.
-    """
     if tensor.ndim != 5 or tensor.shape[2] == 0:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}: give (batch, channels, frames, height, width) with one frame "
@@ -278,57 +246,39 @@ def _required(mapping: Mapping[str, Any], key: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Sizes of a VAE's tiles, in latent positions; ``AutoencoderKLWan.enable_tiling`` sets them in pixels.
-
-    Attributes:
-        height: Of a tile.
-        width: Of a tile.
-        row_stride: From one row of tiles to the next.
-        column_stride: From one column of tiles to the next.
-    """
+    """Sizes of a VAE's tiles, in latent positions; ``AutoencoderKLWan.enable_tiling`` sets them in pixels."""
 
     height: int
     width: int
-    row_stride: int
+    row_stride: int  # from one row of tiles to the next
     column_stride: int
 
     @classmethod
     def of(cls, vae: AutoencoderKLWan) -> "Tiling":
-        """What is set on a VAE.
+        """The tiling that is set on a VAE.
 
         Raises:
             ValueError: If tiles would not overlap or cover the frame.
         """
-        ratio = vae.spatial_compression_ratio
-        names = ("tile_sample_min_{0}", "tile_sample_stride_{0}")
+        ratio, sizes = _ratio(vae), []
         for side in ("height", "width"):
-            tile, stride = (getattr(vae, name.format(side)) for name in names)
+            names = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
+            tile, stride = (vars(vae)[name] for name in names)
             if not ratio <= stride <= tile or stride % ratio or tile % ratio:
                 raise ValueError(
                     f"VAE tiles of {side} {tile} at stride {stride}: both have to be multiples of {ratio} pixels, and "
-                    f"the stride at most the {side}, e.g. enable_tiling({names[0].format(side)}={32 * ratio}, "
-                    f"{names[1].format(side)}={24 * ratio})."
+                    f"the stride at most the {side}, e.g. enable_tiling({names[0]}={32 * ratio}, "
+                    f"{names[1]}={24 * ratio})."
                 )
-        return cls(
-            height=vae.tile_sample_min_height // ratio,
-            width=vae.tile_sample_min_width // ratio,
-            row_stride=vae.tile_sample_stride_height // ratio,
-            column_stride=vae.tile_sample_stride_width // ratio,
-        )
+            sizes.append((tile // ratio, stride // ratio))
+        (height, row_stride), (width, column_stride) = sizes
+        return cls(height=height, width=width, row_stride=row_stride, column_stride=column_stride)
 
     def starts(self, height: int, width: int) -> tuple[range, range]:
         """First rows and first columns of the tiles of a frame; one tile where the frame is no larger than a tile."""
         if height <= self.height and width <= self.width:
             return range(1), range(1)
         return range(0, height, self.row_stride), range(0, width, self.column_stride)
-
-
-@dataclass
-class _Tiles:
-    """The streams of a frame's tiles, row by row."""
-
-    size: tuple[int, int]
-    maps: list[list[_FeatureMap]] = field(default_factory=list)
 
 
 class TiledDecoder:
@@ -340,66 +290,46 @@ class TiledDecoder:
     same tiles, in any chunking. The sizes are those set when the stream starts.
 
     Source: diffusers' ``AutoencoderKLWan.tiled_decode``, with the frame loop inside and the feature maps outside.
+
+    Raises:
+        ValueError: If the tiles do not overlap or are no multiples of the VAE's factor.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        """Start a stream.
-
-        Args:
-            vae: The Wan VAE, unmodified, with ``enable_tiling`` called.
-
-        Raises:
-            ValueError: If the tiles do not overlap or are no multiples of the VAE's factor.
-        """
         self.vae = vae
         self.tiling = Tiling.of(vae)
         self.num_frames = 0
-        self._tiles: _Tiles | None = None
+        self._size: tuple[int, int] | None = None
+        self._maps: list[list[_FeatureMap]] = []
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode the next latent frames of the stream.
-
-        Args:
-            latents: (batch, channels, latent frames, height / 8, width / 8), de-normalised: ``z * std + mean``.
-
-        Returns:
-            (batch, 3, frames, height, width) in [-1, 1]. The first latent frame of the stream gives one pixel
-            frame, every later one four.
+        """Decode the next latent frames of the stream; see ``StreamingDecoder.decode``.
 
         Raises:
             ValueError: If ``latents`` is not 5-D, holds no frame, or has another size than those before.
         """
         _check_frames(latents, name="latents")
         size = (latents.shape[-2], latents.shape[-1])
-        if self._tiles is None:
-            self._tiles = self._make_tiles(size)
-        if self._tiles.size != size:
-            raise ValueError(f"latents are {size} where this stream began with {self._tiles.size}: start another.")
-        video = _decode_tiles(self.vae, latents, self._tiles.maps, self.tiling, self.num_frames == 0)
+        if self._size is None:
+            self._begin(size)
+        if self._size != size:
+            raise ValueError(f"latents are {size} where this stream began with {self._size}: start another.")
+        video = _decode_tiles(self.vae, latents, self._maps, self.tiling, self.num_frames == 0)
         self.num_frames += latents.shape[2]
         return video
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything the stream remembers, as tensors and JSON-able numbers.
-
-        Returns:
-            (tensors, numbers): the feature maps' tensors by tile and slot, and
-            ``{"num_frames", "tiling", "size", "slots"}``.
-        """
+    def state_dict(self) -> _State:
+        """Everything that the stream remembers: tensors by tile and slot, and JSON-able numbers."""
         tensors: dict[str, Tensor] = {}
         kinds: dict[str, list[str]] = {}
-        for name, features in self._named_maps():
+        for name, features in self._named_maps().items():
             parts, kinds[name] = features.state_dict()
             tensors |= {f"{name}.{key}": value for key, value in parts.items()}
-        size = None if self._tiles is None else list(self._tiles.size)
+        size = None if self._size is None else list(self._size)
         return tensors, {"num_frames": self.num_frames, "tiling": asdict(self.tiling), "size": size, "slots": kinds}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue the stream whose ``state_dict`` is given; the next frames are bit-identical.
-
-        Args:
-            tensors: First value of ``state_dict``.
-            numbers: Second value of ``state_dict``.
 
         Raises:
             ValueError: If the state was written with other tiles or without, by another VAE, or is incomplete.
@@ -415,30 +345,27 @@ class TiledDecoder:
                 f"VAE stream state was written with tiles {numbers['tiling']}, this VAE has {asdict(self.tiling)}: "
                 "call enable_tiling with the sizes it was written with"
             )
-        self._tiles = None if numbers["size"] is None else self._make_tiles(tuple(numbers["size"]))
-        for name, features in self._named_maps():
+        self._size, self._maps = None, []
+        if numbers["size"] is not None:
+            self._begin(tuple(numbers["size"]))
+        for name, features in self._named_maps().items():
             prefix = f"{name}."
             parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if name not in numbers["slots"]:
                 raise ValueError(f"VAE stream state lacks {name!r}: the file is incomplete")
-            features.load_state_dict(parts, numbers["slots"][name], device=torch.device("cpu"), dtype=self.vae.dtype)
+            features.load_state_dict(parts, numbers["slots"][name], device="cpu", dtype=self.vae.dtype)
         self.num_frames = int(numbers["num_frames"])
 
-    def _make_tiles(self, size: tuple[int, int]) -> _Tiles:
+    def _begin(self, size: tuple[int, int]) -> None:
         rows, columns = self.tiling.starts(*size)
-        return _Tiles(size, [[_FeatureMap(self.vae.decoder) for _ in columns] for _ in rows])
+        self._size, self._maps = size, [[_FeatureMap(self.vae.decoder) for _ in columns] for _ in rows]
 
-    def _named_maps(self) -> Iterator[tuple[str, _FeatureMap]]:
-        for row, maps in enumerate(self._tiles.maps if self._tiles is not None else ()):
-            for column, features in enumerate(maps):
-                yield f"tile_{row}_{column}", features
+    def _named_maps(self) -> dict[str, _FeatureMap]:
+        return {f"tile_{i}_{j}": features for i, row in enumerate(self._maps) for j, features in enumerate(row)}
 
 
 def streaming_decoder(vae: AutoencoderKLWan) -> StreamingDecoder | TiledDecoder:
     """Start a stream as the VAE is set: in tiles where its tiling is on, in whole frames otherwise.
-
-    Args:
-        vae: The Wan VAE, unmodified.
 
     Raises:
         ValueError: If its tiles do not fit together.
@@ -446,7 +373,6 @@ def streaming_decoder(vae: AutoencoderKLWan) -> StreamingDecoder | TiledDecoder:
     return TiledDecoder(vae) if vae.use_tiling else StreamingDecoder(vae)
 
 
-# The decorator lets accelerate's offload hooks bring the VAE to its device, as they do for ``vae.decode``.
 @apply_forward_hook
 @torch.no_grad()
 def _decode_tiles(
@@ -454,39 +380,27 @@ def _decode_tiles(
 ) -> Tensor:
     height, width = latents.shape[-2:]
     row_starts, column_starts = tiling.starts(height, width)
-    is_tiled = len(row_starts) * len(column_starts) > 1
-    rows = [
-        [
-            _decode_tile(vae, _cut(latents, row, column, tiling) if is_tiled else latents, features, is_first)
-            for column, features in zip(column_starts, row_maps, strict=True)
-        ]
-        for row, row_maps in zip(row_starts, maps, strict=True)
-    ]
-    video = _blended(vae, rows, tiling, (height, width)) if is_tiled else rows[0][0]
-    if vae.config.patch_size is not None:
-        video = unpatchify(video, patch_size=vae.config.patch_size)
-    return video.clamp(-1.0, 1.0)
-
-
-def _cut(latents: Tensor, row: int, column: int, tiling: Tiling) -> Tensor:
-    return latents[:, :, :, row : row + tiling.height, column : column + tiling.width]
+    if len(row_starts) * len(column_starts) == 1:
+        return _pixels(vae, _decode_tile(vae, latents, maps[0][0], is_first))
+    rows = []
+    for row, row_maps in zip(row_starts, maps, strict=True):
+        band = latents[:, :, :, row : row + tiling.height]
+        places = zip(column_starts, row_maps, strict=True)
+        rows.append([_decode_tile(vae, band[..., j : j + tiling.width], features, is_first) for j, features in places])
+    return _pixels(vae, _blended(vae, rows, tiling, (height, width)))
 
 
 def _decode_tile(vae: AutoencoderKLWan, latents: Tensor, features: _FeatureMap, is_first: bool) -> Tensor:
-    """One tile of the next frames, as the decoder makes it: not clamped, pixels still in patches."""
     features.move(execution_device(vae))
-    parts = []
-    for index in range(latents.shape[2]):
-        frame = vae.post_quant_conv(latents[:, :, index : index + 1])
-        first = is_first and index == 0
-        parts.append(vae.decoder(frame, feat_cache=features.slots, feat_idx=[0], first_chunk=first))
+    frames = (vae.post_quant_conv(frame) for frame in latents.split(1, dim=2))
+    video = _decoded(vae, frames, features.slots, is_first=is_first)
     features.move("cpu")
-    return torch.cat(parts, dim=2)
+    return video
 
 
 def _blended(vae: AutoencoderKLWan, rows: list[list[Tensor]], tiling: Tiling, size: tuple[int, int]) -> Tensor:
     """Put tiles together, each faded into those above and to the left of it."""
-    ratio = vae.spatial_compression_ratio // (vae.config.patch_size or 1)
+    ratio = _ratio(vae) // (config_of(vae).patch_size or 1)
     height, width, row_stride, column_stride = (
         ratio * value for value in (tiling.height, tiling.width, tiling.row_stride, tiling.column_stride)
     )
@@ -511,9 +425,8 @@ class VaePixels:
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
-        shape = (1, -1, 1, 1, 1)
-        self._mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(shape)
-        self._std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(shape)
+        statistics = (config_of(vae).latents_mean, config_of(vae).latents_std)
+        self._mean, self._std = (torch.tensor(x, dtype=torch.float32).view(1, -1, 1, 1, 1) for x in statistics)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Latents as the VAE decodes them: (batch, channels, frames, height, width) on its device, in its dtype."""
@@ -549,7 +462,7 @@ class VaePixels:
         frames, rows, columns = size
         video = streaming_decoder(self.vae).decode(self.denormalise(latents))
         height, width = video.shape[-2] // rows, video.shape[-1] // columns
-        step = self.vae.spatial_compression_ratio
+        step = _ratio(self.vae)
         if min(height, width) < step:
             raise ValueError(
                 f"pixels of {video.shape[-2]}x{video.shape[-1]} pooled by {rows}x{columns} are {height}x{width}, less "
@@ -595,7 +508,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _hook_for(module: torch.nn.Module) -> ModelHook | None:
+def _hook_for(module: nn.Module) -> ModelHook | None:
     if isinstance(module, WanCausalConv3d) and torch.backends.mkldnn.is_available():
         return _OneDnnConvolution()
     if isinstance(module, WanRMS_norm) and module.channel_first and not isinstance(module.bias, Tensor):
@@ -610,8 +523,9 @@ class _OneDnnConvolution(ModelHook):
 
     def new_forward(self, module: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         if x.device.type != "cpu" or not _onednn_takes(x.dtype):
-            return self.fn_ref.original_forward(x, cache_x)
-        width, _, height, _, num_missing, _ = module._padding
+            return stock_forward(self)(x, cache_x)
+        padding: Any = module._padding
+        width, _, height, _, num_missing, _ = padding
         if cache_x is not None and num_missing > 0:
             x = torch.cat([cache_x.to(x.device), x], dim=2)
             num_missing -= cache_x.shape[2]
@@ -627,7 +541,7 @@ class _SummedNorm(ModelHook):
 
     def new_forward(self, module: WanRMS_norm, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
-            return self.fn_ref.original_forward(x)
+            return stock_forward(self)(x)
         power = x.square().sum(dim=1, keepdim=True, dtype=torch.float32)
         factor = power.clamp_min_(_EPSILON**2).rsqrt_().mul_(module.scale)
         return (x * factor.to(x.dtype)).mul_(module.gamma.to(x.dtype))
@@ -638,7 +552,7 @@ class _RepeatedPixels(ModelHook):
 
     def new_forward(self, module: WanUpsample, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
-            return self.fn_ref.original_forward(x)
+            return stock_forward(self)(x)
         batch, channels, height, width = x.shape
         twice = x[..., None, :, None].expand(batch, channels, height, 2, width, 2)
         return twice.reshape(batch, channels, 2 * height, 2 * width)
