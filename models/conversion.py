@@ -14,8 +14,9 @@ _HOLDERS = frozenset({"model", "net"})
 _LISTED = 5  # names quoted in an error
 
 _BOTH = ("weight", "bias")
-
 # original module path -> (diffusers module path, parameters); an empty tuple marks a bare parameter.
+_Rows = Mapping[str, tuple[str, tuple[str, ...]]]
+
 _OUTSIDE = {
     "patch_embedding": ("patch_embedding", _BOTH),
     "text_embedding.0": ("condition_embedder.text_embedder.linear_1", _BOTH),
@@ -36,8 +37,8 @@ _OUTSIDE_IMAGE = {
 _OUTSIDE_OPTIONAL = {"img_emb.emb_pos": ("condition_embedder.image_embedder.pos_embed", ())}
 
 
-def _attention_rows(original: str, diffusers: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    rows = {f"{original}.{x}": (f"{diffusers}.to_{x}", _BOTH) for x in "qkv"}
+def _attention_rows(original: str, diffusers: str) -> _Rows:
+    rows: dict[str, tuple[str, tuple[str, ...]]] = {f"{original}.{x}": (f"{diffusers}.to_{x}", _BOTH) for x in "qkv"}
     rows[f"{original}.o"] = (f"{diffusers}.to_out.0", _BOTH)
     return rows | {f"{original}.norm_{x}": (f"{diffusers}.norm_{x}", ("weight",)) for x in "qk"}
 
@@ -59,7 +60,7 @@ _BLOCK_IMAGE = {
 _BLOCK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]*)\.(.+)")
 
 
-def _expand(rows: Mapping[str, tuple[str, tuple[str, ...]]]) -> dict[str, str]:
+def _expand(rows: _Rows) -> dict[str, str]:
     """Full parameter names, original to diffusers."""
     names = {}
     for original, (diffusers, parameters) in rows.items():
@@ -85,28 +86,15 @@ _BLOCK_ORIGINALS = {new: old for old, new in _expand(_BLOCK | _BLOCK_IMAGE).item
 
 
 def strip_wrappers(name: str) -> str:
-    """Remove training wrappers from a parameter name.
-
-    Args:
-        name: Parameter name as found in a checkpoint.
-
-    Returns:
-        The name without ``module.``, ``_orig_mod.``, ``_checkpoint_wrapped_module.`` and ``_fsdp_wrapped_module.``
-        wherever they stand, and without one leading ``model.`` or ``net.``.
+    """Remove ``module.``, ``_orig_mod.``, ``_checkpoint_wrapped_module.`` and ``_fsdp_wrapped_module.`` wherever they
+    stand in a parameter's name, and one leading ``model.`` or ``net.``.
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     return ".".join(parts[1:] if parts[0:1] and parts[0] in _HOLDERS else parts)
 
 
 def wrappers_in(names: Iterable[str]) -> list[str]:
-    """Name what ``strip_wrappers`` removes from these names, for messages.
-
-    Args:
-        names: Parameter names as found in a checkpoint.
-
-    Returns:
-        Components such as ``model`` and ``_fsdp_wrapped_module``, each once, in the order met.
-    """
+    """Components that ``strip_wrappers`` removes from these names, each once, in the order met."""
     found: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -117,14 +105,7 @@ def wrappers_in(names: Iterable[str]) -> list[str]:
 
 
 def diffusers_name(name: str) -> str | None:
-    """Translate a stripped name of either naming.
-
-    Args:
-        name: As ``strip_wrappers`` returns it.
-
-    Returns:
-        Diffusers' name, or None when it is no part of a Wan transformer.
-    """
+    """Translate a stripped name of either naming to diffusers', or None when it is no part of a Wan transformer."""
     return _translate(name, _OUTSIDE_NAMES, _BLOCK_NAMES)
 
 
@@ -157,10 +138,11 @@ def _missing_names(names: Iterable[str]) -> set[str]:
     has_image = not names.isdisjoint(_OUTSIDE_IMAGE_REQUIRED) or any(
         not inside.isdisjoint(_BLOCK_IMAGE_REQUIRED) for inside in blocks.values()
     )
-    outside = _OUTSIDE_REQUIRED | (_OUTSIDE_IMAGE_REQUIRED if has_image else frozenset())
-    inside = _BLOCK_REQUIRED | (_BLOCK_IMAGE_REQUIRED if has_image else frozenset())
+    wanted, inside = set(_OUTSIDE_REQUIRED), _BLOCK_REQUIRED
+    if has_image:
+        wanted, inside = wanted | _OUTSIDE_IMAGE_REQUIRED, inside | _BLOCK_IMAGE_REQUIRED
     num_blocks = max(blocks, default=0) + 1
-    wanted = outside | {f"blocks.{index}.{name}" for index in range(num_blocks) for name in inside}
+    wanted |= {f"blocks.{index}.{name}" for index in range(num_blocks) for name in inside}
     return wanted - names
 
 
@@ -189,12 +171,13 @@ def convert_original_state_dict(state_dict: Mapping[str, Weight]) -> dict[str, W
             f"state_dict holds dictionaries under {listing(nested)}, tensors expected: pass the transformer's own "
             "part, for example checkpoint['generator_ema'] or checkpoint['generator']."
         )
-    sources = {name: diffusers_name(strip_wrappers(name)) for name in state_dict}
-    unknown = [name for name, target in sources.items() if target is None]
+    targets = ((name, diffusers_name(strip_wrappers(name))) for name in state_dict)
+    sources = {name: target for name, target in targets if target is not None}
+    unknown = [name for name in state_dict if name not in sources]
     if unknown:
         raise ValueError(
-            f"state_dict has unknown names: {listing(unknown)} of {len(sources)}; known are the transformer weights "
-            "of Wan2.1 in the original or the diffusers naming: remove the others, or merge adapters first."
+            f"state_dict has unknown names: {listing(unknown)} of {len(state_dict)}; known are the transformer "
+            "weights of Wan2.1 in the original or the diffusers naming: remove the others, or merge adapters first."
         )
     counts = Counter(sources.values())
     twice = [name for name, target in sources.items() if counts[target] > 1]

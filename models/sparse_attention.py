@@ -1,4 +1,4 @@
-"""Sparse attention in a cached rollout: says to a sparse policy which frames ask and which frames the cache gave."""
+"""Sparse attention in a cached rollout: a sparse policy over the frames that the cache gave."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,9 +20,6 @@ from longtake.attention.policies.base import DensityMeter
 from longtake.cache import Call, Geometry, Run
 from longtake.configs.fields import choose
 
-BACKEND = "backend"
-"""Key of an attention mapping that names a backend; the others are the policy's."""
-
 
 class AttentionSetting:
     """The attention of a rollout: a sparse policy and how its plans are executed.
@@ -39,7 +36,7 @@ class AttentionSetting:
         self.backend = "auto"
         if isinstance(settings, Mapping):
             settings = dict(settings)
-            self.backend = settings.pop(BACKEND, self.backend)
+            self.backend = settings.pop("backend", self.backend)
         self.policy = make_attention_policy(settings)
 
     @property

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-NUM_STAGES = 3
-NUM_MEMORIES = 3  # per stage
-STAGE_ENTRIES = NUM_MEMORIES + 3  # the memories; an upsampling, which has no weights; the growth; a convolution
-FIRST_STAGE = 3  # place of the first memory: soft limit, convolution and activation come before
-LAST = FIRST_STAGE + NUM_STAGES * STAGE_ENTRIES + 1  # place of the last convolution
-ENCODER = "encoder."
-MAX_NAMED = 8
+from longtake.models.conversion import listing
+
+_NUM_STAGES = 3
+_NUM_MEMORIES = 3  # per stage
+_STAGE_ENTRIES = _NUM_MEMORIES + 3  # the memories; an upsampling, which has no weights; the growth; a convolution
+_FIRST_STAGE = 3  # place of the first memory: soft limit, convolution and activation come before
+_LAST = _FIRST_STAGE + _NUM_STAGES * _STAGE_ENTRIES + 1  # place of the last convolution
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class TinyLayout:
     """
 
     latent_channels: int = 16
-    widths: tuple[int, int, int, int] = (256, 128, 64, 64)
-    growths: tuple[int, int, int] = (1, 2, 2)
+    widths: tuple[int, ...] = (256, 128, 64, 64)
+    growths: tuple[int, ...] = (1, 2, 2)
     patch_size: int = 1
 
     @property
@@ -51,7 +51,7 @@ class TinyLayout:
     @property
     def pixels_per_latent(self) -> int:
         """Pixel rows, and columns, of a latent position."""
-        return 2**NUM_STAGES * self.patch_size
+        return 2**_NUM_STAGES * self.patch_size
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> "TinyLayout":
@@ -63,21 +63,17 @@ class TinyLayout:
             return max(1, shape[axis]) if axis < len(shape) else otherwise
 
         widths, growths = [size("1.", 0, usual.widths[0])], []
-        for stage in range(NUM_STAGES):
-            end = FIRST_STAGE + (stage + 1) * STAGE_ENTRIES - 1
+        for stage in range(_NUM_STAGES):
+            end = _FIRST_STAGE + (stage + 1) * _STAGE_ENTRIES - 1
             grown = size(f"{end - 1}.conv.", 0, usual.growths[stage] * widths[-1])
             growths.append(max(1, grown // widths[-1]))
             widths.append(size(f"{end}.", 0, usual.widths[stage + 1]))
-        patch_size = max(1, math.isqrt(size(f"{LAST}.", 0, 3 * usual.patch_size**2) // 3))
+        patch_size = max(1, math.isqrt(size(f"{_LAST}.", 0, 3 * usual.patch_size**2) // 3))
         return cls(size("1.", 1, usual.latent_channels), tuple(widths), tuple(growths), patch_size)
 
 
 class _FrameMemory(nn.Module):
-    """Three convolutions over a frame and the one before it, added to the frame.
-
-    Args:
-        width: Channels.
-    """
+    """Three convolutions over a frame and the one before it, added to the frame."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -90,12 +86,7 @@ class _FrameMemory(nn.Module):
 
 
 class _Growth(nn.Module):
-    """Makes one or more frames of each.
-
-    Args:
-        width: Channels.
-        growth: Frames per frame.
-    """
+    """Makes ``growth`` frames of each."""
 
     def __init__(self, width: int, growth: int) -> None:
         super().__init__()
@@ -107,11 +98,7 @@ class _Growth(nn.Module):
 
 
 class TinyVae(nn.Module):
-    """The decoder's weights, under the names they have in TAEHV's files.
-
-    Args:
-        layout: Sizes.
-    """
+    """The decoder's weights, under the names they have in TAEHV's files."""
 
     def __init__(self, layout: TinyLayout = TinyLayout()) -> None:
         super().__init__()
@@ -119,17 +106,21 @@ class TinyVae(nn.Module):
         widths = layout.widths
         parts: dict[int, nn.Module] = {1: _convolution(layout.latent_channels, widths[0])}
         for stage, growth in enumerate(layout.growths):
-            start = FIRST_STAGE + stage * STAGE_ENTRIES
-            parts |= {start + index: _FrameMemory(widths[stage]) for index in range(NUM_MEMORIES)}
-            parts[start + STAGE_ENTRIES - 2] = _Growth(widths[stage], growth)
-            parts[start + STAGE_ENTRIES - 1] = _convolution(widths[stage], widths[stage + 1], bias=False)
-        parts[LAST] = _convolution(widths[-1], 3 * layout.patch_size**2)
+            start = _FIRST_STAGE + stage * _STAGE_ENTRIES
+            parts |= {start + index: _FrameMemory(widths[stage]) for index in range(_NUM_MEMORIES)}
+            parts[start + _STAGE_ENTRIES - 2] = _Growth(widths[stage], growth)
+            parts[start + _STAGE_ENTRIES - 1] = _convolution(widths[stage], widths[stage + 1], bias=False)
+        parts[_LAST] = _convolution(widths[-1], 3 * layout.patch_size**2)
         self.decoder = nn.ModuleDict({str(place): part for place, part in parts.items()})
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the first convolution: has the decoder's device, dtype and width."""
+        return self.decoder["1"].get_parameter("weight")
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Latents as this decoder takes them: (batch, channels, frames, height, width), normalised as they are."""
-        weight = self.decoder["1"].weight
-        return latents.transpose(1, 2).to(weight.device, weight.dtype)
+        return latents.transpose(1, 2).to(self.weight)
 
     def decode_frame(self, latent: Tensor, before: dict[str, Tensor]) -> Tensor:
         """Decode one latent frame.
@@ -143,9 +134,9 @@ class TinyVae(nn.Module):
         """
         batch = latent.shape[0]
         x = functional.relu(self.decoder["1"](3.0 * torch.tanh(latent / 3.0)))
-        for stage in range(NUM_STAGES):
-            start = FIRST_STAGE + stage * STAGE_ENTRIES
-            for place in range(start, start + NUM_MEMORIES):
+        for stage in range(_NUM_STAGES):
+            start = _FIRST_STAGE + stage * _STAGE_ENTRIES
+            for place in range(start, start + _NUM_MEMORIES):
                 frames = x.unflatten(0, (batch, -1))
                 name = f"memory_{place:02d}"
                 last = before[name] if name in before else torch.zeros_like(frames[:, 0])
@@ -153,10 +144,10 @@ class TinyVae(nn.Module):
                 before[name] = frames[:, -1].clone()
                 x = self.decoder[str(place)](x, torch.cat([last[:, None], frames[:, :-1]], dim=1).flatten(0, 1))
             # The files' order is the other one; a 1x1 product commutes with repeated pixels and costs a quarter here.
-            x = self.decoder[str(start + STAGE_ENTRIES - 2)](x)
+            x = self.decoder[str(start + _STAGE_ENTRIES - 2)](x)
             x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
-            x = self.decoder[str(start + STAGE_ENTRIES - 1)](x)
-        x = self.decoder[str(LAST)](functional.relu(x))
+            x = self.decoder[str(start + _STAGE_ENTRIES - 1)](x)
+        x = self.decoder[str(_LAST)](functional.relu(x))
         return functional.pixel_shuffle(x, self.layout.patch_size).unflatten(0, (batch, -1))
 
 
@@ -164,10 +155,7 @@ class StreamingTinyDecoder:
     """``StreamingDecoder`` over a tiny VAE: latent frames in, pixel frames out, any number at a time.
 
     Each of the nine memories keeps its last input, and nothing else is kept: no frame is ever decoded twice, and the
-    result does not depend on how the latents are split.
-
-    Args:
-        vae: The weights; may serve several streams.
+    result does not depend on how the latents are split. The weights may serve several streams.
     """
 
     def __init__(self, vae: TinyVae) -> None:
@@ -177,14 +165,9 @@ class StreamingTinyDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode the next latent frames of the stream.
+        """Decode the next latent frames of the stream, normalised and of the weights' dtype.
 
-        Args:
-            latents: (batch, channels, latent frames, height / 8, width / 8), normalised, of the weights' dtype.
-
-        Returns:
-            (batch, 3, frames, height, width) in [-1, 1]. The first latent frame of the stream gives one pixel frame,
-            every later one four.
+        Shapes as in ``StreamingDecoder.decode``.
 
         Raises:
             ValueError: If ``latents`` is not 5-D, holds no frame, or has another number of channels.
@@ -204,24 +187,15 @@ class StreamingTinyDecoder:
         return torch.cat(parts, dim=1).clamp(0.0, 1.0).mul(2.0).sub(1.0).transpose(1, 2)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything the stream remembers.
-
-        Returns:
-            (tensors, numbers): the memories, none before the first frame, and ``{"num_frames"}``.
-        """
+        """Everything that the stream remembers: the memories, none before the first frame, and ``num_frames``."""
         return dict(self._before), {"num_frames": self.num_frames}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue the stream whose ``state_dict`` is given; the next frames are bit-identical.
 
-        Args:
-            tensors: First value of ``state_dict``.
-            numbers: Second value of ``state_dict``.
-
         Raises:
             ValueError: If the state is incomplete or belongs to another decoder.
         """
-        weight = self.vae.decoder["1"].weight
         if "num_frames" not in numbers:
             raise ValueError("VAE stream state lacks 'num_frames': the file is incomplete or no VAE stream state")
         widths = {}
@@ -233,7 +207,7 @@ class StreamingTinyDecoder:
             raise ValueError(
                 "VAE stream state was not written by this fast VAE: go on with the VAE that the video was begun with"
             )
-        self._before = {name: tensor.to(weight.device, weight.dtype) for name, tensor in tensors.items()}
+        self._before = {name: tensor.to(self.vae.weight) for name, tensor in tensors.items()}
         self.num_frames = int(numbers["num_frames"])
 
 
@@ -249,20 +223,20 @@ def load_tiny_vae(path: Path) -> TinyVae:
     Raises:
         ValueError: If the file cannot be read, or lists tensors that are missing, of another shape, or unknown.
     """
-    tensors = {name: tensor for name, tensor in _read(path).items() if not name.startswith(ENCODER)}
+    tensors = {name: tensor for name, tensor in _read(path).items() if not name.startswith("encoder.")}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     layout = TinyLayout.of(shapes)
     with torch.device("meta"):
         vae = TinyVae(layout)
     wanted = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    misshapen = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
+    both = wanted.keys() & shapes.keys()
     faults = {
-        "missing": sorted(wanted.keys() - shapes.keys()),
-        "unknown": sorted(shapes.keys() - wanted.keys()),
-        "misshapen": [f"{name} {shapes[name]} instead of {wanted[name]}" for name in misshapen],
+        "missing": wanted.keys() - both,
+        "unknown": shapes.keys() - both,
+        "misshapen": {f"{n} {shapes[n]} instead of {wanted[n]}" for n in both if shapes[n] != wanted[n]},
     }
     if any(faults.values()):
-        lists = "; ".join(f"{what}: {_named(names)}" for what, names in faults.items() if names)
+        lists = "; ".join(f"{what}: {listing(names)}" for what, names in faults.items() if names)
         raise ValueError(f"{path} is no TAEHV decoder such as taew2_1: {lists}.")
     vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
     return vae.eval().requires_grad_(False)
@@ -284,8 +258,3 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
         raise ValueError(f"fast VAE {path} is no mapping of names to tensors.")
     return dict(values)
-
-
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more

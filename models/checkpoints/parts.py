@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import diffusers
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from longtake.models.checkpoints.files import SAFETENSORS_DTYPES, Checkpoint, TensorInfo
@@ -77,16 +78,21 @@ def write_weights(
         The safetensors files.
 
     Raises:
-        ValueError: If tensors hold NaN or infinity, or get it by the cast; lists them. The files are of no use then.
+        ValueError: If tensors hold NaN or infinity, or get it by the cast; the files are of no use then.
     """
-    shards = _split(tensors, max_shard_bytes)
-    names = [f"{stem}.safetensors"]
-    if len(shards) > 1:
-        names = [f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.info.num_bytes,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
     faults: list[str] = []
-    for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb") as file:
-            file.write(_header([(tensor.name, tensor.info) for tensor in shard]))
+    for file_name, names in split.filename_to_tensors.items():
+        # Wide numbers first, as safetensors itself orders them: every tensor lies at a multiple of its number's size.
+        shard = sorted((by_name[name] for name in names), key=lambda tensor: -tensor.info.dtype.itemsize)
+        with (folder / file_name).open("wb") as file:
+            file.write(_header(shard))
             for tensor in shard:
                 if not _write_tensor(file, tensor):
                     faults.append(tensor.name)
@@ -97,13 +103,10 @@ def write_weights(
             f"tensors hold NaN or infinity, as read or after the cast to their dtype: {listing(faults)} of "
             f"{len(tensors)}; the file is damaged, or --dtype too narrow. Nothing was kept."
         )
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.info.num_bytes for tensor in tensors)},
-            "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
-        }
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [folder / name for name in names]
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+    return [folder / name for name in split.filename_to_tensors]
 
 
 def _write_raw(file: BinaryIO, tensor: Tensor) -> None:
@@ -111,29 +114,12 @@ def _write_raw(file: BinaryIO, tensor: Tensor) -> None:
     file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _split(tensors: Sequence[OutputTensor], max_bytes: int) -> list[list[OutputTensor]]:
-    """As huggingface_hub splits: filled in order, larger tensors each in a shard of its own."""
-    shards: list[list[OutputTensor]] = []
-    current: list[OutputTensor] = []
-    for tensor in tensors:
-        if tensor.info.num_bytes > max_bytes:
-            shards.append([tensor])
-            continue
-        if sum(other.info.num_bytes for other in current) + tensor.info.num_bytes > max_bytes:
-            shards.append(current)
-            current = []
-        current.append(tensor)
-    shards += [current] if current or not shards else []
-    # Wide numbers first, as safetensors itself orders them: then every tensor lies at a multiple of its number's size.
-    return [sorted(shard, key=lambda tensor: -tensor.info.dtype.itemsize) for shard in shards]
-
-
-def _header(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
+def _header(tensors: Sequence[OutputTensor]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, info in tensors:
-        end = start + info.num_bytes
-        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+    for tensor in tensors:
+        info, end = tensor.info, start + tensor.info.num_bytes
+        header[tensor.name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     # The first number lies at a multiple of 64 bytes, so that weights mapped from the file are aligned as in memory.

@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
-from itertools import count, takewhile
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -278,64 +278,19 @@ class _Target:
     Attributes:
         shapes: Of its weights, in the class's order.
         config: Content of its ``config.json``.
-        rename: Translates an original name; None for an unknown one.
+        names: New name to original name.
     """
 
     shapes: Mapping[str, Shape]
     config: Mapping[str, Any]
-    rename: Callable[[str], str | None]
+    names: Mapping[str, str]
 
 
 _NUM_LATENT_CHANNELS = 16  # what the latents' published mean and deviation are for
-_RESIDUAL = {
-    "residual.0.gamma": "norm1.gamma",
-    "residual.3.gamma": "norm2.gamma",
-    **{f"residual.2.{x}": f"conv1.{x}" for x in ("weight", "bias")},
-    **{f"residual.6.{x}": f"conv2.{x}" for x in ("weight", "bias")},
-    **{f"shortcut.{x}": f"conv_shortcut.{x}" for x in ("weight", "bias")},
-}
-_RESAMPLE = {f"{part}.{x}": f"{part}.{x}" for part in ("resample.1", "time_conv") for x in ("weight", "bias")}
-_ATTENTION = {"norm.gamma": "norm.gamma"} | {
-    f"{part}.{x}": f"{part}.{x}" for part in ("to_qkv", "proj") for x in ("weight", "bias")
-}
-_OUTSIDE = {
-    "conv1": "quant_conv",
-    "conv2": "post_quant_conv",
-    **{f"{side}.conv1": f"{side}.conv_in" for side in ("encoder", "decoder")},
-    **{f"{side}.head.2": f"{side}.conv_out" for side in ("encoder", "decoder")},
-}
-_OUTSIDE_NAMES = {f"{old}.{x}": f"{new}.{x}" for old, new in _OUTSIDE.items() for x in ("weight", "bias")} | {
-    f"{side}.head.0.gamma": f"{side}.norm_out.gamma" for side in ("encoder", "decoder")
-}
-_MIDDLE = re.compile(r"(encoder|decoder)\.middle\.([012])\.(.+)")
-_DOWN = re.compile(r"encoder\.downsamples\.(\d+)\.(.+)")
-_UP = re.compile(r"decoder\.upsamples\.(\d+)\.(.+)")
 
 
-def _vae_name(name: str, *, num_res_blocks: int) -> str | None:
-    """Translate a name of Wan2.1's own VAE to ``AutoencoderKLWan``'s; None for an unknown one.
-
-    ``num_res_blocks`` are the residual blocks per stage of the encoder; the decoder has one more.
-    """
-    if match := _MIDDLE.fullmatch(name):
-        side, index, inside = match.groups()
-        rows, place = (_ATTENTION, "attentions.0") if index == "1" else (_RESIDUAL, f"resnets.{int(index) // 2}")
-        return f"{side}.mid_block.{place}.{rows[inside]}" if inside in rows else None
-    if match := _DOWN.fullmatch(name):
-        inside = (_RESIDUAL | _RESAMPLE).get(match[2])
-        return None if inside is None else f"encoder.down_blocks.{match[1]}.{inside}"
-    if match := _UP.fullmatch(name):
-        # A stage of the decoder is one run of residual blocks and the upsampler behind them.
-        stage, index = divmod(int(match[1]), num_res_blocks + 2)
-        is_residual = index <= num_res_blocks
-        inside = (_RESIDUAL if is_residual else _RESAMPLE).get(match[2])
-        place = f"resnets.{index}" if is_residual else "upsamplers.0"
-        return None if inside is None else f"decoder.up_blocks.{stage}.{place}.{inside}"
-    return _OUTSIDE_NAMES.get(name)
-
-
-def _original_vae(shapes: Mapping[str, Shape], path: object) -> "_Target":
-    """The ``AutoencoderKLWan`` that has these weights; statistics of the latents are the class's own, Wan2.1's."""
+def _original_vae(shapes: Mapping[str, Shape], path: object) -> _Target:
+    """The ``AutoencoderKLWan`` that has these weights: Wan2.1's, of any width, with the class's own statistics."""
     try:
         num_channels, base = shapes["conv2.weight"][0], shapes["encoder.conv1.weight"][0]
     except (KeyError, IndexError) as error:
@@ -347,32 +302,10 @@ def _original_vae(shapes: Mapping[str, Shape], path: object) -> "_Target":
             f"'{path}' has {num_channels} latent channels, whose mean and deviation are not published as Wan's "
             f"{_NUM_LATENT_CHANNELS} are: give its diffusers folder, which holds them."
         )
-    stages: list[list[tuple[int, ...]]] = [[]]
-    temporal = []
-    block = "encoder.downsamples.{}."
-    for index in takewhile(lambda i: any(name.startswith(block.format(i)) for name in shapes), count()):
-        convolution = shapes.get(f"{block.format(index)}residual.6.weight")
-        if convolution is not None:
-            stages[-1].append(convolution)
-        else:
-            temporal.append(f"{block.format(index)}time_conv.weight" in shapes)
-            stages.append([])
-    if not all(stages):
-        raise ValueError(f"'{path}' is no Wan2.1 VAE: its encoder has a stage without residual blocks.")
-    num_res_blocks = len(stages[0])
-    model = _on_meta(
-        AutoencoderKLWan,
-        base_dim=base,
-        z_dim=num_channels,
-        dim_mult=[stage[-1][0] // base for stage in stages],
-        num_res_blocks=num_res_blocks,
-        temperal_downsample=temporal,
-    )
-    return _Target(
-        shapes=_shapes_of(model),
-        config=_stock_arguments(model),
-        rename=lambda name: _vae_name(name, num_res_blocks=num_res_blocks),
-    )
+    model = _on_meta(AutoencoderKLWan, base_dim=base, z_dim=num_channels)
+    # A name in the place of its tensor shows where diffusers' own conversion puts it.
+    names = convert_wan_vae_to_diffusers({name: name for name in shapes})
+    return _Target(shapes=_shapes_of(model), config=_stock_arguments(model), names=names)
 
 
 _TEXT_OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
@@ -390,12 +323,12 @@ _TEXT_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 _TIED = "encoder.embed_tokens.weight"  # the same numbers as shared.weight, stored once
 
 
-def _text_encoder_name(name: str) -> str | None:
-    """Translate a name of Wan's own text encoder to ``UMT5EncoderModel``'s; None for an unknown one."""
+def _text_encoder_name(name: str) -> str:
+    """``UMT5EncoderModel``'s name for one of Wan's own text encoder; an unknown one stays."""
     match = _TEXT_BLOCK_NAME.fullmatch(name)
-    if match is None:
-        return _TEXT_OUTSIDE.get(name)
-    return f"encoder.block.{match[1]}.{_TEXT_BLOCK[match[2]]}" if match[2] in _TEXT_BLOCK else None
+    if match is not None and match[2] in _TEXT_BLOCK:
+        return f"encoder.block.{match[1]}.{_TEXT_BLOCK[match[2]]}"
+    return _TEXT_OUTSIDE.get(name, name)
 
 
 def _original_text_encoder(shapes: Mapping[str, Shape], path: object) -> "_Target":
@@ -418,9 +351,10 @@ def _original_text_encoder(shapes: Mapping[str, Shape], path: object) -> "_Targe
         is_encoder_decoder=False,
         architectures=["UMT5EncoderModel"],
     )
-    shapes = _shapes_of(_on_meta(UMT5EncoderModel, config))
-    del shapes[_TIED]
-    return _Target(shapes=shapes, config=config.to_dict(), rename=_text_encoder_name)
+    expected = _shapes_of(_on_meta(UMT5EncoderModel, config))
+    del expected[_TIED]
+    names = {_text_encoder_name(name): name for name in shapes}
+    return _Target(shapes=expected, config=config.to_dict(), names=names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,7 +363,6 @@ class _Kind:
 
     Attributes:
         title: For messages.
-        owner: Of its original names, for messages.
         model: Finds the model of original weights.
         theirs: Name of a weight file of the folder form, for messages.
         takes: Forms that its option takes, for messages.
@@ -438,7 +371,6 @@ class _Kind:
     """
 
     title: str
-    owner: str
     model: Callable[[Mapping[str, Shape], object], _Target]
     theirs: str
     takes: str
@@ -449,7 +381,6 @@ class _Kind:
 _KINDS = {
     "vae": _Kind(
         title="Wan VAE",
-        owner="Wan2.1's VAE",
         model=_original_vae,
         theirs="a VAE in diffusers naming",
         takes="--vae takes Wan2.1_VAE.pth or a diffusers folder",
@@ -458,7 +389,6 @@ _KINDS = {
     ),
     "text_encoder": _Kind(
         title="UMT5 text encoder",
-        owner="Wan's text encoder",
         model=_original_text_encoder,
         theirs="a text encoder in transformers naming",
         takes="--text-encoder takes models_t5_umt5-xxl-enc-bf16.pth or a transformers folder",
@@ -506,12 +436,11 @@ def _converted_part(name: str, checkpoint: Checkpoint) -> Part:
     infos = {original: tensors[source] for original, source in stored.items()}
     require_floats(path, infos)
     model = kind.model({original: info.shape for original, info in infos.items()}, path)
-    names = {new: original for original in stored if (new := model.rename(original)) is not None}
-    unknown = [original for original in stored if model.rename(original) is None]
-    if unknown:
-        raise ValueError(f"'{path}' has names that {kind.owner} has not: {listing(unknown)} of {len(stored)}.")
-    _check_shapes({new: infos[original].shape for new, original in names.items()}, model.shapes, path=path)
-    sources = {new: stored[original] for new, original in names.items()}
+    lost = stored.keys() - set(model.names.values())
+    if lost:
+        raise ValueError(f"'{path}' holds some weights under two names: {listing(lost)}; keep one set.")
+    _check_shapes({new: infos[original].shape for new, original in model.names.items()}, model.shapes, path=path)
+    sources = {new: stored[original] for new, original in model.names.items()}
     outputs = renamed(checkpoint, entry, sources, order=list(model.shapes))
     is_vae = name == "vae"
     dtype = str(outputs[0].info.dtype).removeprefix("torch.")

@@ -132,10 +132,15 @@ def test_files_load_strictly(tmp_path):
         assert all(word in str(error.value) for word in words), error.value
 
     rest = {name: tensor for name, tensor in tensors.items() if name != "decoder.9.conv.2.bias"}
-    refused(rest, "missing: decoder.9.conv.2.bias")
-    refused(tensors | {"decoder.23.weight": torch.zeros(1)}, "unknown: decoder.23.weight")
-    refused(tensors | {"decoder.4.conv.2.bias": torch.zeros(5)}, "misshapen: decoder.4.conv.2.bias (5,) instead of")
-    refused({"blocks.0.weight": torch.zeros(())}, "missing: decoder.1.bias", "and 56 more", "unknown: blocks.0.weight")
+    refused(rest, "missing: 1 (decoder.9.conv.2.bias)")
+    refused(tensors | {"decoder.23.weight": torch.zeros(1)}, "unknown: 1 (decoder.23.weight)")
+    refused(tensors | {"decoder.4.conv.2.bias": torch.zeros(5)}, "misshapen: 1 (decoder.4.conv.2.bias (5,) instead of")
+    refused(
+        {"blocks.0.weight": torch.zeros(())},
+        "missing: 64 (decoder.1.bias",
+        "and 59 more",
+        "unknown: 1 (blocks.0.weight)",
+    )
     refused(tensors | {"decoder.1.weight": torch.zeros(3)}, "misshapen")
 
 
