@@ -9,8 +9,14 @@ from dataclasses import replace
 import pytest
 
 from longtake.evaluation.records import read_manifest, write_manifest
-from longtake.evaluation.vbench_io import export_custom, export_long, export_standard, import_results
-from longtake.evaluation.vbench_io.export import CUSTOM_DIMENSIONS, LONG_DIMENSIONS
+from longtake.evaluation.vbench_io import (
+    CUSTOM_DIMENSIONS,
+    LONG_DIMENSIONS,
+    export_custom,
+    export_long,
+    export_standard,
+    import_results,
+)
 
 FAKE_TOOL = """
 import argparse, json, os, sys

@@ -1,8 +1,11 @@
-"""Results of the official VBench, read and merged into a run as metrics."""
+"""The official VBench: a run's videos in the layout it expects, and its results as metrics of a run."""
 
 import json
+import math
+import os
+import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,9 +13,291 @@ from typing import Any
 from longtake.configs.fields import did_you_mean
 from longtake.evaluation.metric import MetricSpec, Score, Window
 from longtake.evaluation.preprocessing import clip_ranges
-from longtake.evaluation.records import ManifestLine, RunScores, write_json
-from longtake.evaluation.scores import DEV_DIMENSIONS, Variant, member_name
-from longtake.evaluation.vbench_io.export import DIMENSIONS
+from longtake.evaluation.records import ManifestLine, RunScores, read_manifest, write_atomically, write_json
+from longtake.evaluation.scores import DEV_DIMENSIONS, QUALITY, SEMANTIC, Variant, member_name
+
+COMMIT = "45e79ec14e69a2187202c675d2dbce1a71843d53"
+DIMENSIONS = (*QUALITY, *SEMANTIC)
+"""All sixteen, as the official tool spells them."""
+CUSTOM_DIMENSIONS = (*QUALITY, "overall_consistency")
+"""Scored on videos of one's own: the README's six, and two more that run though it does not list them."""
+PROMPT_DIMENSIONS = ("overall_consistency", "temporal_style", "human_action")
+"""Run on videos of one's own, and read the prompt."""
+LONG_DIMENSIONS = tuple(name for name in QUALITY if name != "temporal_flickering")
+"""VBench-Long's on videos of one's own; it would read prompts from folder names, so none that needs a prompt."""
+FOLDERS = {
+    "background_consistency": "scene",
+    "aesthetic_quality": "overall_consistency",
+    "imaging_quality": "overall_consistency",
+    "motion_smoothness": "subject_consistency",
+    "dynamic_degree": "subject_consistency",
+}
+"""Dimensions that are scored on another dimension's videos; the others have their own name."""
+NUM_SAMPLES = 5
+MAX_NAME_BYTES = 255
+LONG_SECONDS = 5.0
+"""VBench's FAQ: VBench below, VBench-Long from here on."""
+MAX_CRF = 12
+"""Above it the codec shows in flickering and imaging quality; our own default for evaluation."""
+EXPORT_FILE, IMPORTED_FILE = "export.json", "imported.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Videos as they were laid out.
+
+    Attributes:
+        mode: The official tool's ``--mode``.
+        dimensions: To be scored.
+        dev_flag: VBench-Long's ``--dev_flag``; None where there is no such flag.
+        commit: Of the official repository that the script is written for.
+        files: {path below ``videos/``: id in the run}.
+        notes: For a reader of the scores.
+    """
+
+    mode: str
+    dimensions: tuple[str, ...]
+    dev_flag: bool | None
+    commit: str
+    files: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def export_custom(run: Path, out: Path, *, dimensions: Sequence[str] = CUSTOM_DIMENSIONS) -> Export:
+    """Lay videos out for VBench on whole videos, mode ``custom_input``.
+
+    Args:
+        run: Folder with ``manifest.jsonl``.
+        out: New or empty folder: ``videos/p0007-0.mp4``, ``prompt_file.json``, ``run.sh``, ``README.md``,
+            ``export.json``. Videos are hard links where the disk allows it, else copies.
+        dimensions: To score.
+
+    Raises:
+        ValueError: If the folder is not empty, a video is missing or no ``.mp4``, a prompt is missing, or a dimension
+            needs VBench's own prompts. Nothing is left behind.
+    """
+    _check_dimensions(dimensions, (*CUSTOM_DIMENSIONS, "temporal_style", "human_action"), mode="custom")
+    lines = _lines(run)
+    needing = [name for name in dimensions if name in PROMPT_DIMENSIONS]
+    if needing and (nameless := [line.id for line in lines if not line.prompt]):
+        raise ValueError(f"video {nameless[0]!r} has no prompt, and {needing[0]} reads it: leave that dimension out.")
+    notes = _notes(lines)
+    if any(_seconds(line) >= LONG_SECONDS for line in lines):
+        notes.append(f"videos of {LONG_SECONDS:g} s and more: VBench's FAQ says VBench-Long; mode long is for that")
+    links = {f"{_name(line)}.mp4": line for line in lines}
+    prompts = {name: line.prompt for name, line in links.items()}
+    return _write(run, out, "custom_input", dimensions, links, notes=notes, extra={"prompt_file.json": prompts})
+
+
+def export_long(
+    run: Path, out: Path, *, dimensions: Sequence[str] = LONG_DIMENSIONS, dev_flag: bool = False
+) -> Export:
+    """Lay videos out for VBench-Long, mode ``long_custom_input``: clips of two seconds.
+
+    Args:
+        run: Folder with ``manifest.jsonl``.
+        out: New or empty folder, as for :func:`export_custom` without the prompts, which this mode does not read. The
+            official tool writes its clips into it and uses them again, so it must not have been used before.
+        dimensions: To score.
+        dev_flag: Half clip-to-clip consistency through a quantile table (the tool's ``--dev_flag``) instead of
+            in-clip consistency alone. Papers rarely say which they used.
+
+    Raises:
+        ValueError: As for :func:`export_custom`.
+    """
+    _check_dimensions(dimensions, LONG_DIMENSIONS, mode="long")
+    lines = _lines(run)
+    notes = _notes(lines)
+    if any(0 < _seconds(line) < LONG_SECONDS for line in lines):
+        notes.append(f"videos under {LONG_SECONDS:g} s: VBench's FAQ says VBench; mode custom is for that")
+    links = {f"{_name(line)}.mp4": line for line in lines}
+    return _write(run, out, "long_custom_input", dimensions, links, notes=notes, dev_flag=dev_flag)
+
+
+def export_standard(
+    run: Path,
+    out: Path,
+    *,
+    full_info: Path | None = None,
+    dimensions: Sequence[str] = DIMENSIONS,
+    num_samples: int = NUM_SAMPLES,
+    allow_missing: bool = False,
+) -> Export:
+    """Lay videos of VBench's own prompts out for mode ``vbench_standard``: ``videos/FOLDER/PROMPT-0.mp4``.
+
+    Args:
+        run: Folder with ``manifest.jsonl``; prompts as VBench has them, also where a longer text was generated from.
+        out: New or empty folder.
+        full_info: VBench's ``VBench_full_info.json``.
+        dimensions: To score.
+        num_samples: Videos per prompt.
+        allow_missing: Lay out what is there. VBench only warns of missing videos, and its score is then of others.
+
+    Raises:
+        ValueError: As for :func:`export_custom`; if the list cannot be read, a prompt of the run is not in it, or
+            a video of it is not in the run.
+    """
+    _check_dimensions(dimensions, DIMENSIONS, mode="standard")
+    if full_info is None:
+        raise ValueError("mode standard needs VBench's list of prompts: give the path of VBench_full_info.json.")
+    prompts = _read_full_info(full_info)
+    lines, links, missing = _lines(run), {}, []
+    found = {(line.prompt, line.seed_index): line for line in lines}
+    if strange := sorted({line.prompt for line in lines} - prompts.keys()):
+        raise ValueError(f"{len(strange)} prompts of the run are not in {full_info.name}, e.g. {strange[0][:80]!r}.")
+    for prompt, members in prompts.items():
+        folders = sorted({FOLDERS.get(name, name) for name in members if name in dimensions})
+        for sample in range(num_samples if folders else 0):
+            name = f"{prompt}-{sample}.mp4"
+            if "/" in name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
+                raise ValueError(f"{name[:60]!r}... cannot be a file name (no '/', at most {MAX_NAME_BYTES} bytes).")
+            if (line := found.get((prompt, sample))) is None:
+                missing.append(name)
+                continue
+            links.update({f"{folder}/{name}": line for folder in folders})
+    if missing and not (allow_missing and links):
+        raise ValueError(
+            f"{len(missing)} videos of {', '.join(dimensions[:3])}... are not in the run, e.g. {missing[0]!r}: "
+            "generate them, or choose fewer dimensions, or allow missing ones and compare with nobody."
+        )
+    notes = _notes(lines)
+    if missing:
+        notes.append(f"{len(missing)} videos are missing: not comparable with published numbers")
+    if "temporal_flickering" in dimensions:
+        notes.append("VBench takes 25 samples per prompt for temporal_flickering, and filters static videos first")
+    info = json.loads(full_info.read_text(encoding="utf-8"))
+    return _write(run, out, "vbench_standard", dimensions, links, notes=notes, extra={"VBench_full_info.json": info})
+
+
+def _check_dimensions(dimensions: Sequence[str], allowed: Sequence[str], *, mode: str) -> None:
+    """Refuse dimensions that a mode of the official tool does not have, or none."""
+    for name in dimensions:
+        if name not in DIMENSIONS:
+            raise ValueError(
+                f"unknown dimension {name!r}; known: {', '.join(DIMENSIONS)}.{did_you_mean(name, DIMENSIONS)}"
+            )
+        if name not in allowed:
+            raise ValueError(f"dimension {name!r} is not scored in mode {mode}: use {', '.join(allowed)}.")
+    if not dimensions or len(set(dimensions)) < len(dimensions):
+        raise ValueError(f"dimensions={list(dimensions)}: name one or more, each once.")
+
+
+def _read_full_info(path: Path) -> dict[str, tuple[str, ...]]:
+    """{prompt: the dimensions it belongs to} of VBench's list of prompts, in its order."""
+    try:
+        prompts: dict[str, tuple[str, ...]] = {}
+        for entry in json.loads(path.read_text(encoding="utf-8")):
+            prompts[entry["prompt_en"]] = (*prompts.get(entry["prompt_en"], ()), *entry["dimension"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot read VBench's list of prompts from {path}: {error!r}") from error
+    return prompts
+
+
+def _lines(run: Path) -> list[ManifestLine]:
+    lines = read_manifest(run / "manifest.jsonl")
+    if not lines:
+        raise ValueError(f"{run} has no videos: generate some first.")
+    names: dict[str, str] = {}
+    for line in lines:
+        path = run / line.file
+        if path.suffix != ".mp4" or not path.is_file():
+            raise ValueError(f"video {line.id!r} at {path} is no .mp4 file: the official tool reads no other.")
+        if (other := names.setdefault(_name(line), line.id)) != line.id:
+            raise ValueError(
+                f"videos {other!r} and {line.id!r} have the same prompt and seed index: give each its own."
+            )
+    return lines
+
+
+def _name(line: ManifestLine) -> str:
+    """Without an underscore, at which VBench-Long cuts names and then finds no clip-to-clip term."""
+    return f"p{line.prompt_index:04d}-{line.seed_index}"
+
+
+def _seconds(line: ManifestLine) -> float:
+    return line.num_frames / line.fps if line.fps else 0.0
+
+
+def _notes(lines: Iterable[ManifestLine]) -> list[str]:
+    rates = [line.encoder.get("crf") for line in lines]
+    if None in rates:
+        return [
+            "the manifest does not say how all videos were encoded: lossy codecs move flickering and imaging quality"
+        ]
+    worst = max(rates)
+    return [f"videos are encoded at crf {worst}: use {MAX_CRF} or less for evaluation"] if worst > MAX_CRF else []
+
+
+def _write(
+    run: Path,
+    out: Path,
+    mode: str,
+    dimensions: Sequence[str],
+    links: Mapping[str, ManifestLine],
+    *,
+    notes: list[str],
+    dev_flag: bool | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Export:
+    """Make the folder beside its place and move it there whole."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty: VBench uses clips again that it finds, so give a new folder.")
+    place = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    place.mkdir(parents=True)
+    try:
+        copied = sum(_link(run / line.file, place / "videos" / name) for name, line in links.items())
+        if copied:
+            notes = [*notes, f"{copied} of {len(links)} videos are copies: this disk takes no hard links to them"]
+        export = Export(
+            mode=mode,
+            dimensions=tuple(dimensions),
+            dev_flag=dev_flag,
+            commit=COMMIT,
+            files={name: line.id for name, line in sorted(links.items())},
+            notes=tuple(notes),
+        )
+        for name, content in {**(extra or {}), EXPORT_FILE: asdict(export)}.items():
+            write_json(place / name, content)
+        for name, text in _texts(export).items():
+            write_atomically(place / name, text)
+        (place / "run.sh").chmod(0o755)
+        place.replace(out)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return export
+
+
+def _texts(export: Export) -> dict[str, str]:
+    """The README of an export, and the script that scores it dimension by dimension."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("longtake.evaluation", "vbench_export")
+    environment = Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    facts = {
+        "mode": export.mode,
+        "commit": export.commit,
+        "dev_flag": json.dumps(export.dev_flag),
+        "folders": {name: FOLDERS.get(name, name) for name in export.dimensions},
+        "notes": export.notes,
+        "borrows": export.mode == "vbench_standard" and any(name in FOLDERS for name in export.dimensions),
+    }
+    return {name: environment.get_template(f"{name}.j2").render(facts) for name in ("README.md", "run.sh")}
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Hard link; True if it had to be a copy, e.g. onto another disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        return True
+    return False
+
 
 TOLERANCE = 1e-6
 _CLIPS = "split_clip"
@@ -48,7 +333,7 @@ class Imported:
         entries: Behind it.
         file: Name of the file it was read from.
         commit: Of the official repository, where the run recorded it.
-        notes: What a reader should know.
+        notes: For a reader of the score.
     """
 
     dimension: str
@@ -87,8 +372,8 @@ def import_results(files: Sequence[Path], *, dev_flag: bool | None = None) -> di
     """
     results: dict[str, Imported] = {}
     for path in files:
-        info = _run_info(path)
-        for key, content in _read(path).items():
+        info = _run_info(path.with_name("run_info.json"))
+        for key, content in _results_file(path).items():
             dimension = key.strip().replace(" ", "_")
             where = f"{path.name}, {key!r}"
             if dimension not in DIMENSIONS:
@@ -106,11 +391,15 @@ def official_values(results: Mapping[str, Imported]) -> dict[str, float]:
     return {name: result.official_score for name, result in results.items()}
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read VBench results from {path}: {error}") from error
+
+
+def _results_file(path: Path) -> Mapping[str, Any]:
+    content = _read_json(path)
     if isinstance(content, list):
         raise ValueError(f"{path.name} is the tool's list of videos: give the *_eval_results.json beside it.")
     if not isinstance(content, dict) or not content:
@@ -119,15 +408,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _run_info(path: Path) -> Mapping[str, Any]:
-    info = path.with_name("run_info.json")
-    if not info.is_file():
-        return {}
-    try:
-        content = json.loads(info.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"cannot read {info}: {error}") from error
+    content = _read_json(path) if path.is_file() else {}
     if not isinstance(content, dict) or content.get("dev_flag") not in (True, False, None):
-        raise ValueError(f"{info} must say dev_flag true, false or null.")
+        raise ValueError(f"{path} must say dev_flag true, false or null.")
     return content
 
 
@@ -141,16 +424,12 @@ def _result(
         raise ValueError(f"{where}: needs one or more values, each with its video_path.")
     is_long = len(content) == 3 or any("clip2clip_score" in row or _CLIPS in _parts(row) for row in rows)
     entries = tuple(_entry(row, is_long, where) for row in rows)
-    notes: list[str] = []
     if dimension == "imaging_quality":
         score, entries = _imaging(score, entries, where)
-    variant: Variant = "short"
-    if is_long:
-        variant = "long"
-        if dimension in DEV_DIMENSIONS:
-            said = info.get("dev_flag") if dev_flag is None else dev_flag
-            variant = "long_dev" if _dev_flag(rows, said, where) else "long"
-            notes.extend(_missing_terms(rows) if variant == "long_dev" else [])
+    variant: Variant = "long" if is_long else "short"
+    if is_long and dimension in DEV_DIMENSIONS:
+        said = info.get("dev_flag") if dev_flag is None else dev_flag
+        variant = "long_dev" if _dev_flag(rows, said, where) else "long"
     if not -1.001 <= score <= 1.001:
         raise ValueError(f"{where}: score {score:g} is outside -1..1.")
     return Imported(
@@ -160,12 +439,12 @@ def _result(
         entries=entries,
         file=file,
         commit=info.get("commit"),
-        notes=tuple(notes),
+        notes=_missing_terms(rows) if variant == "long_dev" else (),
     )
 
 
 def _number(value: Any, what: str) -> float:
-    if not isinstance(value, bool | int | float) or value != value or value in (float("inf"), float("-inf")):
+    if not isinstance(value, bool | int | float) or not math.isfinite(value):
         raise ValueError(f"{what} is {value!r}, no finite number.")
     return float(value)
 
@@ -201,8 +480,7 @@ def _imaging(score: float, entries: tuple[_Entry, ...], where: str) -> tuple[flo
     for score_scale, value_scale in ((1.0, 1.0), (0.01, 1.0), (1.0, 100.0)):
         own, expected = score * score_scale, mean * value_scale / 100
         if 0 <= own <= 1 and abs(own - expected) <= 1e-4 and mean * value_scale > 1:
-            values = (_Entry(**{**vars(entry), "value": entry.value * value_scale}) for entry in entries)
-            return own, tuple(values)
+            return own, tuple(replace(entry, value=entry.value * value_scale) for entry in entries)
     raise ValueError(
         f"{where}: score {score:g} and mean {mean:g} of its videos do not fit: expected 0..100 per video and a "
         "hundredth of their mean as score."
@@ -230,13 +508,10 @@ def _dev_flag(rows: Sequence[Mapping[str, Any]], said: bool | None, where: str) 
     return next(iter(seen)) if seen else bool(said)
 
 
-def _missing_terms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _missing_terms(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     count = sum(row.get("mapped_clip2clip_score", 0) == 0 for row in rows)
-    if not count:
-        return []
-    return [
-        f"no clip-to-clip term for {count} of {len(rows)} clips: an underscore in the name, a hard cut, or no 2nd clip"
-    ]
+    reason = "an underscore in the name, a hard cut, or no 2nd clip"
+    return (f"no clip-to-clip term for {count} of {len(rows)} clips: {reason}",) if count else ()
 
 
 PROVENANCE = "imported: official VBench"
@@ -251,7 +526,7 @@ def merge_imported(run: RunScores, results: Mapping[str, Imported]) -> RunScores
 
     Args:
         run: Whose videos were scored, under their ids, as ``p0007-0`` or as ``PROMPT-0``.
-        results: Of :func:`longtake.evaluation.vbench_io.import_results`.
+        results: Of :func:`import_results`.
 
     Returns:
         The run with the metrics, ``imported: official VBench`` among the details of every score and the official
@@ -280,8 +555,7 @@ def _line_names(lines: Sequence[ManifestLine]) -> dict[str, int]:
     """{file stem a video may have been scored under: its index}; stems of two videos are none of either."""
     found: dict[str, set[int]] = defaultdict(set)
     for index, line in enumerate(lines):
-        stems = (line.id, f"p{line.prompt_index:04d}-{line.seed_index}", f"{line.prompt}-{line.seed_index}")
-        for stem in stems:
+        for stem in (line.id, _name(line), f"{line.prompt}-{line.seed_index}"):
             found[stem].add(index)
     return {stem: next(iter(indices)) for stem, indices in found.items() if len(indices) == 1}
 
@@ -305,16 +579,15 @@ def _by_video(result: Imported, names: Mapping[str, int]) -> dict[int, list[_Ent
 def _score(result: Imported, entries: Sequence[_Entry], line: ManifestLine) -> Score:
     if not entries:
         return Score.none(NOT_SCORED)
-    details = {"provenance": PROVENANCE}
-    if result.variant == "short":
-        entry = entries[0]
-        return Score(value=entry.value, weight=entry.weight or _frame_weight(result, line), details=details)
     values = [entry.value for entry in entries]
+    if result.variant == "short":
+        weight = entries[0].weight or _frame_weight(result, line)
+        return Score(value=values[0], weight=weight, details={"provenance": PROVENANCE})
     return Score(
         value=sum(values) / len(values),
         weight=float(len(values)),
         windows=_windows(values, line),
-        details={**details, "clips": values},
+        details={"provenance": PROVENANCE, "clips": values},
     )
 
 
@@ -339,9 +612,8 @@ def _windows(values: Sequence[float], line: ManifestLine) -> tuple[Window, ...]:
 
 
 def _record(result: Imported, spec: MetricSpec, scores: Sequence[Score]) -> dict[str, object]:
-    present = [score for score in scores if score.value is not None]
-    total = sum(score.weight for score in present)
-    mean = spec.scale * sum(score.value * score.weight for score in present) / total
+    present = [(score.value, score.weight) for score in scores if score.value is not None]
+    mean = spec.scale * sum(value * weight for value, weight in present) / sum(weight for _, weight in present)
     notes = list(result.notes)
     if abs(mean - result.official_score) > AGREES:
         notes.append(f"the mean of its videos is {mean:.6f}: the tool weighs or leaves out videos in another way")
@@ -373,18 +645,12 @@ def _spec(result: Imported) -> MetricSpec:
     )
 
 
-IMPORTED_FILE = "imported.json"
-
-
 def write_imported(folder: Path, results: Mapping[str, Imported]) -> Path:
     """Keep official results in a run's folder; metrics kept there before stay unless they come again.
 
     Args:
         folder: Of the run.
-        results: Of :func:`longtake.evaluation.vbench_io.import_results`; see that they merge before they are kept.
-
-    Returns:
-        The file.
+        results: Of :func:`import_results`; see that they merge before they are kept.
 
     Raises:
         ValueError: If results kept before cannot be read.
@@ -401,20 +667,12 @@ def read_imported(folder: Path) -> dict[str, Imported]:
     Raises:
         ValueError: If they cannot be read.
     """
+    from pydantic import TypeAdapter
+
     path = folder / IMPORTED_FILE
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            name: Imported(
-                **{
-                    **values,
-                    "entries": tuple(_Entry(**entry) for entry in values["entries"]),
-                    "notes": tuple(values["notes"]),
-                }
-            )
-            for name, values in content.items()
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"cannot read {path}: {error!r}: delete it and import again.") from error
+        return TypeAdapter(dict[str, Imported]).validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}: delete it and import again.") from error
