@@ -29,10 +29,10 @@ from longtake.configs.loader import load_preset
 from longtake.configs.waiting import wait_briefly
 from longtake.models import StreamingDecoder, VaePixels, use_fast_kernels
 from longtake.pipelines import LongVideoPipeline
+from longtake.pipelines.loading import TRANSFORMERS
 from longtake.pipelines.long_video import VideoRollout, to_bytes, to_pixels
 from longtake.pipelines.memory_plan import (
     PROGRAM_BYTES,
-    TRANSFORMERS,
     UMT5_XXL,
     ModelShapes,
     PlanRequest,

@@ -24,7 +24,8 @@ from longtake.cache import (
 )
 from longtake.cache.simulation import job_shape
 from longtake.models.causal import CausalTransformer, Prompt, Segment
-from longtake.pipelines.memory_plan import TRANSFORMERS, ModelShapes, PlanRequest, count_numbers, plan_memory
+from longtake.pipelines.loading import TRANSFORMERS
+from longtake.pipelines.memory_plan import ModelShapes, PlanRequest, count_numbers, plan_memory
 from longtake.samplers import make_sampler
 
 NUM_LAYERS, BLOCK = 2, 3

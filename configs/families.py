@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -76,6 +77,11 @@ class ModelFamily:
     restriction: str | None = None
     source: str = ""
     homepage: str = ""
+
+    @property
+    def bundled(self) -> Path | None:
+        """Folder of the weights that come with the package."""
+        return None if self.folder is None else Path(str(files("longtake.models"))) / self.folder
 
     def num_latent_frames(self, num_pixel_frames: int, *, frames_per_block: int | None = None) -> int:
         """Latent frames of the whole blocks that hold a video of ``num_pixel_frames``."""

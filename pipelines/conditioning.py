@@ -5,10 +5,9 @@ model's takes the clip's nearest frame. One rule brings it to the model's size: 
 the picture covers it, and the middle is kept.
 """
 
-import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,11 +21,8 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from longtake.configs.families import ModelFamily
-from longtake.configs.run import RunConfig, StartConfig
+from longtake.configs.families import PIXELS_PER_LATENT, ModelFamily
 from longtake.models import StreamingEncoder, VaePixels
-from longtake.models.streaming_vae import FRAMES_PER_LATENT
-from longtake.pipelines.run_folder import RunFolder
 from longtake.pipelines.video_file import probe, read_frames
 
 logger = logging.getLogger(__name__)
@@ -40,39 +36,14 @@ _LEAST_KEPT = 0.1
 
 
 class ConditioningLatents(Protocol):
-    """Latents that a rollout continues, as it takes them: from the first frame on, a block at a time, each once.
-
-    Attributes:
-        num_frames: Latent frames in all.
-    """
+    """Latents that a rollout continues, as it takes them: from the first frame on, a block at a time, each once."""
 
     num_frames: int
+    """Latent frames in all."""
 
     def take(self, num_frames: int) -> Tensor:
         """The next latent frames: (batch, frames, channels, height, width), normalised."""
         ...
-
-
-class _TakenLatents:
-    """Stands for conditioning latents that a checkpoint holds already; it has none to give.
-
-    Args:
-        num_frames: Latent frames that the run was given.
-    """
-
-    def __init__(self, num_frames: int) -> None:
-        self.num_frames = num_frames
-
-    def take(self, num_frames: int) -> Tensor:
-        """Refuses.
-
-        Raises:
-            ValueError: Always: the checkpoint has to be loaded first.
-        """
-        raise ValueError(
-            f"the {self.num_frames} latent frames that this video goes on from are in none of its saved states: "
-            "make it anew from its image or clip."
-        )
 
 
 class _TensorLatents:
@@ -116,7 +87,7 @@ class _EncodedClips:
     @torch.no_grad()
     def take(self, num_frames: int) -> Tensor:
         s = self._settings
-        num_pictures = FRAMES_PER_LATENT * num_frames - (0 if self._encoder.num_frames else FRAMES_PER_LATENT - 1)
+        num_pictures = PIXELS_PER_LATENT * num_frames - (0 if self._encoder.num_frames else PIXELS_PER_LATENT - 1)
         pictures = [list(islice(frames, num_pictures)) for frames in self._frames]
         if any(len(own) != num_pictures for own in pictures):
             raise ValueError("the clip has fewer frames than when it was opened: was it replaced?")
@@ -131,36 +102,22 @@ class _EncodedClips:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipEncoder:
-    """Target of conditioning frames: the model's VAE and the video's shape.
-
-    Attributes:
-        vae: Encodes.
-        processor: Brings pictures to the encoder's range.
-        height: Pixels of the video.
-        width: Pixels of the video.
-        batch_size: Samples.
-    """
+    """Target of conditioning frames: the model's VAE, the video's size in pixels and samples, and its blocks."""
 
     vae: AutoencoderKLWan
     processor: VideoProcessor
     height: int
     width: int
     batch_size: int
+    family: ModelFamily
 
-    def conditioning(
-        self, given: Mapping[str, Any], *, family: ModelFamily, frames_per_block: int
-    ) -> ConditioningLatents | None:
-        """Turn a pipeline's conditioning arguments into conditioning latents.
+    def conditioning(self, given: Mapping[str, Any]) -> ConditioningLatents | None:
+        """Turn a pipeline's conditioning arguments into conditioning latents; None where nothing is given.
 
         Args:
-            given: ``image`` (see ``_make_stills``), ``video`` (see ``make_clips``), or ``video_latents``: (batch,
+            given: ``image`` (see ``make_stills``), ``video`` (see ``make_clips``), or ``video_latents``: (batch,
                 channels, latent frames, height, width), normalised, whole blocks; or a stream. At most one is not
                 None.
-            family: Of the model.
-            frames_per_block: Of the rollout.
-
-        Returns:
-            Latents for ``LatentRollout``; None where nothing is given.
 
         Raises:
             ValueError: If several are given, the model starts from none of the kind, or a clip is too short.
@@ -173,11 +130,10 @@ class ClipEncoder:
         (kind,) = kinds
         if kind == "video_latents":
             return self._from_latents(given[kind])
-        clips = _make_stills(given[kind]) if kind == "image" else make_clips(given[kind])
+        clips = make_stills(given[kind]) if kind == "image" else make_clips(given[kind])
         if len(clips) not in (1, self.batch_size):
             raise ValueError(f"{len(clips)} {kind}s for {self.batch_size} samples: give one, or one per sample.")
-        family = replace(family, frames_per_block=frames_per_block)
-        cuts = [_plan(clip, kind, family=family, height=self.height, width=self.width) for clip in clips]
+        cuts = [plan_cut(clip, kind, family=self.family, height=self.height, width=self.width) for clip in clips]
         lengths = sorted({cut.num_latent_frames for cut in cuts})
         if len(lengths) > 1:
             raise ValueError(
@@ -188,113 +144,20 @@ class ClipEncoder:
             logger.warning(
                 "%d frames (%.2f s) at the beginning of the clip fill no block and are left out.",
                 left_out,
-                left_out / family.fps,
+                left_out / self.family.fps,
             )
         return _EncodedClips(clips, cuts, encoder=self)
 
     def _from_latents(self, latents: Tensor | ConditioningLatents) -> ConditioningLatents:
         if not isinstance(latents, Tensor):
             return latents
-        ratio, channels = self.vae.spatial_compression_ratio, self.vae.config.z_dim
-        size, shape = (self.height // ratio, self.width // ratio), tuple(latents.shape)
-        if latents.ndim != 5 or shape[0] not in (1, self.batch_size) or (shape[1], *shape[3:]) != (channels, *size):
-            wanted = f"({self.batch_size}, {channels}, frames, {size[0]}, {size[1]})"
-            raise ValueError(f"video_latents has shape {shape}, expected {wanted}.")
+        ratio = self.vae.config["scale_factor_spatial"]
+        wanted = (self.vae.config["z_dim"], self.height // ratio, self.width // ratio)
+        shape = tuple(latents.shape)
+        if len(shape) != 5 or shape[0] not in (1, self.batch_size) or (shape[1], *shape[3:]) != wanted:
+            expected = f"({self.batch_size}, {wanted[0]}, frames, {wanted[1]}, {wanted[2]})"
+            raise ValueError(f"video_latents has shape {shape}, expected {expected}.")
         return _TensorLatents(latents.transpose(1, 2).expand(self.batch_size, -1, -1, -1, -1))
-
-
-def _plan(clip: "Clip", kind: str, *, family: ModelFamily, height: int, width: int) -> "Cut":
-    """Choose the frames that a model continues, or say why it cannot; no weights are needed."""
-    first = family.first_block_frames or family.frames_per_block
-    if kind == "image" and first > 1:
-        least = 1 + FRAMES_PER_LATENT * (first - 1)
-        raise ValueError(
-            f"a single image is 1 latent frame and this model's first block takes {first}: give a video of {least} "
-            f"frames or more ({least / family.fps:.2f} s), the image repeated if need be, or use a model that starts "
-            "from an image."
-        )
-    if kind not in family.starts:
-        listed = ", ".join(("text", *family.starts))
-        raise ValueError(f"this model does not start from a {kind}; it starts from: {listed}.")
-    _check_crop(clip, height=height, width=width)
-    return _cut_clip(clip, fps=family.fps, first_block_frames=first, frames_per_block=family.frames_per_block)
-
-
-def check_start(config: RunConfig, family: ModelFamily) -> None:
-    """Refuse a run's image or clip that cannot be read or that the model cannot continue; no weights are needed.
-
-    Raises:
-        ValueError: With the value, the limit and the remedy.
-    """
-    if config.start is not None:
-        _planned(config.start, config, family)
-
-
-def start_arguments(config: RunConfig, source: RunFolder | None = None) -> dict[str, Any]:
-    """Conditioning arguments of ``LongVideoPipeline.start`` for a run; none where it has no start.
-
-    Args:
-        config: The run.
-        source: Its folder, or that of the run it is forked from. With a checkpoint in it the file is not needed any
-            more; without one it has to be the one that the run began with.
-
-    Raises:
-        ValueError: If the file is needed and cannot be read, or is another one now.
-    """
-    start = config.start
-    if start is None:
-        return {}
-    arguments: dict[str, Any] = {"include_start": start.include}
-    record = None if source is None else source.record["start"]
-    if source is not None and source.checkpoints.blocks():
-        return arguments | {"video_latents": _TakenLatents(record["num_latent_frames"])}
-    clip = _open_start(start)
-    if record is not None and source is not None and _sha256(start.path) != record["sha256"]:
-        raise ValueError(f"{start.path} is not the file any more that {source.path} began with: restore it")
-    return arguments | {start.kind: clip}
-
-
-def start_record(config: RunConfig, family: ModelFamily) -> dict[str, Any] | None:
-    """Entry ``start`` of ``run.json``; None where the run has none.
-
-    Raises:
-        ValueError: If the file cannot be read, or the model cannot continue it.
-    """
-    start = config.start
-    if start is None:
-        return None
-    clip, cut = _planned(start, config, family)
-    return {
-        "kind": start.kind,
-        "file": start.path,
-        "sha256": _sha256(start.path),
-        "size": [clip.height, clip.width],
-        "num_file_frames": clip.num_frames,
-        "file_fps": clip.fps,
-        "first_file_frame": cut.indices[0],
-        "num_latent_frames": cut.num_latent_frames,
-        "num_frames": len(cut.indices),
-        "seconds": len(cut.indices) / family.fps,
-        "num_left_out": cut.num_left_out,
-        "is_included": start.include,
-    }
-
-
-def _planned(start: StartConfig, config: RunConfig, family: ModelFamily) -> tuple["Clip", "Cut"]:
-    clip = _open_start(start)
-    height, width = config.height or family.height, config.width or family.width
-    return clip, _plan(clip, start.kind, family=family, height=height, width=width)
-
-
-def _open_start(start: StartConfig) -> "Clip":
-    if start.kind == "image":
-        return _make_stills(Path(start.path))[0]
-    return make_clip(Path(start.path), seconds=start.seconds)
-
-
-def _sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +177,7 @@ class Clip:
     num_frames: int
     height: int
     width: int
-    read: Callable[[], Iterator[Frame]]
+    read: Callable[[], Generator[Frame]]
     fps: float | None = None
     seconds: float | None = None
     path: Path | None = None
@@ -346,52 +209,72 @@ class Clip:
                     place += 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Cut:
     """The end of a clip that a video continues, in whole blocks of latent frames.
 
     Attributes:
         indices: The clip's frames at the model's rate, 1 + 4 k of them; the last is the clip's last.
-        num_latent_frames: Of them.
         num_left_out: Frames at the model's rate before them that filled no block.
     """
 
     indices: tuple[int, ...]
-    num_latent_frames: int
     num_left_out: int
 
+    @property
+    def num_latent_frames(self) -> int:
+        """Latent frames that the VAE makes of them."""
+        return 1 + (len(self.indices) - 1) // PIXELS_PER_LATENT
 
-def _cut_clip(clip: Clip, *, fps: float, first_block_frames: int, frames_per_block: int) -> Cut:
+
+def plan_cut(clip: Clip, kind: str, *, family: ModelFamily, height: int, width: int) -> Cut:
+    """Choose the frames of a clip that a model continues, before anything is loaded.
+
+    Raises:
+        ValueError: If the model does not start from the kind, or the clip is too short or of another shape.
+    """
+    first = family.first_block_frames or family.frames_per_block
+    if kind == "image" and first > 1:
+        least = 1 + PIXELS_PER_LATENT * (first - 1)
+        raise ValueError(
+            f"a single image is 1 latent frame and this model's first block takes {first}: give a video of {least} "
+            f"frames or more ({least / family.fps:.2f} s), the image repeated if need be, or use a model that starts "
+            "from an image."
+        )
+    if kind not in family.starts:
+        listed = ", ".join(("text", *family.starts))
+        raise ValueError(f"this model does not start from a {kind}; it starts from: {listed}.")
+    shares = sorted((clip.width / clip.height, width / height))
+    if shares[0] / shares[1] < _LEAST_KEPT:
+        raise ValueError(
+            f"{clip.name} is {clip.width}x{clip.height}: cropped to the shape of {width}x{height} it would keep "
+            f"{shares[0] / shares[1]:.1%} of the picture: crop it yourself, or choose another height and width."
+        )
+    return _cut(clip, fps=family.fps, first_block_frames=first, frames_per_block=family.frames_per_block)
+
+
+def _cut(clip: Clip, *, fps: float, first_block_frames: int, frames_per_block: int) -> Cut:
     """Choose the frames of a clip that are encoded.
 
     The encoder makes one latent frame of the first pixel frame and one of every four behind it, so the beginning is
     chosen before encoding: what is kept ends with the clip's last frame.
-
-    Args:
-        clip: The clip.
-        fps: The model's frames per second.
-        first_block_frames: Latent frames of the very first block.
-        frames_per_block: Latent frames of every other block.
-
-    Raises:
-        ValueError: If the clip does not fill the first block; says how long it has to be.
     """
-    ratio, step = (clip.fps or fps) / fps, FRAMES_PER_LATENT
+    ratio, step = (clip.fps or fps) / fps, PIXELS_PER_LATENT
     last = clip.num_frames - 1
     num_frames = 1 + math.floor(last / ratio + 1e-6)
     if clip.seconds is not None:
         num_frames = min(num_frames, 1 + step * math.ceil((max(1, round(clip.seconds * fps)) - 1) / step))
     num_latents = 1 + (num_frames - 1) // step
-    num_latents -= (num_latents - first_block_frames) % frames_per_block if num_latents >= first_block_frames else 0
     if num_latents < first_block_frames:
         least = 1 + step * (first_block_frames - 1)
         raise ValueError(
             f"{clip.name} has {num_frames} frames at the model's {fps:g} per second, the first block takes {least}: "
             f"give {least / fps:.2f} s or more."
         )
+    num_latents -= (num_latents - first_block_frames) % frames_per_block
     num_kept = 1 + step * (num_latents - 1)
     indices = tuple(max(0, math.floor(last - ratio * back + 0.5)) for back in reversed(range(num_kept)))
-    return Cut(indices=indices, num_latent_frames=num_latents, num_left_out=num_frames - num_kept)
+    return Cut(indices, num_frames - num_kept)
 
 
 def make_clip(video: Any, *, fps: float | None = None, seconds: float | None = None) -> Clip:
@@ -411,7 +294,7 @@ def make_clip(video: Any, *, fps: float | None = None, seconds: float | None = N
     if isinstance(video, str | Path):
         return _open_file(Path(video), fps, seconds)
     if isinstance(video, list | tuple):
-        frames = [_frame(item) for item in video]
+        frames: Any = [_frame(item) for item in video]
         if not frames:
             raise ValueError("the video has no frames.")
         sizes = {_size(frame) for frame in frames}
@@ -419,13 +302,28 @@ def make_clip(video: Any, *, fps: float | None = None, seconds: float | None = N
             raise ValueError(f"frames of the video differ in size: {sorted(sizes)} (height, width): make them equal.")
         height, width = sizes.pop()
     else:
-        array = _channels_last(video, ndim=4, what="a video")
-        frames, (height, width) = array, array.shape[1:3]
+        frames = _channels_last(video, ndim=4, what="a video")
+        height, width = frames.shape[1:3]
 
-    def read() -> Iterator[Frame]:
+    def read() -> Generator[Frame]:
         yield from (frame if isinstance(frame, Image.Image) else _frame(frame) for frame in frames)
 
     return Clip(num_frames=len(frames), height=height, width=width, read=read, fps=fps, seconds=seconds)
+
+
+def _open_file(path: Path, fps: float | None, seconds: float | None) -> Clip:
+    if not path.is_file():
+        raise ValueError(f"there is no video {path}.")
+    facts = probe(path)
+    if fps is None and facts.fps is None:
+        raise ValueError(f"{path} does not state its frames per second: give fps, or re-encode it.")
+
+    def read() -> Generator[Frame]:
+        for piece in read_frames(path, facts, length=_PIECE_FRAMES):
+            yield from (Image.fromarray(frame) for frame in piece)
+
+    sizes = {"num_frames": facts.num_frames, "height": facts.height, "width": facts.width}
+    return Clip(**sizes, read=read, fps=fps or facts.fps, seconds=seconds, path=path)
 
 
 def make_clips(video: Any) -> list[Clip]:
@@ -438,14 +336,17 @@ def make_clips(video: Any) -> list[Clip]:
     Raises:
         ValueError: If it is none of these, or cannot be read.
     """
-    if isinstance(video, list | tuple) and video and not all(_is_picture(item) for item in video):
-        return [make_clip(item) for item in video]
-    if isinstance(video, Tensor | np.ndarray) and video.ndim == 5:
+    is_list = isinstance(video, list | tuple) and video and not all(_is_picture(item) for item in video)
+    if is_list or (isinstance(video, Tensor | np.ndarray) and video.ndim == 5):
         return [make_clip(item) for item in video]
     return [make_clip(video)]
 
 
-def _make_stills(image: Any) -> list[Clip]:
+def _is_picture(item: Any) -> bool:
+    return isinstance(item, Image.Image) or (isinstance(item, Tensor | np.ndarray) and item.ndim == 3)
+
+
+def make_stills(image: Any) -> list[Clip]:
     """Clips of one frame: of an image, or of one image for each prompt.
 
     Args:
@@ -458,7 +359,7 @@ def _make_stills(image: Any) -> list[Clip]:
     if isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4):
         if not len(image):
             raise ValueError("the list of images is empty.")
-        return [still for item in image for still in _make_stills(item)]
+        return [still for item in image for still in make_stills(item)]
     if isinstance(image, Clip):
         return [image]
     if isinstance(image, str | Path):
@@ -467,11 +368,7 @@ def _make_stills(image: Any) -> list[Clip]:
 
 
 def _open_image(path: Path) -> Image.Image:
-    """Read an image file: RGB, turned the way it says; of several pictures the first.
-
-    Raises:
-        ValueError: If there is none, or it cannot be read.
-    """
+    """Read an image file: RGB, turned the way it says; of several pictures the first."""
     if not path.is_file():
         raise ValueError(f"there is no image {path}.")
     try:
@@ -481,74 +378,27 @@ def _open_image(path: Path) -> Image.Image:
         raise ValueError(f"cannot read {path} as an image: {error}") from error
 
 
-def _check_crop(clip: Clip, *, height: int, width: int) -> None:
-    """Refuse a picture of which a crop to the video's shape would keep next to nothing.
-
-    Raises:
-        ValueError: With the sizes and the remedy.
-    """
-    shares = sorted((clip.width / clip.height, width / height))
-    if shares[0] / shares[1] < _LEAST_KEPT:
-        raise ValueError(
-            f"{clip.name} is {clip.width}x{clip.height}: cropped to the shape of {width}x{height} it would keep "
-            f"{shares[0] / shares[1]:.1%} of the picture: crop it yourself, or choose another height and width."
-        )
-
-
 def to_pixels(frames: Sequence[Frame], processor: VideoProcessor, *, height: int, width: int) -> Tensor:
     """Bring frames to the video's size and the encoder's range.
 
     Frames of the right size are taken as they are; others are resized and cropped in the middle, at eight bits.
 
-    Args:
-        frames: At least one.
-        processor: Of the pipeline.
-        height: Pixels.
-        width: Pixels.
-
     Returns:
         (3, frames, height, width) float32 in [-1, 1].
     """
-    pixels = [_covering(frame, processor, height, width) for frame in frames]
-    return torch.cat(pixels).transpose(0, 1)
 
+    def covering(frame: Frame) -> Tensor:
+        if isinstance(frame, Tensor):
+            if _size(frame) == (height, width):
+                return 2.0 * frame[None] - 1.0
+            frame = Image.fromarray(frame.mul(255.0).round().byte().permute(1, 2, 0).cpu().numpy())
+        return processor.preprocess(frame, height=height, width=width, resize_mode="crop")
 
-def _covering(frame: Frame, processor: VideoProcessor, height: int, width: int) -> Tensor:
-    if isinstance(frame, Tensor):
-        if tuple(frame.shape[1:]) == (height, width):
-            return processor.normalize(frame[None])
-        frame = Image.fromarray(frame.mul(255.0).round().byte().permute(1, 2, 0).cpu().numpy())
-    return processor.preprocess(frame, height=height, width=width, resize_mode="crop")
-
-
-def _open_file(path: Path, fps: float | None, seconds: float | None) -> Clip:
-    if not path.is_file():
-        raise ValueError(f"there is no video {path}.")
-    facts = probe(path)
-    if fps is None and facts.fps is None:
-        raise ValueError(f"{path} does not state its frames per second: give fps, or re-encode it.")
-
-    def read() -> Iterator[Frame]:
-        for piece in read_frames(path, facts, length=_PIECE_FRAMES):
-            yield from (Image.fromarray(frame) for frame in piece)
-
-    return Clip(
-        num_frames=facts.num_frames,
-        height=facts.height,
-        width=facts.width,
-        read=read,
-        fps=fps or facts.fps,
-        seconds=seconds,
-        path=path,
-    )
-
-
-def _is_picture(item: Any) -> bool:
-    return isinstance(item, Image.Image) or (isinstance(item, Tensor | np.ndarray) and item.ndim == 3)
+    return torch.cat([covering(frame) for frame in frames]).transpose(0, 1)
 
 
 def _size(frame: Frame) -> tuple[int, int]:
-    return (frame.height, frame.width) if isinstance(frame, Image.Image) else tuple(frame.shape[1:])
+    return (frame.height, frame.width) if isinstance(frame, Image.Image) else (frame.shape[1], frame.shape[2])
 
 
 def _frame(picture: Any) -> Frame:

@@ -2,14 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from longtake.configs.families import ModelFamily, family_names, load_family
@@ -20,7 +18,7 @@ from longtake.models.tiny_vae import StreamingTinyDecoder, TinyVae, load_tiny_va
 
 Config = Mapping[str, Any]
 
-CLASSES: dict[str, Any] = {
+_CLASSES: dict[str, Any] = {
     "transformer": WanTransformer3DModel,
     "vae": AutoencoderKLWan,
     "text_encoder": UMT5EncoderModel,
@@ -28,18 +26,13 @@ CLASSES: dict[str, Any] = {
     "scheduler": FlowMatchEulerDiscreteScheduler,
 }
 WEIGHTS = ("transformer", "vae", "text_encoder")
-CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-# Shapes by the size that a family names.
-SIZES = {
+_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+# Shapes of Wan2.1's transformers by the size that a family names; the rest of their configs is the class's default.
+TRANSFORMERS: dict[str, dict[str, int]] = {
     "1.3B": {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
     "14B": {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824},
 }
-CONFIG_FILES = {
-    "transformer": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-}
+_CONFIG_FILES = dict.fromkeys(WEIGHTS, "config.json") | {"tokenizer": "tokenizer_config.json"}
 # Latent channels of Wan2.1, and of Wan2.2's 5B with its VAE of another compression.
 WAN21_CHANNELS = 16
 WAN22_CHANNELS = 48
@@ -57,8 +50,8 @@ class ModelLoading(WanPipeline):
     family: ModelFamily = ModelFamily()
     numerics: Numerics = "native"
     tiny_vae: TinyVae | None = None
-    # Prompts that were encoded before the text encoder was freed.
-    _embedded: ClassVar[Mapping[str, Tensor]] = MappingProxyType({})
+    # Prompts that were encoded before the text encoder was freed; replaced, never changed.
+    _embedded: dict[str, Tensor] = {}  # noqa: RUF012
 
     @classmethod
     def from_pretrained(
@@ -100,12 +93,13 @@ class ModelLoading(WanPipeline):
             raise ValueError(f"{name!r} is no preset to run '{folder}' by; known: {', '.join(family_names())}.")
         preset = name if is_preset else family if isinstance(family, str) else None
         settings = family if isinstance(family, ModelFamily) else load_family(preset or FOLDER_FAMILY)
-        given = {part: kwargs.pop(part) for part in CLASSES if kwargs.get(part) is not None}
+        given = {part: kwargs.pop(part) for part in _CLASSES if kwargs.get(part) is not None}
         path = _folder(name, folder, settings, given) if is_preset else Path(name)
         where = f"'{path}'" if path else "what is given"
         if path is not None:
             check_model_folder(path, parts=[part for part in WEIGHTS if part not in given], preset=preset)
-        configs = ({} if path is None else _read_configs(path)) | {part: _config(part, given[part]) for part in given}
+        configs = {} if path is None else _read_configs(path)
+        configs |= {part: _config(part, value) for part, value in given.items()}
         _check_configs(configs, settings, where=where, size=settings.size if preset else None)
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         given = {part: _load(part, value, dtype) for part, value in given.items()}
@@ -123,8 +117,8 @@ class ModelLoading(WanPipeline):
         if unused:
             raise ValueError(f"{', '.join(sorted(unused))}: of use for a folder, not for given parts: leave it out.")
         shift = float(settings.sampler.get("flow_shift", 1.0))
-        default = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
-        return cls(**{"scheduler": default} | dict(given))
+        parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)}
+        return cls(**parts | dict(given))
 
     def enable_vae_tiling(self, **sizes: int) -> None:
         """Decode in overlapping tiles from the next video on: less memory at once, seams faded into each other.
@@ -152,7 +146,7 @@ class ModelLoading(WanPipeline):
         """
         texts = list(dict.fromkeys(["", *prompts]))
         known = {text: self.embed_text([text], is_negative=not text).cpu() for text in texts}
-        self._embedded = dict(self._embedded) | known
+        self._embedded = self._embedded | known
         self.text_encoder = None
         # Offloading chains the components to each other and would keep the encoder alive.
         self.maybe_free_model_hooks()
@@ -205,15 +199,13 @@ class ModelLoading(WanPipeline):
         return StreamingTinyDecoder(tiny_vae), tiny_vae
 
 
-def check_model_folder(
-    folder: Path, *, parts: Sequence[str] = ("transformer", "vae", "text_encoder"), preset: str | None = None
-) -> None:
+def check_model_folder(folder: Path, *, parts: Sequence[str] = WEIGHTS, preset: str | None = None) -> None:
     """Refuse a path that is no diffusers Wan folder with safetensors weights of some parts.
 
     Raises:
         ValueError: Says what is missing and what to do; ``preset`` names the family in it.
     """
-    if folder.is_file() and folder.suffix in CHECKPOINTS:
+    if folder.is_file() and folder.suffix in _CHECKPOINTS:
         raise ValueError(
             f"'{folder}' is a checkpoint file and a diffusers folder is needed: make one with "
             f"longtake convert {folder} --out DIR --preset {preset or 'NAME'}"
@@ -224,9 +216,9 @@ def check_model_folder(
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model folder '{folder}' has no model_index.json: it is not a diffusers folder.")
     for part in parts:
-        names = [entry.name for entry in (folder / part).glob("*")]
-        if not any(name.endswith(".safetensors") for name in names):
-            pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        suffixes = {entry.suffix: entry.name for entry in (folder / part).glob("*")}
+        if ".safetensors" not in suffixes:
+            pickles = [name for suffix, name in suffixes.items() if suffix in _CHECKPOINTS]
             if pickles:
                 raise ValueError(
                     f"'{folder / part}' holds {pickles[0]}, a pickle, which can run code: convert it to safetensors."
@@ -234,37 +226,39 @@ def check_model_folder(
             raise ValueError(f"'{folder / part}' holds no .safetensors weights.")
 
 
-def _read_configs(folder: Path, *, names: Mapping[str, str] | None = None) -> dict[str, Config]:
-    """Read the configurations of a diffusers folder by part, as far as they are there, and ``model_index``.
-
-    Args:
-        folder: With ``model_index.json``.
-        names: Folders of the parts to read, where they are not called as usual; then those parts only.
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config file of diffusers.
 
     Raises:
-        ValueError: If a file is no JSON.
+        ValueError: If it is missing, or no JSON mapping.
     """
-    files = {"model_index": folder / "model_index.json"} if names is None else {}
-    for part, name in (names or {part: part for part in CONFIG_FILES}).items():
-        if part in CONFIG_FILES:
-            files[part] = folder / name / CONFIG_FILES[part]
-    return {part: _read(file) for part, file in files.items() if file.is_file()}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping of names to values: it is no config file of diffusers.")
+    return values
+
+
+def _read_configs(folder: Path) -> dict[str, Config]:
+    """Configurations of a diffusers folder by part, as far as they are there, and its ``model_index``."""
+    files = {part: folder / part / name for part, name in _CONFIG_FILES.items()}
+    files["model_index"] = folder / "model_index.json"
+    return {part: read_config(file) for part, file in files.items() if file.is_file()}
 
 
 def _check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where: str, size: str | None = None) -> None:
     """Refuse parts that are no causal Wan2.1 model, do not fit each other, or are not of the family's size.
 
     Args:
-        configs: By part: ``model_index``, ``transformer``, ``vae``, ``text_encoder``, ``tokenizer``; what is missing
-            is not checked.
+        configs: By part, and ``model_index``; what is missing is not checked.
         family: Settings that the model will run with.
         where: Subject of error messages: a folder in quotes, or what it is instead.
         size: Required of the transformer, ``1.3B`` or ``14B``; None for any.
-
-    Raises:
-        ValueError: With the name, the value, the limit and the remedy.
     """
-    for part, wanted in ((part, CLASSES[part].__name__) for part in ("transformer", "vae")):
+    for part in ("transformer", "vae"):
+        wanted = _CLASSES[part].__name__
         name = configs.get(part, {}).get("_class_name", wanted)
         if name != wanted:
             raise ValueError(
@@ -277,7 +271,16 @@ def _check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where:
     _check_kind(transformer, where)
     if size is not None:
         _check_size(transformer, where, size)
-    _check_parts(transformer, configs, where)
+    for key, part, other, word in (
+        ("in_channels", "vae", "z_dim", "latent channels"),
+        ("text_dim", "text_encoder", "d_model", "text features"),
+    ):
+        wanted, found = transformer.get(key), configs.get(part, {}).get(other)
+        if None not in (wanted, found) and wanted != found:
+            raise ValueError(
+                f"the {part} of {where} has {other}={found} and its transformer {key}={wanted}: both have to have "
+                f"the same {word}; take the {part} that the transformer was trained with."
+            )
     limit = configs.get("tokenizer", {}).get("model_max_length")
     if limit is not None and limit < family.max_sequence_length:
         raise ValueError(
@@ -303,12 +306,12 @@ def _check_kind(transformer: Config, where: str) -> None:
 
 
 def _check_size(transformer: Config, where: str, size: str) -> None:
-    wanted = SIZES[size] | {"in_channels": WAN21_CHANNELS}
+    wanted = TRANSFORMERS[size] | {"in_channels": WAN21_CHANNELS}
     wrong = {key: transformer[key] for key, value in wanted.items() if transformer.get(key, value) != value}
     if not wrong:
         return
     found = ", ".join(f"{key}={value} instead of {wanted[key]}" for key, value in wrong.items())
-    others = [name for name, shapes in SIZES.items() if all(transformer.get(k) == v for k, v in shapes.items())]
+    others = [name for name, shapes in TRANSFORMERS.items() if all(transformer.get(k) == v for k, v in shapes.items())]
     named = [name for name in family_names() if load_family(name).size in others]
     remedy = f"it is {others[0]}: name a preset of that size ({', '.join(named)})" if named else "give another folder"
     raise ValueError(
@@ -317,37 +320,13 @@ def _check_size(transformer: Config, where: str, size: str) -> None:
     )
 
 
-def _check_parts(transformer: Config, configs: Mapping[str, Config], where: str) -> None:
-    """Refuse a VAE or a text encoder that speaks another language than the transformer."""
-    for key, part, other, word in (
-        ("in_channels", "vae", "z_dim", "latent channels"),
-        ("text_dim", "text_encoder", "d_model", "text features"),
-    ):
-        wanted, found = transformer.get(key), configs.get(part, {}).get(other)
-        if None not in (wanted, found) and wanted != found:
-            raise ValueError(
-                f"the {part} of {where} has {other}={found} and its transformer {key}={wanted}: both have to have "
-                f"the same {word}; take the {part} that the transformer was trained with."
-            )
-
-
-def _read(path: Path) -> Config:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} holds no mapping of names to values: it is no config file of diffusers.")
-    return values
-
-
 def _folder(name: str, folder: str | Path | None, settings: ModelFamily, given: Mapping[str, Any]) -> Path | None:
     """Folder of a preset's weights; None when every part is given."""
     if folder is not None:
         return Path(folder)
-    if settings.folder is not None:
-        return Path(str(files("longtake.models"))) / settings.folder
-    missing = [part for part in CLASSES if part != "scheduler" and part not in given]
+    if settings.bundled is not None:
+        return settings.bundled
+    missing = [part for part in _CLASSES if part != "scheduler" and part not in given]
     if given and missing:
         raise ValueError(f"{name!r} is given {', '.join(given)}: give {', '.join(missing)} too, or a folder.")
     if missing:
@@ -358,20 +337,19 @@ def _folder(name: str, folder: str | Path | None, settings: ModelFamily, given: 
     return None
 
 
-def _config(part: str, value: Any) -> Mapping[str, Any]:
+def _config(part: str, value: Any) -> Config:
     """Configuration of a given part; a folder's is read without loading it."""
     if isinstance(value, str | Path):
         path = Path(value)
         if not path.is_dir():
             raise ValueError(f"{part}='{path}' is no folder: give that part of a diffusers folder, or an object.")
-        return _read_configs(path.parent, names={part: path.name}).get(part, {})
+        file = path / _CONFIG_FILES.get(part, "")
+        return read_config(file) if file.is_file() else {}
     if part == "tokenizer":
         return {"model_max_length": value.model_max_length}
-    if not isinstance(value, nn.Module):
-        return {}
-    config = value.config
-    named = {"_class_name": type(value).__name__} if part in ("transformer", "vae") else {}
-    return (config.to_dict() if part == "text_encoder" else dict(config)) | named
+    if part == "text_encoder":
+        return value.config.to_dict()
+    return dict(value.config) | {"_class_name": type(value).__name__} if part in WEIGHTS else {}
 
 
 def _load(part: str, value: Any, dtype: torch.dtype | Mapping[str, torch.dtype] | None) -> Any:
@@ -379,8 +357,8 @@ def _load(part: str, value: Any, dtype: torch.dtype | Mapping[str, torch.dtype] 
     if not isinstance(value, str | Path):
         return value
     if part not in WEIGHTS:
-        return CLASSES[part].from_pretrained(str(value), local_files_only=True)
+        return _CLASSES[part].from_pretrained(str(value), local_files_only=True)
     if isinstance(dtype, Mapping):
         dtype = dtype.get(part, dtype.get("default"))
     chosen = {} if dtype is None else {"dtype": dtype}
-    return CLASSES[part].from_pretrained(str(value), local_files_only=True, use_safetensors=True, **chosen).eval()
+    return _CLASSES[part].from_pretrained(str(value), local_files_only=True, use_safetensors=True, **chosen).eval()

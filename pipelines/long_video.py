@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -417,10 +417,14 @@ class LongVideoPipeline(ModelLoading):
         prompts = s.prompts(prompt)
         batch_size = len(prompts)
         clips = ClipEncoder(
-            vae=self.vae, processor=self.video_processor, height=height, width=width, batch_size=batch_size
+            vae=self.vae,
+            processor=self.video_processor,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            family=replace(family, frames_per_block=block),
         )
-        given = {"image": s.image, "video": s.video, "video_latents": s.video_latents}
-        conditioning = clips.conditioning(given, family=family, frames_per_block=block)
+        conditioning = clips.conditioning({"image": s.image, "video": s.video, "video_latents": s.video_latents})
         num_given = 0 if conditioning is None else conditioning.num_frames
         num_frames = self.num_pixel_frames(seconds=s.seconds, num_frames=s.num_frames, goes_on=num_given > 0)
         wanted = 1 + (num_frames - 1) // self.vae_scale_factor_temporal

@@ -4,13 +4,12 @@ Weights are counted in file headers, the cache by what its policy keeps and read
 from the sizes of models and frames. The constants of activations were fitted to counts of live tensors.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import psutil
 import torch
@@ -18,25 +17,19 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
-from longtake.cache import CachePolicy, Geometry
+from longtake.cache import CachePolicy, Geometry, make_policy
 from longtake.cache.footprint import Footprint, footprint
-from longtake.configs.families import ModelFamily
+from longtake.configs.families import PIXELS_PER_LATENT, ModelFamily, load_family
+from longtake.configs.run import RunConfig
 from longtake.models.streaming_vae import Tiling
-from longtake.pipelines.loading import check_model_folder
+from longtake.pipelines.loading import TRANSFORMERS, WEIGHTS, check_model_folder, read_config
 from longtake.pipelines.rollout import MERGE_LIMIT
-from longtake.samplers import Sampler
+from longtake.samplers import Sampler, make_sampler
 
 # The interpreter with torch, diffusers and transformers: 0.45 GB measured on the CPU; on a GPU the driver's context.
 PROGRAM_BYTES = 500_000_000
 PART_OF_PHASE = {"text encoding": "text_encoder", "denoising": "transformer", "decoding": "vae"}
 
-# Wan2.1's transformers; everything else of their configs is the class's default.
-TRANSFORMERS: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        "1.3B": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
-        "14B": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
-    }
-)
 UMT5_XXL: Mapping[str, int] = MappingProxyType(
     {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 )
@@ -49,8 +42,6 @@ PUBLISHED_NUMBERS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "vae": (126_892_531, 0),
     }
 )
-META = torch.device("meta")
-TIED = "encoder.embed_tokens.weight"  # the same memory as shared.weight
 
 # Largest moment of a forward, in tensors of its tokens and channels: of attention, of the feed-forward beside
 # its two inner tensors, of a forward of several segments beside either, and while a layer gathers what it reads.
@@ -62,7 +53,6 @@ DECODE = {("cuda", 2): 7.2, ("cuda", 4): 6.55, ("cpu", 2): 6.0, ("cpu", 4): 6.0}
 PIXEL_BYTES = {2: 10, 4: 12}  # of every colour while frames are made of what the VAE returns
 TEXT_BYTES = {2: 26, 4: 24}  # per token and channel of a text encoder's layer
 TILE, TILE_STRIDE = 256, 192  # pixels: what ``enable_tiling`` sets
-PIXEL_FRAMES = 4  # of a latent frame
 
 
 @dataclass(frozen=True)
@@ -90,11 +80,10 @@ def shapes_of(family: ModelFamily, folder: Path | None = None) -> ModelShapes:
     Raises:
         ValueError: If the folder is no diffusers Wan folder, or there is none and the family's size is not known.
     """
-    parts = tuple(PART_OF_PHASE.values())
     if folder is not None:
         check_model_folder(folder)
-        configs = {part: _read_config(folder / part) for part in parts}
-        return ModelShapes(configs, {part: _read_numbers(folder / part) for part in parts}, str(folder))
+        configs = {part: read_config(folder / part / "config.json") for part in WEIGHTS}
+        return ModelShapes(configs, {part: _read_numbers(folder / part) for part in WEIGHTS}, str(folder))
     if family.size is None:
         raise ValueError(f"this model family says no size, and {' or '.join(TRANSFORMERS)} is needed: give a folder.")
     configs = {"transformer": TRANSFORMERS[family.size], "text_encoder": UMT5_XXL, "vae": {}}
@@ -103,16 +92,11 @@ def shapes_of(family: ModelFamily, folder: Path | None = None) -> ModelShapes:
 
 
 def count_numbers(part: str, parameters: Mapping[str, int]) -> tuple[int, int]:
-    """Numbers of a part's parameters, and of those that diffusers keeps in float32.
-
-    Args:
-        part: transformer, text_encoder or vae.
-        parameters: Numbers of every parameter, by name.
-    """
+    """Numbers of all of a part's parameters, and of those that diffusers keeps in float32."""
     classes = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}
     kept = set(classes[part]._keep_in_fp32_modules or ()) if part in classes else set()
-    is_tied = "shared.weight" in parameters
-    numbers = {name: n for name, n in parameters.items() if not (is_tied and name == TIED)}
+    tied = "encoder.embed_tokens.weight" if "shared.weight" in parameters else None  # the same memory
+    numbers = {name: n for name, n in parameters.items() if name != tied}
     return sum(numbers.values()), sum(n for name, n in numbers.items() if kept & set(name.split(".")))
 
 
@@ -154,6 +138,39 @@ class PlanRequest:
     text_encoder: Literal["kept", "freed"] = "kept"
     offloads: bool = False
     tiles_vae: bool = False
+
+    @classmethod
+    def of_run(
+        cls,
+        run: RunConfig,
+        *,
+        folder: Path | None,
+        device_type: Literal["cpu", "cuda"],
+        batch_size: int = 1,
+    ) -> Self:
+        """Request of a run's settings.
+
+        Raises:
+            ValueError: If the folder is no model, or a setting does not fit.
+        """
+        family = load_family(run.model.family)
+        num_pixel_frames = max(1, round(run.seconds * family.fps))
+        return cls(
+            shapes=shapes_of(family, folder),
+            policy=make_policy(run.cache),
+            sampler=make_sampler(run.sampler),
+            height=run.height or family.height,
+            width=run.width or family.width,
+            num_latent_frames=1 + -(-(num_pixel_frames - 1) // PIXELS_PER_LATENT),
+            frames_per_block=max(family.frames_per_block, family.first_block_frames or 1),
+            dtype=getattr(torch, run.model.dtype),
+            device_type=device_type,
+            batch_size=batch_size,
+            num_text_tokens=family.max_sequence_length,
+            text_encoder="freed" if run.model.free_text_encoder else "kept",
+            offloads=run.model.offload != "none",
+            tiles_vae=run.model.vae_tiling,
+        )
 
     @property
     def num_branches(self) -> int:
@@ -293,7 +310,7 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
         window_blocks=window,
         latent_channels=request.frame_shape[0],
     )
-    merges = policy.start(replace(geometry, device=META)).merges_commit
+    merges = policy.start(replace(geometry, device=torch.device("meta"))).merges_commit
     features, decoding, resting = _decode_bytes(request)
     width = geometry.num_heads * geometry.head_dim
     text_dim = request.shapes.configs["transformer"].get("text_dim", 4096)
@@ -313,6 +330,25 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
         decoding=decoding,
         encoding=_encoding_bytes(request),
     )
+
+
+def device_kind(name: str) -> Literal["cpu", "cuda"]:
+    """``cpu`` or ``cuda``, the latter also for planning where there is none.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    for kind in ("cpu", "cuda"):
+        if name.split(":")[0] == kind:
+            return kind
+    raise ValueError(f"--device {name!r} cannot be planned for: use auto, cpu or cuda")
+
+
+def format_bytes(size: float) -> str:
+    """A size as people write it."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def machine_memory(device_type: str) -> tuple[int, int]:
@@ -354,7 +390,7 @@ def _decode_bytes(request: PlanRequest) -> tuple[int, int, int]:
     features, decoding = _whole_decode(request, size)
     resting = features * positions // size - features
     # Pixels of all tiles are held until they are blended, then the frame as bytes is made of them.
-    pixels = 3 * request.batch_size * request.frames_per_block * PIXEL_FRAMES * ratio * ratio
+    pixels = 3 * request.batch_size * request.frames_per_block * PIXELS_PER_LATENT * ratio * ratio
     blending = pixels * ((positions + height * width) * request.dtype.itemsize + height * width * 4)
     decoding = max(decoding, blending)
     return (features + resting, decoding, 0) if request.device_type == "cpu" else (features, decoding, resting)
@@ -378,7 +414,7 @@ def _whole_decode(request: PlanRequest, num_positions: int) -> tuple[int, int]:
         area, frames = area * (1 if is_temporal is None else 4), frames * (2 if is_temporal else 1)
     kept += area * dims[-1]
     latents = request.batch_size * num_positions
-    colours = 3 * PIXEL_FRAMES * config.get("scale_factor_spatial", 8) ** 2
+    colours = 3 * PIXELS_PER_LATENT * config.get("scale_factor_spatial", 8) ** 2
     done = (request.frames_per_block - 1) * (colours + channels) * itemsize  # earlier frames of the block
     moment = int(DECODE[request.device_type, itemsize] * widest * itemsize) + done
     return 2 * kept * latents * itemsize, latents * max(
@@ -391,14 +427,6 @@ def _encoding_bytes(request: PlanRequest) -> int:
     config, num_tokens = request.shapes.configs["text_encoder"], request.num_text_tokens
     scores = (8 + 2 * request.dtype.itemsize) * config["num_heads"] * num_tokens
     return num_tokens * (TEXT_BYTES[request.dtype.itemsize] * config["d_model"] + scores)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def _read_numbers(folder: Path) -> tuple[int, int]:

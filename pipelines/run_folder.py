@@ -8,14 +8,20 @@ state.safetensors    the latest checkpoint; `states/` holds it and some earlier 
 """
 
 import fcntl
+import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import yaml
 
 from longtake.configs.loader import load_complete
@@ -26,6 +32,11 @@ from longtake.pipelines.video_file import copy_frames
 RUNNING = "running"
 INTERRUPTED = "interrupted"
 FINISHED = "finished"
+
+_PACKAGES = ("longtake", "torch", "diffusers", "transformers", "safetensors", "numpy", "av")
+_OPTIONAL_PACKAGES = ("zentorch",)
+_FULL_HASH_BYTES = 1 << 28
+_NUM_SAMPLES, _SAMPLE_BYTES = 256, 1 << 16
 
 
 class BlockLog:
@@ -49,7 +60,6 @@ class BlockLog:
                 raise ValueError(f"{path}: line {self.num_blocks + 1} is block {entry['index']}: the log is damaged")
             self.num_blocks += 1
         self._file = path.open("ab", buffering=0)
-        # A line that a kill cut short.
         self.cut(self.num_blocks)
 
     @staticmethod
@@ -77,16 +87,14 @@ class BlockLog:
             ValueError: If the block is known and came out different.
         """
         index = entry["index"]
-        if index < self.num_blocks:
-            before = next(known for known in self.read(self.path) if known["index"] == index)
-            if before["sha256"] != entry["sha256"]:
-                raise ValueError(
-                    f"block {index} came out different from before the interruption: another machine, thread count or "
-                    "library version? Resume where it was made, or with --allow-changes"
-                )
-            return
-        self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
-        self.num_blocks += 1
+        if index == self.num_blocks:
+            self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+            self.num_blocks += 1
+        elif next(known for known in self.read(self.path) if known["index"] == index)["sha256"] != entry["sha256"]:
+            raise ValueError(
+                f"block {index} came out different from before the interruption: another machine, thread count or "
+                "library version? Resume where it was made, or with --allow-changes"
+            )
 
     def cut(self, num_blocks: int) -> None:
         """Keep ``num_blocks`` blocks and forget the others, so that they may come out differently."""
@@ -96,7 +104,7 @@ class BlockLog:
         self.num_blocks = min(self.num_blocks, num_blocks)
 
     def sync(self) -> None:
-        """Bring the log to the disk."""
+        """Flush the log to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -120,15 +128,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, *, config: RunConfig, record: Mapping[str, Any]) -> "RunFolder":
-        """Make a new run's folder, all at once.
-
-        Args:
-            path: Must not exist, or be an empty folder.
-            config: Decides the video.
-            record: Versions, machine and weights; goes into ``run.json``.
+        """Make a new run's folder, all at once; ``record`` (versions, machine, weights) goes into ``run.json``.
 
         Raises:
-            ValueError: If something is there already.
+            ValueError: If something other than an empty folder is there.
         """
         refuse_existing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +160,13 @@ class RunFolder:
         """
         folder = cls(path)
         folder.check()
-        folder._take_lock()
+        folder._lock = (path / "run.lock").open("ab")
+        try:
+            # Goes with the process, however that ends.
+            fcntl.flock(folder._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            folder.close()
+            raise ValueError(f"another process works in {path}: stop it or wait") from error
         for leftover in path.glob(".*.part"):
             leftover.unlink()
         return folder
@@ -221,15 +230,6 @@ class RunFolder:
         """Finished blocks, as the log has them."""
         return list(BlockLog.read(self.log_path))
 
-    def _take_lock(self) -> None:
-        self._lock = (self.path / "run.lock").open("ab")
-        try:
-            # Goes with the process, however that ends.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise ValueError(f"another process works in {self.path}: stop it or wait") from error
-
 
 def refuse_existing(path: Path) -> None:
     """Refuse a new run's place.
@@ -244,6 +244,11 @@ def refuse_existing(path: Path) -> None:
     unfinished = is_run and folder.status != FINISHED
     remedy = f"go on with: longtake resume {path}" if unfinished else "choose another --out"
     raise ValueError(f"{path} exists and nothing is overwritten: {remedy}")
+
+
+def free_place(stem: Path) -> Path:
+    """Return the first of STEM-1, STEM-2, ... where nothing is."""
+    return next(path for number in count(1) if not (path := stem.with_name(f"{stem.name}-{number}")).exists())
 
 
 def fork_run(
@@ -265,14 +270,22 @@ def fork_run(
     Raises:
         ValueError: If the source has not come that far, or ``path`` exists.
     """
-    fps = source.record["video"]["fps"]
     block, frame = branch_point(source, at=at)
     starts = [number for number in source.checkpoints.blocks() if number <= max(0, block - num_ahead)]
-    parent = {"folder": str(source.path), "at": at, "block": block, "frame": frame, "seconds": frame / fps}
+    seconds = frame / source.record["video"]["fps"]
+    parent = {"folder": str(source.path), "at": at, "block": block, "frame": frame, "seconds": seconds}
     folder = RunFolder.create(path, config=config, record={**record, "parent": parent})
     try:
         if starts:
-            _copy_beginning(source, folder, starts[-1])
+            checkpoint = source.checkpoints.load(starts[-1])
+            if checkpoint.num_frames:
+                copy_frames(source.video_path, folder.video_path, num_frames=checkpoint.num_frames)
+            log = BlockLog(folder.log_path)
+            for entry in source.blocks()[: checkpoint.next_block]:
+                log.append(entry)
+            log.sync()
+            log.close()
+            folder.checkpoints.save(checkpoint)
     except BaseException:
         folder.close()
         shutil.rmtree(path, ignore_errors=True)
@@ -281,31 +294,22 @@ def fork_run(
 
 
 def branch_point(source: RunFolder, *, at: float) -> tuple[int, int]:
-    """Find the first block that starts at or after a time.
-
-    Args:
-        source: A run with at least one block.
-        at: Seconds.
-
-    Returns:
-        (block index, its first pixel frame).
+    """First block that starts at or after ``at`` seconds, and its first pixel frame.
 
     Raises:
         ValueError: If the run has not come that far.
     """
-    video = source.record["video"]
-    start, num_blocks = 0, 0
-    for entry in BlockLog.read(source.log_path):
-        if _starts_at(start, at=at, fps=video["fps"]):
-            return entry["index"], start
-        start += entry["num_frames"]
-        num_blocks += 1
-    if num_blocks and start < video["num_frames"] and _starts_at(start, at=at, fps=video["fps"]):
-        return num_blocks, start
-    raise ValueError(f"{source.path} has {start / video['fps']:.2f} s: give --at a time within them")
+    video, frame, blocks = source.record["video"], 0, source.blocks()
+    for entry in blocks:
+        if starts_at(frame, at=at, fps=video["fps"]):
+            return entry["index"], frame
+        frame += entry["num_frames"]
+    if blocks and frame < video["num_frames"] and starts_at(frame, at=at, fps=video["fps"]):
+        return len(blocks), frame
+    raise ValueError(f"{source.path} has {frame / video['fps']:.2f} s: give --at a time within them")
 
 
-def _starts_at(frame: int, *, at: float, fps: float) -> bool:
+def starts_at(frame: int, *, at: float, fps: float) -> bool:
     """Whether a block that starts with this pixel frame starts at or after ``at`` seconds."""
     return frame >= at * fps - 1e-6
 
@@ -315,14 +319,60 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _copy_beginning(source: RunFolder, folder: RunFolder, next_block: int) -> None:
-    checkpoint = source.checkpoints.load(next_block)
-    if checkpoint.num_frames:
-        copy_frames(source.video_path, folder.video_path, num_frames=checkpoint.num_frames)
-    log = BlockLog(folder.log_path)
-    for entry in BlockLog.read(source.log_path):
-        if entry["index"] < next_block:
-            log.append(entry)
-    log.sync()
-    log.close()
-    folder.checkpoints.save(checkpoint)
+def versions() -> dict[str, str]:
+    """Versions that decide the numbers: Python and the packages that compute."""
+    optional = [name for name in _OPTIONAL_PACKAGES if find_spec(name) is not None]
+    return {"python": platform.python_version()} | {name: version(name) for name in (*_PACKAGES, *optional)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Properties of the machine that decide the numbers; ``device`` is the model's."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def weights_hash(folder: Path) -> dict[str, Any]:
+    """Hash a model folder's weights: names, sizes and bytes of its safetensors files.
+
+    Files above 256 MiB are read at 256 evenly spaced places of 64 KiB: enough to tell two checkpoints apart, and a
+    run does not wait for tens of gigabytes.
+
+    Returns:
+        ``{"sha256", "num_files", "num_bytes", "method"}``; method is ``full`` or ``sampled``.
+    """
+    digest = hashlib.sha256()
+    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*.safetensors"))}
+    for path, size in sizes.items():
+        digest.update(f"{path.relative_to(folder).as_posix()}:{size}\n".encode())
+        with path.open("rb") as file:
+            if size <= _FULL_HASH_BYTES:
+                while data := file.read(1 << 20):
+                    digest.update(data)
+                continue
+            for index in range(_NUM_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    method = "sampled" if any(size > _FULL_HASH_BYTES for size in sizes.values()) else "full"
+    values = {"num_files": len(sizes), "num_bytes": sum(sizes.values()), "method": method}
+    return {"sha256": digest.hexdigest(), **values}
+
+
+def file_hash(path: str | Path | None) -> dict[str, Any] | None:
+    """SHA-256 and ``num_bytes`` of a whole file; None where there is none.
+
+    Raises:
+        ValueError: If the file is not there.
+    """
+    if path is None:
+        return None
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist any more: put it back where the run found it.")
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "num_bytes": path.stat().st_size}

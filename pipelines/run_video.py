@@ -1,16 +1,110 @@
-"""Write a rollout into a run's folder: video, log and checkpoints, from the start or from the latest checkpoint."""
+"""A run from start to end: conditioning, video, log and checkpoints, from the start or from the latest checkpoint."""
 
 import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from longtake.configs.families import ModelFamily
+from longtake.configs.run import RunConfig, StartConfig
 from longtake.pipelines.checkpoint import Checkpoint
+from longtake.pipelines.conditioning import Clip, Cut, make_clip, make_stills, plan_cut
 from longtake.pipelines.long_video import VideoBlock, VideoRollout
 from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, BlockLog, RunFolder, now
 from longtake.pipelines.video_file import VideoFormat, VideoWriter, count_frames
+
+
+class _TakenLatents:
+    """Conditioning latents that a checkpoint holds already; it has none to give."""
+
+    def __init__(self, num_frames: int) -> None:
+        self.num_frames = num_frames
+
+    def take(self, num_frames: int) -> Tensor:
+        raise ValueError(
+            f"the {self.num_frames} latent frames that this video goes on from are in none of its saved states: "
+            "make it anew from its image or clip."
+        )
+
+
+def check_start(config: RunConfig, family: ModelFamily) -> None:
+    """Refuse a run's image or clip that cannot be read or that the model cannot continue; no weights are needed.
+
+    Raises:
+        ValueError: With the value, the limit and the remedy.
+    """
+    if config.start is not None:
+        _planned(config.start, config, family)
+
+
+def start_arguments(config: RunConfig, source: RunFolder | None = None) -> dict[str, Any]:
+    """Conditioning arguments of ``LongVideoPipeline.start`` for a run; none where it has no start.
+
+    Args:
+        config: The run.
+        source: Its folder, or that of the run it is forked from. With a checkpoint in it the file is not needed any
+            more; without one it has to be the one that the run began with.
+
+    Raises:
+        ValueError: If the file is needed and cannot be read, or is another one now.
+    """
+    start = config.start
+    if start is None:
+        return {}
+    record = None if source is None else source.record["start"]
+    if source is not None and record is not None and source.checkpoints.blocks():
+        return {"include_start": start.include, "video_latents": _TakenLatents(record["num_latent_frames"])}
+    clip = _open_start(start)
+    if source is not None and record is not None and _sha256(start.path) != record["sha256"]:
+        raise ValueError(f"{start.path} is not the file any more that {source.path} began with: restore it")
+    return {"include_start": start.include, start.kind: clip}
+
+
+def start_record(config: RunConfig, family: ModelFamily) -> dict[str, Any] | None:
+    """Entry ``start`` of ``run.json``; None where the run has none.
+
+    Raises:
+        ValueError: If the file cannot be read, or the model cannot continue it.
+    """
+    start = config.start
+    if start is None:
+        return None
+    clip, cut = _planned(start, config, family)
+    return {
+        "kind": start.kind,
+        "file": start.path,
+        "sha256": _sha256(start.path),
+        "size": [clip.height, clip.width],
+        "num_file_frames": clip.num_frames,
+        "file_fps": clip.fps,
+        "first_file_frame": cut.indices[0],
+        "num_latent_frames": cut.num_latent_frames,
+        "num_frames": len(cut.indices),
+        "seconds": len(cut.indices) / family.fps,
+        "num_left_out": cut.num_left_out,
+        "is_included": start.include,
+    }
+
+
+def _planned(start: StartConfig, config: RunConfig, family: ModelFamily) -> tuple[Clip, Cut]:
+    clip = _open_start(start)
+    height, width = config.height or family.height, config.width or family.width
+    return clip, plan_cut(clip, start.kind, family=family, height=height, width=width)
+
+
+def _open_start(start: StartConfig) -> Clip:
+    path = Path(start.path)
+    return make_stills(path)[0] if start.kind == "image" else make_clip(path, seconds=start.seconds)
+
+
+def _sha256(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +113,6 @@ class Progress:
 
     Attributes:
         num_done: Finished blocks, those of earlier processes included.
-        num_blocks: Blocks of the whole video.
         num_frames: Pixel frames made so far, without the conditioning frames.
         num_new_frames: Pixel frames that this process made.
         seconds: Time since this process began to make blocks.
@@ -28,7 +121,6 @@ class Progress:
     """
 
     num_done: int
-    num_blocks: int
     num_frames: int
     num_new_frames: int
     seconds: float
@@ -41,7 +133,7 @@ class Progress:
         return self.num_new_frames / self.seconds if self.seconds else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Outcome:
     """End of a process's part of a run: the run's status, and its progress after the last block."""
 
@@ -82,7 +174,9 @@ def run_video(
         outcome = run.make_blocks(on_block, should_stop)
         outcome = run.close_video(outcome)
     finally:
-        run.close()
+        run.log.close()
+        if run.video is not None:
+            run.video.abandon()
     run.record_end(outcome)
     return outcome
 
@@ -133,12 +227,12 @@ class _Run:
     def make_blocks(self, on_block: Callable[[Progress], None], should_stop: Callable[[], bool]) -> Outcome:
         progress = None
         if self.rollout.num_start_frames and not self.is_begun and not self._observe(should_stop):
-            return Outcome(status=INTERRUPTED, progress=None)
+            return Outcome(INTERRUPTED, None)
         while True:
             self._change_prompt()
             block = self.rollout.next_block()
             if block is None:
-                return Outcome(status=FINISHED, progress=progress)
+                return Outcome(FINISHED, progress)
             self._write(block)
             progress = self._progress(block)
             stops = should_stop() and not block.is_last
@@ -146,7 +240,7 @@ class _Run:
                 self._save_checkpoint()
             on_block(progress)
             if stops:
-                return Outcome(status=INTERRUPTED, progress=progress)
+                return Outcome(INTERRUPTED, progress)
 
     def _observe(self, should_stop: Callable[[], bool]) -> bool:
         """Take in the conditioning frames; false where a stop was asked for before their end."""
@@ -155,7 +249,7 @@ class _Run:
             if should_stop():
                 return False
             frames = block.uint8()[0]
-            digest.update(np.ascontiguousarray(frames))
+            digest.update(frames.tobytes())
             if self.rollout.include_start:
                 self._append(frames)
         start = (self.folder.record["start"] or {}) | {"frames_sha256": digest.hexdigest()}
@@ -174,7 +268,7 @@ class _Run:
     def _write(self, block: VideoBlock) -> None:
         started = time.perf_counter()
         frames = block.uint8()[0]
-        digest = hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
+        digest = hashlib.sha256(frames.tobytes()).hexdigest()
         self._append(frames)
         self.num_new_frames += len(frames)
         if self.first_block_seconds is None:
@@ -219,7 +313,6 @@ class _Run:
     def _progress(self, block: VideoBlock) -> Progress:
         return Progress(
             num_done=block.index + 1,
-            num_blocks=self.rollout.num_blocks,
             num_frames=self.num_frames - self.num_shown_frames,
             num_new_frames=self.num_new_frames,
             seconds=time.perf_counter() - self.started,
@@ -247,11 +340,6 @@ class _Run:
         if outcome.progress is None:
             return outcome
         return replace(outcome, progress=replace(outcome.progress, seconds=time.perf_counter() - self.started))
-
-    def close(self) -> None:
-        self.log.close()
-        if self.video is not None:
-            self.video.abandon()
 
     def record_end(self, outcome: Outcome) -> None:
         part = {

@@ -111,10 +111,9 @@ class RolloutSettings:
 
     def _check_sampler(self) -> None:
         if self.solver.num_window_blocks > 1 and not self.policy.traits.takes_windows:
-            kinds = {
-                name: kind.traits for name, kind in POLICIES.items()
-            }  # of a wrapper it depends on the inner policy
-            known = [name for name, traits in kinds.items() if isinstance(traits, Traits) and traits.takes_windows]
+            # A wrapper's traits depend on its inner policy.
+            kinds = {name: kind.traits for name, kind in POLICIES.items() if isinstance(kind.traits, Traits)}
+            known = [name for name, traits in kinds.items() if traits.takes_windows]
             raise ValueError(
                 f"cache policy {self.policy.name!r} serves one block at a time, sampler {self.solver.name!r} denoises "
                 f"{self.solver.num_window_blocks} together: use another sampler, or one of the policies "

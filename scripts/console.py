@@ -1,13 +1,15 @@
-"""Console of all commands: one-line errors, exit codes, stopping on signals."""
+"""Console of all commands: one-line errors, exit codes, progress, stopping on signals."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -15,9 +17,6 @@ MAX_ERROR_LENGTH = 600
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
-
-# typer gives only BadParameter a public name; its parent is the error of every wrong command line.
-UsageError = typer.BadParameter.__base__
 
 
 def run_app(app: typer.Typer, args: list[str] | None = None) -> int:
@@ -32,14 +31,14 @@ def run_app(app: typer.Typer, args: list[str] | None = None) -> int:
     """
     try:
         code = app(args=args, prog_name="longtake", standalone_mode=False)
-    except UsageError as error:
+    except typer.TyperException as error:
         # Without any words a command shows its help, and there is no more to say.
         message = error.format_message()
         return fail(f"{message} See: longtake --help") if message.strip() else EXIT_BAD_INPUT
     except ValueError as error:
         return fail(str(error))
     except OSError as error:
-        return fail(_describe(error))
+        return fail((error.strerror or str(error)) + (f" ({error.filename})" if error.filename else ""))
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     return code or 0
@@ -52,6 +51,41 @@ def fail(message: str) -> int:
         line = line[:MAX_ERROR_LENGTH] + " ..."
     err.print(f"longtake: {escape(line)}", style="red")
     return EXIT_BAD_INPUT
+
+
+def print_rows(rows: Iterable[tuple[str, str]], *, console: Console = out) -> None:
+    """Print names in bold, each with its text beside it."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, escape(text))
+    console.print(table)
+
+
+@contextmanager
+def progress(text: str, *, total: float) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr: a bar in a terminal, lines elsewhere.
+
+    Args:
+        text: Format of a line.
+        total: Amount of work.
+
+    Yields:
+        ``show(completed, is_due=..., **fields)``: the work done, whether a line is to be printed where there is no
+        bar, and the fields of ``text``.
+    """
+    columns = TextColumn("{task.description}"), BarColumn()
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def show(completed: float, *, is_due: bool, **fields: float) -> None:
+            line = text.format(**fields)
+            bar.update(task, completed=completed, description=line)
+            if is_due and not err.is_terminal:
+                err.print(line)
+
+        yield show
 
 
 @contextmanager
@@ -81,8 +115,3 @@ def stop_requests(what: str = "block") -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _describe(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"

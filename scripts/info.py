@@ -1,70 +1,51 @@
-"""Say what a model is, from its files alone: no weight is loaded."""
+"""Show a model from its files alone, without loading a weight; or plan the memory of a video."""
 
 import json
-import os
-from collections.abc import Mapping
+import logging
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from typer import Argument, Option
 
-from longtake.configs.families import CheckpointRule, ModelFamily, family_names, load_family
-from longtake.configs.fields import did_you_mean
-from longtake.configs.run import ModelConfig
-from longtake.scripts.console import out
-from longtake.scripts.running import model_folder
+from longtake.configs.families import ModelFamily, family_names, load_family
+from longtake.configs.fields import choose
+from longtake.configs.loader import FOLDER_FAMILY, load_preset, load_run
+from longtake.scripts.console import out, print_rows
 
-
-def print_file(path: Path) -> None:
-    """Print what a checkpoint file is, without loading weights.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: If it is no checkpoint; says what it is instead.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from longtake.models.checkpoints.converting import describe_checkpoint
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for what, text in describe_checkpoint(path):
-        table.add_row(what, escape(text))
-    out.print(table)
-
-
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-MAX_HEADER_BYTES = 100_000_000
+if TYPE_CHECKING:
+    from longtake.pipelines.memory_plan import MemoryPlan, PlanRequest
 
 
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="MODEL", help="A model family, a diffusers folder, or a checkpoint file.", show_default=False
         ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="With --plan: settings, as of generate.")
+        list[str] | None, Argument(metavar="[KEY=VALUE ...]", help="With --plan: settings, as of generate.")
     ] = None,
     *,
-    named: Annotated[str | None, typer.Option("--model", help="The same as MODEL.", show_default=False)] = None,
-    family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="How much memory a video takes, and whether it fits.")] = False,
-    cache: Annotated[str | None, typer.Option(help="Of the plan: cache policy.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Of the plan: length of the video.")] = None,
-    height: Annotated[int | None, typer.Option(help="Of the plan: pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the plan: pixels.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the plan: float32, bfloat16 or float16.")] = None,
-    batch: Annotated[int, typer.Option(help="Of the plan: videos made together.")] = 1,
-    device: Annotated[
-        str, typer.Option(help="Of the plan: auto, cpu or cuda, which may be another machine's.")
-    ] = "auto",
-    memory: Annotated[str | None, typer.Option(help="Of the plan: another machine's memory, 8GB say.")] = None,
+    named: Annotated[str | None, Option("--model", help="The same as MODEL.", show_default=False)] = None,
+    family: Annotated[str | None, Option(help="How a folder is run.", show_default="self_forcing")] = None,
+    plan: Annotated[bool, Option("--plan", help="How much memory a video takes, and whether it fits.")] = False,
+    cache: Annotated[str | None, Option(help="Of the plan: cache policy.")] = None,
+    seconds: Annotated[float | None, Option(help="Of the plan: length of the video.")] = None,
+    height: Annotated[int | None, Option(help="Of the plan: pixels.")] = None,
+    width: Annotated[int | None, Option(help="Of the plan: pixels.")] = None,
+    dtype: Annotated[str | None, Option(help="Of the plan: float32, bfloat16 or float16.")] = None,
+    batch: Annotated[int, Option(help="Of the plan: videos made together.")] = 1,
+    device: Annotated[str, Option(help="Of the plan: auto, cpu or cuda, which may be another machine's.")] = "auto",
+    memory: Annotated[str | None, Option(help="Of the plan: another machine's memory, 8GB say.")] = None,
 ) -> None:
     """Show a model's size, shape, size of its cache, licence and source; or plan a video's memory.
 
@@ -78,116 +59,81 @@ def info(
 
     `longtake info self_forcing --plan --cache deep_forcing --seconds 120 --dtype bfloat16 --device cuda --memory 24GB`
     """
-    if named is not None:
-        # What stands before the settings is a setting too, where the model has a name of its own.
-        overrides = [*([model] if model is not None else []), *(overrides or [])]
-        model = named
-    if model is None:
+    words = [word for word in (model if named is not None else None, *(overrides or ())) if word is not None]
+    name = model if named is None else named
+    if name is None:
         raise ValueError("no model is named: longtake info MODEL, a family, a folder or a checkpoint file")
     if plan:
-        from longtake.scripts.memory_plan import parse_memory, plan_of_options, show_plan
-
         options = {"cache": cache, "seconds": seconds, "height": height, "width": width, "dtype": dtype}
-        request = plan_of_options(
-            model, family=family, overrides=overrides or (), batch=batch, device=device, options=options
-        )
-        show_plan(request, None if memory is None else parse_memory(memory))
-        return
-    if overrides:
-        raise ValueError(f"{overrides[0]!r}: settings are for --plan")
-    if Path(model).is_file():
-        print_file(Path(model))
-        return
-    if model in family_names():
-        settings, name = load_family(model), model
-        folder = model_folder(ModelConfig(family=model)) if settings.folder is not None else None
+        request = plan_request(name, family=family, overrides=words, options=options, batch=batch, device=device)
+        _show_plan(request, None if memory is None else _parse_memory(memory))
+    elif words:
+        raise ValueError(f"{words[0]!r}: settings are for --plan")
+    elif Path(name).is_file():
+        from longtake.models.checkpoints.converting import describe_checkpoint
+
+        print_rows(describe_checkpoint(Path(name)))
     else:
-        folder, name = Path(model), family or "self_forcing"
-        settings = load_family(name)
-        if not folder.is_dir():
-            known = family_names()
-            raise ValueError(
-                f"no model family or folder {model!r}; families: {', '.join(known)}.{did_you_mean(model, known)}"
-            )
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for key, value in describe(name, settings, folder):
-        table.add_row(key, value)
-    out.print(table)
+        print_rows(_described(*_located(name, family)))
 
 
-def describe(name: str, family: ModelFamily, folder: Path | None) -> list[tuple[str, str]]:
-    """Collect what is known of a model.
-
-    Args:
-        name: Of the family.
-        family: How it is run.
-        folder: Its weights, where they are.
-
-    Returns:
-        (what, text) rows.
-
-    Raises:
-        ValueError: If the folder is no diffusers Wan folder.
-    """
-    rows = [
-        ("family", f"{name} ({family.source})"),
-        ("licence", ", ".join(part for part in (family.licence or "not stated", family.restriction) if part)),
-        ("video", f"{family.width}x{family.height} at {family.fps} frames per second"),
-        ("trained on", f"{family.num_trained_frames} latent frames, {_trained_seconds(family):.1f} s"),
-        ("block", f"{family.frames_per_block} latent frames, {family.frames_per_block * 4 / family.fps:.2f} s"),
-        ("sampler", _settings(family.sampler)),
-        ("context timestep", f"{family.context_timestep:g}"),
-        (
-            "own cache",
-            _settings(family.cache) if family.cache else "none: full history in training",
-        ),
-        ("begins from", ", ".join(("text", *family.starts))),
-        ("size", family.size or "its own"),
-    ]
-    if folder is None:
-        return [*rows, ("weights", f"not bundled: {family.homepage}"), *_released(family.checkpoint)]
-    parts = {part.name: part for part in sorted(folder.iterdir()) if part.is_dir()} if folder.is_dir() else {}
-    if "transformer" not in parts or not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no diffusers folder: it needs model_index.json and transformer/")
-    rows.append(("folder", str(folder)))
-    for part, path in parts.items():
-        numbers, num_bytes, dtypes = _weights(path)
-        if numbers:
-            rows.append((part, f"{numbers / 1e6:,.1f} M numbers, {num_bytes / 1e6:,.1f} MB, {', '.join(dtypes)}"))
-    return rows + _cache_rows(_read_config(folder / "transformer"), _read_config(folder / "vae"), family)
+def _located(name: str, family: str | None) -> tuple[str, Path | None]:
+    """Family of a model, and its folder where it has one."""
+    if name in family_names():
+        return name, load_family(name).bundled
+    if not Path(name).is_dir():
+        choose(dict.fromkeys(family_names()), name, what="model family or folder")
+    return family or FOLDER_FAMILY, Path(name)
 
 
-def _cache_rows(transformer: dict[str, Any], vae: dict[str, Any], family: ModelFamily) -> list[tuple[str, str]]:
-    try:
-        heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
-        layers, patch = transformer["num_layers"], transformer["patch_size"]
-    except KeyError as error:
-        raise ValueError(f"the transformer's config.json lacks {error}: it is no Wan transformer") from error
-    factor = vae.get("scale_factor_spatial", 8)
-    tokens = (family.height // factor // patch[1]) * (family.width // factor // patch[2])
-    frame_bytes = 2 * layers * heads * head_dim * tokens * 4
-    return [
-        ("transformer shape", f"{layers} layers, {heads} heads of {head_dim}, {tokens} tokens a latent frame"),
-        ("cache", f"{frame_bytes / 1e6:,.2f} MB a latent frame in float32, half in bfloat16"),
-    ]
-
-
-def _released(rule: CheckpointRule) -> list[tuple[str, str]]:
-    """Which files of the homepage are meant, and what in them."""
-    rows = [("file", rule.file + (f", entry {rule.key}" if rule.key else ""))] if rule.file else []
+def _described(name: str, folder: Path | None) -> Iterator[tuple[str, str]]:
+    family = load_family(name)
+    num_trained, rule = family.num_trained_frames, family.checkpoint
+    yield "family", f"{name} ({family.source})"
+    yield "licence", ", ".join(part for part in (family.licence or "not stated", family.restriction) if part)
+    yield "video", f"{family.width}x{family.height} at {family.fps} frames per second"
+    yield "trained on", f"{num_trained} latent frames, {(1 + 4 * (num_trained - 1)) / family.fps:.1f} s"
+    yield "block", f"{family.frames_per_block} latent frames, {family.frames_per_block * 4 / family.fps:.2f} s"
+    yield "sampler", _listed(family.sampler)
+    yield "context timestep", f"{family.context_timestep:g}"
+    yield "own cache", _listed(family.cache) if family.cache else "none: full history in training"
+    yield "begins from", ", ".join(("text", *family.starts))
+    yield "size", family.size or "its own"
+    if folder is not None:
+        yield from _described_folder(folder, family)
+        return
+    yield "weights", f"not bundled: {family.homepage}"
+    if rule.file:
+        yield "file", rule.file + (f", entry {rule.key}" if rule.key else "")
     if rule.lora_file:
-        rows.append(("adapter", f"{rule.lora_file}, entry {rule.lora_key}, alpha {rule.lora_alpha:g}"))
-    return rows
+        yield "adapter", f"{rule.lora_file}, entry {rule.lora_key}, alpha {rule.lora_alpha:g}"
 
 
-def _settings(values: Mapping[str, Any]) -> str:
+def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _trained_seconds(family: ModelFamily) -> float:
-    return (1 + 4 * (family.num_trained_frames - 1)) / family.fps
+def _described_folder(folder: Path, family: ModelFamily) -> Iterator[tuple[str, str]]:
+    if not (folder / "model_index.json").is_file() or not (folder / "transformer").is_dir():
+        raise ValueError(f"{folder} is no diffusers folder: it needs model_index.json and transformer/")
+    yield "folder", str(folder)
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = sorted(part.glob("*.safetensors"))
+        numbers, dtypes = _weights(files)
+        num_bytes = sum(path.stat().st_size for path in files)
+        if numbers:
+            yield part.name, f"{numbers / 1e6:,.1f} M numbers, {num_bytes / 1e6:,.1f} MB, {', '.join(sorted(dtypes))}"
+    transformer, vae = _read_config(folder / "transformer"), _read_config(folder / "vae")
+    try:
+        heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
+        layers, (_, rows, columns) = transformer["num_layers"], transformer["patch_size"]
+    except KeyError as error:
+        raise ValueError(f"the transformer's config.json lacks {error}: it is no Wan transformer") from error
+    factor = vae.get("scale_factor_spatial", 8)
+    tokens = (family.height // factor // rows) * (family.width // factor // columns)
+    megabytes = 2 * layers * heads * head_dim * tokens * 4 / 1e6
+    yield "transformer shape", f"{layers} layers, {heads} heads of {head_dim}, {tokens} tokens a latent frame"
+    yield "cache", f"{megabytes:,.2f} MB a latent frame in float32, half in bfloat16"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -198,29 +144,282 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def _weights(folder: Path) -> tuple[int, int, list[str]]:
-    """Count the numbers of a component from the headers of its safetensors files."""
-    numbers, num_bytes, dtypes = 0, 0, set()
-    for path in sorted(folder.glob("*.safetensors")):
-        for key, entry in _header(path).items():
-            if key == "__metadata__":
-                continue
-            count = 1
-            for size in entry["shape"]:
-                count *= size
-            numbers += count
-            num_bytes += count * DTYPE_BYTES.get(entry["dtype"], 1)
-            dtypes.add(entry["dtype"])
-    return numbers, num_bytes, sorted(dtypes)
+def _weights(files: Iterable[Path]) -> tuple[int, set[str]]:
+    """Numbers in files of weights, and their data types, from the headers."""
+    numbers, dtypes = 0, set()
+    for path in files:
+        try:
+            with safe_open(path, framework="np") as file:
+                tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+                numbers += sum(prod(tensor.get_shape()) for tensor in tensors)
+                dtypes |= {tensor.get_dtype() for tensor in tensors}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+    return numbers, dtypes
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: eight bytes of length, then the text."""
+def plan_request(
+    name: str,
+    *,
+    family: str | None = None,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any],
+    batch: int = 1,
+    device: str = "auto",
+) -> "PlanRequest":
+    """Request of a memory plan.
+
+    Args:
+        name: A model family or a folder.
+        family: Of a folder.
+        overrides: ``key=value``, as of ``generate``.
+        options: Top-level keys of a run, and ``dtype`` of the model.
+        batch: Videos made together.
+        device: auto, cpu or cuda.
+
+    Raises:
+        ValueError: If the model is unknown or a setting does not fit.
+    """
+    from longtake.pipelines.memory_plan import PlanRequest, device_kind
+
+    family, folder = _located(name, family)
+    # A family without bundled weights is planned from its shapes: no folder is read then.
+    model = {"family": family, "path": str(folder or name), "dtype": options.get("dtype")}
+    settings = {key: value for key, value in options.items() if key != "dtype"}
+    settings |= {"prompt": "plan", "model": {key: value for key, value in model.items() if value is not None}}
+    run = load_run(options=settings, overrides=overrides)
+    if batch < 1:
+        raise ValueError(f"--batch {batch}: give 1 or more")
+    kind = device_kind(run.model.device if device == "auto" else device)
+    return PlanRequest.of_run(run, folder=folder, device_type=kind, batch_size=batch)
+
+
+def _parse_memory(text: str) -> int:
+    from longtake.cache.wrappers.budget import parse_bytes
+
+    size = parse_bytes(text)
+    if not size:
+        raise ValueError(f"--memory {text!r} is no size: write for example 8GB or 24GiB")
+    return size
+
+
+def _show_plan(request: "PlanRequest", memory: int | None) -> None:
+    """Print the plan for so many bytes, or for this machine; whether it fits; and remedies."""
+    from longtake.pipelines.memory_plan import format_bytes, machine_memory, plan_memory
+
+    plan = plan_memory(request)
+    out.print(_header(plan), markup=False, style="bold")
+    out.print(_table(plan))
+    if memory is None:
+        total, available = machine_memory(request.device_type)
+        kind = "GPU" if request.device_type == "cuda" else "memory"
+        where = f"this machine's {kind} has {format_bytes(total)}, {format_bytes(available)} free now"
+    else:
+        total, where = memory, f"planned for {format_bytes(memory)}"
+    out.print(f"peak {format_bytes(plan.peak)}; {where}", markup=False)
+    if plan.peak <= total:
+        out.print("it fits", style="bold green")
+        return
+    excess = format_bytes(plan.peak - total)
+    out.print(f"it does not fit: {excess} too much. In order of least harm:", style="bold red")
+    peak = plan.peak
+    for remedy, reached in remedies(plan, total):
+        verdict = "fits" if reached.peak <= total else "not yet"
+        saved, left = format_bytes(peak - reached.peak), format_bytes(reached.peak)
+        out.print(f"  {remedy.what}: saves {saved}, {left}, {verdict}")
+        out.print(f"      {shlex.join(remedy.words)}", markup=False, style="cyan")
+        peak = reached.peak
+    if peak > total:
+        out.print("  with all of these it still does not fit: take a smaller model or a larger machine", style="red")
+
+
+def _header(plan: "MemoryPlan") -> str:
+    r = plan.request
+    dtype = str(r.dtype).removeprefix("torch.")
+    return (
+        f"{r.shapes.source}: {r.width}x{r.height}, {r.num_latent_frames / 4:.0f} s, batch {r.batch_size}, {dtype} on "
+        f"{r.device_type}, cache {plan.policy.name}, blocks of {r.frames_per_block}, {r.num_branches} guidance branch"
+        + ("es" if r.num_branches > 1 else "")
+    )
+
+
+def _table(plan: "MemoryPlan") -> Table:
+    from longtake.pipelines.memory_plan import PROGRAM_BYTES, format_bytes
+
+    cache, branches = plan.cache, plan.request.num_branches
+    times = f" x {branches} branches" if branches > 1 else ""
+    steady = f"the same from block {cache.num_blocks} on" if cache.is_steady else "grows to the end"
+    at_a_time = "one latent frame at a time" + (", one tile" if plan.request.tiles_vae else "")
+    rows: list[tuple[str, int, str]] = [("weights: " + part, size, "") for part, size in plan.weights.items()]
+    rows += [
+        ("keys and values, kept", branches * cache.stored, f"{steady}{times}"),
+        ("places for them", branches * (cache.allocated + cache.on_host), "taken or not, and what else is remembered"),
+        ("read sets", branches * cache.read_sets, f"rotated, as passes read them{times}"),
+        ("rotation phases", branches * cache.phases, ""),
+        ("text keys and values", branches * plan.text, f"cross-attention{times}"),
+        ("modulation", plan.modulation, "all layers, all timesteps"),
+        ("forward, at its largest", plan.denoising, "for a moment"),
+        ("VAE's past frames", plan.features, at_a_time),
+        ("decoding, at its largest", plan.decoding, "for a moment, the block's pixels included"),
+        ("encoding a text", plan.encoding, "for a moment"),
+        ("program", PROGRAM_BYTES, "interpreter, libraries"),
+    ]
+    if plan.request.device_type == "cuda":
+        rows.append(("of the places, in host memory", branches * cache.on_host, ""))
+        rows.append(("host memory, peak", plan.host_peak, ""))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for name, size, note in rows:
+        table.add_row(name, format_bytes(size), note)
+    for phase, size in plan.phases.items():
+        table.add_row(f"peak while {phase}", format_bytes(size), "", style="bold" if size == plan.peak else None)
+    return table
+
+
+_LEAST_SAVING = 0.01  # of the peak: less is not worth a line
+_SMALLEST_SIDE = 256  # pixels; below, no model here was trained
+
+
+@dataclass(frozen=True)
+class _Remedy:
+    """A change that saves memory: in a few words, in words of the command line, and the plan's request with it."""
+
+    what: str
+    words: tuple[str, ...]
+    request: "PlanRequest"
+
+
+def remedies(plan: "MemoryPlan", total: int) -> Iterator[tuple[_Remedy, "MemoryPlan"]]:
+    """Changes, each on top of those before, until the plan fits into ``total`` bytes; the lossless ones come first."""
+    from longtake.pipelines.memory_plan import plan_memory
+
+    for make in _REMEDIES:
+        if plan.peak <= total:
+            return
+        remedy = make(plan, total)
+        if remedy is None:
+            continue
+        try:
+            with _no_warnings():
+                reached = plan_memory(remedy.request)
+        except ValueError:  # a budget that nothing fits
+            continue
+        if plan.peak - reached.peak >= _LEAST_SAVING * plan.peak:
+            plan = reached
+            yield remedy, plan
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence: a budget that is only tried has nothing to warn of."""
+    logger = logging.getLogger("longtake.cache.wrappers.budget")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError("it has no safetensors header")
-            return json.loads(file.read(length))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _setting(plan: "MemoryPlan", total: int, *, what: str, word: str, **changes: Any) -> _Remedy | None:
+    request = replace(plan.request, **changes)
+    return None if request == plan.request else _Remedy(what, (word,), request)
+
+
+def _half_precision(plan: "MemoryPlan", total: int) -> _Remedy | None:
+    import torch
+
+    return _setting(plan, total, what="bfloat16", word="model.dtype=bfloat16", dtype=torch.bfloat16)
+
+
+def _on_gpu(make: "_Maker") -> "_Maker":
+    """A remedy that does nothing on the CPU."""
+    return lambda plan, total: make(plan, total) if plan.request.device_type == "cuda" else None
+
+
+def _archive_on_host(plan: "MemoryPlan", total: int) -> _Remedy | None:
+    settings = plan.request.policy.settings()
+    if settings.get("archive") != "device":
+        return None
+    return _with_cache(plan, "the archive of old blocks in host memory", settings | {"archive": "host"})
+
+
+def _offload_cache(plan: "MemoryPlan", total: int) -> _Remedy | None:
+    settings = plan.request.policy.settings()
+    if settings["policy"] == "offloaded":
+        return None
+    return _with_cache(plan, "keys and values in host memory", {"policy": "offloaded", "inner": settings})
+
+
+def _quantize(plan: "MemoryPlan", total: int, *, bits: int) -> _Remedy | None:
+    settings = plan.request.policy.settings()
+    is_far = settings["policy"] == "offloaded"
+    for wrapper in ("offloaded", "quantized"):
+        settings = settings["inner"] if settings["policy"] == wrapper else settings
+    if "inner" in settings:
+        return None  # a wrapper of the user's own: what is in it is theirs to say
+    settings = {"policy": "quantized", "bits": bits, "inner": settings}
+    settings = {"policy": "offloaded", "inner": settings} if is_far else settings
+    return _with_cache(plan, f"keys and values in {bits} bits", settings)
+
+
+def _shorten(plan: "MemoryPlan", total: int) -> _Remedy | None:
+    """A budget of what is left for one branch's cache, which shortens the window."""
+    settings, branches = plan.request.policy.settings(), plan.request.num_branches
+    held = branches * (plan.cache.stored + plan.cache.read_sets)
+    left = (total - plan.peak + held) // branches
+    if left <= 0 or settings["policy"] == "budget":
+        return None
+    budget = {"policy": "budget", "max_bytes": f"{left // 10**6}MB", "min_bits": 4, "inner": settings}
+    return _with_cache(plan, "a shorter window", budget)
+
+
+def _shrink(plan: "MemoryPlan", total: int) -> _Remedy | None:
+    """The largest picture of the same shape that fits by proportion, all but weights taken to follow its area."""
+    request = plan.request
+    fixed = sum(plan.weights.values())
+    scale = max(0.0, (total - fixed) / max(1, plan.peak - fixed)) ** 0.5 * 0.95
+    height, width = (max(16, int(side * scale) // 16 * 16) for side in (request.height, request.width))
+    if min(height, width) < min(_SMALLEST_SIDE, request.height, request.width):
+        return None
+    words = f"height={height}", f"width={width}"
+    return _Remedy("a smaller picture", words, replace(request, height=height, width=width))
+
+
+def _with_cache(plan: "MemoryPlan", what: str, settings: Mapping[str, Any]) -> _Remedy:
+    from longtake.cache import make_policy
+
+    words = ("--cache", settings["policy"], *_overrides(settings, "cache"))
+    return _Remedy(what, words, replace(plan.request, policy=make_policy(settings)))
+
+
+def _overrides(settings: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """A policy's settings as dotted overrides, where they differ from its preset."""
+    from longtake.cache import make_policy
+
+    preset = make_policy(load_preset("cache", settings["policy"])).settings()
+    for key, value in settings.items():
+        if key == "inner":
+            yield f"{prefix}.inner.policy={value['policy']}"
+            yield from _overrides(value, f"{prefix}.inner")
+        elif preset[key] != value and value is not None:
+            yield f"{prefix}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+_Maker = Callable[["MemoryPlan", int], _Remedy | None]
+# In order of least harm; the first four leave the video as it is.
+_REMEDIES: tuple[_Maker, ...] = (
+    partial(_setting, what="free the text encoder", word="--free-text-encoder", text_encoder="freed"),
+    _on_gpu(partial(_setting, what="only the part at work on the GPU", word="model.offload=model", offloads=True)),
+    _on_gpu(_archive_on_host),
+    _on_gpu(_offload_cache),
+    _half_precision,
+    partial(_quantize, bits=8),
+    partial(_quantize, bits=4),
+    # On the CPU the past frames of all tiles lie in the same memory, and are more than those of the whole frame.
+    _on_gpu(partial(_setting, what="decode in tiles", word="model.vae_tiling=true", tiles_vae=True)),
+    _shorten,
+    _shrink,
+)

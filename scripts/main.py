@@ -1,48 +1,63 @@
-"""The console command ``longtake``."""
+"""The console command ``longtake``; a command's module is imported when the command runs."""
 
+import os
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from longtake import __version__
 from longtake.configs.waiting import wait_briefly
-from longtake.scripts.attention import app as attention
 from longtake.scripts.console import out, run_app
-from longtake.scripts.convert import convert
-from longtake.scripts.evaluate import app as evaluate
-from longtake.scripts.fork import fork
-from longtake.scripts.generate import generate
-from longtake.scripts.info import info
-from longtake.scripts.policies import policies
-from longtake.scripts.profile_heads import profile_heads
-from longtake.scripts.resume import resume
 
 COMMANDS = {
-    "generate": generate,
-    "resume": resume,
-    "fork": fork,
-    "policies": policies,
-    "info": info,
-    "convert": convert,
-    "profile-heads": profile_heads,
+    "generate": "Make a video from a prompt.",
+    "resume": "Resume a run from its latest checkpoint.",
+    "fork": "Branch a new run from an existing one.",
+    "policies": "List the cache policies with what they attend to and cost, or explain one.",
+    "info": "Show a model's size, shape, size of its cache, licence and source; or plan a video's memory.",
+    "convert": "Turn a published checkpoint into a diffusers folder.",
+    "profile-heads": "Profile a model's attention heads for `forcing_kv`.",
+    "evaluate": "Measure videos, make and measure them, and compare runs.",
+    "attention": "Attention backends of this machine, and sparse attention policies.",
+}
+_STYLE: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": "markdown",
+    "pretty_exceptions_enable": False,
 }
 
+
+class _Commands(TyperGroup):
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load_command(args[0]), rest
+
+
+def load_command(name: str) -> Any:
+    """A command of the table: the function of its name, or the group ``app``, of the module of its name."""
+    module = import_module(f"longtake.scripts.{name.replace('-', '_')}")
+    program = vars(module).get("app")
+    if program is None:
+        program = typer.Typer(**_STYLE)
+        program.command(name, no_args_is_help=name != "policies")(getattr(module, name.replace("-", "_")))
+    return typer.main.get_command(program)
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=_Commands,
     no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
     help=(
         "Minutes of video from a causal video diffusion transformer, block by block, with a cache policy chosen in "
         "YAML.\n\n"
         'Start with: `longtake generate "a red circle bouncing quickly over a navy striped background"`'
     ),
+    **_STYLE,
 )
-for _name, _command in COMMANDS.items():
-    app.command(_name, no_args_is_help=_name != "policies")(_command)
-app.add_typer(evaluate, name="evaluate")
-app.add_typer(attention, name="attention")
+for _name, _line in COMMANDS.items():
+    app.command(_name, help=_line)(lambda: None)
 
 
 def _show_version(value: bool) -> None:
@@ -63,6 +78,8 @@ def options(
 def main() -> None:
     """Run the command line and exit with its code."""
     wait_briefly()
+    # Before diffusers and transformers are imported: every model is a folder on this machine.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.exit(run_app(app))
 
 

@@ -1,40 +1,59 @@
-"""List the cache policies, show one as YAML, or explain what it reads block by block."""
+"""List the cache policies, show one as YAML, or explain in text and pictures what its blocks read."""
 
+import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
+import torch
 import yaml
 from rich.text import Text
+from typer import Argument, Option
 
+from longtake.cache import POLICIES, CachePolicy, Event, Geometry, make_policy
+from longtake.cache.simulation import PassRecord, SimulatedBlock, Span, simulate
+from longtake.configs.fields import choose
+from longtake.configs.loader import load_preset, preset_names
 from longtake.scripts.console import out
 
 if TYPE_CHECKING:
-    from longtake.cache import CachePolicy, Event
+    from matplotlib.axes import Axes
 
 GB = 1e9
+_FRAMES_PER_SECOND = 4  # latent ones, at 16 pixel frames a second
+_SETTLED_BLOCKS = 12  # as many as change nothing, and a policy is taken to be in its steady state
+_MOST_BLOCKS = 720  # then it is taken to grow for ever: 9 minutes in blocks of 3
+_MINUTE = 60
+_REFERENCE = re.compile(r"arXiv:[0-9.]+[0-9]")
+_TABLE_NOTE = (
+    "Presets on Wan2.1 1.3B at 832x480 in bfloat16. block: latent frames denoised together. attends: frames' worth of "
+    "tokens that a block attends to, itself included. reads, stores: GB of keys and values that a block reads beside "
+    "its own, and that are kept. Figures of an unbounded policy are those of one minute."
+)
 
 
 def policies(
-    name: Annotated[str | None, typer.Argument(help="Show this one's preset as YAML.", show_default=False)] = None,
+    name: Annotated[str | None, Argument(help="Show this one's preset as YAML.", show_default=False)] = None,
     *,
-    explain: Annotated[bool, typer.Option("--explain", help="Show what each block reads.")] = False,
-    blocks: Annotated[int, typer.Option(help="Blocks to explain.", min=1)] = 12,
+    explain: Annotated[bool, Option("--explain", help="Show what each block reads.")] = False,
+    blocks: Annotated[int, Option(help="Blocks to explain.", min=1)] = 12,
     set_: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the preset; may be repeated.")
-    ] = (),
-    event: Annotated[
-        list[str],
-        typer.Option(metavar="BLOCK:EVENT", help="A new prompt at a block: 6:recache; may be repeated."),
-    ] = (),
-    frames_per_block: Annotated[
-        int | None, typer.Option(help="Latent frames denoised together.", show_default="the source's", min=1)
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Change a field of the preset; may be repeated.")
     ] = None,
-    layer: Annotated[int, typer.Option(help="Layer to explain, of six; from the last backwards if negative.")] = -1,
+    event: Annotated[
+        list[str] | None,
+        Option(metavar="BLOCK:EVENT", help="A new prompt at a block: 6:recache; may be repeated."),
+    ] = None,
+    frames_per_block: Annotated[
+        int | None, Option(help="Latent frames denoised together.", show_default="the source's", min=1)
+    ] = None,
+    layer: Annotated[int, Option(help="Layer to explain, of six; from the last backwards if negative.")] = -1,
     png: Annotated[
-        Path | None, typer.Option("--out", "--png", help="Draw it, too, into this PNG file.", show_default=False)
+        Path | None, Option("--out", "--png", help="Draw it, too, into this PNG file.", show_default=False)
     ] = None,
 ) -> None:
     """List the cache policies with what they attend to and cost, or explain one.
@@ -47,9 +66,6 @@ def policies(
 
     `longtake policies attention_sink --explain --set num_sink_frames=6 --out sinks.png`
     """
-    from longtake.cache import POLICIES, make_policy
-    from longtake.configs.fields import choose
-
     if name is None:
         if explain or set_ or event or png:
             raise ValueError("--explain, --set, --event and --out are about one policy: give its name.")
@@ -57,35 +73,25 @@ def policies(
             out.print(line)
         return
     choose(POLICIES, name, what="cache policy")
-    settings = changed(name, set_)
-    if explain:
-        _explain(
-            make_policy(settings),
-            num_blocks=blocks,
-            frames_per_block=frames_per_block,
-            events=_parse_events(event),
-            layer=layer,
-            png=png,
-        )
+    settings = _changed(name, set_ or ())
+    if not explain:
+        if set_:
+            make_policy(settings)
+        out.print(yaml.safe_dump(settings, sort_keys=False).rstrip(), markup=False)
         return
-    if set_:
-        make_policy(settings)
-    out.print(yaml.safe_dump(settings, sort_keys=False).rstrip(), markup=False)
+    policy, events_ = make_policy(settings), _parse_events(event or ())
+    size = frames_per_block or policy.published_block
+    policy.check(size)
+    played = play(policy, num_blocks=blocks, frames_per_block=size, events=events_, layer=layer)
+    _print_explained(policy, played, frames_per_block=size)
+    if png is not None:
+        draw(played, png, title=title(policy, events_))
+        out.print(str(png), markup=False, style="bold")
 
 
-def changed(name: str, changes: Sequence[str]) -> dict[str, Any]:
-    """A policy's preset with some fields changed.
-
-    Args:
-        name: Of the policy.
-        changes: ``key=value``; values as in YAML, dots reach into mappings.
-
-    Raises:
-        ValueError: If a change is not written so.
-    """
-    from longtake.configs.loader import load_preset, preset_names
-
-    settings = load_preset("cache", name) if name in preset_names("cache") else {"policy": name}
+def _changed(name: str, changes: Iterable[str]) -> dict[str, Any]:
+    """A policy's preset with some fields changed: ``key=value``, dots reach into mappings."""
+    settings: dict[str, Any] = load_preset("cache", name) if name in preset_names("cache") else {"policy": name}
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals or not path:
@@ -99,49 +105,37 @@ def changed(name: str, changes: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _parse_events(texts: Sequence[str]) -> "dict[int, Event]":
-    """Read ``BLOCK:EVENT`` texts into events by block index.
-
-    Raises:
-        ValueError: If a text is anything else.
-    """
+def _parse_events(texts: Iterable[str]) -> dict[int, Event]:
+    """Events by block index from ``BLOCK:EVENT``; the simulation checks their names."""
     events: dict[int, Event] = {}
     for text in texts:
         block, _, event = text.partition(":")
         if not block.isdigit() or not event:
             raise ValueError(f"--event {text!r}: write BLOCK:EVENT, for example 6:recache.")
-        events[int(block)] = event
+        events[int(block)] = cast(Event, event)
     return events
 
 
 def _table(frames_per_block: int | None) -> Iterator[Text]:
     """A line of figures per policy, and what it is below."""
-    from longtake.cache import POLICIES
-    from longtake.scripts.policy_explained import events, facts, needs, preset_policy, summary, wan_1_3b
-
     width = min(out.width, 110)
-    note = (
-        "Presets on Wan2.1 1.3B at 832x480 in bfloat16. block: latent frames denoised together. attends: frames' "
-        "worth of tokens that a block attends to, itself included. reads, stores: GB of keys and values that a block "
-        "reads beside its own, and that are kept. Figures of an unbounded policy are those of one minute."
-    )
-    yield Text(_filled(note, width), style="dim")
+    yield Text(_filled(_TABLE_NOTE, width), style="dim")
     yield Text()
-    yield _row(("policy", "block", "attends", "reads", "stores", "bounded", "needs", "events"), style="bold")
+    yield _row("policy", "block", "attends", "reads", "stores", "bounded", "needs", "events", style="bold")
     for name, cls in POLICIES.items():
-        what = summary(cls)
+        what = _summary(cls)
         try:
             policy = preset_policy(name)
             size = frames_per_block or policy.published_block
-            row = facts(policy, wan_1_3b(size))
+            row = facts(policy, _wan_1_3b(size))
         except ValueError as error:
-            cells = (name, "-", "-", "-", "-", "-", "-", "-")
+            cells = ["-"] * 7
             what += f" The preset alone does not run here: {error}"
         else:
             bounded = "yes" if row.is_bounded else f"+{row.grows / GB:.3g}/min"
             sizes = f"{row.context_frames:.3g}", f"{row.attended_bytes / GB:.2f}", f"{row.stored_bytes / GB:.2f}"
-            cells = (name, str(size), *sizes, bounded, needs(policy), ", ".join(events(policy)) or "-")
-        yield _row(cells, style="bold cyan")
+            cells = [str(size), *sizes, bounded, needs(policy), ", ".join(events(policy)) or "-"]
+        yield _row(name, *cells, style="bold cyan")
         yield Text(_filled(what, width, indent="  "), style="dim")
 
 
@@ -149,61 +143,453 @@ def _filled(text: str, width: int, *, indent: str = "") -> str:
     return textwrap.fill(text, width, break_on_hyphens=False, initial_indent=indent, subsequent_indent=indent)
 
 
-def _row(cells: tuple[str, ...], *, style: str) -> Text:
-    name, block, attends, reads, stores, bounded, needed, events = cells
-    text = Text(f"{name:<16}", style=style)
-    text.append(
-        f"{block:>5} {attends:>7} {reads:>6} {stores:>6}  {bounded:<9} {needed:<12} {events}", style="not bold default"
-    )
-    return text
+def _row(name: str, *cells: str, style: str) -> Text:
+    figures = "{:>5} {:>7} {:>6} {:>6}  {:<9} {:<12} {}".format(*cells)
+    return Text(f"{name:<16}", style=style).append(figures, style="not bold default")
 
 
-def _explain(
-    policy: "CachePolicy",
-    *,
-    num_blocks: int,
-    frames_per_block: int | None,
-    events: "Mapping[int, Event]",
-    layer: int,
-    png: Path | None,
-) -> None:
-    from longtake.scripts.policy_explained import draw, legend, lines, play, summary
-
-    size = frames_per_block or policy.published_block
-    policy.check(size)
-    blocks = play(policy, num_blocks=num_blocks, frames_per_block=size, events=events, layer=layer)
-    out.print(f"[bold]{policy.name}[/bold]  {summary(type(policy))}")
+def _print_explained(policy: CachePolicy, blocks: Sequence[SimulatedBlock], *, frames_per_block: int) -> None:
+    out.print(f"[bold]{policy.name}[/bold]  {_summary(type(policy))}")
     fields = {key: value for key, value in policy.settings().items() if key != "policy"}
     out.print(", ".join(f"{key}={value}" for key, value in fields.items()) or "no settings", markup=False, style="dim")
     out.print()
-    for line in lines(blocks):
+    for line in _lines(blocks):
         out.print(line)
     out.print()
-    out.print(legend(blocks))
-    out.print(_cost(policy, size))
-    if png is not None:
-        draw(blocks, png, title=title(policy, events))
-        out.print(str(png), markup=False, style="bold")
-
-
-def _cost(policy: "CachePolicy", frames_per_block: int) -> str:
-    from longtake.scripts.policy_explained import facts, needs, wan_1_3b
-
+    out.print(_legend(blocks))
     needed = f"needs: {needs(policy).replace('-', 'nothing')}"
     try:
-        row = facts(policy, wan_1_3b(frames_per_block))
+        row = facts(policy, _wan_1_3b(frames_per_block))
     except ValueError as error:
-        return f"Wan2.1 1.3B at 832x480: {error} {needed}"
-    growth = "" if row.is_bounded else f" after {row.after_seconds:.0f} s, growing"
-    return (
-        f"Wan2.1 1.3B at 832x480: attends to {row.context_frames:.3g} frames ({row.context_tokens:,} tokens) with the "
-        f"block, reads {row.attended_bytes / GB:.2f} GB, stores {row.stored_bytes / GB:.2f} GB{growth}; {needed}"
-    )
+        cost = f"{error} {needed}"
+    else:
+        growth = "" if row.is_bounded else f" after {row.after_seconds:.0f} s, growing"
+        cost = (
+            f"attends to {row.context_frames:.3g} frames ({row.context_tokens:,} tokens) with the block, reads "
+            f"{row.attended_bytes / GB:.2f} GB, stores {row.stored_bytes / GB:.2f} GB{growth}; {needed}"
+        )
+    out.print(f"Wan2.1 1.3B at 832x480: {cost}")
 
 
-def title(policy: "CachePolicy", events: "Mapping[int, Event] | None" = None) -> str:
+def title(policy: CachePolicy, events: Mapping[int, Event] | None = None) -> str:
     """Name and main settings, for the top of a picture."""
     shown = {key: value for key, value in policy.settings().items() if "frames" in key or key == "positions"}
     parts = [f"{key.removeprefix('num_').removesuffix('_frames')} {value}" for key, value in shown.items()]
     parts += [f"{event} at block {block}" for block, event in (events or {}).items()]
     return f"{policy.name}: {', '.join(parts)}" if parts else policy.name
+
+
+@dataclass(frozen=True)
+class _PolicyFacts:
+    """Figures of a policy.
+
+    Attributes:
+        context_frames: Most that a block or window attends to, itself included, in frames' worth of tokens.
+        context_tokens: The same in tokens.
+        attended_bytes: Keys and values that it attends to beside itself.
+        stored_bytes: Keys and values that are kept between blocks.
+        grows: Bytes per minute of video that are still added to what is stored; 0: bounded.
+        after_seconds: Length of video at which these are the figures, or from which on they hold.
+    """
+
+    context_frames: float
+    context_tokens: int
+    attended_bytes: int
+    stored_bytes: int
+    grows: float
+    after_seconds: float
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether memory stays the same however long the video."""
+        return not self.grows
+
+
+def _wan_1_3b(frames_per_block: int = 3) -> Geometry:
+    """Wan2.1-T2V-1.3B at 832x480 in bfloat16: 30 layers, 12 heads of 128, 1,560 tokens a frame; sizes alone."""
+    shapes: dict[str, Any] = {"num_layers": 30, "num_heads": 12, "head_dim": 128, "num_rows": 30, "num_columns": 52}
+    return Geometry(**shapes, frames_per_block=frames_per_block, dtype=torch.bfloat16, device=torch.device("meta"))
+
+
+def preset_policy(name: str) -> CachePolicy:
+    """A policy as its preset has it.
+
+    Raises:
+        ValueError: If the preset cannot stand alone: a policy that needs a file of the user's, say.
+    """
+    return make_policy(_changed(name, ()))
+
+
+def _summary(cls: type[CachePolicy]) -> str:
+    """First paragraph of a policy's docstring, and its source unless the paragraph names it already."""
+    first = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
+    references = _REFERENCE.findall(cls.source) or [cls.source]
+    return first if all(reference in first for reference in references) else f"{first} Source: {cls.source}."
+
+
+def needs(policy: CachePolicy) -> str:
+    """Needs beside the model: weights or a VAE."""
+    wanted = {"VAE": policy.traits.needs_vae, "weights": policy.traits.needs_weights}
+    return ", ".join(name for name, is_needed in wanted.items() if is_needed) or "-"
+
+
+def events(policy: CachePolicy) -> list[Event]:
+    """Prompt events that it knows, the trivial one left out."""
+    return sorted(policy.events - {"keep"})
+
+
+@cache
+def facts(policy: CachePolicy, geometry: Geometry | None = None) -> _PolicyFacts:
+    """Play a policy until nothing changes any more, or for a minute if that never comes.
+
+    One layer is played for all: policies that treat layers differently keep as much in each of them, or refuse a
+    model of one layer, and then all are played.
+
+    Args:
+        policy: What to measure.
+        geometry: Shapes; Wan2.1 1.3B's with the source's block size unless given.
+
+    Raises:
+        ValueError: If the policy has no room for the geometry's blocks, or what it needs is made for another model.
+    """
+    g = geometry or _wan_1_3b(policy.published_block)
+    try:
+        return _measured(policy, g)
+    except RuntimeError as error:
+        raise ValueError(f"what {policy.name} needs is made for a model of other shapes ({error}).") from error
+
+
+def _measured(policy: CachePolicy, g: Geometry) -> _PolicyFacts:
+    played = replace(g, num_layers=1)
+    try:
+        policy.start(played)
+    except ValueError:
+        played = g
+    attended, stored, steady, seconds, is_settled = 0.0, 0, 0, 0.0, False
+    for block in simulate(policy, played, _MOST_BLOCKS, window_blocks=policy.published_window):
+        now_attended, now_stored = block.denoise.num_tokens, block.stats.num_bytes
+        if now_attended > attended or now_stored > stored:
+            attended, stored, steady = max(attended, now_attended), max(stored, now_stored), block.index
+        is_bounded = block.denoise.is_bounded or not block.denoise.spans
+        seconds = (block.start_frame + block.num_frames) / _FRAMES_PER_SECOND
+        is_settled = block.index >= steady + _SETTLED_BLOCKS
+        if is_settled or (not is_bounded and seconds >= _MINUTE):
+            break
+    stored = stored * g.num_layers // played.num_layers
+    token_bytes = 2 * g.num_layers * g.num_heads * g.head_dim * g.dtype.itemsize * g.batch_size
+    context = round(attended) + policy.published_window * g.frames_per_block * g.tokens_per_frame
+    return _PolicyFacts(
+        context_frames=context / g.tokens_per_frame,
+        context_tokens=context,
+        attended_bytes=round(attended * token_bytes),
+        stored_bytes=stored,
+        grows=0.0 if is_settled else stored / seconds * _MINUTE,
+        after_seconds=(steady + 1) * g.frames_per_block / _FRAMES_PER_SECOND if is_settled else seconds,
+    )
+
+
+_BLOCK = "block"
+_TOY_CHANNELS = 12  # of the bundled model's latents
+_COLOURS = {"sink": "#3f78c4", "recent": "#5aa872", "mid": "#e5994b", "memory": "#9a6fc0", _BLOCK: "#3a3f4b"}
+_EVENT_COLOUR = "#c0392b"
+_ROW_HEIGHT = 0.84
+_OTHER_COLOURS = ("#d1605e", "#4bb3b8", "#c9b23c", "#b0728f", "#7d8f4e", "#8c8c8c")
+_TEXT_FRAMES = 60  # most columns of the text picture; more frames share a column
+_LABELLED_FRAMES = 45  # more, and numbers would not be readable
+_WHOLE = 0.99  # a frame of which so much is read is read
+_MAX_LISTED = 3  # runs of numbers before a list is shortened
+
+
+def _toy_geometry(frames_per_block: int = 3) -> Geometry:
+    """The bundled model's shapes: 6 layers, 6 heads of 32, 4 x 4 tokens a frame."""
+    shapes: dict[str, Any] = {"num_layers": 6, "num_heads": 6, "head_dim": 32, "num_rows": 4, "num_columns": 4}
+    return Geometry(**shapes, frames_per_block=frames_per_block, dtype=torch.float32)
+
+
+def play(
+    policy: CachePolicy,
+    *,
+    num_blocks: int = 12,
+    frames_per_block: int = 3,
+    events: Mapping[int, Event] | None = None,
+    layer: int = -1,
+) -> list[SimulatedBlock]:
+    """Play a rollout of the bundled model's shapes, and note what one layer reads.
+
+    Raises:
+        ValueError: If the policy does not know an event, has no room for such blocks, or there is no such layer.
+    """
+    geometry = _toy_geometry(frames_per_block)
+    if not -geometry.num_layers <= layer < geometry.num_layers:
+        raise ValueError(f"layer={layer} does not exist: the model played has layers 0 to {geometry.num_layers - 1}.")
+    played = simulate(
+        policy,
+        geometry,
+        num_blocks,
+        events=events,
+        window_blocks=policy.published_window,
+        latent_channels=_TOY_CHANNELS,
+        layer=layer,
+    )
+    return list(played)
+
+
+def _roles(blocks: Sequence[SimulatedBlock]) -> dict[str, str]:
+    """Colours by role, in order of appearance; the block itself is last."""
+    found: dict[str, str] = {}
+    others = iter(_OTHER_COLOURS * 3)
+    for record in (record for block in blocks for record in (block.denoise, *block.jobs)):
+        for span in record.spans:
+            if span.role not in found:
+                found[span.role] = _COLOURS.get(span.role) or next(others)
+    return found | {_BLOCK: _COLOURS[_BLOCK]}
+
+
+def _numbers(values: Iterable[float]) -> str:
+    """Write numbers as ranges: 0-2, 6, 8-11; more than three ranges as first to last."""
+    runs: list[list[float]] = []
+    for value in sorted(set(values)):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    if len(runs) > _MAX_LISTED:
+        return f"{runs[0][0]:g}..{runs[-1][1]:g}"
+    return ", ".join(f"{first:g}" if first == last else f"{first:g}-{last:g}" for first, last in runs)
+
+
+def _lines(blocks: Sequence[SimulatedBlock]) -> Iterator[Text]:
+    """A line per block: a strip of its frames, one letter each, and what is read at which positions.
+
+    Capital letters are whole frames, small ones part of a frame's tokens, ``#`` the block itself.
+    """
+    colours, total = _roles(blocks), _num_frames(blocks)
+    per_column = -(-total // _TEXT_FRAMES)
+    width = -(-total // per_column)
+    heading = "frames" if per_column == 1 else f"frames, {per_column} to a letter"
+    yield Text(f"block  {heading:<{width}}  reads @ positions", style="bold")
+    for block in blocks:
+        if block.event != "keep":
+            yield Text(f"       new prompt: {block.event}", style="bold red")
+        commit = [] if block.commit is None else [(" keep", block.commit)]
+        jobs = [(" job ", job) for job in block.jobs]
+        for label, record in [(f"{block.index:5d}", block.denoise), *commit, *jobs]:
+            strength = "bold" if record is block.denoise else "dim"
+            yield Text(f"{label}  ") + _strip(record, colours, width, per_column, strength) + _read(record, colours)
+
+
+def _legend(blocks: Sequence[SimulatedBlock]) -> Text:
+    """Letters of the roles."""
+    text = Text("")
+    for role, colour in _roles(blocks).items():
+        text.append(f" {_letter(role)} ", style=f"bold white on {colour}")
+        text.append(f" {role}   ")
+    if any(block.commit is not None for block in blocks):
+        text.append("keep: the commit pass, where it reads something else   ")
+    if any(block.jobs for block in blocks):
+        text.append("job: a forward that only fills the cache")
+    return text
+
+
+def _letter(role: str) -> str:
+    return "#" if role == _BLOCK else role[0].upper()
+
+
+def _num_frames(blocks: Sequence[SimulatedBlock]) -> int:
+    """Frames up to the end of the last pass, which may be a window of several blocks."""
+    last = blocks[-1].denoise.pass_
+    return last.start_frame + last.num_frames
+
+
+def _spans(record: PassRecord) -> list[Span]:
+    """Spans that a pass reads, and that of its own frames."""
+    first = record.pass_.start_frame
+    frames = tuple(range(first, first + record.pass_.num_frames))
+    return [*record.spans, Span(_BLOCK, frames, record.query_positions, (1.0,) * len(frames))]
+
+
+def _strip(record: PassRecord, colours: Mapping[str, str], width: int, per_column: int, strength: str) -> Text:
+    """One letter per column: the role that has most of its frames' tokens."""
+    cells: dict[int, tuple[str, float]] = {}
+    for span in _spans(record):
+        for frame, share in zip(span.frames, span.shares, strict=True):
+            column = frame // per_column
+            if share and (column not in cells or cells[column][1] < share or span.role == _BLOCK):
+                cells[column] = span.role, share
+    line = Text()
+    for column in range(width):
+        if column not in cells:
+            line.append("·", style="dim")
+            continue
+        role, share = cells[column]
+        letter = _letter(role) if share > _WHOLE else _letter(role).lower()
+        line.append(letter, style=f"{strength} white on {colours[role]}")
+    return line.append("  ")
+
+
+def _read(record: PassRecord, colours: Mapping[str, str]) -> Text:
+    """Frames and positions of every role."""
+    line = Text()
+    for index, span in enumerate(_merged(_spans(record))):
+        line.append("; " if index else "")
+        line.append(span.role, style=f"bold {colours[span.role]}")
+        heads = "" if span.heads is None else f" (heads {_numbers(span.heads)})"
+        share = "" if span.share > _WHOLE or not span.frames else f" ({span.share:.0%})"
+        positions = f" @ {_numbers(span.positions)}" if span.positions else ""
+        line.append(f"{heads} {_numbers(span.frames)}{share}{positions}")
+    return line
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """Neighbouring spans of one role and of the same heads as one."""
+    merged: list[Span] = []
+    for span in spans:
+        last = merged[-1] if merged else None
+        if last is not None and (last.role, last.heads) == (span.role, span.heads):
+            joined = {key: getattr(last, key) + getattr(span, key) for key in ("frames", "positions", "shares")}
+            merged[-1] = replace(last, **joined, num_tokens=last.num_tokens + span.num_tokens)
+        else:
+            merged.append(span)
+    return merged
+
+
+def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_trained_frames: int = 21) -> None:
+    """Draw which frames each block reads, and at which positions, side by side.
+
+    Args:
+        blocks: Of ``play``.
+        path: PNG to write, in a palette of 128 colours to keep it small.
+        title: Above the picture.
+        num_trained_frames: Positions from 0 to here are shaded: what a model has been trained at.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise ValueError("the picture needs the package matplotlib (not installed): pip install matplotlib.") from None
+    from PIL import Image
+
+    figure = Figure(figsize=(13.0, 1.7 + 0.26 * len(blocks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = _roles(blocks)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_frames(left, blocks, colours)
+    _draw_positions(right, blocks, colours, num_trained_frames)
+    for axis in (left, right):
+        for row, block in enumerate(blocks):
+            if block.event != "keep":
+                axis.axhline(row - 0.5, color=_EVENT_COLOUR, linewidth=1.2)
+        axis.tick_params(length=0, labelsize=8)
+        axis.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    handles = [Patch(color=colour, label=role) for role, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) + 1, frameon=False, fontsize=9)
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=90)
+    buffer.seek(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def _draw_frames(axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str]) -> None:
+    total = _num_frames(blocks)
+    is_labelled = total <= _LABELLED_FRAMES
+
+    def entries(span: Span) -> Iterable[tuple[float, float, float | None]]:
+        return zip(span.frames, span.shares, _places(span), strict=True)
+
+    _fill(axis, _boxes(blocks, entries), colours, is_labelled=is_labelled)
+    for row, block in enumerate(blocks):
+        if block.event != "keep":
+            note = {"fontsize": 7, "color": _EVENT_COLOUR, "ha": "right"}
+            axis.text(total - 0.5, row - 0.54, f"new prompt: {block.event}", **note)
+    axis.set_xlim(-0.6, total - 0.4)
+    axis.set_ylim(len(blocks) - 0.5, -0.5)
+    axis.set_yticks(range(len(blocks)))
+    axis.set_ylabel("block")
+    axis.set_xlabel("frame of the video" + (" (numbers: its temporal position)" if is_labelled else ""))
+
+
+def _places(span: Span) -> Sequence[float | None]:
+    """Position of each frame; None where its tokens stand neither together nor at home."""
+    if len(span.positions) == len(span.frames):
+        return span.positions
+    is_home = set(span.positions) <= set(map(float, span.frames)) and len(set(span.shares)) > 1
+    return [float(frame) if is_home else None for frame in span.frames]
+
+
+def _draw_positions(
+    axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str], num_trained_frames: int
+) -> None:
+    def entries(span: Span) -> Iterable[tuple[float, float, float | None]]:
+        shares = [share for share in span.shares if share]
+        if len(shares) != len(span.positions):
+            shares = [span.share] * len(span.positions)
+        return ((position, share, None) for position, share in zip(span.positions, shares, strict=True))
+
+    axis.axvspan(-0.5, num_trained_frames - 0.5, color="#eceff4", zorder=0)
+    boxes = _boxes(blocks, entries)
+    _fill(axis, boxes, colours)
+    places = [box.x for box in boxes]
+    axis.set_xlim(min(-1.0, *places) - 0.1, max(num_trained_frames, *places) + 1.0)
+    axis.set_xlabel(f"temporal position (shaded: {num_trained_frames} frames of training)")
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A coloured cell; ``x`` is its middle, ``y`` its upper edge."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    role: str
+    share: float
+    label: float | None
+
+
+def _boxes(
+    blocks: Sequence[SimulatedBlock], entries: Callable[[Span], Iterable[tuple[float, float, float | None]]]
+) -> list[_Box]:
+    """Boxes of all rows, from the (place, share of tokens, label) that ``entries`` gives of a span.
+
+    Roles that share a place share its height, but groups of heads that read the same are one.
+    """
+    boxes: list[_Box] = []
+    for row, block in enumerate(blocks):
+        cells: dict[float, dict[tuple[str, float | None], float]] = {}
+        for span in _spans(block.denoise):
+            for x, share, label in entries(span):
+                if share:
+                    cell = cells.setdefault(float(x), {})
+                    cell[span.role, label] = max(share, cell.get((span.role, label), 0.0))
+        places = sorted(cells)
+        width = min(1.0, max(0.2, min((b - a for a, b in zip(places, places[1:], strict=False)), default=1.0)))
+        for x, shares in cells.items():
+            height = _ROW_HEIGHT / len(shares)
+            for part, ((role, label), share) in enumerate(shares.items()):
+                boxes.append(_Box(x, row - _ROW_HEIGHT / 2 + part * height, width, height, role, share, label))
+    return boxes
+
+
+def _fill(axis: "Axes", boxes: Sequence[_Box], colours: Mapping[str, str], *, is_labelled: bool = False) -> None:
+    """Draw boxes, those of few tokens paler."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
+
+    corners = []
+    for box in boxes:
+        left, right, bottom = box.x - box.width / 2, box.x + box.width / 2, box.y + box.height
+        corners.append([(left, box.y), (right, box.y), (right, bottom), (left, bottom)])
+    faces = [to_rgba(colours[box.role], max(0.3, min(1.0, box.share))) for box in boxes]
+    axis.add_collection(PolyCollection(corners, facecolors=faces, edgecolors="white", linewidths=0.7))
+    for box in boxes:
+        if is_labelled and box.label is not None:
+            size = 6.5 if box.height == _ROW_HEIGHT else 4.5
+            style = {"color": "white" if box.share > 0.5 else "#202020", "fontsize": size}
+            middle = box.y + box.height / 2 + 0.03
+            axis.text(box.x, middle, f"{box.label:.3g}", ha="center", va="center", **style)

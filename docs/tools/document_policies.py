@@ -12,8 +12,7 @@ import typer
 from longtake.cache import POLICIES, CachePolicy, Event
 from longtake.cache.simulation import SimulatedBlock
 from longtake.scripts.console import out
-from longtake.scripts.policies import title
-from longtake.scripts.policy_explained import draw, events, facts, needs, play, preset_policy
+from longtake.scripts.policies import draw, events, facts, needs, play, preset_policy, title
 
 PAGE = Path("docs/policies.md")
 FRAMES = 42

@@ -247,7 +247,7 @@ def resolve_generation(protocol: Protocol) -> Protocol:
     Raises:
         ValueError: If a policy, model or file is not there, or is another than the protocol's hash says.
     """
-    from longtake.pipelines.provenance import weights_hash
+    from longtake.pipelines.run_folder import weights_hash
 
     if protocol.caches is None:
         raise ValueError("no cache policy is given: name some with --cache; `longtake policies` lists them")

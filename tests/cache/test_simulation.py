@@ -46,7 +46,7 @@ NO_ROOM = {("relax", 4), ("slow_fast", 4)}
 @pytest.mark.parametrize("block", [1, 3, 4])
 def test_every_policy_can_be_played_and_sizes_do_not_depend_on_the_device(name, block):
     """Sizes on the meta device are what real tensors have; frames read exist, and are named."""
-    from longtake.scripts.policy_explained import _toy_geometry, preset_policy
+    from longtake.scripts.policies import _toy_geometry, preset_policy
 
     policy = preset_policy(name)
     if (name, block) in NO_ROOM:

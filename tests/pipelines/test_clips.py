@@ -6,10 +6,12 @@ import torch
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from longtake.pipelines.conditioning import _check_crop, _cut_clip, _make_stills, make_clip, make_clips, to_pixels
+from longtake.configs.families import ModelFamily
+from longtake.pipelines.conditioning import _cut, make_clip, make_clips, make_stills, plan_cut, to_pixels
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 BLOCKS = {"first_block_frames": 3, "frames_per_block": 3}
+SQUARE = {"family": ModelFamily(), "height": 64, "width": 64}
 PROCESSOR = VideoProcessor(vae_scale_factor=8)
 
 
@@ -20,7 +22,7 @@ def numbered(num_frames, height=32, width=32):
 
 def numbers(clip, **settings):
     """Which frames a cut takes, read from their greys."""
-    cut = _cut_clip(clip, **({"fps": 16} | BLOCKS | settings))
+    cut = _cut(clip, **({"fps": 16} | BLOCKS | settings))
     return [np.asarray(frame)[0, 0, 0] for frame in clip.take(cut.indices)], cut
 
 
@@ -91,7 +93,7 @@ def test_all_forms_of_a_clip_give_the_same_pixels(tmp_path):
 def test_other_sizes_cover_the_video_and_keep_the_middle():
     """Left, middle and right thirds of different greys: a square keeps the middle."""
     wide = np.repeat(np.array([0, 100, 200], np.uint8), 64)[None, :, None].repeat(64, 0).repeat(3, 2)
-    (frame,) = _make_stills(wide)[0].take([0])
+    (frame,) = make_stills(wide)[0].take([0])
     pixels = to_pixels([frame], PROCESSOR, height=32, width=32)
     assert pixels.shape == (3, 1, 32, 32)
     assert ((pixels[..., 4:-4] + 1) * 127.5 - 100).abs().max() < 1
@@ -110,7 +112,7 @@ def test_files_are_read_as_they_are_needed(tmp_path):
         writer.write(frames)
     clip = make_clip(path, seconds=1)
     assert (clip.num_frames, clip.fps, clip.height, clip.width) == (50, 25, 64, 64)
-    cut = _cut_clip(clip, fps=16, **BLOCKS)
+    cut = _cut(clip, fps=16, **BLOCKS)
     found = np.stack([np.asarray(frame) for frame in clip.take(cut.indices)])
     assert len(found) == 9 and np.abs(found.astype(int) - frames[list(cut.indices)]).max() <= 3
     with pytest.raises(ValueError, match="damaged|decodes to|cut off"):
@@ -124,12 +126,12 @@ def test_image_files_are_turned_and_made_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     image.save(tmp_path / "turned.png", exif=exif)
-    still = _make_stills(tmp_path / "turned.png")[0]
+    still = make_stills(tmp_path / "turned.png")[0]
     assert (still.height, still.width, still.num_frames) == (16, 8, 1)
     image.convert("P").save(tmp_path / "palette.gif")
-    (frame,) = _make_stills(str(tmp_path / "palette.gif"))[0].take([0])
+    (frame,) = make_stills(str(tmp_path / "palette.gif"))[0].take([0])
     assert frame.mode == "RGB" and frame.size == (16, 8)
-    assert len(_make_stills([pixels, image])) == len(_make_stills(np.stack([pixels, pixels]))) == 2
+    assert len(make_stills([pixels, image])) == len(make_stills(np.stack([pixels, pixels]))) == 2
 
 
 @pytest.mark.parametrize(
@@ -137,8 +139,8 @@ def test_image_files_are_turned_and_made_rgb(tmp_path):
     [
         (lambda p: make_clip(p / "none.mp4"), "there is no video"),
         (lambda p: make_clip(p / "text.mp4"), "cannot read .* as a video"),
-        (lambda p: _make_stills(p / "none.png"), "there is no image"),
-        (lambda p: _make_stills(p / "text.mp4"), "cannot read .* as an image"),
+        (lambda p: make_stills(p / "none.png"), "there is no image"),
+        (lambda p: make_stills(p / "text.mp4"), "cannot read .* as an image"),
         (lambda p: make_clip([]), "no frames"),
         (lambda p: make_clip(np.zeros((0, 32, 32, 3), np.uint8)), r"shape \(0, 32, 32, 3\)"),
         (lambda p: make_clip(np.zeros((9, 32, 32, 4), np.uint8)), "3 channels"),
@@ -150,8 +152,8 @@ def test_image_files_are_turned_and_made_rgb(tmp_path):
         (lambda p: make_clip([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)]), "differ in size"),
         (lambda p: make_clip(np.zeros((9, 32, 32, 3), np.uint8), fps=0), "fps=0"),
         (lambda p: make_clip(np.zeros((9, 32, 32, 3), np.uint8), seconds=float("nan")), "seconds=nan"),
-        (lambda p: _make_stills([]), "empty"),
-        (lambda p: _check_crop(make_clip(np.zeros((9, 8, 640, 3), np.uint8)), height=64, width=64), "1.2% of the"),
+        (lambda p: make_stills([]), "empty"),
+        (lambda p: plan_cut(make_clip(np.zeros((9, 8, 640, 3), np.uint8)), "video", **SQUARE), "1.2% of the"),
     ],
 )
 def test_what_is_no_clip_is_named(tmp_path, make, message):

@@ -37,7 +37,7 @@ def tiny_preset(monkeypatch):
     """The preset self_forcing as if its model were of the tiny folder's size."""
     family = replace(load_family("self_forcing"), max_sequence_length=16)
     monkeypatch.setattr(loading, "load_family", lambda name: family)
-    monkeypatch.setitem(loading.SIZES, "1.3B", TINY)
+    monkeypatch.setitem(loading.TRANSFORMERS, "1.3B", TINY)
     monkeypatch.setattr(loading, "WAN21_CHANNELS", 4)
     return family
 
@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused_before_loading(tiny_preset, copy_of, monke
 
 
 def test_another_size_is_told_which_presets_have_it(copy_of):
-    folder = copy_of("transformer/config.json", **loading.SIZES["14B"], in_channels=16, out_channels=16)
+    folder = copy_of("transformer/config.json", **loading.TRANSFORMERS["14B"], in_channels=16, out_channels=16)
     with pytest.raises(ValueError, match=r"it is 14B: name a preset of that size \(krea_14b\)"):
         LongVideoPipeline.from_pretrained("self_forcing", folder)
 

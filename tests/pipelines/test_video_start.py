@@ -10,7 +10,8 @@ from PIL import Image
 
 from longtake.models import VaePixels
 from longtake.pipelines import rollout_latents
-from longtake.pipelines.conditioning import Clip, _TakenLatents
+from longtake.pipelines.conditioning import Clip
+from longtake.pipelines.run_video import _TakenLatents
 from longtake.samplers import SeededNoise
 
 PROMPT = "a red circle moving left over a navy plain background"

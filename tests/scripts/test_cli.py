@@ -18,7 +18,7 @@ from longtake.pipelines.run_folder import RunFolder
 from longtake.pipelines.video_file import count_frames
 from longtake.scripts.console import run_app
 from longtake.scripts.fork import _parse_time
-from longtake.scripts.generate import _folder_names, _slug, read_prompts
+from longtake.scripts.generate import _folder_name, _slug, read_prompts
 from longtake.scripts.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -337,8 +337,7 @@ def test_times_and_names():
         with pytest.raises(ValueError):
             _parse_time(text)
     assert _slug("A Red Circle, bouncing!") == "a-red-circle-bouncing" and _slug("…") == "take"
-    names = _folder_names(["a", "b", "a", "a!"])
-    assert len(set(names)) == 4 and _folder_names(["b", "a"])[1] == names[0]
+    assert len({_folder_name(*named) for named in (("a", 0), ("b", 0), ("a", 1), ("a!", 0))}) == 4
 
 
 def test_prompt_files(tmp_path):

@@ -10,10 +10,10 @@ import torch
 from longtake.cache import make_policy
 from longtake.configs.loader import load_run
 from longtake.pipelines import memory_plan as plans
-from longtake.scripts import memory_plan
+from longtake.scripts import running
 from longtake.scripts.console import run_app
+from longtake.scripts.info import _parse_memory, plan_request, remedies
 from longtake.scripts.main import app
-from longtake.scripts.memory_plan import remedies
 
 GB = 10**9
 
@@ -29,15 +29,13 @@ def machine(monkeypatch):
     """Makes this machine have another memory."""
 
     def have(total, available):
-        monkeypatch.setattr(plans, "machine_memory", lambda kind: (total, available))
+        monkeypatch.setattr(running, "machine_memory", lambda kind: (total, available))
 
     return have
 
 
 def small_request(folder, *words, **options):
-    return memory_plan.plan_of_options(
-        str(folder), family="mini", overrides=words, options={"dtype": None, "seconds": 10} | options
-    )
+    return plan_request(str(folder), family="mini", overrides=words, options={"dtype": None, "seconds": 10} | options)
 
 
 def test_a_plan_names_everything_and_says_that_it_fits(capfd):
@@ -85,8 +83,8 @@ def test_what_does_not_fit_gets_remedies_that_change_nothing_first(capfd):
 )
 def test_flags_of_remedies_are_the_policies_they_plan(cache, words, device):
     """What a remedy tells to write, read as a shell does, gives the very policy that its bytes are of."""
-    request = memory_plan.plan_of_options(
-        "mini", family=None, overrides=words, device=device, options={"dtype": None, "seconds": 10, "cache": cache}
+    request = plan_request(
+        "mini", overrides=words, device=device, options={"dtype": None, "seconds": 10, "cache": cache}
     )
     large = replace(request, height=640, width=640, num_latent_frames=60)
     found = 0
@@ -103,7 +101,7 @@ def test_commands_are_for_a_shell(machine, tmp_path, tiny_folder, capfd):
     machine(8 * GB, GB // 10)
     folder = tmp_path / "it's mine"
     folder.symlink_to(tiny_folder, target_is_directory=True)
-    memory_plan.check_memory(run_of(folder))
+    running.check_settings(run_of(folder))
     command = re.search(r"free: (.*) shows why", capfd.readouterr().err)[1]
     assert shlex.split(command) == ["longtake", "info", str(folder), "--plan"]
 
@@ -127,9 +125,9 @@ def test_bad_words_are_one_line(capfd, words, message):
 
 
 def test_sizes_are_read_with_their_units():
-    assert memory_plan.parse_memory("8GB") == 8 * GB
-    assert memory_plan.parse_memory(" 1.5 GiB") == 3 * 2**29
-    assert memory_plan.parse_memory("1000") == 1000
+    assert _parse_memory("8GB") == 8 * GB
+    assert _parse_memory(" 1.5 GiB") == 3 * 2**29
+    assert _parse_memory("1000") == 1000
 
 
 def run_of(folder):
@@ -139,13 +137,13 @@ def run_of(folder):
 
 def test_a_run_that_fits_is_not_spoken_of(tiny_folder, machine, capfd):
     machine(64 * GB, 32 * GB)
-    memory_plan.check_memory(run_of(tiny_folder))
+    running.check_settings(run_of(tiny_folder))
     assert capfd.readouterr().err == ""
 
 
 def test_a_run_that_needs_more_than_is_free_is_warned_of(tiny_folder, machine, capfd):
     machine(8 * GB, GB // 10)
-    memory_plan.check_memory(run_of(tiny_folder))
+    running.check_settings(run_of(tiny_folder))
     text = capfd.readouterr().err
     assert len(text.strip().splitlines()) == 1 and "0.10 GB are free" in text and "--plan" in text
 
@@ -154,7 +152,7 @@ def test_a_run_that_no_such_machine_holds_is_refused_before_loading(
     tiny_folder, machine, monkeypatch, capfd, tmp_path
 ):
     machine(GB // 10, GB // 10)
-    monkeypatch.setattr("longtake.scripts.generate.load_pipeline", lambda model: pytest.fail("loaded"))
+    monkeypatch.setattr("longtake.scripts.running.load_pipeline", lambda model: pytest.fail("loaded"))
     words = ("a red circle", "--model", tiny_folder, "--seconds", 2, "model.family=mini", "--out", tmp_path / "x")
     code, _, stderr = call(capfd, "generate", *words)
     assert code == 2 and len(stderr.strip().splitlines()) == 1

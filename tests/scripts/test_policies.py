@@ -8,8 +8,17 @@ from PIL import Image
 from longtake.cache import POLICIES, make_policy
 from longtake.scripts import main
 from longtake.scripts.console import run_app
-from longtake.scripts.policies import _parse_events, changed
-from longtake.scripts.policy_explained import MOST_BLOCKS, draw, facts, lines, numbers, play, wan_1_3b
+from longtake.scripts.policies import (
+    _MOST_BLOCKS,
+    _changed,
+    _lines,
+    _numbers,
+    _parse_events,
+    _wan_1_3b,
+    draw,
+    facts,
+    play,
+)
 
 
 def call(capfd, *args):
@@ -38,7 +47,7 @@ def test_facts_are_those_of_the_published_sizes():
     row = facts(make_policy("full"))
     assert not row.is_bounded and row.context_tokens == 240 * 1560
     assert row.grows == pytest.approx(240 * 1560 * 184_320)
-    assert wan_1_3b().device.type == "meta" and MOST_BLOCKS > 240
+    assert _wan_1_3b().device.type == "meta" and _MOST_BLOCKS > 240
 
 
 def test_explain_prints_a_line_per_block_and_draws(capfd, tmp_path):
@@ -83,8 +92,8 @@ def test_wrong_words_are_one_line(capfd, tmp_path):
 
 
 def test_settings_reach_into_mappings():
-    assert changed("attention_sink", ["num_sink_frames=5"])["num_sink_frames"] == 5
-    assert changed("attention_sink", ["inner.policy=full", "inner.deep.x=[1, 2]"])["inner"] == {
+    assert _changed("attention_sink", ["num_sink_frames=5"])["num_sink_frames"] == 5
+    assert _changed("attention_sink", ["inner.policy=full", "inner.deep.x=[1, 2]"])["inner"] == {
         "policy": "full",
         "deep": {"x": [1, 2]},
     }
@@ -92,15 +101,15 @@ def test_settings_reach_into_mappings():
 
 
 def test_numbers_are_ranges():
-    assert numbers((0, 1, 2, 6, 8, 9)) == "0-2, 6, 8-9"
-    assert numbers((0.5, 2.5)) == "0.5, 2.5"
-    assert numbers((0, 2, 4, 6, 8)) == "0..8"
-    assert numbers((3, 3, 4)) == "3-4" and numbers(()) == ""
+    assert _numbers((0, 1, 2, 6, 8, 9)) == "0-2, 6, 8-9"
+    assert _numbers((0.5, 2.5)) == "0.5, 2.5"
+    assert _numbers((0, 2, 4, 6, 8)) == "0..8"
+    assert _numbers((3, 3, 4)) == "3-4" and _numbers(()) == ""
 
 
 def test_long_runs_share_letters():
     policy = make_policy({"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3})
-    text = [line.plain for line in lines(play(policy, num_blocks=60))]
+    text = [line.plain for line in _lines(play(policy, num_blocks=60))]
     assert "frames, 3 to a letter" in text[0]
     assert text[-1].startswith("   59  S" + "·" * 56 + "RR#  ")
 

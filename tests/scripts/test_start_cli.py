@@ -15,7 +15,7 @@ from longtake.pipelines.run_video import run_video
 from longtake.pipelines.video_file import VideoFormat, VideoWriter, count_frames
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
-from longtake.scripts.running import load_pipeline, start_session
+from longtake.scripts.running import load_pipeline, start_rollout
 
 PROMPT = "a red circle moving left"
 # 2 s of the model's 16 frames a second, as 1 + 4 k frames, are 33: three blocks.
@@ -154,7 +154,7 @@ def test_a_stop_while_the_start_is_taken_in_begins_anew(whole, tmp_path, capfd):
     config, record = folder.config, {key: folder.record[key] for key in ("weights", "machine", "start")}
     asked = []
     with RunFolder.create(path, config=config, record=record) as new:
-        session = start_session(load_pipeline(config.model), config)
+        session = start_rollout(load_pipeline(config.model), config)
         outcome = run_video(new, session, should_stop=lambda: len(asked) == 1 or asked.append(None))
     assert (outcome.status, outcome.progress) == ("interrupted", None)
     assert count_frames(path / "video.mp4") == 9 and not RunFolder(path).checkpoints.blocks()
