@@ -5,16 +5,15 @@ from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from rollouts import SHAPE, RecordedNoise, assert_resumes_everywhere, given_latents
 from torch.nn import functional
 
 from longtake.cache import Context, EncodeJob, KeysValues, Read, Traits
 from longtake.cache.frames import FrameState
 from longtake.cache.policies.attention_sink import AttentionSink
 from longtake.models.causal import CausalTransformer
-from longtake.pipelines import LatentRollout, PromptSwitch, rollout_latents
+from longtake.pipelines import LatentRollout, PromptSwitch
 
-SHAPE = (4, 4, 6)
 STEPS = {"name": "few_step", "timesteps": [1000, 500]}
 GUIDED = {"name": "multi_step", "num_inference_steps": 2, "solver": "euler", "guidance_scale": 3.0}
 
@@ -102,17 +101,6 @@ def ramp(dim):
     return torch.arange(dim) / dim
 
 
-class Noise:
-    def __init__(self):
-        self.draws = torch.randn(2, 1, 21, *SHAPE, generator=torch.Generator().manual_seed(1))
-
-    def initial(self, block_index, start_frame, shape):
-        return self.draws[0, :, start_frame : start_frame + shape[1]]
-
-    def renoise(self, block_index, start_frame, step_index, shape):
-        return self.draws[1, :, start_frame : start_frame + shape[1]]
-
-
 class Halving:
     """Pools without a VAE, into rows and columns that do not fill a patch."""
 
@@ -144,7 +132,7 @@ def prompt(value):
 
 def make(transformer, **settings):
     settings = {"num_frames": 12, "frame_shape": SHAPE, "sampler": STEPS, "cache": Remember()} | settings
-    return LatentRollout(transformer, prompt(1), noise=Noise(), **settings)
+    return LatentRollout(transformer, prompt(1), noise=RecordedNoise(), **settings)
 
 
 def switch(start, value, event="keep"):
@@ -188,8 +176,7 @@ def test_of_several_switches_the_last_prompt_and_the_strongest_event_count(trans
 
 
 def test_an_event_right_after_given_latents(transformer, flows):
-    given = torch.randn(1, 6, *SHAPE, generator=torch.Generator().manual_seed(3))
-    settings = {"initial_latents": given, "num_frames": 6, "context_timestep": 60}
+    settings = {"initial_latents": given_latents(6), "num_frames": 6, "context_timestep": 60}
     rollout = make(transformer, schedule=[switch(0, 2, "cut")], **settings)
     changed = list(rollout)
     assert [(kinds, level, value) for kinds, level, value in flows[:4]] == [
@@ -206,37 +193,25 @@ def test_an_event_right_after_given_latents(transformer, flows):
 def test_at_frame_0_there_is_nothing_to_act_on(transformer):
     rollout = make(transformer, schedule=[switch(0, 2, "cut")])
     changed = next(iter(rollout))
-    plain = LatentRollout(
-        transformer, prompt(2), noise=Noise(), num_frames=12, frame_shape=SHAPE, sampler=STEPS, cache=Remember()
-    )
+    settings = {"num_frames": 12, "frame_shape": SHAPE, "sampler": STEPS, "cache": Remember()}
+    plain = LatentRollout(transformer, prompt(2), noise=RecordedNoise(), **settings)
     assert torch.equal(changed.latents, next(iter(plain)).latents)
     assert rollout.branches.caches[0].state.seen == []
 
 
-def test_every_guidance_branch_encodes_under_its_own_prompt(transformer, flows):
+def test_every_guidance_branch_encodes_pooled_latents_under_its_own_prompt(transformer, flows):
+    settings = {"cache": Remember(pooling=(2, 4, 4)), "sampler": GUIDED, "negative_prompt_embeds": prompt(-7)}
     pixels = Halving()
-    rollout = make(
-        transformer,
-        cache=Remember(pooling=(2, 4, 4)),
-        sampler=GUIDED,
-        negative_prompt_embeds=prompt(-7),
-        schedule=[switch(6, 2, "recache")],
-        pixels=pixels,
-    )
+    rollout = make(transformer, schedule=[switch(6, 2, "recache")], pixels=pixels, **settings)
     list(rollout)
     assert [value for kinds, _, value in flows if kinds == "encode"] == [2, -7]
     assert pixels.asked == [(2, 4, 4)], "the branches' jobs are the same latents: pooled once"
-    first, second = (cache.state.encoded[1][0] for cache in rollout.branches.caches)
-    assert (first - second).abs().max() > 1e-4
-
-
-def test_pooled_latents_lose_what_fills_no_patch(transformer):
-    rollout = make(transformer, cache=Remember(pooling=(2, 4, 4)), schedule=[switch(6, 2, "cut")], pixels=Halving())
-    list(rollout)
-    state = rollout.branches.caches[0].state
-    (encode,) = [p for p in state.passes if p.kind == "encode"]
+    first, second = (cache.state for cache in rollout.branches.caches)
+    assert (first.encoded[1][0] - second.encoded[1][0]).abs().max() > 1e-4
+    # Of three rows and five columns, one row and one column fill no patch.
+    (encode,) = [p for p in first.passes if p.kind == "encode"]
     assert (encode.num_frames, encode.grid) == (1, (1, 2))
-    assert state.encoded[0][0].shape == (1, 2, 2, 24)
+    assert first.encoded[0][0].shape == (1, 2, 2, 24)
 
 
 def test_tokens_are_added_to_the_patch_embedding(transformer):
@@ -273,30 +248,22 @@ def test_a_policy_may_ask_after_every_block(transformer, flows):
     assert [kinds for kinds, _, _ in flows] == ["denoise"] * 2 + (["commit", "encode"] + ["denoise"] * 2) * 3
 
 
-@pytest.mark.parametrize("cache", [Remember(), Remember(every_block=True), Remember(pooling=(2, 4, 4))])
-@pytest.mark.parametrize("sampler", [STEPS, GUIDED])
+@pytest.mark.parametrize(
+    ("cache", "sampler"),
+    [(Remember(), GUIDED), (Remember(every_block=True), STEPS), (Remember(pooling=(2, 4, 4)), GUIDED)],
+)
 def test_a_rollout_goes_on_bit_for_bit_around_events(transformer, cache, sampler):
     settings = {
         "cache": cache,
         "sampler": sampler,
-        "schedule": [switch(6, 2, "recache"), switch(10, 3, "cut"), switch(12, 4)],
+        "schedule": [switch(9, 2, "recache"), switch(13, 3, "cut"), switch(15, 4)],
         "pixels": Halving(),
-        "num_frames": 18,
-        "initial_latents": torch.ones(1, 3, *SHAPE),
+        "num_frames": 15,
+        "initial_latents": given_latents(6),
     }
     whole = list(make(transformer, **settings))
-    assert [b.prompt_index for b in whole] == [-1, 0, 0, 2, 2, 2]
-    for stop in range(len(whole) + 1):
-        first = make(transformer, **settings)
-        for _ in range(stop):
-            first.next_block()
-        second = make(transformer, **settings)
-        second.load_state_dict(*first.state_dict())
-        rest = list(second)
-        assert len(rest) == len(whole) - stop
-        for ours, theirs in zip(rest, whole[stop:], strict=True):
-            assert torch.equal(ours.latents, theirs.latents)
-            assert ours.prompt_index == theirs.prompt_index
+    assert [b.prompt_index for b in whole] == [-1, 0, 0, 2, 2]
+    assert_resumes_everywhere(lambda: make(transformer, **settings), whole)
 
 
 def test_a_switch_says_at_which_block_it_takes_effect(transformer):
@@ -326,32 +293,3 @@ def test_what_a_policy_cannot_do_is_refused_before_any_work(transformer, flows, 
     with pytest.raises(ValueError, match="unknown prompt event"):
         make(transformer).add_switch(switch(3, 2, "blink"))
     assert flows == []
-
-
-def test_plain_tuples_make_a_schedule(transformer):
-    blocks = list(
-        rollout_latents(
-            transformer,
-            prompt(1),
-            num_frames=9,
-            frame_shape=SHAPE,
-            sampler=STEPS,
-            cache=Remember(),
-            noise=Noise(),
-            schedule=[(3, prompt(2), "recache"), (6, prompt(3), "keep")],
-        )
-    )
-    assert [b.prompt_index for b in blocks] == [-1, 0, 1]
-
-
-def test_a_state_is_a_file_of_tensors(transformer, tmp_path):
-    """Branches remember the same latents, and given ones are parts of one tensor."""
-    cache = {"policy": "attention_sink", "num_context_frames": 9}
-    settings = {"sampler": GUIDED, "cache": cache, "initial_latents": torch.ones(1, 6, *SHAPE)}
-    first = make(transformer, **settings)
-    first.next_block()
-    tensors, numbers = first.state_dict()
-    save_file(tensors, tmp_path / "state.safetensors")
-    second = make(transformer, **settings)
-    second.load_state_dict(load_file(tmp_path / "state.safetensors"), numbers)
-    assert torch.equal(first.next_block().latents, second.next_block().latents)

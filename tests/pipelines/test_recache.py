@@ -1,41 +1,19 @@
 """A re-cache in a rollout of a real transformer, against the slow rollout without a cache."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import rollout as reference
 import torch
+from rollouts import SHAPE, RecordedNoise, embeds, joined
 
 from longtake.pipelines import rollout_latents
 
-_spec = importlib.util.spec_from_file_location("rollout", Path(__file__).parents[1] / "reference" / "rollout.py")
-reference = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(reference)
-
-SHAPE = (4, 4, 6)
 STEPS = {"name": "few_step", "timesteps": [1000, 500], "flow_shift": 5.0}
 SIGMAS = (1.0, 2.5 / 3)
 NUM_FRAMES = 21
 
 
-class Noise:
-    """Recorded noise, from a frame of the video on."""
-
-    shape = (NUM_FRAMES, *SHAPE)
-
-    def __init__(self, start=0):
-        draws = torch.randn(2, 2, NUM_FRAMES, *SHAPE, generator=torch.Generator().manual_seed(1))
-        self.draws = draws[:, :, start:]
-
-    def initial(self, block_index, start_frame, shape):
-        return self.draws[0, :, start_frame : start_frame + shape[1]]
-
-    def renoise(self, block_index, start_frame, step_index, shape):
-        return self.draws[1, :, start_frame : start_frame + shape[1]]
-
-
 def prompt(seed):
-    return torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(seed))
+    return embeds(2, seed=seed)
 
 
 def longlive(window, sinks=3, **changes):
@@ -43,18 +21,14 @@ def longlive(window, sinks=3, **changes):
 
 
 def roll(transformer, cache, schedule=(), **settings):
-    blocks = rollout_latents(
-        transformer,
-        prompt(2),
-        num_frames=NUM_FRAMES,
-        frame_shape=SHAPE,
-        sampler=STEPS,
-        noise=Noise(),
-        cache=cache,
-        schedule=schedule,
-        **settings,
-    )
-    return torch.cat([block.latents for block in blocks], dim=1)
+    settings |= {
+        "num_frames": NUM_FRAMES,
+        "frame_shape": SHAPE,
+        "sampler": STEPS,
+        "cache": cache,
+        "schedule": schedule,
+    }
+    return joined(rollout_latents(transformer, prompt(2), noise=RecordedNoise(NUM_FRAMES, batch=2), **settings))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +48,7 @@ def test_what_is_encoded_anew_whole_is_a_rollout_from_there(transformer, window,
     theirs = reference.rollout(
         transformer,
         prompt(3),
-        noise=Noise(at - num_given),
+        noise=RecordedNoise(NUM_FRAMES, batch=2, start=at - num_given),
         blocks=[num_given, *[3] * ((NUM_FRAMES - at) // 3)],
         sigmas=SIGMAS,
         reads=reads,

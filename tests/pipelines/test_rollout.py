@@ -1,41 +1,14 @@
 """The rollout against a slow version without a cache, and what its arguments mean."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import rollout as reference
 import torch
+from rollouts import SHAPE, RecordedNoise, embeds, given_latents, joined
 
-from longtake.pipelines import LatentRollout, PromptSwitch, rollout_latents
+from longtake.pipelines import rollout_latents
 
-_spec = importlib.util.spec_from_file_location("rollout", Path(__file__).parents[1] / "reference" / "rollout.py")
-reference = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(reference)
-
-SHAPE = (4, 4, 6)
 STEPS = {"name": "few_step", "timesteps": [1000, 500], "flow_shift": 5.0}
 SIGMAS = (1.0, 2.5 / 3)
-
-
-class Noise:
-    """Recorded noise: a pure function of the frame, for 15 frames."""
-
-    shape = (15, *SHAPE)
-
-    def __init__(self, batch=1):
-        draws = torch.randn(2, batch, 15, *SHAPE, generator=torch.Generator().manual_seed(1))
-        self.draws, self.asked = draws, []
-
-    def initial(self, block_index, start_frame, shape):
-        self.asked.append((block_index, start_frame, tuple(shape)))
-        return self.draws[0, :, start_frame : start_frame + shape[1]]
-
-    def renoise(self, block_index, start_frame, step_index, shape):
-        return self.draws[1, :, start_frame : start_frame + shape[1]]
-
-
-def embeds(batch=1):
-    return torch.randn(batch, 7, 16, generator=torch.Generator().manual_seed(2))
 
 
 def window(frames, sinks=0):
@@ -53,23 +26,19 @@ def everything(start, length):
 
 
 def sink(frames, sinks):
-    return {
-        "policy": "attention_sink",
-        "num_context_frames": frames,
-        "num_sink_frames": sinks,
-        "positions": "absolute",
-    }
+    sizes = {"num_context_frames": frames, "num_sink_frames": sinks}
+    return {"policy": "attention_sink", "positions": "absolute"} | sizes
 
 
 def roll(transformer, batch=1, noise=None, **settings):
     settings = {"num_frames": 12, "frame_shape": SHAPE, "sampler": STEPS, "cache": "full"} | settings
-    blocks = list(rollout_latents(transformer, embeds(batch), noise=noise or Noise(batch), **settings))
-    return torch.cat([b.latents for b in blocks], 1)
+    noise = noise or RecordedNoise(15, batch=batch)
+    return joined(rollout_latents(transformer, embeds(batch), noise=noise, **settings))
 
 
 def slow(transformer, batch=1, **settings):
     settings = {"blocks": [3] * 4, "sigmas": SIGMAS, "reads": everything} | settings
-    return reference.rollout(transformer, embeds(batch), noise=Noise(batch), **settings)
+    return reference.rollout(transformer, embeds(batch), noise=RecordedNoise(15, batch=batch), **settings)
 
 
 @pytest.mark.parametrize(
@@ -104,46 +73,39 @@ def test_a_wrong_setting_differs(transformer, fast, obvious):
 @pytest.mark.parametrize(("first", "given"), [(None, 3), (None, 6), (1, 1), (1, 4)])
 def test_given_latents_fill_the_cache(transformer, first, given):
     """They count as clean at timestep 0, whatever the context timestep."""
-    latents = torch.randn(1, given, *SHAPE, generator=torch.Generator().manual_seed(3))
+    latents = given_latents(given)
     fast = {"initial_latents": latents, "first_block_frames": first, "num_frames": 6, "context_timestep": 40}
     blocks = [first or 3, *[3] * ((given - (first or 3)) // 3), 3, 3]
-    noise = Noise()
+    noise = RecordedNoise(15)
     ours = roll(transformer, noise=noise, **fast)
-    assert noise.asked == [(0, given, (1, 3, *SHAPE)), (1, given + 3, (1, 3, *SHAPE))]
+    assert noise.asked == [(0, given, 3), (1, given + 3, 3)]
     assert (ours - slow(transformer, blocks=blocks, given=latents, context_timestep=40.0)).abs().max() < 5e-5
 
 
-def test_a_source_that_ends_ends_the_rollout(transformer):
-    assert roll(transformer, num_frames=30).shape[1] == 15
+EULER = {"name": "multi_step", "num_inference_steps": 3, "solver": "euler", "guidance_scale": 1.0}
+WINDOW = {"name": "rolling_window", "timesteps": [1000, 600, 300]}
+ROLLING = {"policy": "rolling_forcing", "num_context_frames": 15, "num_sink_frames": 3}
 
 
-@pytest.mark.parametrize("merge_commit", [True, False])
-def test_a_prompt_switch_takes_effect_at_the_first_block_that_starts_there(transformer, merge_commit):
-    other = 3 * embeds()
-    plain = roll(transformer)
-    rollout = LatentRollout(
-        transformer,
-        embeds(),
-        num_frames=12,
-        frame_shape=SHAPE,
-        sampler=STEPS,
-        noise=Noise(),
-        merge_commit=merge_commit,
+@pytest.mark.parametrize("sampler", [STEPS, WINDOW])
+def test_a_source_that_ends_ends_the_rollout(transformer, sampler):
+    assert torch.equal(
+        roll(transformer, num_frames=30, sampler=sampler), roll(transformer, num_frames=15, sampler=sampler)
     )
-    rollout.schedule.append(PromptSwitch(5, other))
-    blocks = list(rollout)
-    switched = torch.cat([b.latents for b in blocks], 1)
-    assert [b.prompt_index for b in blocks] == [-1, -1, 0, 0]
-    assert (switched[:, :6] - plain[:, :6]).abs().max() < 1e-5
-    assert (switched[:, 6:9] - plain[:, 6:9]).abs().max() > 1e-3
 
 
-def test_guidance_between_equal_prompts_changes_nothing(transformer):
-    steps = {"name": "multi_step", "num_inference_steps": 3, "solver": "euler"}
-    plain = roll(transformer, sampler=steps | {"guidance_scale": 1.0})
-    same = roll(transformer, sampler=steps | {"guidance_scale": 4.0}, negative_prompt_embeds=embeds())
-    other = roll(transformer, sampler=steps | {"guidance_scale": 4.0}, negative_prompt_embeds=-embeds())
-    assert (plain - same).abs().max() < 1e-5
+@pytest.mark.parametrize(
+    ("sampler", "cache"),
+    [
+        ({"name": "multi_step", "num_inference_steps": 3, "solver": "euler", "guidance_scale": 1.0}, "full"),
+        (WINDOW, ROLLING),
+    ],
+)
+def test_guidance_between_equal_prompts_changes_nothing(transformer, sampler, cache):
+    settings = {"sampler": sampler | {"guidance_scale": 4.0}, "cache": cache}
+    plain = roll(transformer, sampler=sampler, cache=cache)
+    same, other = (roll(transformer, negative_prompt_embeds=sign * embeds(), **settings) for sign in (1, -1))
+    assert (plain - same).abs().max() < 1e-4
     assert (plain - other).abs().max() > 1e-3
 
 
@@ -168,7 +130,7 @@ def test_settings_that_do_not_fit_are_refused_before_any_forward(transformer, se
 
 
 def test_noise_of_a_wrong_shape_is_refused(transformer):
-    class Short(Noise):
+    class Short(RecordedNoise):
         def initial(self, block_index, start_frame, shape):
             return super().initial(block_index, start_frame, shape)[:, :2]
 

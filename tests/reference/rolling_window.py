@@ -1,13 +1,7 @@
 """The slow, obvious rolling window: no cache, all frames so far through the stock transformer again."""
 
-import importlib.util
-from pathlib import Path
-
+import block_causal
 import torch
-
-_spec = importlib.util.spec_from_file_location("block_causal", Path(__file__).with_name("block_causal.py"))
-block_causal = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(block_causal)
 
 
 def rollout(transformer, embeds, *, noise, blocks, sigmas, context_timestep=0.0, given=None, joint=True):

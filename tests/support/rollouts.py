@@ -1,0 +1,50 @@
+"""Rollouts of the tiny transformer: recorded noise, prompts, and saved states that go on."""
+
+import torch
+from safetensors.torch import load, save
+
+SHAPE = (4, 4, 6)  # channels, rows and columns of a latent frame
+
+
+class RecordedNoise:
+    """Noise as a function of frame and step, which ends after ``num_frames``; frame 0 is the recorded ``start``."""
+
+    def __init__(self, num_frames=24, *, batch=1, start=0):
+        generator = torch.Generator().manual_seed(1)
+        self.draws = torch.randn(4, batch, num_frames, *SHAPE, generator=generator)[:, :, start:]
+        self.shape, self.asked = (num_frames, *SHAPE), []
+
+    def initial(self, block_index, start_frame, shape):
+        self.asked.append((block_index, start_frame, shape[1]))
+        return self.draws[-1, :, start_frame : start_frame + shape[1]]
+
+    def renoise(self, block_index, start_frame, step_index, shape):
+        return self.draws[step_index, :, start_frame : start_frame + shape[1]]
+
+
+def embeds(batch=1, *, seed=2):
+    """Random prompt embeddings."""
+    return torch.randn(batch, 7, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def given_latents(num_frames):
+    """Latents from outside."""
+    return torch.randn(1, num_frames, *SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+def joined(blocks):
+    """(batch, frames, ...) latents of all blocks of a rollout."""
+    return torch.cat([block.latents for block in blocks], 1)
+
+
+def assert_resumes_everywhere(make, whole):
+    """A state that was saved as a file after any number of blocks goes on to the rest of ``whole``, bit for bit."""
+    for stop in range(len(whole) + 1):
+        first, second = make(), make()
+        for _ in range(stop):
+            first.next_block()
+        tensors, numbers = first.state_dict()
+        second.load_state_dict(load(save(tensors)), numbers)
+        rest = list(second)
+        assert [block.prompt_index for block in rest] == [block.prompt_index for block in whole[stop:]]
+        assert all(torch.equal(a.latents, b.latents) for a, b in zip(rest, whole[stop:], strict=True))
