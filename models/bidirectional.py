@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -134,7 +134,7 @@ class _SelfAttentionChange:
     def _check_processors(self, transformer: WanTransformer3DModel, *, hint: str = "") -> None:
         for layer, block in enumerate(blocks_of(transformer)):
             processor = block.attn1.processor
-            if not isinstance(processor, SparseWanProcessor | _ActiveTokens) or processor.owner is not self:
+            if not isinstance(processor, AttentionProcessor) or processor.owner is not self:
                 raise ValueError(
                     f"{type(processor).__name__} has taken the place of {self._name}'s processor of block {layer}: "
                     f"change processors before {self._name} or after it.{hint}"
@@ -342,28 +342,13 @@ class SparseWan(_SelfAttentionChange):
         return sparse_attention(q, k, v, geometry, policy=self._meter, memory=self._memory, backend=self.backend)
 
 
-class SparseWanProcessor:
+class SparseWanProcessor(AttentionProcessor[SparseWan]):
     """Self-attention of ``WanAttnProcessor`` over the blocks that a policy picks."""
-
-    def __init__(self, owner: SparseWan, layer: int) -> None:
-        self.owner = owner
-        self.layer = layer
 
     # Plans are made by ordinary Python from the step, so a compiled block breaks its graph here.
     @torch.compiler.disable
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """(batch, tokens, dim) to the same shape.
-
-        Raises:
-            ValueError: If there is a mask, or other tokens than the transformer's own.
-        """
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        """(batch, tokens, dim) to the same shape."""
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError(
                 "sparse attention was given a mask or tokens of its own to attend to, which stock Wan self-attention "
@@ -580,8 +565,9 @@ class AllocatedWan(_SelfAttentionChange):
         return f"step allocation: {self.share:.3f} of {self.num_tokens} token evaluations computed"
 
     def _processor(self, layer: int, attn: WanAttention) -> "_ActiveTokens":
-        own: Any = attn.processor
-        return _ActiveTokens(self, layer, own._attention_backend)
+        processor, own = _ActiveTokens(self, layer), cast(Any, attn.processor)
+        processor._attention_backend = own._attention_backend
+        return processor
 
     def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
         return [
@@ -654,31 +640,11 @@ class AllocatedWan(_SelfAttentionChange):
         return velocity
 
 
-class _ActiveTokens:
-    """Self-attention of ``WanAttnProcessor`` in which active tokens ask and all tokens are read.
-
-    Args:
-        owner: Knows which tokens are active.
-        layer: Of the block.
-        backend: diffusers' attention backend of the processor it stands for.
-    """
-
-    _parallel_config = None
-
-    def __init__(self, owner: AllocatedWan, layer: int, backend: Any) -> None:
-        self.owner = owner
-        self.layer = layer
-        self._attention_backend = backend
+class _ActiveTokens(AttentionProcessor[AllocatedWan]):
+    """Self-attention of ``WanAttnProcessor`` in which active tokens ask and all tokens are read."""
 
     @torch.compiler.disable
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         """``hidden_states`` and the result are (batch, active tokens, dim), ``rotary_emb`` is of all tokens."""
         active, memory = self.owner._active, self.owner._memory
         if active is not None and rotary_emb is not None:

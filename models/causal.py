@@ -24,6 +24,7 @@ from longtake.models.numerics import (
     upstream_hooks,
 )
 from longtake.models.wan import (
+    AttentionProcessor,
     blocks_of,
     config_of,
     execution_device,
@@ -41,12 +42,9 @@ _HOOK = "longtake_causal"
 
 @contextmanager
 def fitting_threads(*, width: int, num_tokens: int, device: torch.device) -> Iterator[None]:
-    """Compute small forwards on one thread if the others sleep; the former number comes back afterwards.
+    """Compute forwards of few tokens over the batch on one CPU thread, if the others sleep.
 
-    Args:
-        width: Channels of the transformer.
-        num_tokens: Tokens of one forward, over the batch.
-        device: Where it computes; only the CPU is affected.
+    The number of threads is as before after the ``with`` block.
     """
     before = torch.get_num_threads()
     is_small = device.type == "cpu" and 2 * num_tokens * width**2 < _SINGLE_THREAD_FLOPS
@@ -80,7 +78,7 @@ class Segment:
     """Consecutive frames of one forward that share a pass.
 
     Attributes:
-        pass_: What they are to the cache; they attend to each other.
+        pass_: Their kind and place in the cache; they attend to each other.
         timestep: Of all frames, or one per equal part of them, in order.
     """
 
@@ -100,7 +98,7 @@ class Segment:
 
 @dataclass
 class _Call:
-    """What the processors and hooks need to know of the forward under way."""
+    """Inputs of the forward under way that processors and hooks read."""
 
     cache: KVCache
     prompt: Prompt
@@ -237,9 +235,9 @@ class CausalTransformer:
 
         Args:
             x: (batch, frames, channels, height, width), the segments' frames in order.
-            segments: What the frames are; a later segment sees what an earlier one has committed.
-            cache: What they attend to.
-            prompt: What they are to show.
+            segments: Passes of the frames; a later segment sees what an earlier one has committed.
+            cache: Keys and values to attend to.
+            prompt: Text of the guidance branch.
             tokens: (batch, dim, frames, rows, columns) added to the patch embedding of ``x``.
 
         Returns:
@@ -278,11 +276,7 @@ class CausalTransformer:
 
     @property
     def call(self) -> _Call:
-        """The forward under way.
-
-        Raises:
-            RuntimeError: If the transformer is called in any other way than through ``flow``.
-        """
+        """The forward under way."""
         if self._call is None:
             raise RuntimeError("a causal transformer has to be called through CausalTransformer.flow.")
         return self._call
@@ -295,23 +289,17 @@ class _NoTable(ModelHook):
         return None
 
 
-class _CachedConditions(ModelHook):
-    """Embeds every timestep and every prompt once; the segments of one forward may differ in their timestep."""
-
+class _CausalHook(ModelHook):
     def __init__(self, causal: CausalTransformer) -> None:
         super().__init__()
         self.causal = causal
-        self.embedded: dict[float, Tensor] = causal._embedded
 
-    def new_forward(
-        self,
-        module: WanTimeTextImageEmbedding,
-        timestep,
-        encoder_hidden_states,
-        encoder_hidden_states_image=None,
-        **kwargs,
-    ):
-        call, projected = self.causal.call, self.causal._modulations.projected
+
+class _CachedConditions(_CausalHook):
+    """Embeds every timestep and every prompt once; the segments of one forward may differ in their timestep."""
+
+    def new_forward(self, module: WanTimeTextImageEmbedding, timestep, encoder_hidden_states, *others, **kwargs):
+        call, embedded, projected = self.causal.call, self.causal._embedded, self.causal._modulations.projected
         forward, prompt = stock_forward(self), call.prompt
         if prompt.projected is None:
             zero = torch.zeros(1, device=encoder_hidden_states.device)
@@ -325,22 +313,18 @@ class _CachedConditions(ModelHook):
             else:
                 level = torch.full((1,), timestep, device=encoder_hidden_states.device)
                 temb, projection = forward(level, encoder_hidden_states[:1, :1])[:2]
-            self.embedded[timestep], projected[timestep] = temb, projection
+            embedded[timestep], projected[timestep] = temb, projection
         if len(timesteps) == 1:
-            return self.embedded[timesteps[0]], projected[timesteps[0]], prompt.projected, None
+            return embedded[timesteps[0]], projected[timesteps[0]], prompt.projected, None
         # Only the output norm still reads these: the blocks take theirs from ``Modulations``.
         size = sum(map(call.num_tokens, call.segments)) // len(timesteps)
-        rows = [self.embedded[timestep].expand(size, -1) for timestep in timesteps]
+        rows = [embedded[timestep].expand(size, -1) for timestep in timesteps]
         per_token = projected[timesteps[0]][:, None]
         return torch.cat(rows)[None], per_token, prompt.projected, None
 
 
-class _AddedTokens(ModelHook):
+class _AddedTokens(_CausalHook):
     """Adds a forward's own tokens to the patch embedding."""
-
-    def __init__(self, causal: CausalTransformer) -> None:
-        super().__init__()
-        self.causal = causal
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         tokens = self.causal.call.tokens
@@ -354,18 +338,11 @@ class _AddedTokens(ModelHook):
         return output + tokens.to(output)
 
 
-class _CachedSelfAttention:
+class _CachedSelfAttention(AttentionProcessor[CausalTransformer]):
     """Hands un-rotated queries, keys and values to the cache, one segment after the other."""
 
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, causal: CausalTransformer, layer: int) -> None:
-        self.causal = causal
-        self.layer = layer
-
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        call = self.causal.call
+        call = self.owner.call
         q, k, v = project_qkv(attn, hidden_states)
         if len(call.segments) == 1:
             return project_out(attn, call.cache.attend(self.layer, q, k, v, call.segments[0].pass_))
@@ -375,18 +352,11 @@ class _CachedSelfAttention:
         return project_out(attn, torch.cat(out, dim=1))
 
 
-class _CachedCrossAttention:
+class _CachedCrossAttention(AttentionProcessor[CausalTransformer]):
     """Cross-attention whose text keys and values are computed once per prompt."""
 
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, causal: CausalTransformer, layer: int) -> None:
-        self.causal = causal
-        self.layer = layer
-
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        known = self.causal.call.prompt.keys_values
+        known = self.owner.call.prompt.keys_values
         heads = (attn.heads, -1)
         if self.layer not in known:
             if attn.fused_projections:
@@ -395,4 +365,4 @@ class _CachedCrossAttention:
                 k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             known[self.layer] = attn.norm_k(k).unflatten(2, heads), v.unflatten(2, heads)
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
-        return project_out(attn, self.causal.attention(q, *known[self.layer]))
+        return project_out(attn, self.owner.attention(q, *known[self.layer]))

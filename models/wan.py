@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -16,8 +16,18 @@ from torch import Tensor, nn
 _BRINGS_WEIGHTS = (GroupOffloadingHook, LayerExecutionTrackerHook, LayerwiseCastingHook)
 
 
-class AttentionProcessor(Protocol):
-    """Computation of a ``WanAttention`` from its modules."""
+Owner = TypeVar("Owner")
+
+
+class AttentionProcessor(Generic[Owner]):
+    """Computation of one layer's ``WanAttention`` from its modules, on behalf of ``owner``."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self, owner: Owner, layer: int) -> None:
+        self.owner = owner
+        self.layer = layer
 
     def __call__(
         self,
@@ -28,7 +38,7 @@ class AttentionProcessor(Protocol):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(batch, tokens, dim) to the same shape."""
-        ...
+        raise NotImplementedError
 
 
 def blocks_of(transformer: nn.Module) -> Sequence[WanTransformerBlock]:
