@@ -28,24 +28,19 @@ from longtake.models.wan import blocks_of, offload_hooks, weights_at_hand
 Numerics = Literal["native", "upstream"]
 """Where half precision is rounded: as diffusers and this project do, or as the published code does."""
 
+_Timesteps = Callable[[], tuple[float, ...]]
+_Hooks = list[tuple[nn.Module, ModelHook]]
+
 
 def check_numerics(numerics: str) -> None:
-    """Refuse an unknown name.
-
-    Raises:
-        ValueError: With the names there are.
-    """
+    """Refuse an unknown name, with the names there are."""
     known = get_args(Numerics)
     if numerics not in known:
         raise ValueError(f"numerics={numerics!r} is unknown; known: {', '.join(known)}.")
 
 
 def check_weights(transformer: nn.Module) -> None:
-    """Refuse weights that are not at hand, where hooks of ``upstream`` read them without calling their module.
-
-    Raises:
-        ValueError: If they are offloaded layer by layer.
-    """
+    """Refuse weights that are offloaded layer by layer: hooks of ``upstream`` read them without their module."""
     if any(weight.is_meta for weight in transformer.parameters()):
         raise ValueError(
             "numerics='upstream' reads weights that are offloaded layer by layer (sequential offload): offload whole "
@@ -58,13 +53,6 @@ def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
 
     Stock rounds to bfloat16 between product and activation, and reads the widest tensor of the block once more.
     Anything but a plain linear layer (LoRA, a quantised layer, one with hooks) is called as it is.
-
-    Args:
-        ffn: Of a ``WanTransformerBlock``.
-        x: (batch, tokens, dim).
-
-    Returns:
-        (batch, tokens, dim).
     """
     activation, *rest = ffn.net
     if not (_can_fuse(x) and isinstance(activation, GELU) and _is_plain(ffn, activation)):
@@ -127,13 +115,10 @@ class Modulations:
 class _ModulatedBlock(ModelHook):
     """``WanTransformerBlock.forward`` with cached modulation and fused element-wise products.
 
-    Args:
-        layer: Index of the block.
-        modulations: Shared by all blocks of a transformer.
-        timesteps: Returns the timestep of each segment of the forward under way; the segments are equally long.
+    ``timesteps`` returns the timestep of each segment of the forward under way; the segments are equally long.
     """
 
-    def __init__(self, layer: int, modulations: Modulations, timesteps: Callable[[], tuple[float, ...]]) -> None:
+    def __init__(self, layer: int, modulations: Modulations, timesteps: _Timesteps) -> None:
         super().__init__()
         self.layer = layer
         self.modulations = modulations
@@ -234,10 +219,7 @@ class _KeptNorm(ModelHook):
 class _UpstreamProjection(ModelHook):
     """Gives the output projection the kept norm, modulated in the activation dtype.
 
-    Args:
-        transformer: Has the output's modulation table.
-        kept: The hook on the output norm.
-        embedded: Returns the (1, dim) time embedding of each segment of the forward under way.
+    ``embedded`` returns the (1, dim) time embedding of each segment of the forward under way.
     """
 
     def __init__(
@@ -255,9 +237,7 @@ class _UpstreamProjection(ModelHook):
         return (_modulated(normed, shift, 1 + scale),), {}
 
 
-def native_hooks(
-    transformer: WanTransformer3DModel, modulations: Modulations, timesteps: Callable[[], tuple[float, ...]]
-) -> list[tuple[nn.Module, ModelHook]]:
+def native_hooks(transformer: WanTransformer3DModel, modulations: Modulations, timesteps: _Timesteps) -> _Hooks:
     """Modules and hooks that make blocks compute natively."""
     blocks = enumerate(blocks_of(transformer))
     return [(block, _ModulatedBlock(layer, modulations, timesteps)) for layer, block in blocks]
@@ -266,14 +246,12 @@ def native_hooks(
 def upstream_hooks(
     transformer: WanTransformer3DModel,
     modulations: Modulations,
-    timesteps: Callable[[], tuple[float, ...]],
+    timesteps: _Timesteps,
     embedded: Callable[[], Sequence[Tensor]],
-) -> list[tuple[nn.Module, ModelHook]]:
+) -> _Hooks:
     """Modules and hooks that make a transformer round as the published code does."""
     blocks = blocks_of(transformer)
-    hooks: list[tuple[nn.Module, ModelHook]] = [
-        (block, _UpstreamBlock(layer, modulations, timesteps)) for layer, block in enumerate(blocks)
-    ]
+    hooks: _Hooks = [(block, _UpstreamBlock(layer, modulations, timesteps)) for layer, block in enumerate(blocks)]
     attentions = (attn for block in blocks for attn in (block.attn1, block.attn2))
     hooks += [(norm, _UpstreamRMSNorm()) for attn in attentions for norm in (attn.norm_q, attn.norm_k)]
     kept = _KeptNorm(modulations.dtype)
@@ -296,7 +274,7 @@ def embed_time(embedder: WanTimeTextImageEmbedding, timestep: float, *, like: Te
     Args:
         embedder: diffusers keeps the weights of its ``time_embedder`` in float32, here they are rounded for the call.
         timestep: 0 to 1000; a float32 number in the published code.
-        like: Has the dtype and the device of the activations.
+        like: Activations, for their dtype and device.
 
     Returns:
         (1, dim) embedding and (1, 6 * dim) projection.

@@ -22,7 +22,7 @@ from longtake.configs.fields import choose
 
 
 class AttentionSetting:
-    """The attention of a rollout: a sparse policy and how its plans are executed.
+    """The attention of a rollout: a sparse policy and the backend of its plans.
 
     Args:
         settings: ``{"policy": NAME, field: value, ..., "backend": NAME}``, a name alone, or a policy. ``backend`` is
@@ -49,7 +49,7 @@ class AttentionSetting:
 
         Raises:
             ValueError: If there is none of that name.
-            BackendUnavailable: If it cannot run here; says what to do.
+            BackendUnavailable: If it cannot run here; names the remedy.
         """
         if self.backend == "auto":
             return
@@ -66,14 +66,8 @@ class AttentionSetting:
 class SparseSelfAttention:
     """Attention of one cache over the blocks that a policy picks.
 
-    What a policy keeps between calls (``Memory``) lasts for one block of the rollout, so that a rollout that is saved
-    between two blocks and continued makes the same plans.
-
-    Args:
-        setting: Policy and backend.
-        geometry: Shapes of the rollout.
-        num_steps: Denoising steps of a block.
-        meter: Counts what is planned; the branches of a rollout may share one.
+    The memory of a policy between calls lasts for one block of the rollout, so that a rollout that is saved between
+    two blocks and continued makes the same plans. The branches of a rollout may share a meter.
     """
 
     def __init__(
@@ -137,15 +131,10 @@ class SparseSelfAttention:
 
 @dataclass
 class _Block:
-    """State kept while a block of the rollout is made.
+    """State kept while a block of the rollout is made."""
 
-    Attributes:
-        memory: Of the policy, by layer and kind of pass.
-        geometries: By what is read and where it stands, for any layer and step.
-    """
-
-    memory: dict[tuple[int, str], dict[Any, Any]] = field(default_factory=dict)
-    geometries: dict[Any, AttentionGeometry] = field(default_factory=dict)
+    memory: dict[tuple[int, str], dict[Any, Any]] = field(default_factory=dict)  # of the policy, by layer and pass
+    geometries: dict[Any, AttentionGeometry] = field(default_factory=dict)  # by runs and positions, at any step
 
 
 def _segments(
@@ -156,19 +145,19 @@ def _segments(
     A role that only the cache policy knows is history.
     """
     segments: list[Segment] = []
-    start = 0
+
+    def add(frame: int, position: float, length: int, role: str) -> None:
+        start = segments[-1].stop if segments else 0
+        segments.append(Segment(frame=frame, position=position, start=start, length=length, role=role))
+
     for run in runs:
         is_whole = len(run.frames) == len(run.positions) and run.num_tokens == len(run.positions) * frame_tokens
         role = run.role if run.role in get_args(Role) else "mid"
         if is_whole and role != "memory":
             for frame, position in zip(run.frames, run.positions, strict=True):
-                segments.append(Segment(frame=frame, position=position, start=start, length=frame_tokens, role=role))
-                start += frame_tokens
+                add(frame, position, frame_tokens, role)
         elif run.num_tokens:
-            position = sum(run.positions) / len(run.positions) if run.positions else 0.0
-            segments.append(Segment(frame=-1, position=position, start=start, length=run.num_tokens, role="memory"))
-            start += run.num_tokens
+            add(-1, sum(run.positions) / len(run.positions) if run.positions else 0.0, run.num_tokens, "memory")
     for frame, position in zip(frames, positions, strict=True):
-        segments.append(Segment(frame=frame, position=position, start=start, length=frame_tokens, role="current"))
-        start += frame_tokens
+        add(frame, position, frame_tokens, "current")
     return tuple(segments)

@@ -80,12 +80,7 @@ class ConversionRequest:
 class Conversion:
     """A conversion of which everything but the numbers has been checked.
 
-    Attributes:
-        request: Source and settings.
-        transformer: Found in the checkpoint.
-        adapter: To be merged.
-        parts: Of the folder; the transformer alone, or a whole pipeline's.
-        family: The preset.
+    ``parts`` are the transformer alone, or those of a whole pipeline's folder.
     """
 
     request: ConversionRequest
@@ -96,7 +91,7 @@ class Conversion:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether a whole pipeline's folder is written."""
+        """True if a whole pipeline's folder is written, not the transformer alone."""
         return len(self.parts) > 1
 
     @property
@@ -111,10 +106,6 @@ class Conversion:
 
     def write(self, out: Path, *, on_tensor: OnTensor | None = None) -> None:
         """Write the folder under a temporary name and rename it when it is whole.
-
-        Args:
-            out: Must not exist.
-            on_tensor: Called after each tensor.
 
         Raises:
             ValueError: If it exists, the disk is too small, or numbers are not finite; nothing is left then.
@@ -181,11 +172,7 @@ class Conversion:
 
 
 def check_output(out: Path) -> None:
-    """Refuse a path that is there already.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Refuse a path that is there already."""
     if out.exists() or out.is_symlink():
         raise ValueError(f"'{out}' exists already; nothing is overwritten: give another folder (--out).")
 
