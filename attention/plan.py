@@ -57,22 +57,20 @@ class BlockPlan:
     k_perm: Tensor | None = None
 
     def __post_init__(self) -> None:
-        blocks = {}
         for name in ("q_edges", "k_edges"):
             edges = getattr(self, name)
             if edges.dtype != torch.int32 or edges.ndim not in (1, 2) or edges.shape[-1] < 2:
                 raise ValueError(f"{name} is {_shape(edges)}: give int32 (blocks + 1,) or (heads, blocks + 1).")
-            blocks[name] = edges.shape[-1] - 1
-        expected = (self.counts.shape[0], blocks["q_edges"])
-        if self.counts.dtype != torch.int32 or self.counts.ndim != 2 or tuple(self.counts.shape) != expected:
-            raise ValueError(f"counts is {_shape(self.counts)}: give int32 (1 or heads, {blocks['q_edges']}).")
+        expected = (self.counts.shape[0], self.q_edges.shape[-1] - 1)
+        if self.counts.dtype != torch.int32 or tuple(self.counts.shape) != expected:
+            raise ValueError(f"counts is {_shape(self.counts)}: give int32 (1 or heads, {expected[1]}).")
         if self.index.dtype != torch.int32 or self.index.ndim != 3 or tuple(self.index.shape[:2]) != expected:
             raise ValueError(f"index is {_shape(self.index)}: give int32 {(*expected, 'most')}.")
         for name in ("q_perm", "k_perm"):
             order = getattr(self, name)
             if order is not None and (order.dtype != torch.int64 or order.ndim != 2):
                 raise ValueError(f"{name} is {_shape(order)}: give int64 (1 or heads, tokens).")
-        if len({heads for heads in self._all_heads() if heads > 1}) > 1:
+        if len(set(self._all_heads()) - {1}) > 1:
             raise ValueError(
                 f"the parts of a plan speak of {self._all_heads()} heads: let each be 1 or the same number."
             )
@@ -91,10 +89,7 @@ class BlockPlan:
 
         Args:
             mask: (query blocks, key blocks), or (1 or heads, query blocks, key blocks), bool: True is read.
-            q_edges: As the attribute.
-            k_edges: As the attribute.
-            q_perm: As the attribute.
-            k_perm: As the attribute.
+            q_edges: As the attribute, and so are the others.
 
         Raises:
             ValueError: If the mask is not boolean or does not fit the edges.
@@ -154,10 +149,7 @@ class BlockPlan:
         return float(rows.sum()) / (rows.shape[0] * self.num_queries * self.num_keys)
 
     def validate(self) -> "BlockPlan":
-        """Check the contents, once per plan.
-
-        Returns:
-            The plan itself.
+        """Check the contents, once per plan, and return it.
 
         Raises:
             ValueError: If edges do not ascend, an index is out of order or of range, a count does not fit, an order is
@@ -167,9 +159,9 @@ class BlockPlan:
 
     @cached_property
     def _validated(self) -> "BlockPlan":
-        for name in ("q_edges", "k_edges"):
-            edges = getattr(self, name).reshape(-1, getattr(self, name).shape[-1])
-            if bool((edges[:, 0] != 0).any() | (edges.diff(dim=-1) < 0).any() | (edges[:, -1] != edges[0, -1]).any()):
+        for name, edges in (("q_edges", self.q_edges), ("k_edges", self.k_edges)):
+            starts, ends = edges[..., 0], edges[..., -1]
+            if bool(starts.any() | (edges.diff(dim=-1) < 0).any() | (ends != ends.reshape(-1)[0]).any()):
                 raise ValueError(f"{name} must ascend from 0 to the number of tokens, the same for all heads.")
         most, num_columns = self.index.shape[-1], self.k_edges.shape[-1] - 1
         is_filling = torch.arange(most, device=self.index.device) >= self.counts[..., None]
@@ -178,7 +170,15 @@ class BlockPlan:
         is_descending = (self.index.diff(dim=-1) <= 0) & ~is_filling[..., 1:]
         if bool((self.index >= num_columns).any() | is_descending.any()):
             raise ValueError(f"the blocks in a row of index must ascend and be below {num_columns}, the key blocks.")
-        self._check_orders()
+        for name, order, length in (
+            ("q_perm", self.q_perm, self.num_queries),
+            ("k_perm", self.k_perm, self.num_keys),
+        ):
+            if order is None:
+                continue
+            places = torch.arange(length, device=order.device)
+            if order.shape[-1] != length or bool((order.sort(dim=-1).values != places).any()):
+                raise ValueError(f"{name} must hold every number from 0 to {length - 1} once per head.")
         is_empty = (self.keys_per_row == 0) & (_sizes(self.q_edges) > 0)
         if bool(is_empty.any()):
             head, row = is_empty.nonzero()[0].tolist()
@@ -187,15 +187,6 @@ class BlockPlan:
                 "let every query read at least one block, its own for instance."
             )
         return self
-
-    def _check_orders(self) -> None:
-        for name, length in (("q_perm", self.num_queries), ("k_perm", self.num_keys)):
-            order = getattr(self, name)
-            if order is None:
-                continue
-            places = torch.arange(length, device=order.device)
-            if order.shape[-1] != length or bool((order.sort(dim=-1).values != places).any()):
-                raise ValueError(f"{name} must hold every number from 0 to {length - 1} once per head.")
 
     def without_order(self) -> "BlockPlan":
         """The same blocks over tokens that stand in the plan's order already."""
@@ -217,9 +208,8 @@ class BlockPlan:
             (1 or heads, queries, keys), bool: True is read.
         """
         rows = _with_order(block_of_tokens(self.q_edges, self.num_queries), self.q_perm)
-        rows = rows if queries is None else rows[:, queries]
         columns = _with_order(block_of_tokens(self.k_edges, self.num_keys), self.k_perm)
-        columns = columns if keys is None else columns[:, keys]
+        rows, columns = (x if some is None else x[:, some] for x, some in ((rows, queries), (columns, keys)))
         heads = torch.arange(self.num_heads, device=rows.device)
         rows, columns = (part[heads % part.shape[0]] for part in (rows, columns))
         map_of_head = (heads % self.block_mask.shape[0])[:, None, None]
@@ -228,7 +218,28 @@ class BlockPlan:
     @cached_property
     def row_groups(self) -> tuple[RowGroup, ...]:
         """Queries that read the same keys, so that each group is one dense attention."""
-        return _row_groups(self)
+        masks = self.block_mask.cpu()
+        q_edges, k_edges = (edges.reshape(-1, edges.shape[-1]).tolist() for edges in (self.q_edges, self.k_edges))
+        num_heads = max(masks.shape[0], len(q_edges), len(k_edges))
+        by_keys: dict[tuple[int, Ranges], list[int]] = {}
+        for head in range(num_heads):
+            own_keys = k_edges[head % len(k_edges)]
+            seen: dict[bytes, Ranges] = {}
+            for row, columns in enumerate(masks[head % masks.shape[0]].numpy()):
+                key = columns.tobytes()
+                if key not in seen:
+                    seen[key] = _joined((own_keys[i], own_keys[i + 1]) for i in columns.nonzero()[0])
+                by_keys.setdefault((head, seen[key]), []).append(row)
+        by_rows: dict[tuple[Ranges, Ranges], list[int]] = {}
+        for (head, k_ranges), rows in by_keys.items():
+            edges = q_edges[head % len(q_edges)]
+            q_ranges = _joined((edges[row], edges[row + 1]) for row in rows)
+            if q_ranges:
+                by_rows.setdefault((q_ranges, k_ranges), []).append(head)
+        return tuple(
+            RowGroup(None if len(heads) == num_heads else tuple(heads), q_ranges, k_ranges)
+            for (q_ranges, k_ranges), heads in by_rows.items()
+        )
 
     @cached_property
     def tile(self) -> float:
@@ -277,33 +288,7 @@ def edges_of(sizes: Tensor) -> Tensor:
     return torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).to(torch.int32)
 
 
-def _row_groups(plan: "BlockPlan") -> tuple[RowGroup, ...]:
-    """Join the rows of a plan that read the same keys, over blocks and over heads."""
-    masks = plan.block_mask.cpu()
-    q_edges, k_edges = (edges.reshape(-1, edges.shape[-1]).tolist() for edges in (plan.q_edges, plan.k_edges))
-    num_heads = max(masks.shape[0], len(q_edges), len(k_edges))
-    by_keys: dict[tuple[int, Ranges], list[int]] = {}
-    for head in range(num_heads):
-        mask, own_keys = masks[head % masks.shape[0]], k_edges[head % len(k_edges)]
-        seen: dict[bytes, Ranges] = {}
-        for row, columns in enumerate(mask.numpy()):
-            key = columns.tobytes()
-            if key not in seen:
-                seen[key] = _joined((own_keys[i], own_keys[i + 1]) for i in columns.nonzero()[0])
-            by_keys.setdefault((head, seen[key]), []).append(row)
-    by_rows: dict[tuple[Ranges, Ranges], list[int]] = {}
-    for (head, k_ranges), rows in by_keys.items():
-        edges = q_edges[head % len(q_edges)]
-        q_ranges = _joined((edges[row], edges[row + 1]) for row in rows)
-        if q_ranges:
-            by_rows.setdefault((q_ranges, k_ranges), []).append(head)
-    return tuple(
-        RowGroup(None if len(heads) == num_heads else tuple(heads), q_ranges, k_ranges)
-        for (q_ranges, k_ranges), heads in by_rows.items()
-    )
-
-
-def _joined(ranges: Any) -> Ranges:
+def _joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Runs without the empty ones, neighbours joined."""
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
