@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -18,7 +17,7 @@ from longtake.attention.backends import BACKENDS, AttentionCall, find_backend, p
 from longtake.attention.backends.base import AttentionRequest, BackendUnavailable
 from longtake.attention.backends.packages import zentorch_fault
 from longtake.attention.backends.pytorch import Flex, flex_block_mask
-from longtake.attention.plan import split_runs, uniform_edges
+from longtake.attention.plan import split_runs
 
 FRAME = 200
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -44,15 +43,11 @@ def _plan(case, *, seed=0, density=0.4, orders=False):
     edges = [split_runs(case[name], block) for name, block in zip(("queries", "keys"), case["blocks"], strict=True)]
     mask = torch.rand(case["maps"], *(len(own) - 1 for own in edges)) < density
     mask[..., -1] |= ~mask.any(-1)
-    order = {}
+    perms = [None, None]
     if orders:
-        lengths = (sum(case["queries"]), sum(case["keys"]))
-        heads = case["heads"][0]
-        order = {
-            name: torch.stack([torch.randperm(length) for _ in range(heads)])
-            for name, length in zip(("q_perm", "k_perm"), lengths, strict=True)
-        }
-    return BlockPlan.from_dense_block_mask(mask, *edges, **order).validate()
+        heads = range(case["heads"][0])
+        perms = [torch.stack([torch.randperm(sum(case[name])) for _ in heads]) for name in ("queries", "keys")]
+    return BlockPlan.from_dense_block_mask(mask, *edges, q_perm=perms[0], k_perm=perms[1]).validate()
 
 
 def _tokens(case, *, batch=2, head_dim=32, dtype=torch.float32, seed=1):
@@ -86,25 +81,31 @@ def _assert_equal(name, q, k, v, plan, *, scale=None, with_lse=True):
         assert (lse - sums).abs().max() <= tolerance * max(1.0, sums.abs().max().item())
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", SPARSE)
-def test_plans_equal_the_reference(name, case):
-    _assert_equal(name, *_tokens(CASES[case]), _plan(CASES[case]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sdpa", *SPARSE])
-def test_other_precisions(name, dtype):
-    case = CASES["frames, per head"]
-    plan = None if name == "sdpa" else _plan(case)
+PRECISIONS = [{"dtype": dtype} for dtype in (torch.float64, torch.float16, torch.bfloat16)]
+VARIANTS = [
+    *((case, {}) for case in CASES),
     # What is left after rounding the inputs: the reference sees the same rounded ones.
-    _assert_equal(name, *_tokens(case, dtype=dtype), plan)
+    *(("frames, per head", precision) for precision in PRECISIONS),
+    *((case, {"orders": True}) for case in ("cached", "grouped", "frames, per head")),
+    ("cached", {"scale": 0.1}),
+]
 
 
-@pytest.mark.parametrize("case", ["cached", "grouped", "frames, per head"])
+@pytest.mark.parametrize(("case", "options"), VARIANTS, ids=str)
 @pytest.mark.parametrize("name", SPARSE)
-def test_orders_are_applied_and_undone(name, case):
-    _assert_equal(name, *_tokens(CASES[case]), _plan(CASES[case], orders=True))
+def test_plans_equal_the_reference(name, case, options):
+    """Over all sizes, precisions, orders that are applied and undone, and scales."""
+    options = {"orders": False, "scale": None} | options
+    plan = _plan(CASES[case], orders=options.pop("orders"))
+    scale = options.pop("scale")
+    _assert_equal(name, *_tokens(CASES[case], **options), plan, scale=scale)
+
+
+@pytest.mark.parametrize("options", [*PRECISIONS, {"scale": 0.1}], ids=str)
+def test_dense_attention_equals_the_reference(options):
+    scale = options.get("scale")
+    tokens = _tokens(CASES["grouped"], dtype=options.get("dtype", torch.float32))
+    _assert_equal("sdpa", *tokens, None, scale=scale)
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -119,26 +120,17 @@ def test_edges_that_differ_by_head(name):
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_a_full_plan_is_dense_attention(name):
-    q, k, v = _tokens(CASES["ragged"])
-    every = torch.ones(3, 6, dtype=torch.bool)
-    plan = BlockPlan.from_dense_block_mask(every, uniform_edges(350, 128), uniform_edges(700, 128))
-    assert (_run(name, q, k, v, plan)[0] - _run("sdpa", q, k, v)[0]).abs().max() <= 1e-6
-
-
-@pytest.mark.parametrize("name", ["sdpa", *SPARSE])
-def test_scale(name):
-    case = CASES["cached"]
-    _assert_equal(name, *_tokens(case), None if name == "sdpa" else _plan(case), scale=0.1)
+    tokens = _tokens(CASES["ragged"])
+    plan = _plan(CASES["ragged"], density=1.1)
+    assert (_run(name, *tokens, plan)[0] - _run("sdpa", *tokens)[0]).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_inputs_stay_as_they_are_and_may_be_views(name):
-    case = CASES["frames"]
-    q, k, v = _tokens(case)
+    q, k, v = _tokens(CASES["frames"])
     wide = torch.cat([k, v], dim=-1)
-    k, v = wide[..., :32], wide[..., 32:]  # as a fused projection leaves them
     before = wide.clone()
-    _assert_equal(name, q, k, v, _plan(case))
+    _assert_equal(name, q, wide[..., :32], wide[..., 32:], _plan(CASES["frames"]))  # as a fused projection leaves them
     assert torch.equal(wide, before)
 
 
@@ -165,67 +157,50 @@ def test_rows_are_cut_into_bounded_parts(monkeypatch):
     _assert_equal("gather_sdpa", *_tokens(case), _plan(case))
 
 
-def test_a_wrong_list_is_noticed():
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_wrong_list_is_noticed(name):
     """One block moved by one place: the tolerance is not so wide that it would pass."""
-    case = CASES["frames"]
-    plan = _plan(case)
+    tokens, plan = _tokens(CASES["frames"]), _plan(CASES["frames"])
     mask = plan.block_mask.clone()
-    row, column = next((row, int(kept.float().argmin())) for row, kept in enumerate(mask[0]) if not kept.all())
-    mask[0, row, column] = True
+    row = int((~mask[0].all(-1)).nonzero()[0])
+    mask[0, row, mask[0, row].float().argmin()] = True
     wrong = BlockPlan.from_dense_block_mask(mask, plan.q_edges, plan.k_edges)
-    q, k, v = _tokens(case)
-    for name in SPARSE:
-        assert (_run(name, q, k, v, wrong)[0] - _written_out(q, k, v, plan)[0]).abs().max() > 1e-3
+    assert (_run(name, *tokens, wrong)[0] - _written_out(*tokens, plan)[0]).abs().max() > 1e-3
 
 
 def test_flex_ignores_lists_without_a_function_and_ours_has_one():
     """The trap: the same lists of blocks, without our function, give dense attention and no error."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    case = CASES["square"]
-    q, k, v = _tokens(case)
-    plan = _plan(case)
+    tokens, plan = _tokens(CASES["square"]), _plan(CASES["square"])
     ours = flex_block_mask(plan)
-    bare = BlockMask.from_kv_blocks(
-        ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices, BLOCK_SIZE=128
-    )
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    lists = (ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices)
+    bare = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=128)
+    heads_first = [x.transpose(1, 2) for x in tokens]
     trapped = flex_attention(*heads_first, block_mask=bare).transpose(1, 2)
-    sparse, dense = _written_out(q, k, v, plan)[0], _written_out(q, k, v)[0]
+    sparse, dense = _written_out(*tokens, plan)[0], _written_out(*tokens)[0]
     assert (trapped - dense).abs().max() < 1e-5 and (trapped - sparse).abs().max() > 0.1
     assert (flex_attention(*heads_first, block_mask=ours).transpose(1, 2) - sparse).abs().max() < 2e-6
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled flex needs a C++ compiler")
 def test_flex_compiled_equals_the_reference_and_compiles_once_per_shape():
     """Frames, per-head maps, ragged ends and fewer heads of keys at once: a compilation takes long."""
     if not Flex.available().ok or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("compiled flex needs AVX2 and a C++ compiler")
-    case = dict(CASES["frames, per head"], heads=(4, 2))
+    case = CASES["frames, per head"]
     tokens = _tokens(case, batch=1)
     _assert_equal("flex", *tokens, _plan(case), with_lse=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         _assert_equal("flex", *tokens, _plan(case, seed=5, density=0.7), with_lse=False)
 
 
-class _Base2Wrapper:
-    """FlashInfer's interface, written out: blocks as BSR or with sizes per head, sums in base 2."""
+class _BsrWrapper:
+    """FlashInfer's interface, written out: blocks as BSR, sums in base 2."""
+
+    tokens_first = True
 
     def __init__(self, workspace):
         self.calls = 0
-
-    def run(self, q, k, v, *, return_lse):
-        self.calls += 1
-        mask = self.mask.repeat_interleave((q.shape[1] if self.tokens_first else q.shape[0]) // len(self.mask), dim=0)
-        q, k, v = (x if self.tokens_first else x.transpose(0, 1) for x in (q, k, v))
-        out, lse = reference.attention(q[None], k[None], v[None], mask, scale=self.scale)
-        out, lse = out[0].to(q.dtype), (lse[0] / math.log(2)).float()
-        out, lse = (out, lse.transpose(0, 1)) if self.tokens_first else (out.transpose(0, 1), lse)
-        return (out, lse) if return_lse else out
-
-
-class _BsrWrapper(_Base2Wrapper):
-    tokens_first = True
 
     def plan(self, indptr, indices, M, N, R, C, heads, kv_heads, head_dim, *, sm_scale, q_data_type):  # noqa: N803
         blocks = torch.zeros(len(indptr) - 1, -(-N // C), dtype=torch.bool)
@@ -234,15 +209,24 @@ class _BsrWrapper(_Base2Wrapper):
         self.mask = blocks.repeat_interleave(R, 0)[:M].repeat_interleave(C, 1)[:, :N][None]
         self.scale = sm_scale
 
+    def run(self, q, k, v, *, return_lse):
+        self.calls += 1
+        q, k, v = (x if self.tokens_first else x.transpose(0, 1) for x in (q, k, v))
+        mask = self.mask.repeat_interleave(q.shape[1] // len(self.mask), dim=0)
+        out, lse = reference.attention(q[None], k[None], v[None], mask, scale=self.scale)
+        out, lse = out[0].to(q.dtype), (lse[0] / math.log(2)).float()
+        return (out, lse.transpose(0, 1)) if self.tokens_first else (out.transpose(0, 1), lse)
 
-class _VariableWrapper(_Base2Wrapper):
+
+class _VariableWrapper(_BsrWrapper):
+    """Blocks with sizes per head, heads first."""
+
     tokens_first = False
 
     def plan(self, mask, rows, columns, heads, kv_heads, head_dim, *, sm_scale, q_data_type):
         assert rows.dtype == columns.dtype == torch.int32 and len(mask) == len(rows) == len(columns) == kv_heads
-        self.mask = torch.stack(
-            [m.repeat_interleave(r, 0).repeat_interleave(c, 1) for m, r, c in zip(mask, rows, columns, strict=True)]
-        )
+        heads = zip(mask, rows, columns, strict=True)
+        self.mask = torch.stack([m.repeat_interleave(r, 0).repeat_interleave(c, 1) for m, r, c in heads])
         self.scale = sm_scale
 
 
@@ -256,9 +240,8 @@ class _VariableWrapper(_Base2Wrapper):
     ],
 )
 def test_flashinfer_is_given_the_plan_and_its_base_2_sums_are_converted(name, case, monkeypatch):
-    module = SimpleNamespace(
-        BlockSparseAttentionWrapper=_BsrWrapper, VariableBlockSparseAttentionWrapper=_VariableWrapper
-    )
+    wrappers = {"BlockSparseAttentionWrapper": _BsrWrapper, "VariableBlockSparseAttentionWrapper": _VariableWrapper}
+    module = SimpleNamespace(**wrappers)
     monkeypatch.setattr(BACKENDS[name], "_load", classmethod(lambda cls, module_name=None: module))
     monkeypatch.setattr(packages, "_workspace", lambda device: torch.empty(8))
     plan = _plan(CASES[case])
@@ -286,20 +269,6 @@ def test_flash_attn_4_is_called_as_documented(case, monkeypatch):
     _assert_equal("flash4", *_tokens(CASES[case or "cached"]), _plan(CASES[case]) if case else None)
 
 
-def _kernel_of(name):
-    """The function of a package as diffusers imports it, written out."""
-
-    def kernel(*args, **options):
-        q, k, v, *rest = args or [options[own] for own in "qkv"]
-        scale = rest[-1] if rest else next(options[own] for own in ("softmax_scale", "sm_scale") if own in options)
-        out, lse = reference.attention(q, k, v, scale=scale)
-        wants = options.get("return_attn_probs") or options.get("return_lse") or name == "flash3"
-        lse = lse.transpose(1, 2) if name == "flash3" else lse
-        return (out.to(q.dtype), lse.float()) if wants else out.to(q.dtype)
-
-    return kernel
-
-
 @pytest.mark.parametrize(
     ("name", "attribute", "flag"),
     [
@@ -310,10 +279,19 @@ def _kernel_of(name):
     ],
 )
 def test_packages_are_called_through_diffusers(name, attribute, flag, monkeypatch):
+    """The package's function as diffusers imports it, written out."""
+
+    def kernel(*args, **options):
+        q, k, v, *rest = args or [options[own] for own in "qkv"]
+        scale = rest[-1] if rest else next(options[own] for own in ("softmax_scale", "sm_scale") if own in options)
+        out, lse = reference.attention(q, k, v, scale=scale)
+        lse = lse.transpose(1, 2) if name == "flash3" else lse
+        wants = options.get("return_attn_probs") or options.get("return_lse") or name == "flash3"
+        return (out.to(q.dtype), lse.float()) if wants else out.to(q.dtype)
+
     q, k, v = _tokens(CASES["cached"])
     with pytest.raises(BackendUnavailable, match=f"backend {name!r} is not usable.*Install with: pip install"):
         _run(name, q, k, v)
-    kernel = _kernel_of(name)
     module = SimpleNamespace(memory_efficient_attention=kernel) if name == "xformers" else kernel
     monkeypatch.setattr(attention_dispatch, attribute, module, raising=False)
     monkeypatch.setattr(attention_dispatch, flag, True)
