@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse import EAGER, tokens, with_role
 
 from longtake.attention import AttentionGeometry
 from longtake.attention.geometry import make_geometry
@@ -61,17 +62,13 @@ def test_schedules_have_ends():
     assert LightForcing(sparsity=0.95)._base == 0.99 and LightForcing(sparsity=0.995)._base == 0.995
 
 
-def example(num_frames=12, grid=(10, 20), heads=4, key_heads=2, *, block_index=3, seed=0, **options):
-    geometry = replace(make_geometry(num_frames, grid, **{"block_frames": 3, **options}), block_index=block_index)
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(1, geometry.num_queries, heads, 16, generator=generator)
-    k = torch.randn(1, geometry.num_keys, key_heads, 16, generator=generator)
-    return geometry, q, k
+def example(num_frames=12, *, block_index=3):
+    geometry = replace(make_geometry(num_frames, (10, 20), block_frames=3), block_index=block_index)
+    return geometry, *tokens(geometry)[:2]
 
 
 def policy(**changes):
-    defaults = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
-    return LightForcing(**(defaults | {"num_kept_frames": 4, "num_near_frames": 2} | changes))
+    return LightForcing(**EAGER | {"num_kept_frames": 4, "num_near_frames": 2} | changes)
 
 
 def frame_blocks(num_frames, tokens, size):
@@ -180,9 +177,7 @@ def test_samples_do_not_see_each_other_and_the_choice_is_by_head():
 def test_memory_and_text_may_always_be_chosen():
     """What is no whole frame is none of the middle frames that have to be chosen first."""
     geometry, q, k = example()
-    marked = replace(
-        geometry, segments=tuple(replace(s, role="memory") if s.frame == 4 else s for s in geometry.segments)
-    )
+    marked = with_role(geometry, 4, "memory")
     k[:, 4 * 200 : 5 * 200] = 0
     q[:] = 1.0
     k[:, : 4 * 200] -= 0.5
@@ -197,9 +192,8 @@ def test_where_it_is_dense_and_where_it_is_refused():
     geometry, q, k = example(block_index=0)
     assert policy().plan(q, k, geometry) is None, "the schedule begins densely"
     bidirectional = AttentionGeometry.bidirectional(4, (10, 20))
-    tokens = torch.zeros(1, 800, 4, 16)
     with pytest.raises(ValueError, match="no bidirectional form: use radial"):
-        policy().plan(tokens, tokens, bidirectional)
+        policy().plan(*tokens(bidirectional)[:2], bidirectional)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from safetensors.torch import save_file
+from sparse import EAGER, tokens
 
 from longtake.attention import AttentionGeometry
 from longtake.attention.geometry import make_geometry
@@ -19,7 +20,6 @@ from longtake.attention.policies.paro import (
     permutation,
 )
 
-SPARSE_AT_ONCE = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
 SHAPE = (6, 8, 16)
 
 
@@ -82,10 +82,8 @@ def test_masks_keep_the_heaviest_blocks():
     assert mask_from_sums(sums, 0.5).tolist() == [[True] * 3, [False, True, False]], "no row is left empty"
 
 
-def tokens_for(geometry, heads=3, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = (geometry.num_queries, geometry.num_keys)
-    return [torch.randn(1, length, heads, 16, generator=generator) for length in lengths]
+def tokens_for(geometry, heads=3):
+    return tokens(geometry, heads=heads, key_heads=heads)[:2]
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
@@ -93,7 +91,7 @@ def tokens_for(geometry, heads=3, *, seed=0):
     "geometry", [AttentionGeometry.bidirectional(4, (8, 16)), make_geometry(7, (8, 16), block_frames=3)], ids=str
 )
 def test_without_calibration_blocks_are_estimated_at_the_density(geometry, density):
-    plan = Paro(density=density, **SPARSE_AT_ONCE).plan(*tokens_for(geometry), geometry)
+    plan = Paro(density=density, **EAGER).plan(*tokens_for(geometry), geometry)
     assert plan.density == pytest.approx(density, abs=0.03)
     assert torch.equal(plan.q_perm, torch.arange(geometry.num_queries).expand(3, -1)), "the order given, by default"
     assert plan.num_heads == 3
@@ -108,14 +106,14 @@ def test_the_estimate_finds_where_a_query_looks():
     )
     k = 0.1 * k + directions.repeat_interleave(128, 0)[None, :, None]
     q = 0.1 * q + 2 * directions[[2, 3, 0, 1]].repeat_interleave(128, 0)[None, :, None]
-    mask = Paro(density=0.25, **SPARSE_AT_ONCE).plan(q, k, geometry).block_mask[0]
+    mask = Paro(density=0.25, **EAGER).plan(q, k, geometry).block_mask[0]
     expected = torch.eye(4, dtype=torch.bool)[[2, 3, 0, 1]].repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert torch.equal(mask, expected)
 
 
 def test_only_frames_that_ask_are_interleaved_in_the_cached_form():
     geometry = make_geometry(5, (4, 6), block_frames=2)
-    plan = Paro(order="wfh", block_size=8, **SPARSE_AT_ONCE).plan(*tokens_for(geometry), geometry)
+    plan = Paro(order="wfh", block_size=8, **EAGER).plan(*tokens_for(geometry), geometry)
     keys = plan.k_perm[0]
     for frame in range(3):
         assert torch.equal(keys[frame * 24 : (frame + 1) * 24], frame * 24 + permutation("fwh", 1, 4, 6))
@@ -130,7 +128,7 @@ def test_a_calibration_is_a_file(tmp_path):
     masks = torch.rand(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
     masks |= torch.eye(8, dtype=torch.bool)
     Calibration(orders, masks).save(path)
-    policy = Paro(calibration=path, **SPARSE_AT_ONCE)
+    policy = Paro(calibration=path, **EAGER)
     geometry = AttentionGeometry.bidirectional(4, (8, 16), layer=1, num_layers=2, step_index=1)
     q, k = tokens_for(geometry)
     for step, number in ((0, 0), (1, 1), (30, 1)):
@@ -149,7 +147,7 @@ def test_a_calibration_is_a_file(tmp_path):
 def test_orders_alone_serve_every_length(tmp_path):
     path = str(tmp_path / "orders.safetensors")
     Calibration(torch.tensor([[5, 0, 2]])).save(path)
-    policy = Paro(calibration=path, density=0.5, **SPARSE_AT_ONCE)
+    policy = Paro(calibration=path, density=0.5, **EAGER)
     for geometry in (AttentionGeometry.bidirectional(5, (8, 16)), make_geometry(7, (8, 16), block_frames=3)):
         plan = policy.plan(*tokens_for(geometry), replace(geometry, layer=0))
         assert torch.equal(plan.q_perm[1], torch.arange(geometry.num_queries))

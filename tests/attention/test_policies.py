@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from block_attention import signature
+from block_attention import attention, signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse import EAGER, tokens
 
 from longtake.attention import AttentionGeometry, Segment, make_attention_policy, sparse_attention
 from longtake.attention.geometry import make_geometry
@@ -19,16 +20,11 @@ from longtake.attention.policies.window import Window
 
 ROOT = Path(__file__).resolve().parents[2]
 SPARSE = [name for name in POLICIES if name != "dense"]
+TOKEN_POLICIES = [name for name in SPARSE if not POLICIES[name].is_static]
 GRID = (10, 20)
-CACHED = replace(
-    make_geometry(12, GRID, block_frames=3),
-    block_index=3,
-    step_index=2,
-    num_steps=4,
-    layer=2,
-    num_layers=6,
-)
-BIDIRECTIONAL = AttentionGeometry.bidirectional(6, GRID, step_index=2, num_steps=4, layer=2, num_layers=6)
+PLACE = {"step_index": 2, "num_steps": 4, "layer": 2, "num_layers": 6}
+CACHED = replace(make_geometry(12, GRID, block_frames=3), block_index=3, **PLACE)
+BIDIRECTIONAL = AttentionGeometry.bidirectional(6, GRID, **PLACE)
 # (policy, form) pairs that have no meaning.
 REFUSED = {("light_forcing", "bidirectional")}
 # A density below 1 with frames of 200 tokens.
@@ -43,13 +39,6 @@ CASES = [(name, form) for name in SPARSE for form in FORMS if (name, form) not i
 
 def make(name, **changes):
     return make_attention_policy({"policy": name} | SMALL.get(name, {}) | changes)
-
-
-def tokens(geometry, *, batch=1, heads=4, key_heads=2, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, geometry.num_queries, heads, 16, generator=generator)
-    k, v = (torch.randn(batch, geometry.num_keys, key_heads, 16, generator=generator) for _ in "kv")
-    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -103,13 +92,10 @@ def test_plans_hold_and_leave_something_out(name, form):
 def test_attention_is_the_softmax_over_the_plan(name, form, batch):
     geometry, policy = FORMS[form], make(name)
     q, k, v = tokens(geometry, batch=batch)
-    found = sparse_attention(q, k, v, geometry, policy=policy)
-    for sample in range(batch):
-        one = [x[sample : sample + 1] for x in (q, k, v)]
-        mask = policy.plan(one[0], one[1], geometry, v=one[2]).to_dense_mask()[None]
-        wide = [x.double().repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in one]
-        scores = (wide[0] @ wide[1].transpose(2, 3) / 4).masked_fill(~mask, -torch.inf)
-        assert (found[sample] - (scores.softmax(-1) @ wide[2]).transpose(1, 2)[0]).abs().max() < 2e-6
+    samples = [[x[index : index + 1] for x in (q, k, v)] for index in range(batch)]
+    masks = [policy.plan(one[0], one[1], geometry, v=one[2]).to_dense_mask().expand(4, -1, -1) for one in samples]
+    expected, _ = attention(q, k, v, torch.stack(masks))
+    assert (sparse_attention(q, k, v, geometry, policy=policy) - expected).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -125,7 +111,7 @@ def test_the_beginning_is_dense(name, form):
     assert is_dense(policy, layer=0) and is_dense(policy, step_index=0)
     assert is_dense(policy, kind="commit", step_index=0)
     assert is_dense(policy, block_index=0) is (form == "cached")
-    eager = make(name, dense_layers=0, dense_steps=0, dense_blocks=0, commit_pass="sparse")
+    eager = make(name, **EAGER, commit_pass="sparse")
     assert not is_dense(eager, layer=0) and not is_dense(eager, step_index=0)
     assert not is_dense(eager, kind="commit", step_index=0)
     late = make(name, dense_blocks=5, dense_layers=4, dense_steps=3)
@@ -136,13 +122,11 @@ def test_the_beginning_is_dense(name, form):
 def test_dense_declines_everything():
     q, k, v = tokens(CACHED)
     assert make_attention_policy("dense").plan(None, None, CACHED) is None
-    exact = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True
-    ).transpose(1, 2)
-    assert torch.allclose(sparse_attention(q, k, v, CACHED, policy=make_attention_policy("dense")), exact, atol=1e-6)
+    dense = sparse_attention(q, k, v, CACHED, policy=make_attention_policy("dense"))
+    assert (dense - attention(q, k, v)[0]).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("name", [name for name in SPARSE if not POLICIES[name]().is_static])
+@pytest.mark.parametrize("name", TOKEN_POLICIES)
 def test_policies_that_look_at_tokens_say_what_they_need(name):
     q, k, v = tokens(CACHED, batch=2)
     with pytest.raises(ValueError, match=f"{name!r} chooses blocks by the tokens: give it q"):
@@ -153,22 +137,19 @@ def test_policies_that_look_at_tokens_say_what_they_need(name):
         make(name).plan(q[:1, :10], k[:1], CACHED, v=v[:1])
 
 
-@pytest.mark.parametrize("name", [name for name in SPARSE if not POLICIES[name]().is_static])
+@pytest.mark.parametrize("name", TOKEN_POLICIES)
 def test_half_precision_tokens_are_compared_in_full(name):
     geometry = CACHED
     q, k, v = tokens(geometry, dtype=torch.bfloat16)
     wide = [x.float() for x in (q, k, v)]
-    assert signature(make(name).plan(q, k, geometry, v=v)) == signature(
-        make(name).plan(*wide[:2], geometry, v=wide[2])
-    )
+    half = make(name).plan(q, k, geometry, v=v)
+    assert signature(half) == signature(make(name).plan(*wide[:2], geometry, v=wide[2]))
 
 
 def test_asking_frames_have_to_be_among_the_keys():
     past = replace(CACHED, segments=tuple(replace(s, role="recent") for s in CACHED.segments))
     q, k, v = tokens(CACHED)
-    for name in SPARSE:
-        if name in ("window", "svg2"):
-            continue
+    for name in set(SPARSE) - {"window", "svg2"}:
         with pytest.raises(ValueError, match="needs the asking frames among the keys"):
             make(name).plan(q, k, past, v=v)
 
@@ -178,25 +159,20 @@ def rolling(block_index, *, positions):
     last = 3 * block_index + 2
     frames = [0, *range(last - 7, last + 1)]
     places = frames if positions == "absolute" else list(range(9))
+    roles = ["sink", *["recent"] * 5, *["current"] * 3]
+    segments = tuple(
+        Segment(frame=frame, position=float(place), start=index * 200, length=200, role=role)
+        for index, (frame, place, role) in enumerate(zip(frames, places, roles, strict=True))
+    )
     return AttentionGeometry(
         frame_tokens=200,
         grid=GRID,
         frames_per_block=3,
-        segments=tuple(
-            Segment(
-                frame=frame,
-                position=float(place),
-                start=index * 200,
-                length=200,
-                role="sink" if not index else "current" if index > 5 else "recent",
-            )
-            for index, (frame, place) in enumerate(zip(frames, places, strict=True))
-        ),
+        segments=segments,
         query_frames=tuple(frames[-3:]),
         query_positions=tuple(map(float, places[-3:])),
         block_index=block_index,
-        step_index=2,
-        layer=3,
+        **PLACE,
     )
 
 
@@ -219,15 +195,14 @@ def test_a_window_that_rolls_on_has_one_plan(name, positions, monkeypatch):
 
 
 def test_window_reads_near_frames_sinks_and_itself():
-    policy = Window(num_window_frames=2, num_sink_frames=1, dense_blocks=0, dense_layers=0, dense_steps=0)
+    policy = Window(num_window_frames=2, num_sink_frames=1, **EAGER)
     mask = policy.plan(None, None, make_geometry(9, GRID, block_frames=3, num_sinks=0)).block_mask[0]
     assert [row.nonzero()[:, 0].tolist() for row in mask] == [[0, 4, 5, 6, 7, 8], [0, 5, 6, 7, 8], [0, 6, 7, 8]]
     mask = policy.plan(None, None, AttentionGeometry.bidirectional(6, GRID)).block_mask[0]
     assert mask[0].tolist() == [True, True, True, False, False, False]
     bare = replace(policy, num_sink_frames=0, num_window_frames=0)
-    assert torch.equal(
-        bare.plan(None, None, AttentionGeometry.bidirectional(6, GRID)).block_mask[0], torch.eye(6, dtype=torch.bool)
-    )
+    mask = bare.plan(None, None, AttentionGeometry.bidirectional(6, GRID)).block_mask[0]
+    assert torch.equal(mask, torch.eye(6, dtype=torch.bool))
     with pytest.raises(ValueError, match="num_window_frames=-1"):
         Window(num_window_frames=-1)
 

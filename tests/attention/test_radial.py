@@ -12,8 +12,9 @@ from block_attention import signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from sparse import EAGER, with_role
 
-from longtake.attention import AttentionGeometry, Segment, make_attention_policy
+from longtake.attention import AttentionGeometry, make_attention_policy
 from longtake.attention.geometry import make_geometry
 from longtake.attention.policies.radial import Radial
 
@@ -37,7 +38,7 @@ STRIPS = {
 
 
 def active(policy):
-    return replace(policy, dense_blocks=0, dense_layers=0, dense_steps=0)
+    return replace(policy, **EAGER)
 
 
 def strip(policy, *args, **options):
@@ -160,30 +161,10 @@ def test_blocks_end_with_their_frame_in_the_cached_form():
 
 def test_distance_is_that_of_positions_or_of_the_video():
     """A window that was moved up behind its sink: 0, 97..103 in the video, 0..7 to the model."""
-    tokens = 256
-    frames = [0, *range(97, 104)]
-    segments = tuple(
-        Segment(
-            frame=frame,
-            position=float(place),
-            start=place * tokens,
-            length=tokens,
-            role="sink" if not place else "current" if place > 4 else "recent",
-        )
-        for place, frame in enumerate(frames)
-    )
-    moved = AttentionGeometry(
-        frame_tokens=tokens,
-        grid=(16, 16),
-        frames_per_block=3,
-        segments=segments,
-        query_frames=(101, 102, 103),
-        query_positions=(5.0, 6.0, 7.0),
-        block_index=33,
-        step_index=1,
-        layer=1,
-    )
     plain = make_geometry(8, (16, 16), block_frames=3)
+    frames = [0, *range(97, 104)]
+    segments = tuple(replace(s, frame=frame) for s, frame in zip(plain.segments, frames, strict=True))
+    moved = replace(plain, segments=segments, query_frames=(101, 102, 103), block_index=33)
     policy = active(Radial(distance="position"))
     assert signature(policy.plan(None, None, moved)) == signature(policy.plan(None, None, plain))
     # A sink that is far away in the video is read whole all the same; without the role it would be thinned out.
@@ -195,12 +176,9 @@ def test_distance_is_that_of_positions_or_of_the_video():
 
 def test_what_has_no_places_in_a_frame_is_read_whole():
     geometry = make_geometry(40, (16, 16), block_frames=3)
-    segments = list(geometry.segments)
-    segments[5] = replace(segments[5], role="memory")
-    marked = replace(geometry, segments=tuple(segments))
     policy = active(Radial())
     assert not policy.plan(None, None, geometry).block_mask[0][:, 10:12].all()
-    assert policy.plan(None, None, marked).block_mask[0][:, 10:12].all()
+    assert policy.plan(None, None, with_role(geometry, 5, "memory")).block_mask[0][:, 10:12].all()
 
 
 @pytest.mark.parametrize("tokens", [256, 512, 1560])

@@ -1,19 +1,16 @@
 """Sliding tiles against a loop over tokens, and windows that keep their size at the border."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from sparse import EAGER, with_role
 
 from longtake.attention import AttentionGeometry
 from longtake.attention.geometry import make_geometry
 from longtake.attention.policies.sliding_tile import SlidingTile
 
-SPARSE_AT_ONCE = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
-
 
 def policy(tile, window, **changes):
-    return SlidingTile(tile=tile, window=window, **(SPARSE_AT_ONCE | changes))
+    return SlidingTile(tile=tile, window=window, **(EAGER | changes))
 
 
 def slow(num_frames, grid, tile, window, num_query_frames):
@@ -76,17 +73,12 @@ def test_heads_may_have_windows_of_their_own():
 
 def test_sinks_memory_and_text_are_read_by_all():
     geometry = make_geometry(8, (4, 4), block_frames=2, num_sinks=1)
-    plain = policy((2, 2, 2), (1, 1, 1)).plan(None, None, replace_role(geometry, 0, "recent")).to_dense_mask()[0]
+    plain = policy((2, 2, 2), (1, 1, 1)).plan(None, None, with_role(geometry, 0, "recent")).to_dense_mask()[0]
     sunk = policy((2, 2, 2), (1, 1, 1)).plan(None, None, geometry).to_dense_mask()[0]
     assert sunk[:, :16].all() and not plain[:, :16].any()
     assert torch.equal(sunk[:, 32:], plain[:, 32:])
-    memory = policy((2, 2, 2), (1, 1, 1)).plan(None, None, replace_role(geometry, 3, "memory")).to_dense_mask()[0]
+    memory = policy((2, 2, 2), (1, 1, 1)).plan(None, None, with_role(geometry, 3, "memory")).to_dense_mask()[0]
     assert memory[:, 48:64].all() and not sunk[:, 48:64].any()
-
-
-def replace_role(geometry, frame, role):
-    segments = tuple(replace(s, role=role) if s.frame == frame else s for s in geometry.segments)
-    return replace(geometry, segments=segments)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from block_attention import attention, signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse import EAGER, tokens, with_role
 
 from longtake.attention import AttentionGeometry, sparse_attention
 from longtake.attention.geometry import make_geometry
@@ -15,18 +16,11 @@ from longtake.attention.policies.base import Tokens
 from longtake.attention.policies.svg import Svg, _half_width, _layouts
 from longtake.attention.policies.svg2 import Svg2, _Clusters, _kmeans
 
-DENSE_FROM_THE_START = {"dense_blocks": 0, "dense_layers": 0, "dense_steps": 0}
 GRID = (10, 20)
 
 
 def softmax64(q, k, v, mask=None):
     return attention(q, k, v, mask)[0]
-
-
-def tokens(geometry, heads=4, key_heads=4, *, batch=1, dim=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, geometry.num_queries, heads, dim, generator=generator)
-    return q, *(torch.randn(batch, geometry.num_keys, key_heads, dim, generator=generator) for _ in "kv")
 
 
 def geometries():
@@ -72,7 +66,7 @@ def test_the_width_of_a_square_is_the_published_one(density):
 @pytest.mark.parametrize("density", [0.3, 0.5])
 def test_the_density_of_the_band_is_the_setting_within_a_block(geometry, kind, density):
     """128 tokens to which the width is rounded up, 128 of a block on either side."""
-    policy = Svg(density=density, temporal_sink=False, block_size=16, **DENSE_FROM_THE_START)
+    policy = Svg(density=density, temporal_sink=False, block_size=16, **EAGER)
     layout = _layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)[kind == "temporal"]
     band = policy._band(layout, geometry, False)
     plain = band.float().mean().item()
@@ -92,7 +86,7 @@ def test_planted_heads_are_told_apart(geometry):
     both = _layouts(len(geometry.query_frames), len(geometry.segments), geometry.frame_tokens)
     found = Svg()._temporal_heads(Tokens(q[0], k[0], v[0]), geometry, both)
     assert found.tolist() == [kind == "temporal" for kind in kinds]
-    plan = Svg(density=0.3, **DENSE_FROM_THE_START).plan(q, k, geometry, v=v)
+    plan = Svg(density=0.3, **EAGER).plan(q, k, geometry, v=v)
     assert torch.equal(plan.q_perm[0], both[0].q_perm) and torch.equal(plan.q_perm[1], both[1].q_perm)
     right = (softmax64(q, k, v, plan.to_dense_mask()[None]) - softmax64(q, k, v)).square().mean((0, 1, 3))
     other = plan.to_dense_mask()[[1, 0, 3, 2]][None]
@@ -103,14 +97,11 @@ def test_planted_heads_are_told_apart(geometry):
 def test_svg_needs_values_and_whole_frames():
     geometry = make_geometry(6, GRID, block_frames=3)
     q, k, v = tokens(geometry)
-    policy = Svg(**DENSE_FROM_THE_START)
+    policy = Svg(**EAGER)
     with pytest.raises(ValueError, match="give it q, k and v"):
         policy.plan(q, k, geometry)
-    marked = replace(
-        geometry, segments=tuple(replace(s, role="memory") if not s.frame else s for s in geometry.segments)
-    )
     with pytest.raises(ValueError, match="needs whole frames"):
-        policy.plan(q, k, marked, v=v)
+        policy.plan(q, k, with_role(geometry, 0, "memory"), v=v)
 
 
 def test_planted_clusters_are_recovered():
@@ -162,9 +153,9 @@ def test_top_p_is_the_shortest_prefix_that_exceeds_it(seed, top_p, min_share):
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_svg2_follows_its_plan_and_equals_dense_attention_at_p_1(geometry, key_heads):
     q, k, v = tokens(geometry, key_heads=key_heads, batch=2)
-    exact = sparse_attention(q, k, v, geometry, policy=Svg2(top_p=1.0, **DENSE_FROM_THE_START))
+    exact = sparse_attention(q, k, v, geometry, policy=Svg2(top_p=1.0, **EAGER))
     assert (exact - softmax64(q, k, v)).abs().max() < 2e-6
-    policy = Svg2(top_p=0.5, **DENSE_FROM_THE_START)
+    policy = Svg2(top_p=0.5, **EAGER)
     found = sparse_attention(q, k, v, geometry, policy=policy)
     plans = [policy.plan(q[i : i + 1], k[i : i + 1], geometry) for i in range(2)]
     masks = torch.stack([plan.to_dense_mask() for plan in plans])
@@ -176,7 +167,7 @@ def test_svg2_does_not_mind_the_order_of_keys():
     """From the same centroids: clusters hold the same keys wherever these stand."""
     geometry = make_geometry(9, GRID, block_frames=3)
     q, k, v = tokens(geometry)
-    policy = Svg2(top_p=0.5, **DENSE_FROM_THE_START)
+    policy = Svg2(top_p=0.5, **EAGER)
     memory = {}
     policy.plan(q, k, geometry, memory=memory)
     order = torch.randperm(geometry.num_keys, generator=torch.Generator().manual_seed(5))
@@ -190,7 +181,7 @@ def test_svg2_goes_on_from_the_last_centroids_of_the_layer():
     geometry = make_geometry(9, GRID, block_frames=3)
     q, k, _ = tokens(geometry)
     memory = {}
-    first = Svg2(**DENSE_FROM_THE_START, num_iterations=1)
+    first = Svg2(**EAGER, num_iterations=1)
     one = first.plan(q, k, geometry, memory=memory)
     kept = dict(memory)
     again = first.plan(q, k, geometry, memory=memory)
