@@ -1,4 +1,4 @@
-"""What a backbone is: a frozen network, or something that stands in for one, behind one of six small interfaces."""
+"""Backbones: frozen networks, or stand-ins for them, behind one of six small interfaces."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,17 +10,22 @@ from longtake.configs.fields import did_you_mean
 
 
 class Backbone(Protocol):
-    """What all backbones say of themselves.
+    """Facts of all backbones."""
 
-    Attributes:
-        name: Goes into the names of the metrics that use it.
-        weights_sha256: Of its weights file; None where it has none.
-        official: Whether it is the network, with the weights, that VBench uses in this place.
-    """
+    @property
+    def name(self) -> str:
+        """Part of the names of the metrics that use it."""
+        ...
 
-    name: str
-    weights_sha256: str | None
-    official: bool
+    @property
+    def weights_sha256(self) -> str | None:
+        """Hash of its weights file; None where it has none."""
+        ...
+
+    @property
+    def official(self) -> bool:
+        """Whether it is the network, with the weights, that VBench uses in this place."""
+        ...
 
 
 class FrameEncoder(Backbone, Protocol):
@@ -137,9 +142,6 @@ class Backbones:
         """The backbone of a role, None if there is none.
 
         Where there is no ``aesthetic_clip``, the ``clip`` stands in for it, and is not official there.
-
-        Raises:
-            ValueError: If there is no such role.
         """
         check_role(role)
         backbone = self.found.get(role)
@@ -148,12 +150,7 @@ class Backbones:
         return backbone
 
     def why_missing(self, role: str) -> str:
-        """Why a role is empty and how to fill it, in one sentence.
-
-        Raises:
-            ValueError: If there is no such role.
-        """
-        check_role(role)
+        """Reason for an empty role, and how to fill it."""
         return f"no backbone for {role!r}: needs {ROLES[role].official}, given in a file of backbones"
 
     def or_else(self, others: "Backbones") -> "Backbones":
@@ -162,10 +159,6 @@ class Backbones:
 
 
 def check_role(role: str) -> None:
-    """Refuse a role that does not exist.
-
-    Raises:
-        ValueError: With the known roles and the nearest.
-    """
+    """Refuse a role that does not exist; the error names the nearest."""
     if role not in ROLES:
         raise ValueError(f"unknown backbone role {role!r}; known: {', '.join(ROLES)}.{did_you_mean(role, ROLES)}")

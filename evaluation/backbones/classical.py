@@ -2,9 +2,8 @@
 
 import importlib.util
 import math
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,42 +17,28 @@ MIN_SIDE = 16
 LUMA = (0.299, 0.587, 0.114)
 
 
-def grey(image: Tensor) -> Tensor:
+def _grey(image: Tensor) -> Tensor:
     """(1, 3, H, W) float RGB in 0..255 -> (H, W) float32 luma (BT.601)."""
     height, width = image.shape[-2:]
     return (torch.tensor(LUMA) @ image.float().reshape(3, -1)).view(height, width)
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
-    """Refuse what is not two single RGB images of one size.
-
-    Raises:
-        ValueError: With both shapes.
-    """
     if a.shape != b.shape or a.ndim != 4 or a.shape[:2] != (1, 3):
         raise ValueError(f"flow between {tuple(a.shape)} and {tuple(b.shape)}: give two (1, 3, height, width)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _OpenCvDis:
-    """DIS on 8-bit luma; the result does not depend on OpenCV's number of threads.
+class _Classical:
+    weights_sha256 = None
+    official = False
 
-    Attributes:
-        preset: OpenCV's; ``fast`` takes a fifth of the time of ``medium`` and is off by up to a fifth of a pixel.
-    """
 
-    preset: Literal["medium", "fast"] = "medium"
-    weights_sha256: str | None = None
-    official: bool = False
+class _OpenCvDis(_Classical):
+    """DIS on 8-bit luma; the result does not depend on OpenCV's number of threads."""
 
-    @property
-    def name(self) -> str:
-        """``opencv_dis``, or ``opencv_dis_fast``: their numbers differ."""
-        return "opencv_dis" if self.preset == "medium" else f"opencv_dis_{self.preset}"
+    name = "opencv_dis"
 
-    def __post_init__(self) -> None:
-        if self.preset not in ("medium", "fast"):
-            raise ValueError(f"preset={self.preset!r}: use medium or fast")
+    def __init__(self) -> None:
         if importlib.util.find_spec("cv2") is None:
             raise ValueError(
                 "flow 'opencv_dis' needs the package opencv-python-headless (not installed): "
@@ -61,34 +46,23 @@ class _OpenCvDis:
             )
 
     def flow(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two (1, 3, H, W) float in 0..255 -> (2, H, W) float32 in pixels, x then y.
-
-        Raises:
-            ValueError: If the shapes differ or a side is under 16 pixels.
-        """
+        """Two (1, 3, H, W) float in 0..255 -> (2, H, W) float32 in pixels, x then y."""
         _check_pair(a, b)
         if min(a.shape[-2:]) < MIN_SIDE:
             raise ValueError(
                 f"frames of {a.shape[-1]}x{a.shape[-2]} are too small for flow {self.name!r}: "
                 f"use {MIN_SIDE} pixels a side or more, or 'torch_lk'."
             )
-        pictures = [grey(image).round_().clamp_(0, 255).byte().numpy() for image in (a, b)]
-        found = self._engine.calc(*pictures, None)
+        pictures = [_grey(image).round_().clamp_(0, 255).byte().numpy() for image in (a, b)]
+        found = _dis().calc(*pictures, None)
         return torch.from_numpy(found).permute(2, 0, 1).contiguous()
 
-    @cached_property
-    def _engine(self) -> Any:
-        import cv2
 
-        presets = {"medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM, "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST}
-        return cv2.DISOpticalFlow_create(presets[self.preset])
+@cache
+def _dis() -> Any:
+    import cv2
 
-    def __getstate__(self) -> dict[str, Any]:
-        # OpenCV's objects do not travel between processes; the other side makes its own.
-        return {key: value for key, value in vars(self).items() if key != "_engine"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
 
 COARSEST_SIDE = 8
@@ -101,76 +75,66 @@ MAX_STEP = 2.0
 """Pixels: a linear model of the picture says nothing about what is further away."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _TorchLucasKanade:
+WINDOW = 7
+"""Pixels: side of the square window at every level."""
+ITERATIONS = 3
+"""Steps per level."""
+
+
+class _TorchLucasKanade(_Classical):
     """Iterative, pyramidal, every pixel in a square window; blind to changes of brightness that a window shares.
 
-    Attributes:
-        window: Side of the window at every level, in pixels, odd.
-        iterations: Steps per level.
+    Source: Bouguet, "Pyramidal implementation of the Lucas Kanade feature tracker", 2000, with every pixel as a
+    feature and windows freed of their means.
     """
 
-    name: str = "torch_lk"
-    weights_sha256: str | None = None
-    official: bool = False
-    window: int = 7
-    iterations: int = 3
-
-    def __post_init__(self) -> None:
-        if self.window < 3 or self.window % 2 == 0 or self.iterations < 1:
-            raise ValueError(f"window={self.window}, iterations={self.iterations}: an odd window from 3, steps from 1")
+    name = "torch_lk"
 
     def flow(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two (1, 3, H, W) float in 0..255 -> (2, H, W) float32 in pixels, x then y.
-
-        Raises:
-            ValueError: If the shapes differ.
-
-        Source: Bouguet, "Pyramidal implementation of the Lucas Kanade feature tracker", 2000, with every pixel as a
-            feature and windows freed of their means.
-        """
+        """Two (1, 3, H, W) float in 0..255 -> (2, H, W) float32 in pixels, x then y."""
         _check_pair(a, b)
         height, width = a.shape[-2:]
         with torch.no_grad():
-            levels = _pyramid(torch.stack([grey(a), grey(b)])[:, None])
+            levels = _pyramid(torch.stack([_grey(a), _grey(b)])[:, None])
             found = torch.zeros(1, 2, *levels[-1].shape[-2:])
             for level, pair in enumerate(reversed(levels)):
                 if level:
                     found = 2.0 * _enlarge(found, 2)
-                found = _smooth(self._refine(pair[:1], pair[1:], found), 3)
+                found = _smooth(_refine(pair[:1], pair[1:], found), 3)
             scale = 2 if min(height, width) >= HALVE_FROM else 1
             if scale > 1:
                 found = scale * _enlarge(found, scale)
         return found[0, :, :height, :width].contiguous()
 
-    def _refine(self, first: Tensor, second: Tensor, flow: Tensor) -> Tensor:
-        """Gauss-Newton steps on one level: all (1, C, h, w)."""
-        slope = _slopes(first)
-        x, y = slope[:, :1], slope[:, 1:]
-        mean_x, mean_y, xx, xy, yy = _smooth(torch.cat([x, y, x * x, x * y, y * y], 1), self.window).split(1, 1)
-        xx, xy, yy = xx - mean_x * mean_x + DAMPING, xy - mean_x * mean_y, yy - mean_y * mean_y + DAMPING
-        inverse = 1.0 / (xx * yy - xy * xy)
-        grid = _grid(first)
-        size = torch.tensor([first.shape[-1], first.shape[-2]]).view(1, 1, 1, 2)
-        best, least = flow, torch.full_like(first, torch.inf)
-        for step_index in range(self.iterations + 1):
-            where = grid + 2.0 * flow.permute(0, 2, 3, 1) / size
-            moved = functional.grid_sample(second, where, padding_mode="border", align_corners=False)
-            change = moved - first
-            # What has left the frame has nothing to say about where it went.
-            known = (where.abs() <= 1.0).all(-1)[:, None] * change
-            products = torch.cat([change, change * change, known, x * known, y * known], 1)
-            offset, error, mean, by_x, by_y = _smooth(products, self.window).split(1, 1)
-            # A step may lead away from a match: each pixel keeps the best it has seen.
-            error = error - offset * offset
-            best = torch.where(error < least, flow, best)
-            if step_index == self.iterations:
-                break
-            least = torch.minimum(error, least)
-            by_x, by_y = by_x - mean_x * mean, by_y - mean_y * mean
-            step = torch.cat([xy * by_y - yy * by_x, xy * by_x - xx * by_y], 1) * inverse
-            flow = flow + step.clamp_(-MAX_STEP, MAX_STEP)
-        return best
+
+def _refine(first: Tensor, second: Tensor, flow: Tensor) -> Tensor:
+    """Gauss-Newton steps on one level: all (1, C, h, w)."""
+    slope = _slopes(first)
+    x, y = slope[:, :1], slope[:, 1:]
+    mean_x, mean_y, xx, xy, yy = _smooth(torch.cat([x, y, x * x, x * y, y * y], 1), WINDOW).split(1, 1)
+    xx, xy, yy = xx - mean_x * mean_x + DAMPING, xy - mean_x * mean_y, yy - mean_y * mean_y + DAMPING
+    inverse = 1.0 / (xx * yy - xy * xy)
+    grid = _grid(first)
+    size = torch.tensor([first.shape[-1], first.shape[-2]]).view(1, 1, 1, 2)
+    best, least = flow, torch.full_like(first, torch.inf)
+    for step_index in range(ITERATIONS + 1):
+        where = grid + 2.0 * flow.permute(0, 2, 3, 1) / size
+        moved = functional.grid_sample(second, where, padding_mode="border", align_corners=False)
+        change = moved - first
+        # What has left the frame has nothing to say about where it went.
+        known = (where.abs() <= 1.0).all(-1)[:, None] * change
+        products = torch.cat([change, change * change, known, x * known, y * known], 1)
+        offset, error, mean, by_x, by_y = _smooth(products, WINDOW).split(1, 1)
+        # A step may lead away from a match: each pixel keeps the best it has seen.
+        error = error - offset * offset
+        best = torch.where(error < least, flow, best)
+        if step_index == ITERATIONS:
+            break
+        least = torch.minimum(error, least)
+        by_x, by_y = by_x - mean_x * mean, by_y - mean_y * mean
+        step = torch.cat([xy * by_y - yy * by_x, xy * by_x - xx * by_y], 1) * inverse
+        flow = flow + step.clamp_(-MAX_STEP, MAX_STEP)
+    return best
 
 
 def _pyramid(pair: Tensor) -> list[Tensor]:
@@ -197,7 +161,7 @@ def _smooth(values: Tensor, side: int) -> Tensor:
 
 
 def _counts(length: int, half: int) -> Tensor:
-    """How many pixels a window around each has."""
+    """Number of pixels in the window around each."""
     index = torch.arange(length)
     return (torch.clamp(index + half, max=length - 1) - torch.clamp(index - half, min=0) + 1).float()
 
@@ -211,7 +175,7 @@ def _slopes(image: Tensor) -> Tensor:
 
 
 def _grid(image: Tensor) -> Tensor:
-    """(1, h, w, 2): where ``grid_sample`` finds each pixel."""
+    """(1, h, w, 2): coordinates of each pixel for ``grid_sample``."""
     height, width = image.shape[-2:]
     y = (2 * torch.arange(height) + 1) / height - 1
     x = (2 * torch.arange(width) + 1) / width - 1
@@ -229,24 +193,17 @@ NUM_ORIENTATIONS = 9
 NUM_CELLS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class HogHist:
+class HogHist(_Classical):
     """Colour histogram, colour layout and gradient orientations, in the DINO role.
 
     Sees where colours and edges are, not what they belong to. Three parts of equal weight: 3 x 16 colour bins; the
     picture pooled to 4 x 4, about mid-grey; 9 unsigned gradient orientations in 8 x 8 cells.
     """
 
-    name: str = "hog+hist"
-    weights_sha256: str | None = None
-    official: bool = False
+    name = "hog+hist"
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float, after the DINO transform -> (B, 672) float32; its length is never 0.
-
-        Raises:
-            ValueError: If the shape is another.
-        """
+        """(B, 3, H, W) float, after the DINO transform -> (B, 672) float32; its length is never 0."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)}: give (batch, 3, height, width)")
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -280,13 +237,10 @@ def _orientations(small: Tensor) -> Tensor:
     return out.scatter_add_(1, index, strength.flatten(1)).sqrt_()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _LinearBlend:
+class _LinearBlend(_Classical):
     """The mean of two frames, in the interpolation role: right where nothing moves, a double exposure elsewhere."""
 
-    name: str = "linear_blend"
-    weights_sha256: str | None = None
-    official: bool = False
+    name = "linear_blend"
 
     def middle(self, a: Tensor, b: Tensor) -> Tensor:
         """Two (1, 3, H, W) float -> their mean."""

@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +58,20 @@ RAFT_ITERATIONS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class _Adapter:
     """A network in a role.
 
     Attributes:
-        role: Which.
+        methods: Names under which networks offer the role's own function; without any, they are called themselves.
+        role: Key of ``ROLES``.
         model: The network, called the way its authors call it, or through the role's own interface.
         name: Goes into metrics' names.
         weights_sha256: Of its weights file.
         official: Whether it is VBench's own choice.
         device: Where the network lives; results come back to the CPU.
     """
+
+    methods: ClassVar[tuple[str, ...]]
 
     role: str
     model: Any
@@ -77,9 +80,18 @@ class Adapter:
     official: bool = False
     device: str = "cpu"
 
-    def _call(self, function: Callable, *tensors: Any, **options: Any) -> Any:
+    @classmethod
+    def lacks(cls, model: Any) -> str | None:
+        """Methods that a model would need to fill the role; None if it has one, or can be called."""
+        if callable(model) or any(_has_method(model, method) for method in cls.methods):
+            return None
+        return " or ".join(cls.methods) + ", or to be callable itself"
+
+    def _call(self, *inputs: Any, methods: tuple[str, ...] | None = None, **options: Any) -> Any:
         """Run without gradients, with tensors on the device and only the options the function knows."""
-        moved = [t.to(self.device) if isinstance(t, Tensor) else t for t in tensors]
+        names = self.methods if methods is None else methods
+        function = next((getattr(self.model, name) for name in names if _has_method(self.model, name)), self.model)
+        moved = [value.to(self.device) if isinstance(value, Tensor) else value for value in inputs]
         known = {key: value for key, value in options.items() if _takes(function, key)}
         with torch.no_grad():
             return function(*moved, **known)
@@ -104,40 +116,34 @@ class Adapter:
         return f"backbone {self.name!r} ({self.role})"
 
 
-class _EncoderAdapter(Adapter):
-    """``encode``, ``encode_image``, ``embed``, or the network itself: (B, 3, H, W) -> (B, D)."""
+class _EncoderAdapter(_Adapter):
+    methods = ("encode", "encode_image", "embed")
 
     def encode(self, images: Tensor) -> Tensor:
-        """See :class:`FrameEncoder`."""
-        function = _first_method(self.model, "encode", "encode_image", "embed")
-        return self._checked(self._call(function, images), len(images), None)
+        return self._checked(self._call(images), len(images), None)
 
 
-class _HeadAdapter(Adapter):
-    """``rate`` or the network itself: (B, 768) -> (B, 1)."""
+class _HeadAdapter(_Adapter):
+    methods = ("rate",)
 
     def rate(self, features: Tensor) -> Tensor:
-        """See :class:`AestheticHead`."""
-        function = _first_method(self.model, "rate")
         try:
-            output = self._call(function, features)
+            output = self._call(features)
         except RuntimeError as error:
-            width = features.shape[-1]
             raise ValueError(
-                f"{self._who} does not take features of length {width}: it belongs to CLIP ViT-L/14 (768), "
-                "given as 'aesthetic_clip'"
+                f"{self._who} does not take features of length {features.shape[-1]}: it belongs to CLIP ViT-L/14 "
+                "(768), given as 'aesthetic_clip'"
             ) from error
         return self._checked(output, len(features), 1)
 
     __call__ = rate
 
 
-class _ScorerAdapter(Adapter):
-    """``score`` or the network itself: (1, 3, h, w) -> a number."""
+class _ScorerAdapter(_Adapter):
+    methods = ("score",)
 
     def score(self, image: Tensor) -> float:
-        """See :class:`FrameScorer`."""
-        output = self._call(_first_method(self.model, "score"), image)
+        output = self._call(image)
         if isinstance(output, Tensor) and output.numel() != 1:
             raise ValueError(f"{self._who} gave {output.numel()} numbers for one image: needs one")
         try:
@@ -149,13 +155,13 @@ class _ScorerAdapter(Adapter):
         return value
 
 
-class _FlowAdapter(Adapter):
+class _FlowAdapter(_Adapter):
     """``flow``, or RAFT's ``(image1, image2, iters=20, test_mode=True) -> (..., flow)``."""
 
+    methods = ("flow",)
+
     def flow(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :class:`FlowEstimator`."""
-        function = _first_method(self.model, "flow")
-        output = self._call(function, a, b, iters=RAFT_ITERATIONS, test_mode=True)
+        output = self._call(a, b, iters=RAFT_ITERATIONS, test_mode=True)
         # RAFT gives (flow at an eighth of the size, flow), or a list of refinements: the last is the one.
         if isinstance(output, list | tuple) and output:
             output = output[-1]
@@ -164,16 +170,16 @@ class _FlowAdapter(Adapter):
         return self._checked(output, 2, *a.shape[-2:])
 
 
-class _InterpolatorAdapter(Adapter):
+class _InterpolatorAdapter(_Adapter):
     """``middle``, or AMT's ``(in_0, in_1, embt) -> {"imgt_pred": image}``."""
 
+    methods = ("middle",)
+
     def middle(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :class:`Interpolator`."""
         if _has_method(self.model, "middle"):
-            output = self._call(self.model.middle, a, b)
+            output = self._call(a, b)
         else:
-            time = torch.full((1, 1, 1, 1), 0.5)
-            output = self._call(self.model, a, b, time, scale_factor=1.0, eval=True)
+            output = self._call(a, b, torch.full((1, 1, 1, 1), 0.5), scale_factor=1.0, eval=True)
         if isinstance(output, dict):
             if "imgt_pred" not in output:
                 raise ValueError(f"{self._who} gave a dict with {sorted(output)}: needs 'imgt_pred'")
@@ -181,63 +187,50 @@ class _InterpolatorAdapter(Adapter):
         return self._checked(output, *a.shape)
 
 
-class _VideoTextAdapter(Adapter):
+class _VideoTextAdapter(_Adapter):
     """``encode_video`` or ViCLIP's ``encode_vision(clips, test=True)``, and ``encode_text(text)``."""
 
+    methods = ("encode_video", "encode_vision")
+
+    @classmethod
+    def lacks(cls, model: Any) -> str | None:
+        if _has_method(model, "encode_text") and any(_has_method(model, method) for method in cls.methods):
+            return None
+        return "encode_text and encode_video (or encode_vision)"
+
     def encode_video(self, clips: Tensor) -> Tensor:
-        """See :class:`VideoTextScorer`."""
-        function = _first_method(self.model, "encode_video", "encode_vision")
-        return self._checked(self._call(function, clips, test=True), len(clips), None)
+        return self._checked(self._call(clips, test=True), len(clips), None)
 
     def encode_text(self, text: str) -> Tensor:
-        """See :class:`VideoTextScorer`."""
-        output = self._call(self.model.encode_text, text)
+        output = self._call(text, methods=("encode_text",))
         if isinstance(output, Tensor) and output.ndim == 1:
             output = output[None]
         return self._checked(output, 1, None)
 
 
-_ADAPTERS: dict[type, tuple[type[Adapter], tuple[str, ...]]] = {
-    FrameEncoder: (_EncoderAdapter, ("encode", "encode_image", "embed")),
-    AestheticHead: (_HeadAdapter, ("rate",)),
-    FrameScorer: (_ScorerAdapter, ("score",)),
-    FlowEstimator: (_FlowAdapter, ("flow",)),
-    Interpolator: (_InterpolatorAdapter, ("middle",)),
-    VideoTextScorer: (_VideoTextAdapter, ()),
+_ADAPTERS: Mapping[type, type[_Adapter]] = {
+    FrameEncoder: _EncoderAdapter,
+    AestheticHead: _HeadAdapter,
+    FrameScorer: _ScorerAdapter,
+    FlowEstimator: _FlowAdapter,
+    Interpolator: _InterpolatorAdapter,
+    VideoTextScorer: _VideoTextAdapter,
 }
 
 
 def _adapt(
     role: str, model: Any, *, name: str, weights_sha256: str | None = None, official: bool = False, device: str = "cpu"
-) -> Adapter:
-    """Put a network into a role.
-
-    Args:
-        role: A key of ``ROLES``.
-        model: An object with the role's own method, or with the one its authors gave it; networks are moved to the
-            device and set to evaluation.
-        name: Goes into the names of the metrics that use it.
-        weights_sha256: Of its weights file.
-        official: Whether it is the network, with the weights, that VBench uses here.
-        device: For networks.
-
-    Returns:
-        An object with the role's interface.
+) -> _Adapter:
+    """Put a network into a role; it is moved to the device and set to evaluation.
 
     Raises:
-        ValueError: If the object cannot be called in any of the known ways, or is said to be official without the
-            hash of its weights.
+        ValueError: If the object cannot be called in any of the known ways, is said to be official without the
+            hash of its weights, or its name does not fit into brackets in metrics' names.
     """
-    adapter, methods = _ADAPTERS[ROLES[role].kind]
-    if adapter is _VideoTextAdapter:
-        usable = _has_method(model, "encode_text") and any(
-            _has_method(model, method) for method in ("encode_video", "encode_vision")
-        )
-        wanted = "encode_text and encode_video (or encode_vision)"
-    else:
-        usable = callable(model) or any(_has_method(model, method) for method in methods)
-        wanted = " or ".join(methods) + ", or to be callable itself"
-    if not usable:
+    adapter = _ADAPTERS[ROLES[role].kind]
+    if not re.fullmatch(r"[\w.+@:/-]+", name):
+        raise ValueError(f"backbone name {name!r}: use letters, digits and . + - _ @ : / only")
+    if wanted := adapter.lacks(model):
         raise ValueError(f"backbone {name!r} ({role}) is {type(model).__name__}: it needs {wanted}")
     if official and weights_sha256 is None:
         raise ValueError(
@@ -249,12 +242,11 @@ def _adapt(
 
 
 def _has_method(model: Any, name: str) -> bool:
-    return hasattr(model, name) and callable(getattr(model, name))
+    return callable(_own(model, name))
 
 
-def _first_method(model: Any, *names: str) -> Callable:
-    """The first of the methods it has, or itself."""
-    return next((getattr(model, name) for name in names if _has_method(model, name)), model)
+def _own(value: Any, attribute: str) -> Any:
+    return getattr(value, attribute) if hasattr(value, attribute) else None
 
 
 def _takes(function: Callable, option: str) -> bool:
@@ -268,40 +260,6 @@ def _takes(function: Callable, option: str) -> bool:
     except (TypeError, ValueError):
         return False
     return any(p.kind is p.VAR_KEYWORD or p.name == option for p in parameters)
-
-
-_PREFIXES = ("stub", "build", "make", "load")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BackboneEntry:
-    """One role of a YAML file.
-
-    Attributes:
-        name: Goes into metrics' names; the file's or the function's name if not given.
-        torchscript: A TorchScript file; it holds the weights.
-        factory: ``package.module:function`` or ``FILE.py:function``.
-        weights: A file, handed to the factory.
-        sha256: What the TorchScript file or the weights file must hash to.
-        official: Whether this is the network, with the weights, that VBench uses here.
-    """
-
-    name: str | None = None
-    torchscript: str | None = None
-    factory: str | None = None
-    weights: str | None = None
-    sha256: str | None = None
-    official: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.torchscript is None) == (self.factory is None):
-            raise ValueError("a backbone needs either torchscript: FILE or factory: MODULE:FUNCTION")
-        if self.torchscript is not None and self.weights is not None:
-            raise ValueError("a torchscript file holds its weights: leave out weights")
-        if self.factory is not None and self.factory.count(":") != 1:
-            raise ValueError(f"factory {self.factory!r} is not MODULE:FUNCTION")
-        if self.sha256 is not None and self.torchscript is None and self.weights is None:
-            raise ValueError("sha256 without a file to check: name the weights")
 
 
 def load_backbones(path: Path, *, device: str = "cpu") -> Backbones:
@@ -327,11 +285,7 @@ def load_backbones(path: Path, *, device: str = "cpu") -> Backbones:
 
 
 def _file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex; a file that has not changed is read once per process.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
+    """SHA-256 of a file's bytes, in hex; a file that has not changed is read once per process."""
     try:
         status = path.stat()
         return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
@@ -347,13 +301,9 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 
 def _role_of(name: str) -> str | None:
     """The role that a class or function of this name offers a backbone for, None if none."""
-    plain = name.lower().replace("_", "")
-    prefix = next((prefix for prefix in _PREFIXES if plain.startswith(prefix)), "")
-    plain = plain.removeprefix(prefix)
-    for role, facts in ROLES.items():
-        if plain in (role.replace("_", ""), *facts.aliases):
-            return role
-    return None
+    plain = re.sub("^(stub|build|make|load)", "", name.lower().replace("_", ""))
+    names = {alias: role for role, facts in ROLES.items() for alias in (role.replace("_", ""), *facts.aliases)}
+    return names.get(plain)
 
 
 def _from_python(path: Path, *, device: str) -> Backbones:
@@ -367,6 +317,8 @@ def _run(path: Path) -> types.ModuleType:
     # Two files of the same name must not be one module.
     name = f"longtake_backbones_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"cannot run the backbones file {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -389,7 +341,7 @@ def _factories(module: types.ModuleType, path: Path) -> dict[str, Callable]:
         if role is None:
             continue
         if role in factories:
-            other = factories[role].__name__ if hasattr(factories[role], "__name__") else "another"
+            other = _own(factories[role], "__name__") or "another"
             raise ValueError(
                 f"{path.name} offers two backbones for {role!r}, {other} and {name}: start the name of one with '_'"
             )
@@ -402,23 +354,19 @@ def _factories(module: types.ModuleType, path: Path) -> dict[str, Callable]:
     return factories
 
 
-def _from_factory(role: str, factory: Callable, *, where: str, device: str) -> Adapter:
+def _from_factory(role: str, factory: Callable, *, where: str, device: str) -> _Adapter:
     """Make a backbone of a Python file; the object itself may say its name, its weights and whether it is official."""
-    default = factory.__name__ if hasattr(factory, "__name__") else role
+    default = _own(factory, "__name__") or role
     model = _made(factory, (), who=f"{where}: {default} ({role})")
-    name, weights, official = (_own(model, attribute) for attribute in ("name", "weights", "official"))
+    name, weights = (_own(model, attribute) for attribute in ("name", "weights"))
     return _adapt(
         role,
         model,
-        name=_checked_name(name if isinstance(name, str) else default),
+        name=name if isinstance(name, str) else default,
         weights_sha256=_file_sha256(Path(weights)) if isinstance(weights, str | Path) else None,
-        official=official is True,
+        official=_own(model, "official") is True,
         device=device,
     )
-
-
-def _own(model: Any, attribute: str) -> Any:
-    return getattr(model, attribute) if hasattr(model, attribute) else None
 
 
 def _made(factory: Callable, arguments: tuple, *, who: str) -> Any:
@@ -431,25 +379,65 @@ def _made(factory: Callable, arguments: tuple, *, who: str) -> Any:
     return model
 
 
+@dataclass(frozen=True, kw_only=True)
+class _BackboneEntry:
+    """One role of a YAML file.
+
+    Attributes:
+        name: Goes into metrics' names; the file's or the function's name if not given.
+        torchscript: A TorchScript file; it holds the weights.
+        factory: ``package.module:function`` or ``FILE.py:function``.
+        weights: A file, handed to the factory.
+        sha256: Of the TorchScript file or the weights file, to be checked.
+        official: Whether this is the network, with the weights, that VBench uses here.
+    """
+
+    name: str | None = None
+    torchscript: str | None = None
+    factory: str | None = None
+    weights: str | None = None
+    sha256: str | None = None
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.torchscript is None) == (self.factory is None):
+            raise ValueError("a backbone needs either torchscript: FILE or factory: MODULE:FUNCTION")
+        if self.torchscript is not None and self.weights is not None:
+            raise ValueError("a torchscript file holds its weights: leave out weights")
+        if self.factory is not None and self.factory.count(":") != 1:
+            raise ValueError(f"factory {self.factory!r} is not MODULE:FUNCTION")
+        if self.sha256 is not None and self.torchscript is None and self.weights is None:
+            raise ValueError("sha256 without a file to check: name the weights")
+
+    @property
+    def module(self) -> str:
+        """Of the factory: ``package.module`` or ``FILE.py``."""
+        return (self.factory or "").split(":")[0]
+
+    @property
+    def function(self) -> str:
+        """Name of the factory in its module."""
+        return (self.factory or "").split(":")[-1]
+
+
 def _from_yaml(path: Path, *, device: str) -> Backbones:
     entries = _entries(path)
     files = {path.name: _file_sha256(path)}
     # Every file is there and has its hash before the first network is made.
-    hashes = {role: _weights_hash(entry, path.parent, role=role) for role, entry in entries.items()}
-    for role, entry in entries.items():
-        code = _code_file(entry, path.parent, role=role)
-        if code is not None:
-            files[code.name] = _file_sha256(code)
-    found = {}
-    for role, entry in entries.items():
-        found[role] = _adapt(
+    weights = {role: _weights(entry, path.parent, role=role) for role, entry in entries.items()}
+    codes = {role: _code(entry, path.parent, role=role) for role, entry in entries.items()}
+    files |= {code.name: _file_sha256(code) for code in codes.values() if code is not None}
+    found = {
+        role: _adapt(
             role,
-            _model(entry, path.parent, role=role, device=device),
-            name=_checked_name(entry.name or _default_name(entry)),
-            weights_sha256=hashes[role],
+            _model(entry, weights[role], codes[role], role=role, device=device),
+            name=entry.name or (Path(entry.torchscript).stem if entry.torchscript else entry.function),
+            weights_sha256=None if (file := weights[role]) is None else _file_sha256(file),
             official=entry.official,
             device=device,
         )
+        for role, entry in entries.items()
+    }
     return Backbones(found, files)
 
 
@@ -466,7 +454,7 @@ def _entries(path: Path) -> dict[str, _BackboneEntry]:
         raise ValueError(f"{path.name} offers no backbone: give a mapping from roles ({', '.join(ROLES)})")
     entries = {}
     for role, settings in values.items():
-        check_role(role)
+        check_role(str(role))
         if not isinstance(settings, Mapping):
             raise ValueError(f"{path.name}: {role} is {settings!r}: give a mapping with torchscript or factory")
         try:
@@ -476,7 +464,8 @@ def _entries(path: Path) -> dict[str, _BackboneEntry]:
     return entries
 
 
-def _weights_hash(entry: _BackboneEntry, folder: Path, *, role: str) -> str | None:
+def _weights(entry: _BackboneEntry, folder: Path, *, role: str) -> Path | None:
+    """The file of an entry's weights, if it names one, with the hash it states."""
     stated = entry.torchscript or entry.weights
     if stated is None:
         return None
@@ -488,56 +477,34 @@ def _weights_hash(entry: _BackboneEntry, folder: Path, *, role: str) -> str | No
         raise ValueError(
             f"backbone {role!r}: {file.name} has SHA-256 {found}, not {entry.sha256}: another file, or a broken one"
         )
-    return found
+    return file
 
 
-def _code_file(entry: _BackboneEntry, folder: Path, *, role: str) -> Path | None:
+def _code(entry: _BackboneEntry, folder: Path, *, role: str) -> Path | None:
     """The Python file that the factory is in, if it is given as one."""
-    module = (entry.factory or "").split(":")[0]
-    if not module.endswith(".py"):
+    if not entry.module.endswith(".py"):
         return None
-    file = folder / Path(module).expanduser()
+    file = folder / Path(entry.module).expanduser()
     if not file.is_file():
         raise ValueError(f"backbone {role!r}: no file {file}")
     return file
 
 
-def _model(entry: _BackboneEntry, folder: Path, *, role: str, device: str) -> Any:
-    if entry.torchscript is not None:
-        file = folder / Path(entry.torchscript).expanduser()
+def _model(entry: _BackboneEntry, weights: Path | None, code: Path | None, *, role: str, device: str) -> Any:
+    if entry.torchscript is not None and weights is not None:
         try:
             with warnings.catch_warnings():
                 # The weights are published as TorchScript; that torch prefers another format helps nobody here.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                return torch.jit.load(file, map_location=device)
+                return torch.jit.load(weights, map_location=device)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"backbone {role!r}: {file.name} is no TorchScript file: {error}") from error
-    factory = _function(entry, folder, role=role)
-    arguments = () if entry.weights is None else (str(folder / Path(entry.weights).expanduser()),)
+            raise ValueError(f"backbone {role!r}: {weights.name} is no TorchScript file: {error}") from error
+    try:
+        module = importlib.import_module(entry.module) if code is None else _run(code)
+    except ImportError as error:
+        raise ValueError(f"backbone {role!r}: cannot import {entry.module!r}: {error}") from error
+    factory = _own(module, entry.function)
+    if not callable(factory):
+        raise ValueError(f"backbone {role!r}: {entry.module!r} has no function {entry.function!r}")
+    arguments = () if weights is None else (str(weights),)
     return _made(factory, arguments, who=f"backbone {role!r}: {entry.factory}")
-
-
-def _function(entry: _BackboneEntry, folder: Path, *, role: str) -> Callable:
-    module, function = entry.factory.split(":")
-    code = _code_file(entry, folder, role=role)
-    if code is not None:
-        found = _run(code)
-    else:
-        try:
-            found = importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"backbone {role!r}: cannot import {module!r}: {error}") from error
-    if not hasattr(found, function) or not callable(getattr(found, function)):
-        raise ValueError(f"backbone {role!r}: {module!r} has no function {function!r}")
-    return getattr(found, function)
-
-
-def _default_name(entry: _BackboneEntry) -> str:
-    return Path(entry.torchscript).stem if entry.torchscript else entry.factory.split(":")[1]
-
-
-def _checked_name(name: str) -> str:
-    """It stands inside brackets in metrics' names."""
-    if not re.fullmatch(r"[\w.+@:/-]+", name):
-        raise ValueError(f"backbone name {name!r}: use letters, digits and . + - _ @ : / only")
-    return name

@@ -365,8 +365,7 @@ def test_a_set_of_backbones():
     assert one.or_else(two).names == {"dino": "mine", "raft": "flow"} and one.or_else(two).files == {"a.py": "1"}
     assert Backbones().get("dino") is None and Backbones().get("aesthetic_clip") is None and Backbones().names == {}
     assert "MUSIQ-SPAQ" in one.why_missing("musiq")
-    for call in (one.get, one.why_missing):
-        with pytest.raises(ValueError, match="unknown backbone role 'raf'.*Did you mean 'raft'"):
-            call("raf")
+    with pytest.raises(ValueError, match="unknown backbone role 'raf'.*Did you mean 'raft'"):
+        one.get("raf")
     with pytest.raises(ValueError, match="unknown backbone role"):
         Backbones({"net": None})
