@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.evaluation.preprocessing import _equal_parts, _first_last, clip_ranges, middle, percent, stride_for_8fps
+from longtake.evaluation.preprocessing import clip_ranges, middle, stride_for_8fps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "vbench" / "golden.json"
 COUNTS = st.integers(1, 4000)
@@ -70,44 +70,3 @@ def test_a_half_stride_goes_to_the_even_neighbour():
     assert strides == [1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 8]
     # Rounding halves up is the mistake to make here.
     assert strides != [max(1, int(rate / 8 + 0.5)) for rate in fps]
-
-
-def test_ends_of_a_video():
-    assert _first_last(480, 16, 5) == ((0, 80), (400, 80))
-    assert _first_last(160, 16, 5) == ((0, 80), (80, 80))
-    assert percent(480, 15) == ((0, 72), (408, 72))
-    assert percent(3, 10) == ((0, 1), (2, 1))
-    assert _equal_parts(10, 3) == [(0, 3), (3, 3), (6, 4)]
-
-
-@exact
-@given(COUNTS, st.integers(1, 40))
-def test_equal_parts_are_a_partition(num_frames, num_parts):
-    if num_parts > num_frames:
-        with pytest.raises(ValueError, match="use 1 to num_frames parts"):
-            _equal_parts(num_frames, num_parts)
-        return
-    parts = _equal_parts(num_frames, num_parts)
-    assert [frame for start, length in parts for frame in range(start, start + length)] == list(range(num_frames))
-    assert max(length for _, length in parts) - min(length for _, length in parts) <= 1
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: clip_ranges(0, 16), "at least one frame"),
-        (lambda: clip_ranges(10, 0.5), "at least 1 frame per second"),
-        (lambda: clip_ranges(10, 16, 0.5), "whole seconds"),
-        (lambda: clip_ranges(10, 16, 2.5), "whole seconds"),
-        (lambda: middle(0, 5), "at least 1"),
-        (lambda: middle(5, 0), "at least 1"),
-        (lambda: stride_for_8fps(0), "above 0"),
-        (lambda: _first_last(159, 16, 5), "use at least 10 s of video"),
-        (lambda: percent(100, 51), "at most 50"),
-        (lambda: percent(100, 0), "more than 0"),
-        (lambda: percent(1, 15), "at least 2 frames"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
