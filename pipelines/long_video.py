@@ -18,7 +18,7 @@ from longtake.cache import DEFAULT_POLICY, CacheStats, Event
 from longtake.models import VaePixels
 from longtake.pipelines.conditioning import ClipEncoder
 from longtake.pipelines.loading import ModelLoading
-from longtake.pipelines.rollout import Block, LatentRollout
+from longtake.pipelines.rollout import Block, LatentRollout, under
 from longtake.pipelines.settings import PromptSwitch, RolloutSettings, VideoSettings, takes_fields_of
 from longtake.samplers import SeededNoise
 
@@ -81,7 +81,8 @@ class _PositionUse:
     def __init__(self, policy: str, num_trained_frames: int) -> None:
         self.policy = policy
         self.num_trained_frames = num_trained_frames
-        self.last: tuple[float, float] | None = None
+        self.lowest: float | None = None
+        self.highest: float | None = None
         self.reach = 0.0
 
     def see(self, positions: tuple[float, float] | None) -> None:
@@ -90,8 +91,8 @@ class _PositionUse:
             return
         trained = self.num_trained_frames - 1
         was_within = self.reach <= trained
-        self.last = positions
-        self.reach = max(self.reach, positions[1] - positions[0])
+        self.lowest, self.highest = positions
+        self.reach = max(self.reach, self.highest - self.lowest)
         if was_within and self.reach > trained:
             logger.warning(
                 "cache policy %r reads positions %g apart, this model was trained on clips of %d latent frames, which "
@@ -104,18 +105,16 @@ class _PositionUse:
 
     def as_mapping(self) -> dict[str, Any]:
         """The last read's lowest and highest position, the largest distance so far, and the largest in training."""
-        lowest, highest = self.last or (None, None)
         return {
-            "lowest": lowest,
-            "highest": highest,
+            "lowest": self.lowest,
+            "highest": self.highest,
             "largest_distance": self.reach,
             "trained_distance": self.num_trained_frames - 1,
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Continue from a mapping of ``as_mapping``."""
-        self.last = None if saved["lowest"] is None else (saved["lowest"], saved["highest"])
-        self.reach = saved["largest_distance"]
+        self.lowest, self.highest, self.reach = saved["lowest"], saved["highest"], saved["largest_distance"]
 
 
 class VideoRollout:
@@ -274,17 +273,13 @@ class VideoRollout:
         ``{"block", "start_frame", "prompt", "event"}``, plain values; ``start_frame`` is the block's first latent
         frame.
         """
-        r = self.rollout
-        switches = zip(r.schedule, self._prompts[1:], strict=True)
-        return [
-            {
-                "block": r.switch_index(switch),
-                "start_frame": r.start_of(r.switch_index(switch)),
-                "prompt": prompts[0] if len(set(prompts)) == 1 else list(prompts),
-                "event": switch.event,
-            }
-            for switch, prompts in switches
-        ]
+        changes = []
+        for switch, prompts in zip(self.rollout.schedule, self._prompts[1:], strict=True):
+            block = self.rollout.switch_index(switch)
+            prompt = prompts[0] if len(set(prompts)) == 1 else list(prompts)
+            where = {"block": block, "start_frame": self.rollout.start_of(block)}
+            changes.append({**where, "prompt": prompt, "event": switch.event})
+        return changes
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a continuation needs beside the arguments of ``LongVideoPipeline.start``.
@@ -294,13 +289,13 @@ class VideoRollout:
         """
         tensors, numbers = self.rollout.state_dict()
         tensors = {f"rollout.{key}": value for key, value in tensors.items()}
+        switches = zip(self.rollout.schedule, self._prompts[1:], strict=True)
         state: dict[str, Any] = {
             "rollout": numbers,
             "num_emitted_frames": self.num_emitted_frames,
             "positions": self.positions.as_mapping(),
+            "prompts": [{"frame": s.start_frame, "prompt": list(p), "event": s.event} for s, p in switches],
         }
-        switches = zip(self.rollout.schedule, self._prompts[1:], strict=True)
-        state["prompts"] = [{"frame": s.start_frame, "prompt": list(p), "event": s.event} for s, p in switches]
         if self._decoder is not None:
             vae_tensors, state["decoder"] = self._decoder.state_dict()
             tensors |= {f"decoder.{key}": value for key, value in vae_tensors.items()}
@@ -321,11 +316,11 @@ class VideoRollout:
             embeds = self.pipe.embed_text(switch["prompt"])
             self.rollout.schedule.append(PromptSwitch(switch["frame"], embeds, switch["event"]))
             self._prompts.append(tuple(switch["prompt"]))
-        self.rollout.load_state_dict(_under("rollout.", tensors), numbers["rollout"])
+        self.rollout.load_state_dict(under("rollout.", tensors), numbers["rollout"])
         if self._decoder is not None:
             if "decoder" not in numbers:
                 raise ValueError("the saved state has no 'decoder': it was written without pixels.")
-            self._decoder.load_state_dict(_under("decoder.", tensors), numbers["decoder"])
+            self._decoder.load_state_dict(under("decoder.", tensors), numbers["decoder"])
         self.num_emitted_frames = numbers["num_emitted_frames"]
         self.positions.load(numbers["positions"])
 
@@ -349,10 +344,6 @@ class VideoRollout:
             return latents.new_empty(latents.shape[0], 0, 3, 0, 0)
         video = self._decoder.decode(self._pixels.denormalise(latents))
         return to_pixels(video[:, :, :num_frames])
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 class _GivenNoise(SeededNoise):
@@ -517,29 +508,22 @@ class LongVideoPipeline(ModelLoading):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known: latents, prompt_embeds."
             )
-        prompts = None
-        if prompt_embeds is None:
-            prompts = [text for text in VideoSettings().prompts(prompt) for _ in range(num_videos_per_prompt)]
-        batch_size = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
+        settings |= {"negative_prompt": negative_prompt, "height": height, "width": width, "num_frames": num_frames}
+        settings |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "latents": latents}
+        settings |= {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        prompts = VideoSettings(prompt_embeds=prompt_embeds).prompts(prompt)
+        prompts = [text for text in prompts for _ in range(num_videos_per_prompt if prompt_embeds is None else 1)]
         video = self.start(
-            prompts,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            seed=_seeds(seed, generator, batch_size, num_videos_per_prompt),
+            prompts if prompt_embeds is None else None,
+            seed=_seeds(seed, generator, len(prompts), num_videos_per_prompt),
             decode=output_type != "latent",
             **settings,
         )
         if callback_on_step_end is not None:
             video.rollout.on_step_end = self._on_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
         parts = []
-        with self.progress_bar(total=video.num_blocks) as bar:
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=video.num_blocks) as bar:
             for block in video:
                 parts.append(block.latents if output_type == "latent" else block.frames)
                 bar.update(block.index >= 0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +13,10 @@ from longtake.attention.policies.base import DensityMeter
 from longtake.cache import BlockTrace, CacheStats, EncodeJob, Event, KVCache, Pass
 from longtake.models.causal import CausalTransformer, Prompt, Segment, fitting_threads
 from longtake.models.sparse_attention import SparseSelfAttention
+from longtake.models.wan import config_of
 from longtake.pipelines.conditioning import ConditioningLatents, as_conditioning
 from longtake.pipelines.settings import EVENTS, PromptSwitch, RolloutSettings, takes_fields_of
-from longtake.samplers import NoiseSource, Sampler
+from longtake.samplers import NoiseSource, RollingWindow
 
 StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
 """(step_index, timestep, x0, prompt_embeds) -> x0, after every denoising step."""
@@ -63,8 +64,8 @@ class LatentRollout:
 
     A block's commit pass shares one forward with the next block's first denoising pass where that pays
     (``merge_commit``); the last block is never committed. ``on_step_end`` may be set to watch or change every estimate
-    of a clean block. The arguments are those of ``rollout_latents``, but ``schedule`` holds ``PromptSwitch`` entries
-    and is extended by ``add_switch`` while the rollout runs, and ``settings`` may come in one piece.
+    of a clean block. The arguments are those of ``rollout_latents``, but prompt switches are added by ``add_switch``,
+    also while the rollout runs, and ``settings`` may come in one piece.
     """
 
     def __init__(
@@ -74,55 +75,49 @@ class LatentRollout:
         *,
         noise: NoiseSource,
         initial_latents: Tensor | ConditioningLatents | None = None,
-        schedule: Sequence[PromptSwitch] = (),
         negative_prompt_embeds: Tensor | None = None,
         pixels: _Pixels | None = None,
         settings: RolloutSettings | None = None,
         **fields: Any,
     ) -> None:
-        self.settings = settings or RolloutSettings(**fields)
-        self.policy, self.sampler = self.settings.policy, self.settings.solver
-        self.frames_per_block = self.settings.frames_per_block
-        self.causal = CausalTransformer(transformer, numerics=self.settings.numerics)
+        self.settings = s = settings or RolloutSettings(**fields)
+        self.policy, self.sampler, self.frames_per_block = s.policy, s.solver, s.frames_per_block
+        self.causal = CausalTransformer(transformer, numerics=s.numerics)
         self.noise = noise
-        self.schedule = list(schedule)
+        self.schedule: list[PromptSwitch] = []
         self.batch_size = prompt_embeds.shape[0]
-        self._frame_shape = tuple(self.settings.frame_shape)
+        self._frame_shape = tuple(s.frame_shape)
         self._conditioning = as_conditioning(
             initial_latents, batch_size=self.batch_size, frame_shape=self._frame_shape
         )
         self.num_given_frames = 0 if self._conditioning is None else self._conditioning.num_frames
-        self.settings.check_length(num_given=self.num_given_frames)
+        s.check_length(num_given=self.num_given_frames)
         if self.policy.traits.needs_vae and pixels is None:
             raise ValueError(
                 f"cache policy {self.policy.name!r} pools pixels with these settings and needs a VAE: "
                 "give pixels, or use LongVideoPipeline."
             )
-        for switch in self.schedule:
-            self.settings.check_event(switch.event)
-        self.end_frame = self.num_given_frames + self.settings.num_frames
-        self._geometry = self.causal.geometry(
+        self.end_frame = self.num_given_frames + s.num_frames
+        self._geometry = geometry = self.causal.geometry(
             self._frame_shape,
             frames_per_block=self.frames_per_block,
             batch_size=self.batch_size,
             max_frames=self.end_frame,
         )
-        merge = self.settings.merge_commit
-        tokens = self._geometry.tokens_per_frame * self.frames_per_block
-        self.merge_commit = 2 * tokens <= MERGE_LIMIT if merge is None else merge
+        tokens = geometry.tokens_per_frame * self.frames_per_block
+        self.merge_commit = 2 * tokens <= MERGE_LIMIT if s.merge_commit is None else s.merge_commit
         embeds = [prompt_embeds]
         if self.sampler.guidance_scale != 1.0:
             negative = negative_prompt_embeds
             embeds.append(torch.zeros_like(prompt_embeds) if negative is None else negative)
-        self._meter = DensityMeter(self.settings.sparsity.policy)
+        self._meter = DensityMeter(s.sparsity.policy)
         kernels = {"attention": self.causal.attention, "phase_dtype": self.causal.phase_dtype}
-        caches = [KVCache(self.policy, self._geometry, sparse=self._sparse_attention(), **kernels) for _ in embeds]
-        self.branches = _Branches(self.causal, caches, embeds, settings=self.settings, pixels=pixels)
-        self.window = _Window(self.sampler) if self.sampler.num_window_blocks > 1 else None
+        caches = [KVCache(self.policy, geometry, sparse=self._sparse_attention(), **kernels) for _ in embeds]
+        self.branches = _Branches(self.causal, caches, embeds, settings=s, pixels=pixels)
+        self.window = _Window(s.solver) if isinstance(s.solver, RollingWindow) and len(s.solver.sigmas) > 1 else None
         self._first_prompt = prompt_embeds
         self._next_given_frame = 0
-        self.next_frame = self.num_given_frames
-        self.next_index = 0
+        self.next_frame, self.next_index = self.num_given_frames, 0
         self._prompt_index = -1
         self.on_step_end: StepHook | None = None
 
@@ -158,11 +153,10 @@ class LatentRollout:
     def _installed(self) -> Iterator[None]:
         geometry = self._geometry
         num_tokens = self.batch_size * self.settings.num_joint_frames * geometry.tokens_per_frame
-        width = geometry.num_heads * geometry.head_dim
-        with (
-            self.causal.installed(),
-            fitting_threads(width=width, num_tokens=num_tokens, device=self.causal.device),
-        ):
+        threads = fitting_threads(
+            width=geometry.num_heads * geometry.head_dim, num_tokens=num_tokens, device=self.causal.device
+        )
+        with self.causal.installed(), threads:
             yield
 
     def _single_block(self) -> Block | None:
@@ -187,7 +181,7 @@ class LatentRollout:
             return x0
 
         def renoise(step: int) -> Tensor:
-            return self._checked(self.noise.renoise(index, start, step, x.shape), tuple(x.shape), "the noise source")
+            return self._renoise(index, start, step, tuple(x.shape))
 
         latents = self.sampler.sample(denoise, x, renoise=renoise, block_index=index)
         return Block(index, start, latents, self._prompt_index)
@@ -204,9 +198,7 @@ class LatentRollout:
             return [self._step_ended(b.level, t, self.causal.clean(part, f, t)) for b, part, t, f in steps]
 
         def renoise(block: _OpenBlock) -> Tensor:
-            shape = tuple(block.latents.shape)
-            noise = self.noise.renoise(block.index, block.start_frame, block.level, shape)
-            return self._checked(noise, shape, "the noise source")
+            return self._renoise(block.index, block.start_frame, block.level, tuple(block.latents.shape))
 
         self._fill()
         done = None
@@ -248,6 +240,9 @@ class LatentRollout:
             return None
         return self._checked(x, shape, "the noise source")
 
+    def _renoise(self, index: int, start: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        return self._checked(self.noise.renoise(index, start, step, shape), shape, "the noise source")
+
     def add_switch(self, switch: PromptSwitch) -> int:
         """Extend the schedule.
 
@@ -287,7 +282,7 @@ class LatentRollout:
         if self.window is None or not self.window.blocks:
             return self.next_frame
         last = self.window.blocks[-1]
-        return last.start_frame + last.num_frames
+        return last.start_frame + last.latents.shape[1]
 
     @property
     def last_opening_frame(self) -> int:
@@ -315,7 +310,7 @@ class LatentRollout:
         numbers["next_given_frame"], numbers["prompt_index"] = self._next_given_frame, self._prompt_index
         if self.window is not None:
             latents, numbers["window"] = self.window.state_dict()
-            tensors |= {f"window.{place}": tensor for place, tensor in latents.items()}
+            tensors |= latents
         return _unshared(tensors), numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -329,13 +324,11 @@ class LatentRollout:
                 raise ValueError(f"the saved state has no {key!r}: it was not written by a rollout.")
         self.branches.load_state_dict(tensors, numbers)
         self.next_frame, self.next_index = numbers["next_frame"], numbers["next_index"]
-        self._next_given_frame = numbers["next_given_frame"]
+        self._next_given_frame, self._prompt_index = numbers["next_given_frame"], numbers["prompt_index"]
         if self.window is not None:
             if "window" not in numbers:
                 raise ValueError("the saved state has no 'window': it was written with another sampler.")
-            latents = {k.removeprefix("window."): v for k, v in tensors.items() if k.startswith("window.")}
-            self.window.load_state_dict(latents, numbers["window"], self.causal.device)
-        self._prompt_index = numbers["prompt_index"]
+            self.window.load_state_dict(tensors, numbers["window"], self.causal.device)
         embeds = self._first_prompt if self._prompt_index < 0 else self.schedule[self._prompt_index].prompt_embeds
         self.branches.set_prompt(embeds)
 
@@ -364,7 +357,7 @@ class LatentRollout:
         switches = self.schedule[self._prompt_index + 1 : due]
         if switches:
             # Of several switches before one block the last prompt counts, and the event that does most to the cache.
-            event = max((switch.event for switch in switches), key=EVENTS.index)
+            event = EVENTS[max(EVENTS.index(switch.event) for switch in switches)]
             self.branches.commit_pending(event=event, embeds=switches[-1].prompt_embeds)
             self._prompt_index = due - 1
 
@@ -386,7 +379,7 @@ def rollout_latents(
     *,
     noise: NoiseSource,
     initial_latents: Tensor | ConditioningLatents | None = None,
-    schedule: Sequence[tuple[int, Tensor, str]] = (),
+    schedule: Sequence[tuple[int, Tensor, Event]] = (),
     negative_prompt_embeds: Tensor | None = None,
     pixels: _Pixels | None = None,
     **settings: Any,
@@ -410,19 +403,11 @@ def rollout_latents(
     Raises:
         ValueError: For settings that do not fit each other, before any forward.
     """
-    switches = [PromptSwitch(*entry) for entry in schedule]
-    return iter(
-        LatentRollout(
-            transformer,
-            prompt_embeds,
-            noise=noise,
-            initial_latents=initial_latents,
-            schedule=switches,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pixels=pixels,
-            **settings,
-        )
-    )
+    given = {"initial_latents": initial_latents, "negative_prompt_embeds": negative_prompt_embeds, "pixels": pixels}
+    rollout = LatentRollout(transformer, prompt_embeds, noise=noise, **given, **settings)
+    for entry in schedule:
+        rollout.add_switch(PromptSwitch(*entry))
+    return iter(rollout)
 
 
 @dataclass(frozen=True)
@@ -504,23 +489,19 @@ class _Branches:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Contents of the caches and the block that waits: tensors, and plain numbers."""
-        tensors: dict[str, Tensor] = {}
-        numbers: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if self.pending is not None:
-            tensors["pending.latents"] = self.pending.trace.latents
-            numbers["pending.block_index"] = self.pending.trace.block_index
-            numbers["pending.start_frame"] = self.pending.trace.start_frame
-            numbers["pending.timestep"] = self.pending.timestep
+            trace = self.pending.trace
+            values = {"latents": trace.latents, "block_index": trace.block_index, "start_frame": trace.start_frame}
+            values = {f"pending.{key}": value for key, value in {**values, "timestep": self.pending.timestep}.items()}
         for branch, cache in enumerate(self.caches):
-            for key, value in cache.state_dict().items():
-                (tensors if isinstance(value, Tensor) else numbers)[f"cache.{branch}.{key}"] = value
-        return tensors, numbers
+            values |= {f"cache.{branch}.{key}": value for key, value in cache.state_dict().items()}
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        return tensors, {key: value for key, value in values.items() if key not in tensors}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        merged = {**tensors, **numbers}
         for branch, cache in enumerate(self.caches):
-            prefix = f"cache.{branch}."
-            cache.load_state_dict({k.removeprefix(prefix): v for k, v in merged.items() if k.startswith(prefix)})
+            cache.load_state_dict(under(f"cache.{branch}.", {**tensors, **numbers}))
         self.pending = None
         if "pending.latents" in tensors:
             latents = tensors["pending.latents"].to(self.causal.device)
@@ -542,26 +523,28 @@ class _Branches:
 
     def _end_block(self, done: BlockTrace, event: Event) -> tuple[BlockTrace, list[list[EncodeJob]]]:
         """Let the policy work on the block that has just been committed in all layers; its jobs by branch."""
-        trace = BlockTrace(done.block_index, done.start_frame, done.latents, event)
-        self.pending = None
+        trace, self.pending = replace(done, event=event), None
         return trace, [cache.end_block(trace) for cache in self.caches]
 
     def _run(self, trace: BlockTrace, jobs: Sequence[Sequence[EncodeJob]]) -> None:
         pooled: dict[tuple, Tensor] = {}  # by what was pooled: the branches' jobs are mostly the same latents
         for branch, jobs_of_branch in enumerate(jobs):
+            geometry = self.caches[branch].geometry
             for job in jobs_of_branch:
-                latents, grid = job.latents.to(self.causal.device), None
+                latents = job.latents.to(self.causal.device)
                 if job.pooling is not None:
                     key = (latents.data_ptr(), tuple(latents.shape), latents.stride(), job.pooling)
                     if key not in pooled:
                         pooled[key] = self._pooled(latents, job.pooling)
                     latents = pooled[key]
-                rows, columns = self._grid(latents)
-                geometry = self.caches[branch].geometry
-                if (rows, columns) != (geometry.num_rows, geometry.num_columns):
-                    grid = (rows, columns)
+                grid = self._grid(latents)
                 pass_ = Pass(
-                    "encode", trace.block_index, job.start_frame, latents.shape[1], label=job.label, grid=grid
+                    "encode",
+                    trace.block_index,
+                    job.start_frame,
+                    latents.shape[1],
+                    label=job.label,
+                    grid=None if grid == (geometry.num_rows, geometry.num_columns) else grid,
                 )
                 timestep = self.context_timestep if job.timestep is None else float(job.timestep)
                 self._forward(branch, latents, [Segment(pass_, timestep)], job.tokens)
@@ -577,12 +560,17 @@ class _Branches:
                 f"latents of {latents.shape[-2]}x{latents.shape[-1]} pooled by {size[1]}x{size[2]} are "
                 f"{small.shape[-2]}x{small.shape[-1]}, less than one patch: use a larger video or less pooling."
             )
-        _, height, width = self.causal.transformer.config.patch_size
+        _, height, width = config_of(self.causal.transformer).patch_size
         return small[..., : rows * height, : columns * width]
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
-        _, height, width = self.causal.transformer.config.patch_size
+        _, height, width = config_of(self.causal.transformer).patch_size
         return latents.shape[-2] // height, latents.shape[-1] // width
+
+
+def under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries whose keys begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -614,15 +602,11 @@ class _OpenBlock:
     level: int
     prompt_index: int
 
-    @property
-    def num_frames(self) -> int:
-        return self.latents.shape[1]
-
 
 class _Window:
     """Blocks that are denoised together, cleanest first, one block further per finished block."""
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: RollingWindow) -> None:
         self.sampler = sampler
         self.blocks: list[_OpenBlock] = []
 
@@ -633,7 +617,7 @@ class _Window:
 
     def frame_timesteps(self, timesteps: Sequence[float]) -> tuple[float, ...]:
         """Timesteps of equal parts of the window: of blocks, or of frames where blocks differ in length."""
-        lengths = [block.num_frames for block in self.blocks]
+        lengths = [block.latents.shape[1] for block in self.blocks]
         if len(set(lengths)) == 1:
             return tuple(timesteps)
         return tuple(t for t, length in zip(timesteps, lengths, strict=True) for _ in range(length))
@@ -658,22 +642,19 @@ class _Window:
             levels=[block.level for block in self.blocks],
             renoise=lambda place: renoise(self.blocks[place]),
         )
-        self.blocks = [
-            _OpenBlock(b.index, b.start_frame, latents, b.level + 1, b.prompt_index)
-            for b, latents in zip(self.blocks, following, strict=True)
-        ]
+        steps = zip(self.blocks, following, strict=True)
+        self.blocks = [replace(block, latents=latents, level=block.level + 1) for block, latents in steps]
         is_clean = self.blocks[0].level == self.sampler.num_steps(self.blocks[0].index)
         return self.blocks.pop(0) if is_clean else None
 
     def state_dict(self) -> tuple[dict[str, Tensor], list[dict[str, int]]]:
         """Latents by place, and plain numbers of every block."""
-        tensors = {str(place): block.latents for place, block in enumerate(self.blocks)}
+        tensors = {f"window.{place}": block.latents for place, block in enumerate(self.blocks)}
         names = ("index", "start_frame", "level", "prompt_index")
         return tensors, [{name: getattr(block, name) for name in names} for block in self.blocks]
 
     def load_state_dict(
         self, tensors: Mapping[str, Tensor], numbers: Sequence[Mapping[str, Any]], device: torch.device
     ) -> None:
-        self.blocks = [
-            _OpenBlock(latents=tensors[str(place)].to(device), **values) for place, values in enumerate(numbers)
-        ]
+        latents = [tensors[f"window.{place}"].to(device) for place in range(len(numbers))]
+        self.blocks = [_OpenBlock(latents=x, **values) for x, values in zip(latents, numbers, strict=True)]

@@ -19,7 +19,8 @@ import av
 import imageio.v3 as iio
 import numpy as np
 from av.container import InputContainer, OutputContainer
-from av.video.reformatter import VideoReformatter
+from av.stream import Disposition
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
@@ -74,9 +75,7 @@ class VideoFormat:
 
 
 class VideoWriter:
-    """Write one video, in one go or in several runs of the program.
-
-    Use as a context manager: leaving it closes the file with every frame written so far in it.
+    """Write one video, in one go or in several runs of the program; leaving its context closes the file.
 
     Args:
         path: The file. Must not exist when ``num_frames`` is 0, and must exist otherwise.
@@ -111,10 +110,7 @@ class VideoWriter:
         self.close()
 
     def write(self, frames: np.ndarray) -> None:
-        """Append frames; they are encoded while the caller goes on, so they must not be changed afterwards.
-
-        Args:
-            frames: (frames, height, width, 3), uint8, RGB.
+        """Append (frames, height, width, 3) uint8 RGB; encoded while the caller goes on, so not to be changed.
 
         Raises:
             ValueError: If shape or dtype do not fit the video.
@@ -128,11 +124,7 @@ class VideoWriter:
         self.num_frames += len(frames)
 
     def flush(self) -> None:
-        """Bring every frame written so far into the file and onto the disk.
-
-        Raises:
-            OSError: If the file cannot be written, for example because the disk is full.
-        """
+        """Bring every frame written so far into the file and onto the disk."""
         self._wait()
         if self._encoder is not None:
             encoder, self._encoder = self._encoder, None
@@ -222,7 +214,7 @@ class _Encoder:
         picture = self._reformatter.reformat(
             av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
             format="yuv420p",
-            dst_colorspace="ITU709",
+            dst_colorspace=int(Colorspace.ITU709),
             dst_color_range="MPEG",
             interpolation="BICUBIC",
             threads=1,
@@ -247,16 +239,11 @@ def count_frames(path: Path) -> int:
 
 
 def copy_frames(source: Path, target: Path, *, num_frames: int) -> None:
-    """Copy the first frames of a video into a new file, by bytes.
-
-    Args:
-        source: A video of ours.
-        target: The new file; must not exist.
-        num_frames: Frames to copy; a number at which ``source`` was flushed.
+    """Copy the first frames of a video of ours into a new file, by bytes.
 
     Raises:
         FileExistsError: If ``target`` exists.
-        ValueError: If no fragment of ``source`` ends there.
+        ValueError: If no fragment of ``source`` ends there: it was never flushed at this number of frames.
     """
     end = _find_end(source, num_frames=num_frames)
     with source.open("rb") as reader, target.open("xb") as writer:
@@ -351,12 +338,7 @@ def probe(path: Path) -> StreamFacts:
 
 
 def read_frames(path: Path, facts: StreamFacts, *, length: int) -> Iterator[np.ndarray]:
-    """Decode a file, piece by piece; leaving early stops the decoder.
-
-    Args:
-        path: The file.
-        facts: Result of :func:`probe`.
-        length: Frames per piece; the last may be shorter.
+    """Decode a file whose ``facts`` are known, in pieces of ``length`` frames; leaving early stops the decoder.
 
     Yields:
         (F <= length, H, W, 3) uint8 RGB, each in memory of its own. Colours are converted as OpenCV does it.
@@ -403,7 +385,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The first video stream that is no cover picture; a file that names other files or addresses gets nothing."""
     # "file:" keeps a name with a colon from being read as a protocol.
     with av.open(f"file:{path}", container_options={"protocol_whitelist": "file"}) as container:
-        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise ValueError("it has no video stream")
         yield container, streams[0]
@@ -416,13 +398,13 @@ def _count(path: Path, *, decode: bool) -> tuple[int, float]:
         with _opened(path) as (container, stream):
             if decode:
                 durations = [frame.duration or 0 for frame in container.decode(stream)]
-                return len(durations), float(sum(durations) * stream.time_base)
+                return len(durations), float(sum(durations) * (stream.time_base or 0))
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise ValueError(f"{path} is cut off or damaged after frame {num_frames}: copy or make it again")
                 if packet.size and not packet.is_discard:
                     num_frames, ticks = num_frames + 1, ticks + (packet.duration or 0)
-            return num_frames, float(ticks * stream.time_base)
+            return num_frames, float(ticks * (stream.time_base or 0))
     except av.FFmpegError as error:
         raise ValueError(f"{path} is cut off or damaged after frame {num_frames}: copy or make it again") from error
 
@@ -434,17 +416,10 @@ def _nominal(rate: float) -> float:
 
 
 def write_contact_sheet(video: Path, path: Path, *, fps: float, num_tiles: int = 12, num_columns: int = 6) -> None:
-    """Write a PNG with frames at even times, the first and the last included, with their time below.
-
-    Args:
-        video: A finished video of ours.
-        path: The PNG; replaced if it is there.
-        fps: Frames per second, for the labels.
-        num_tiles: Frames to show, at most.
-        num_columns: Frames per row.
+    """Write a PNG with at most ``num_tiles`` frames at even times, first and last included, their time below.
 
     Raises:
-        ValueError: If the video has no frames.
+        ValueError: If the video, which has to be one of ours, has no frames.
         OSError: If the picture cannot be written.
     """
     num_frames = count_frames(video)
@@ -453,8 +428,7 @@ def write_contact_sheet(video: Path, path: Path, *, fps: float, num_tiles: int =
     indices = [round(index) for index in np.linspace(0, num_frames - 1, min(num_frames, num_tiles))]
     with iio.imopen(video, "r", plugin="pyav") as reader:
         tiles = [_tile(reader.read(index=index), f"{index / fps:.1f} s") for index in indices]
-    width, height = tiles[0].size
-    columns = min(num_columns, len(tiles))
+    (width, height), columns = tiles[0].size, min(num_columns, len(tiles))
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, rows * (height + _MARGIN) + _MARGIN), "white")
     for number, tile in enumerate(tiles):
@@ -466,11 +440,9 @@ def write_contact_sheet(video: Path, path: Path, *, fps: float, num_tiles: int =
 def _tile(frame: np.ndarray, label: str) -> Image.Image:
     image = Image.fromarray(frame)
     # Whole-number nearest enlargement keeps the pixels of a small video sharp; large ones shrink smoothly.
-    factor = _TILE_WIDTH // image.width
-    if factor > 1:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    elif image.width > _TILE_WIDTH:
-        image = image.resize((_TILE_WIDTH, round(image.height * _TILE_WIDTH / image.width)), Image.Resampling.LANCZOS)
+    factor = _TILE_WIDTH // image.width or _TILE_WIDTH / image.width
+    how = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+    image = image.resize((round(image.width * factor), round(image.height * factor)), how)
     tile = Image.new("RGB", (image.width, image.height + _LABEL_HEIGHT), "white")
     tile.paste(image, (0, 0))
     font = ImageFont.load_default(size=16)

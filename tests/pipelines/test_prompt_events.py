@@ -130,9 +130,12 @@ def prompt(value):
     return torch.full((1, 7, 16), float(value))
 
 
-def make(transformer, **settings):
+def make(transformer, schedule=(), **settings):
     settings = {"num_frames": 12, "frame_shape": SHAPE, "sampler": STEPS, "cache": Remember()} | settings
-    return LatentRollout(transformer, prompt(1), noise=RecordedNoise(), **settings)
+    rollout = LatentRollout(transformer, prompt(1), noise=RecordedNoise(), **settings)
+    for switch in schedule:
+        rollout.add_switch(switch)
+    return rollout
 
 
 def switch(start, value, event="keep"):

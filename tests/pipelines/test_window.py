@@ -13,9 +13,12 @@ SIGMAS = (1.0, 3 / 3.4, 1.5 / 2.2)
 ROLLING = {"policy": "rolling_forcing", "num_context_frames": 15, "num_sink_frames": 3}
 
 
-def make(transformer, batch=1, **settings):
+def make(transformer, batch=1, schedule=(), **settings):
     settings = {"num_frames": 15, "frame_shape": SHAPE, "sampler": STEPS, "cache": "full"} | settings
-    return LatentRollout(transformer, embeds(batch), **({"noise": RecordedNoise(batch=batch)} | settings))
+    rollout = LatentRollout(transformer, embeds(batch), **({"noise": RecordedNoise(batch=batch)} | settings))
+    for switch in schedule:
+        rollout.add_switch(switch)
+    return rollout
 
 
 def roll(transformer, batch=1, **settings):
