@@ -84,7 +84,7 @@ def attention(
 
 
 def _compute(call: AttentionCall, *, backend: str, allow_approx: bool = False) -> Result:
-    request = AttentionRequest.of(*call[:4], scale=call.scale, return_lse=call.return_lse)
+    request = AttentionRequest.of(call)
     if call.plan is not None:
         call.plan.validate()
     if backend != "auto":
@@ -145,11 +145,7 @@ def sparse_attention(
 
 
 def explain(request: AttentionRequest, *, allow_approx: bool = False) -> tuple[Row, ...]:
-    """List the answer of every backend to a call, and the one that ``auto`` takes; runs nothing.
-
-    Returns:
-        One row for each entry of ``BACKENDS``, in that order.
-    """
+    """List the answer of every entry of ``BACKENDS`` to a call, and the one that ``auto`` takes; runs nothing."""
     chosen = next(iter(_usable(request)), None)
     preferred = preferences(request)
     rows = []
@@ -243,8 +239,7 @@ def _log_choice(request: AttentionRequest, name: str) -> None:
 def _check(name: str, request: AttentionRequest, call: AttentionCall, result: Result) -> str:
     """Compare evenly spaced rows of a result with PyTorch's attention in float32 or wider, under the plan's mask.
 
-    Returns:
-        The fault in words; empty if there is none. It is kept for calls like this one.
+    The fault in words, empty if there is none, is kept for calls like this one.
     """
     q, k, v = call[:3]
     out, lse = result

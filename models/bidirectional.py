@@ -13,7 +13,15 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from longtake.attention import AttentionGeometry, AttentionRequest, BlockPlan, SparsePolicy, explain, sparse_attention
+from longtake.attention import (
+    AttentionCall,
+    AttentionGeometry,
+    AttentionRequest,
+    BlockPlan,
+    SparsePolicy,
+    explain,
+    sparse_attention,
+)
 from longtake.attention.policies.base import DensityMeter, Memory
 from longtake.configs.fields import build
 from longtake.models.sparse_attention import AttentionSetting
@@ -376,7 +384,7 @@ class _Meter(DensityMeter):
     ) -> BlockPlan | None:
         plan = super().plan(q, k, geometry, v=v, memory=memory)
         if q is not None and k is not None and v is not None:
-            request = AttentionRequest.of(q, k, v, plan)
+            request = AttentionRequest.of(AttentionCall(q, k, v, plan))
             self.requests[request.signature] = request
         return plan
 

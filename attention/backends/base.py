@@ -123,21 +123,13 @@ class AttentionRequest:
     has_scale: bool = False  # scores are scaled by something else than head_dim ** -0.5
 
     @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan | None = None,
-        *,
-        scale: float | None = None,
-        return_lse: bool = False,
-    ) -> "AttentionRequest":
-        """Describe a call; the arguments are those of ``longtake.attention.attention``.
+    def of(cls, call: AttentionCall) -> "AttentionRequest":
+        """Describe a call.
 
         Raises:
             ValueError: If shapes, dtypes or devices do not go together, or the plan does not fit them.
         """
+        q, k, v, plan, scale, return_lse = call
         _check_tensors(q, k, v)
         facts = None
         if plan is not None:
@@ -157,7 +149,7 @@ class AttentionRequest:
             capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
             plan=facts,
             return_lse=return_lse,
-            needs_grad=AttentionCall(q, k, v).needs_grad,
+            needs_grad=call.needs_grad,
             has_scale=scale is not None and scale != q.shape[3] ** -0.5,
         )
 
@@ -171,7 +163,7 @@ class AttentionRequest:
 class Limits:
     """Capabilities of a backend."""
 
-    devices: tuple[str, ...]
+    devices: tuple[str, ...] = ("cuda",)
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     min_capability: tuple[int, int] = (0, 0)  # lowest compute capability, on CUDA devices
     max_head_dim: int | None = None
@@ -223,11 +215,7 @@ class Backend(ABC):
         yield from ()
 
     def run(self, call: AttentionCall) -> Result:
-        """Compute attention; the caller has asked ``supports`` and ``BlockPlan.validate``.
-
-        Raises:
-            BackendUnavailable: If its package turns out not to load.
-        """
+        """Compute attention, or raise ``BackendUnavailable``; ``supports`` and ``BlockPlan.validate`` were asked."""
         q, k, v, plan, _, _ = call
         if plan is None or (plan.q_perm is None and plan.k_perm is None):
             return self._execute(call)

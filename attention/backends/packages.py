@@ -15,7 +15,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from longtake.attention.backends.base import AttentionCall, AttentionRequest, Backend, Limits, Reason, Result, Verdict
+from longtake.attention.backends.base import (
+    FLOATS,
+    AttentionCall,
+    AttentionRequest,
+    Backend,
+    Limits,
+    Reason,
+    Result,
+    Verdict,
+)
 from longtake.attention.backends.pytorch import Attention, sdpa
 from longtake.attention.plan import BlockPlan
 
@@ -120,7 +129,7 @@ class Flash(_DiffusersBackend):
     package = "flash-attn"
     module = "flash_attn"
     install = "pip install 'flash-attn>=2.6.3' --no-build-isolation (built from source: needs nvcc)"
-    limits = Limits(devices=("cuda",), min_capability=(8, 0), max_head_dim=256)
+    limits = Limits(min_capability=(8, 0), max_head_dim=256)
 
 
 class Flash3(_DiffusersBackend):
@@ -131,7 +140,7 @@ class Flash3(_DiffusersBackend):
     package = "flash-attn-3"
     module = "flash_attn_interface"
     install = "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"
-    limits = Limits(devices=("cuda",), min_capability=(8, 0), max_head_dim=256, head_dim_step=8, backward=False)
+    limits = Limits(min_capability=(8, 0), max_head_dim=256, head_dim_step=8, backward=False)
 
     def _execute(self, call: AttentionCall) -> Result:
         out, lse = super()._execute(call)
@@ -145,13 +154,7 @@ class Xformers(_DiffusersBackend):
     name = dispatch_name = package = module = "xformers"
     install = "pip install 'xformers>=0.0.35' (torch 2.10 or newer, CUDA)"
     limits = Limits(
-        devices=("cuda",),
-        dtypes=(torch.float32, torch.float16, torch.bfloat16),
-        min_capability=(5, 0),
-        max_head_dim=256,
-        head_dim_step=8,
-        lse=False,
-        grouped=False,
+        dtypes=FLOATS[1:], min_capability=(5, 0), max_head_dim=256, head_dim_step=8, lse=False, grouped=False
     )
 
 
@@ -162,7 +165,7 @@ class Sage(_DiffusersBackend):
     exact = False
     package = module = "sageattention"
     install = "pip install 'sageattention>=2.1.1' (built from source: needs nvcc)"
-    limits = Limits(devices=("cuda",), min_capability=(8, 0), max_head_dim=128, lse=False, backward=False)
+    limits = Limits(min_capability=(8, 0), max_head_dim=128, lse=False, backward=False)
 
 
 class Flash4(Backend):
@@ -172,14 +175,7 @@ class Flash4(Backend):
     package = "flash-attn-4"
     module = "flash_attn.cute"
     install = "pip install --pre flash-attn-4"
-    limits = Limits(
-        devices=("cuda",),
-        min_capability=(8, 0),
-        max_head_dim=128,
-        head_dim_step=8,
-        plans="per_head",
-        varying_blocks=False,
-    )
+    limits = Limits(min_capability=(8, 0), max_head_dim=128, head_dim_step=8, plans="per_head", varying_blocks=False)
 
     @classmethod
     def _own_reasons(cls, request: AttentionRequest) -> Iterator[Reason]:
@@ -218,7 +214,6 @@ class Flashinfer(Backend):
     module = "flashinfer"
     install = "pip install flashinfer-python (CUDA 12.9+, nvcc for its kernels)"
     limits = Limits(
-        devices=("cuda",),
         min_capability=(7, 5),
         max_head_dim=256,
         plans="shared",
@@ -264,14 +259,7 @@ class FlashinferVariable(Flashinfer):
     """FlashInfer's block-sparse attention for blocks of any sizes, with a map for every head of keys."""
 
     name = "flashinfer_variable"
-    limits = Limits(
-        devices=("cuda",),
-        min_capability=(8, 0),
-        max_head_dim=256,
-        plans="per_head",
-        needs_plan=True,
-        backward=False,
-    )
+    limits = Limits(min_capability=(8, 0), max_head_dim=256, plans="per_head", needs_plan=True, backward=False)
     token_dim = 1
 
     @classmethod

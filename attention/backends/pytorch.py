@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -58,9 +59,7 @@ def attend(call: AttentionCall, mask: Tensor | None = None) -> Result:
     On the CPU the fused kernel gives both. On other devices, and where gradients are needed, PyTorch has no public
     function for it, and the attention is written out, exact but slower.
 
-    Args:
-        call: Tensors and options.
-        mask: (1 or batch, 1 or heads, queries, keys), bool: True is read.
+    ``mask`` is (1 or batch, 1 or heads, queries, keys), bool: True is read.
     """
     q, k, v = (x.transpose(1, 2) for x in call[:3])
     if not call.return_lse:
@@ -91,11 +90,14 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | N
     return out.to(q.dtype), lse
 
 
+_ANYWHERE = Limits(devices=("cpu", "cuda", "mps", "xpu"), dtypes=FLOATS, plans="per_head")
+
+
 class Sdpa(Backend):
     """PyTorch's fused attention, on every device; it takes plans that leave nothing out."""
 
     name = "sdpa"
-    limits = Limits(devices=("cpu", "cuda", "mps", "xpu"), dtypes=FLOATS, plans="per_head")
+    limits = _ANYWHERE
     verified_on = frozenset({"cpu", "cuda"})
 
     @classmethod
@@ -112,7 +114,7 @@ class SdpaMasked(Backend):
     """PyTorch's attention under the plan's mask, token by token: all pairs are computed, slower than dense."""
 
     name = "sdpa_masked"
-    limits = Limits(devices=("cpu", "cuda", "mps", "xpu"), dtypes=FLOATS, plans="per_head", needs_plan=True)
+    limits = replace(_ANYWHERE, needs_plan=True)
     verified_on = frozenset({"cpu", "cuda"})
 
     def _execute(self, call: AttentionCall) -> Result:
@@ -154,7 +156,7 @@ class GatherSdpa(Backend):
     """
 
     name = "gather_sdpa"
-    limits = Limits(devices=("cpu", "cuda", "mps", "xpu"), dtypes=FLOATS, plans="per_head", needs_plan=True)
+    limits = replace(_ANYWHERE, needs_plan=True)
     verified_on = frozenset({"cpu", "cuda"})
 
     def _execute(self, call: AttentionCall) -> Result:
@@ -242,13 +244,8 @@ def _run_rows(call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
 def _rows_of_one_size(plan: BlockPlan, num_heads: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield rows that have as many queries and read as many keys, a bounded number at a time.
 
-    Args:
-        plan: The plan, on the device of the tokens.
-        num_heads: Query heads; the plan's one map is repeated for them.
-        width: Numbers per key and row.
-
-    Yields:
-        The heads, (rows,); the tokens of the queries, (rows, queries of each); and of the keys, (rows, keys of each).
+    The plan's one map is repeated for all heads; ``width`` is the numbers per key and row. Each yields the heads,
+    (rows,); the tokens of the queries, (rows, queries of each); and of the keys, (rows, keys of each).
     """
     device = plan.counts.device
     num_rows = plan.counts.shape[1]
@@ -311,7 +308,7 @@ class Flex(Backend):
     name = "flex"
     limits = Limits(
         devices=("cpu", "cuda"),
-        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        dtypes=FLOATS[1:],
         min_capability=(7, 5),
         plans="per_head",
         needs_plan=True,

@@ -5,7 +5,7 @@ A policy knows no kernel; a ``BlockPlan`` is all that it gives. It may decline w
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from longtake.attention.geometry import AttentionGeometry
 from longtake.attention.plan import BlockPlan
+from longtake.configs.fields import make
+from longtake.configs.registry import Registry
 
 T = TypeVar("T")
 
@@ -287,3 +289,32 @@ def _product_sums(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Sums as a product of matrices: GPUs add by index in whatever order threads come, products do not."""
     is_member = (group == torch.arange(num_groups, device=values.device)[:, None]).to(values)
     return (is_member @ values.flatten(1)).view(num_groups, *values.shape[1:])
+
+
+POLICIES = Registry(
+    SparsePolicy,
+    {
+        "dense": "attention.policies.base:Dense",
+        "window": "attention.policies.window:Window",
+        "radial": "attention.policies.radial:Radial",
+        "light_forcing": "attention.policies.light_forcing:LightForcing",
+        "svg": "attention.policies.svg:Svg",
+        "svg2": "attention.policies.svg2:Svg2",
+        "paro": "attention.policies.paro:Paro",
+        "sliding_tile": "attention.policies.sliding_tile:SlidingTile",
+    },
+)
+
+
+def make_attention_policy(settings: SparsePolicy | Mapping[str, Any] | str) -> SparsePolicy:
+    """Make an attention policy from its YAML mapping.
+
+    Args:
+        settings: ``{"policy": NAME, field: value, ...}``, a name alone (all defaults), or a policy, which is returned.
+
+    Raises:
+        ValueError: If the name or a field is unknown, with the nearest known one, or a value does not fit.
+    """
+    if isinstance(settings, SparsePolicy):
+        return settings
+    return make(POLICIES, settings, key="policy", what="attention policy")

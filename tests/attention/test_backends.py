@@ -308,7 +308,7 @@ def test_backends_that_are_not_here_are_skipped_with_their_reason(name):
     dtype = backend.limits.dtypes[-1]
     plan = _plan(CASES["square"]) if backend.limits.needs_plan else None
     q, k, v = (x.to(device) for x in _tokens(CASES["square"], dtype=dtype, head_dim=64))
-    verdict = backend.supports(AttentionRequest.of(q, k, v, plan))
+    verdict = backend.supports(AttentionRequest.of(AttentionCall(q, k, v, plan)))
     if not verdict.ok:
         pytest.skip(verdict.text)
     expected, found = _written_out(q, k, v, plan)[0], _run(name, q, k, v, plan)[0]

@@ -11,6 +11,7 @@ import torch
 
 from longtake.attention import (
     BACKENDS,
+    AttentionCall,
     AttentionGeometry,
     AttentionRequest,
     BackendUnavailable,
@@ -262,7 +263,7 @@ def test_a_backend_that_computes_something_else_is_found_out(spoils_sums, monkey
     for _ in range(2):
         out, lse = attention(*tokens, plan, return_lse=True)
         assert (out - expected).abs().max() < 2e-6 and (lse - sums).abs().max() < 2e-6
-    assert _chosen(AttentionRequest.of(*tokens, plan, return_lse=True)) == "sdpa_masked"
+    assert _chosen(AttentionRequest.of(AttentionCall(*tokens, plan, return_lse=True))) == "sdpa_masked"
 
 
 def test_each_kind_of_call_is_checked_once_unless_its_numbers_say_nothing(monkeypatch):
@@ -319,7 +320,7 @@ def test_policies_plan_and_may_decline(is_static):
 
 def test_a_request_from_the_tensors():
     q, k, v = _tokens(heads=4, kv_heads=2, batch=2)
-    request = AttentionRequest.of(q.requires_grad_(), k, v, _plan(heads=4), scale=32**-0.5, return_lse=True)
+    request = AttentionRequest.of(AttentionCall(q.requires_grad_(), k, v, _plan(heads=4), 32**-0.5, return_lse=True))
     assert request == AttentionRequest(
         batch=2,
         num_queries=256,
@@ -331,4 +332,4 @@ def test_a_request_from_the_tensors():
         return_lse=True,
         needs_grad=True,
     )
-    assert AttentionRequest.of(q, k, v, scale=1.0).has_scale
+    assert AttentionRequest.of(AttentionCall(q, k, v, scale=1.0)).has_scale
