@@ -85,11 +85,10 @@ class BlockPlan:
         q_perm: Tensor | None = None,
         k_perm: Tensor | None = None,
     ) -> "BlockPlan":
-        """Make a plan of a boolean map of blocks.
+        """Make a plan of a map of blocks; the other arguments are the attributes.
 
         Args:
             mask: (query blocks, key blocks), or (1 or heads, query blocks, key blocks), bool: True is read.
-            q_edges: As the attribute, and so are the others.
 
         Raises:
             ValueError: If the mask is not boolean or does not fit the edges.
@@ -198,14 +197,9 @@ class BlockPlan:
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def to_dense_mask(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
-        """The plan token by token, in the order of the tokens given to attention.
+        """The plan token by token, in the order given to attention: (1 or heads, queries, keys), bool, True is read.
 
-        Args:
-            queries: (some,), int64: only these queries; None: all.
-            keys: (some,), int64: only these keys; None: all.
-
-        Returns:
-            (1 or heads, queries, keys), bool: True is read.
+        ``queries`` and ``keys``, (some,), int64, leave only these of them.
         """
         rows = _with_order(block_of_tokens(self.q_edges, self.num_queries), self.q_perm)
         columns = _with_order(block_of_tokens(self.k_edges, self.num_keys), self.k_perm)
@@ -262,12 +256,7 @@ def uniform_edges(length: int, block_size: int) -> Tensor:
 def split_runs(lengths: Iterable[int], block_size: int) -> Tensor:
     """Edges of blocks that never straddle two runs, such as frames: 1,560 tokens by 128 are 12 blocks and one of 24.
 
-    Args:
-        lengths: Tokens of every run.
-        block_size: Tokens of a block, but of the last of a run, which may be shorter.
-
-    Returns:
-        (blocks + 1,), int32, ascending from 0 to the sum of ``lengths``.
+    The last block of a run may be shorter. The result is (blocks + 1,), int32, from 0 to the sum of ``lengths``.
 
     Raises:
         ValueError: If a length or the block size is not positive.

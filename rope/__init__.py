@@ -27,11 +27,7 @@ class AxisFrequencies:
 
 
 def axis_frequencies(head_dim: int, *, theta: float = 10000.0) -> AxisFrequencies:
-    """Wan's split of a head into temporal, row and column pairs.
-
-    Args:
-        head_dim: Channels per head; even.
-        theta: Base of the geometric frequency series.
+    """Split a head into temporal, row and column pairs as Wan does; ``theta`` is the base of the series.
 
     Raises:
         ValueError: If head_dim is odd or too small to give every axis a pair.
@@ -98,11 +94,9 @@ def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Ten
 
     Args:
         x: (batch, tokens, heads, head_dim).
-        phases: (tokens, head_dim / 2) or (batch, tokens, head_dim / 2), complex64 or complex128.
+        phases: (tokens, head_dim / 2) or (batch, tokens, head_dim / 2); products are float32 with complex64 phases,
+            float64 with complex128.
         out: Written in place of a new tensor; shape and dtype of ``x``.
-
-    Returns:
-        ``out``, or a new tensor of ``x``'s shape and dtype. Products are float32, or float64 with complex128 phases.
     """
     turns = phases.unsqueeze(-2)
     wide = torch.float64 if phases.dtype == torch.complex128 else torch.float32
@@ -125,15 +119,8 @@ def apply_phases(x: Tensor, phases: Tensor, *, out: Tensor | None = None) -> Ten
 class GridRotary:
     """Phases of whole latent frames on a fixed token grid, kept while their positions stay the same.
 
-    The spatial phases of a grid never change and are computed once; a frame adds its temporal phase.
-
-    Args:
-        frequencies: Frequencies of the three axes.
-        num_rows: Token rows per frame.
-        num_columns: Token columns per frame.
-        device: Where the phases are needed.
-        num_kept: Position tuples whose phases stay in memory (a block needs two or three).
-        dtype: Of the phases: complex64, or complex128 for products in float64.
+    The spatial phases of a grid never change and are computed once; a frame adds its temporal phase. The phases of the
+    last ``num_kept`` tuples of positions stay in memory (a block needs two or three).
     """
 
     def __init__(
@@ -175,24 +162,17 @@ class GridRotary:
 
 
 def pack_backward(spans: Sequence[float], anchor: float) -> tuple[float, ...]:
-    """Lay entries end to end, the last one ending where the block to come starts.
+    """First position of each entry, oldest first, laid end to end up to the first frame of a block (``anchor``).
 
-    Whatever lies directly before the block keeps its true position; everything before a gap moves forward.
-
-    Args:
-        spans: Length in frames of each entry, oldest first.
-        anchor: First frame of the block that reads them.
-
-    Returns:
-        First position of each entry, oldest first.
+    ``spans`` are their lengths in frames. Whatever lies directly before the block keeps its true position; everything
+    before a gap moves forward.
 
     Source: PackForcing, arXiv:2603.25730 (temporal RoPE adjustment).
     """
-    starts, cursor = [], anchor
+    starts = [anchor]
     for span in reversed(spans):
-        cursor -= span
-        starts.append(cursor)
-    return tuple(reversed(starts))
+        starts.append(starts[-1] - span)
+    return tuple(reversed(starts[1:]))
 
 
 def cell_centres(num_cells: int, size: float) -> tuple[float, ...]:
@@ -214,11 +194,7 @@ def cell_coordinates(
         (..., entries * cells, 3) float64: frame, row, column of every cell's centre.
     """
     starts = torch.as_tensor(starts, dtype=torch.float64)
-    centres = [
-        torch.tensor(cell_centres(n, s), dtype=torch.float64, device=starts.device)
-        for n, s in zip(cells, size, strict=True)
-    ]
-    grid = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 2)
-    moved = torch.zeros_like(grid)
-    moved[:, 0] = 1.0
-    return (grid + starts[..., None, None] * moved).flatten(-3, -2)
+    centres = [torch.tensor(cell_centres(*axis), dtype=torch.float64) for axis in zip(cells, size, strict=True)]
+    grid = torch.cartesian_prod(*centres).to(starts.device)
+    along_time = grid.new_tensor([1.0, 0.0, 0.0])
+    return (grid + starts[..., None, None] * along_time).flatten(-3, -2)

@@ -106,13 +106,10 @@ def rolling_window(
 
     Args:
         denoise: One joint estimate of all clean blocks.
-        blocks: Cleanest first.
+        blocks: Cleanest first; one at the last level leaves clean.
         levels: Index into ``sigmas`` of each block.
         sigmas: Noise shares, falling; the timestep is 1000 times the share.
         renoise: Fresh noise for a block, by its index in the window.
-
-    Returns:
-        Each block at its next level; clean where it was at the last one.
     """
     estimates = denoise(list(blocks), [1000.0 * sigmas[level] for level in levels])
     return [
@@ -137,17 +134,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(self, denoise: Denoise, x: Tensor, *, renoise: Renoise, block_index: int) -> Tensor:
-        """Turn a block of noise into clean latents.
-
-        Args:
-            denoise: The network's estimate of the clean block; called ``num_steps(block_index)`` times.
-            x: (batch, frames, channels, height, width), Gaussian noise.
-            renoise: Fresh noise after a step.
-            block_index: Index of the block in the rollout.
-
-        Returns:
-            Clean latents, shape and dtype of ``x``.
-        """
+        """Turn Gaussian noise into the clean latents of a block, calling ``denoise`` ``num_steps`` times."""
 
     @abstractmethod
     def num_steps(self, block_index: int) -> int:
@@ -352,25 +339,20 @@ class NoiseSource(Protocol):
         ...
 
 
-class SeededNoise:
+class SeededNoise(NoiseSource):
     """Standard normal noise on the CPU in float32, each sample of a batch from its own seed.
 
     Every draw has its own generator, keyed by a hash of (seed, block, step), so nothing depends on the order or the
-    number of draws before it, on the batch, or on a resume.
-
-    Args:
-        seeds: One seed per sample, any Python integers.
+    number of draws before it, on the batch, or on a resume. ``seeds`` has any Python integer for each sample.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = tuple(int(seed) for seed in seeds)
 
     def initial(self, block_index: int, start_frame: int, shape: Sequence[int]) -> Tensor:
-        """Noise that a block starts from: (batch, frames, channels, height, width), CPU float32."""
         return self._draw(block_index, -1, shape)
 
     def renoise(self, block_index: int, start_frame: int, step_index: int, shape: Sequence[int]) -> Tensor:
-        """Fresh noise after denoising step ``step_index``: same shape and device."""
         return self._draw(block_index, step_index, shape)
 
     def _draw(self, block_index: int, step_index: int, shape: Sequence[int]) -> Tensor:

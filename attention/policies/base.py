@@ -253,15 +253,7 @@ def shared_heads(k: Tensor, num_heads: int) -> Tensor:
 
 
 def block_means(x: Tensor, edges: Tensor) -> Tensor:
-    """Average tokens over blocks of any sizes.
-
-    Args:
-        x: (tokens, heads, head_dim), any float dtype.
-        edges: (blocks + 1,), whole numbers ascending from 0 to the tokens; no block is empty.
-
-    Returns:
-        (blocks, heads, head_dim), float32, on x's device.
-    """
+    """Average (tokens, heads, head_dim) over blocks of any sizes, none empty: (blocks, heads, head_dim), float32."""
     edges = edges.to(x.device, torch.long)
     sizes = edges.diff()
     if x.device.type == "cpu":

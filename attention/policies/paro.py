@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longtake.attention.geometry import AttentionGeometry, Segment
-from longtake.attention.plan import BlockPlan, split_runs
+from longtake.attention.plan import BlockPlan, split_runs, uniform_edges
 from longtake.attention.policies.base import Memory, TokenPolicy, Tokens, block_means, shared_heads
 
 ORDERS = tuple("".join(axes) for axes in permutations("fhw"))
@@ -25,31 +27,20 @@ ORDERS = tuple("".join(axes) for axes in permutations("fhw"))
 class Calibration:
     """Orders and masks that were measured for a model.
 
-    Attributes:
-        orders: (layers, heads), int64, into ``ORDERS``.
-        masks: (sets, layers, heads, blocks, blocks), bool, over a whole video in the heads' orders, one set for each
-            of the first steps, the last for all steps after them; None: blocks are chosen when they are needed.
+    Masks are over a whole video in the heads' orders, one set for each of the first steps, the last for all steps
+    after them; without them blocks are chosen when they are needed.
     """
 
-    orders: Tensor
-    masks: Tensor | None = None
+    orders: Tensor  # (layers, heads), int64, into ``ORDERS``
+    masks: Tensor | None = None  # (sets, layers, heads, blocks, blocks), bool
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        from safetensors.torch import save_file
-
-        save_file({"orders": self.orders} | ({} if self.masks is None else {"masks": self.masks}), str(path))
+        save_file({"orders": self.orders} | ({} if self.masks is None else {"masks": self.masks}), path)
 
     @classmethod
     def load(cls, path: str) -> "Calibration":
-        """Read a safetensors file.
-
-        Raises:
-            ValueError: If the file cannot be read, or holds something else.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+        """Read a safetensors file, or say with ``ValueError`` what is wrong with it."""
         try:
             parts = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -99,17 +90,16 @@ class Paro(TokenPolicy):
         q, own = tokens.q, geometry.own_segments()
         before, after = geometry.segments[: own[0]], geometry.segments[own[-1] + 1 :]
         calibration = None if self.calibration is None else _load_calibration(self.calibration)
-        orders = self._orders(geometry, q.shape[1], calibration)
-        q_perm = torch.stack([permutation(order, len(geometry.query_frames), *geometry.grid) for order in orders])
-        start = geometry.segments[own[0]].start
-        k_perm = torch.stack(
-            [
-                torch.cat([*_in_order(before, order, geometry), start + asking, *_in_order(after, order, geometry)])
-                for order, asking in zip(orders, q_perm, strict=True)
-            ]
-        )
-        lengths = [*(segment.length for segment in before), geometry.num_queries, *(s.length for s in after)]
-        q_edges, k_edges = split_runs([geometry.num_queries], self.block_size), split_runs(lengths, self.block_size)
+        start, q_perms, k_perms = geometry.segments[own[0]].start, [], []
+        for order in self._orders(geometry, q.shape[1], calibration):
+            asking = permutation(order, len(geometry.query_frames), *geometry.grid)
+            q_perms.append(asking)
+            cached = (_in_order(segments, order, geometry) for segments in (before, after))
+            k_perms.append(torch.cat([*next(cached), start + asking, *next(cached)]))
+        q_perm, k_perm = torch.stack(q_perms), torch.stack(k_perms)
+        lengths = geometry.key_lengths
+        lengths[own[0] : own[-1] + 1] = [geometry.num_queries]
+        q_edges, k_edges = uniform_edges(geometry.num_queries, self.block_size), split_runs(lengths, self.block_size)
         mask = None if calibration is None else self._measured(geometry, calibration)
         if mask is None:
             heads = torch.arange(q.shape[1]).to(q.device)
@@ -182,9 +172,6 @@ def calibrate(
         empty_share: A block is nearly empty if this share of its weights is below ``threshold``.
         threshold: See ``empty_share``.
         alpha: Weight of emptiness; the rest goes to evenness inside blocks, which quantised kernels want.
-
-    Raises:
-        ValueError: If the map is not square with as many tokens, or smaller than a block.
     """
     num_tokens = shape[0] * shape[1] * shape[2]
     if tuple(attention_map.shape) != (num_tokens, num_tokens) or num_tokens < block_size:
@@ -207,14 +194,9 @@ def calibrate(
 
 
 def mask_from_sums(sums: Tensor, density: float) -> Tensor:
-    """Keep the blocks with the largest sums of weights, and of every row the largest.
+    """Keep the blocks with the largest (..., rows, columns) sums of weights, and of every row the largest.
 
-    Args:
-        sums: (..., rows, columns) sums of attention weights.
-        density: Share of the blocks to keep, above 0 to 1.
-
-    Returns:
-        Same shape, bool; at least the share, rounded, and more if rows would be empty.
+    At least the share of blocks that ``density`` says is kept, rounded, and more if rows would be empty.
     """
     flat = sums.flatten(-2)
     count = max(1, round(density * flat.shape[-1]))

@@ -64,13 +64,11 @@ class Radial(StaticPolicy):
             edges = uniform_edges(geometry.num_keys, self.block_size)
             # Frames that begin late in a block may have lost it: no query may read nothing.
             return BlockPlan.from_dense_block_mask(mask.fill_diagonal_(True), edges, edges)
-        own, rows = geometry.own_segments(), []
-        for frame, reaches in zip(own, self._reaches(geometry), strict=True):
-            pairs = zip(range(len(reaches)), reaches, geometry.key_lengths, strict=True)
-            blocks = [
-                self._pair(geometry.frame_tokens, length, reach, is_self=index == frame)
-                for index, reach, length in pairs
-            ]
+        rows = []
+        for own, reaches in zip(geometry.own_segments(), self._reaches(geometry), strict=True):
+            pairs = zip(reaches, geometry.key_lengths, strict=True)
+            blocks = [self._pair_blocks(reach, geometry.frame_tokens, length) for reach, length in pairs]
+            blocks[own] = blocks[own].fill_diagonal_(True)
             rows.append(torch.cat(blocks, dim=1))
         return BlockPlan.from_dense_block_mask(
             torch.cat(rows),
@@ -78,14 +76,12 @@ class Radial(StaticPolicy):
             split_runs(geometry.key_lengths, self.block_size),
         )
 
-    def _pair(self, frame_tokens: int, length: int, reach: _Reach, *, is_self: bool) -> Tensor:
+    def _pair_blocks(self, reach: _Reach, frame_tokens: int, length: int) -> Tensor:
         """(blocks of a frame, blocks of a segment), bool."""
         rows, columns = uniform_edges(frame_tokens, self.block_size), uniform_edges(length, self.block_size)
         if reach is None or reach == _WHOLE:
-            blocks = torch.full((len(rows) - 1, len(columns) - 1), reach == _WHOLE)
-        else:
-            blocks = _band_blocks(reach, rows.long(), columns.long())
-        return blocks.fill_diagonal_(True) if is_self else blocks
+            return torch.full((len(rows) - 1, len(columns) - 1), reach == _WHOLE)
+        return _band_blocks(reach, rows.long(), columns.long())
 
     def _reaches(self, geometry: AttentionGeometry) -> tuple[tuple[_Reach, ...], ...]:
         return tuple(
@@ -174,15 +170,9 @@ def _band_blocks(reach: int, row_edges: Tensor, column_edges: Tensor, row_sizes:
     A column of a block is touched if any of its tokens is in the band, and dense if more than a third of the block's
     rows are; a block is kept if more than 0.6 of its touched columns are dense. Clipped corners are therefore dropped.
 
-    Args:
-        reach: Tokens k and l are in the band if abs(k - l) <= reach.
-        row_edges: (rows + 1,) whole numbers, ascending, in tokens of the query's frame.
-        column_edges: (columns + 1,) whole numbers, ascending, in tokens of the key's frame.
-        row_sizes: (rows,) tokens that count as a whole block, where a frame covers only part of it; None: what the
-            edges say.
-
-    Returns:
-        (rows, columns), bool.
+    Tokens k and l are in the band if abs(k - l) <= ``reach``. Edges are whole numbers, ascending, in tokens of the
+    query's and of the key's frame; ``row_sizes`` are the tokens that count as a whole block, where a frame covers only
+    part of it, (rows,). The result is (rows, columns), bool.
     """
     row_sizes = row_edges.diff() if row_sizes is None else row_sizes
     first, last = row_edges[:-1, None], row_edges[1:, None]
