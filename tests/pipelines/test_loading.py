@@ -17,19 +17,20 @@ from diffusers import (
 from diffusers.quantizers import auto as quantizers
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from rollouts import make_video
 
 from longtake.configs.families import load_family
 from longtake.pipelines import LongVideoPipeline, loading
 
-PROMPT = "a red circle moving left over a navy plain background"
-SINK = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
 TINY = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "ffn_dim": 96}
 
 
+def load(*arguments, **settings):
+    return LongVideoPipeline.from_pretrained(*arguments, **settings)
+
+
 def run(pipe, **settings):
-    pipe.set_progress_bar_config(disable=True)
-    settings = {"num_frames": 21, "height": 32, "width": 32, "cache": SINK, "seed": 3, "output_type": "pt"} | settings
-    return pipe(PROMPT, **settings).frames
+    return make_video(pipe, **{"num_frames": 21, "height": 32, "width": 32} | settings)
 
 
 @pytest.fixture
@@ -58,10 +59,10 @@ def copy_of(tiny_folder, tmp_path):
 
 
 def test_a_preset_and_a_folder(tiny_preset, tiny_folder, tiny_pipe):
-    by_both = LongVideoPipeline.from_pretrained("self_forcing", tiny_folder)
+    by_both = load("self_forcing", tiny_folder)
     assert by_both.family == tiny_preset
-    by_family = LongVideoPipeline.from_pretrained(tiny_folder, family="self_forcing")
-    alone = LongVideoPipeline.from_pretrained(tiny_folder)
+    by_family = load(tiny_folder, family="self_forcing")
+    alone = load(tiny_folder)
     video = run(by_both)
     for other in (by_family, alone):
         assert other.family == tiny_preset and torch.equal(run(other), video)
@@ -69,17 +70,17 @@ def test_a_preset_and_a_folder(tiny_preset, tiny_folder, tiny_pipe):
 
 
 def test_parts_one_by_one_as_objects_or_folders(tiny_preset, tiny_folder):
-    whole = LongVideoPipeline.from_pretrained("self_forcing", tiny_folder)
+    whole = load("self_forcing", tiny_folder)
     video = run(whole)
     parts = {part: tiny_folder / part for part in ("transformer", "vae", "text_encoder", "tokenizer")}
-    assert torch.equal(run(LongVideoPipeline.from_pretrained("self_forcing", **parts)), video)
+    assert torch.equal(run(load("self_forcing", **parts)), video)
     objects = {part: whole.components[part] for part in parts}
-    assert torch.equal(run(LongVideoPipeline.from_pretrained("self_forcing", **objects)), video)
+    assert torch.equal(run(load("self_forcing", **objects)), video)
 
     # A part of one's own in a folder that has the others, which need not have that one.
     torch.manual_seed(1)
     vae = AutoencoderKLWan.from_config(whole.vae.config).eval()
-    mixed = LongVideoPipeline.from_pretrained("self_forcing", tiny_folder, vae=vae, transformer=parts["transformer"])
+    mixed = load("self_forcing", tiny_folder, vae=vae, transformer=parts["transformer"])
     assert mixed.vae is vae
     assert not torch.equal(run(mixed), video)
     assert torch.equal(run(mixed, output_type="latent"), run(whole, output_type="latent"))
@@ -89,29 +90,22 @@ def test_a_part_may_be_missing_from_the_folder_if_it_is_given(tiny_preset, copy_
     folder = copy_of()
     shutil.rmtree(folder / "vae")
     with pytest.raises(ValueError, match="holds no .safetensors"):
-        LongVideoPipeline.from_pretrained("self_forcing", folder)
-    pipe = LongVideoPipeline.from_pretrained("self_forcing", folder, vae=tiny_folder / "vae")
-    assert torch.equal(run(pipe), run(LongVideoPipeline.from_pretrained("self_forcing", tiny_folder)))
+        load("self_forcing", folder)
+    pipe = load("self_forcing", folder, vae=tiny_folder / "vae")
+    assert torch.equal(run(pipe), run(load("self_forcing", tiny_folder, device_map="cpu")))
 
 
 @pytest.mark.parametrize("keyword", ["dtype", "torch_dtype"])
 def test_a_type_for_folders_and_parts(tiny_preset, tiny_folder, keyword):
-    chosen = {keyword: torch.bfloat16}
-    for pipe in (
-        LongVideoPipeline.from_pretrained("self_forcing", tiny_folder, **chosen),
-        LongVideoPipeline.from_pretrained(
-            "self_forcing", tiny_folder, transformer=tiny_folder / "transformer", **chosen
-        ),
-    ):
+    for parts in ({}, {"transformer": tiny_folder / "transformer"}):
+        pipe = load("self_forcing", tiny_folder, **parts, **{keyword: torch.bfloat16})
         assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
         assert pipe.transformer.scale_shift_table.dtype == torch.float32, "diffusers keeps these in float32"
         assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
 
 
 def test_a_device_map_is_handed_on(tiny_preset, tiny_folder):
-    pipe = LongVideoPipeline.from_pretrained("self_forcing", tiny_folder, device_map="cpu")
-    assert pipe.hf_device_map == "cpu"
-    assert torch.equal(run(pipe), run(LongVideoPipeline.from_pretrained("self_forcing", tiny_folder)))
+    assert load("self_forcing", tiny_folder, device_map="cpu").hf_device_map == "cpu"
 
 
 class EightBitLinear(torch.nn.Module):
@@ -162,31 +156,26 @@ def test_quantised_weights_go_through_diffusers_and_roll_out(tiny_preset, tiny_f
     monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "stub", StubQuantizer)
     monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "stub", StubConfig)
     config = PipelineQuantizationConfig(quant_mapping={"transformer": StubConfig()})
-    pipe = LongVideoPipeline.from_pretrained("self_forcing", tiny_folder, quantization_config=config)
+    pipe = load("self_forcing", tiny_folder, quantization_config=config)
     assert isinstance(pipe.transformer.blocks[0].attn1.to_q, EightBitLinear)
     assert not any(isinstance(module, EightBitLinear) for module in pipe.vae.modules())
-    exact = run(LongVideoPipeline.from_pretrained("self_forcing", tiny_folder))
+    exact = run(load("self_forcing", tiny_folder))
     rounded = run(pipe)
     assert 0 < (rounded - exact).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sharded_folders_open_here_and_ours_open_in_diffusers(tiny_folder, tiny_family, tmp_path, dtype):
+def test_sharded_folders_open_here_and_ours_open_in_diffusers(tiny_folder, tiny_family, tmp_path):
+    theirs, ours, dtype = tmp_path / "theirs", tmp_path / "ours", torch.bfloat16
     stock = WanPipeline.from_pretrained(tiny_folder, dtype=dtype)
-    stock.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
-    shards = list((tmp_path / "theirs" / "transformer").glob("*-of-*.safetensors"))
-    assert len(shards) >= 2
-    pipe = LongVideoPipeline.from_pretrained(tmp_path / "theirs", family=tiny_family, dtype=dtype)
-    video = run(pipe)
-
-    pipe.save_pretrained(tmp_path / "ours", max_shard_size="100KB")
-    assert len(list((tmp_path / "ours" / "transformer").glob("*-of-*.safetensors"))) >= 2
-    again = DiffusionPipeline.from_pretrained(tmp_path / "ours", dtype=dtype)
+    stock.save_pretrained(theirs, max_shard_size="100KB")
+    pipe = load(theirs, family=tiny_family, dtype=dtype)
+    pipe.save_pretrained(ours, max_shard_size="100KB")
+    assert all(len(list((path / "transformer").glob("*-of-*.safetensors"))) >= 2 for path in (theirs, ours))
+    again = DiffusionPipeline.from_pretrained(ours, dtype=dtype)
     assert type(again) is WanPipeline and type(again.transformer) is WanTransformer3DModel
     for name, tensor in stock.transformer.state_dict().items():
         assert torch.equal(again.transformer.state_dict()[name], tensor), name
-    reopened = LongVideoPipeline.from_pretrained(tmp_path / "ours", family=tiny_family, dtype=dtype)
-    assert torch.equal(run(reopened), video)
+    assert torch.equal(run(load(ours, family=tiny_family, dtype=dtype)), run(pipe))
 
 
 @pytest.mark.parametrize(
@@ -196,11 +185,7 @@ def test_sharded_folders_open_here_and_ours_open_in_diffusers(tiny_folder, tiny_
         ("transformer/config.json", {"in_channels": 36}, ["image-to-video", "in_channels=36", "text-to-video"]),
         ("transformer/config.json", {"added_kv_proj_dim": 48}, ["image-to-video", "added_kv_proj_dim=48"]),
         ("transformer/config.json", {"in_channels": 48, "out_channels": 48}, ["Wan2.2", "in_channels=48"]),
-        (
-            "transformer/config.json",
-            {"_class_name": "FluxTransformer2DModel"},
-            ["FluxTransformer2DModel", "Wan2.1"],
-        ),
+        ("transformer/config.json", {"_class_name": "FluxTransformer2D"}, ["FluxTransformer2D", "Wan2.1"]),
         ("transformer/config.json", {"text_dim": 64}, ["d_model=32", "text_dim=64", "text_encoder"]),
         ("vae/config.json", {"z_dim": 16}, ["z_dim=16", "in_channels=4", "vae"]),
         ("vae/config.json", {"_class_name": "AutoencoderKL"}, ["is a AutoencoderKL", "AutoencoderKLWan"]),
@@ -209,48 +194,55 @@ def test_sharded_folders_open_here_and_ours_open_in_diffusers(tiny_folder, tiny_
     ],
 )
 def test_what_does_not_fit_is_refused_before_loading(tiny_preset, copy_of, monkeypatch, file, entries, messages):
-    def load(*args, **kwargs):
-        raise RuntimeError("a weight was loaded")
-
-    monkeypatch.setattr(WanPipeline, "from_pretrained", load)
+    monkeypatch.setattr(WanPipeline, "from_pretrained", lambda *a, **k: pytest.fail("a weight was loaded"))
     with pytest.raises(ValueError) as error:
-        LongVideoPipeline.from_pretrained("self_forcing", copy_of(file, **entries))
+        load("self_forcing", copy_of(file, **entries))
     assert all(message in str(error.value) for message in messages), error.value
 
 
 def test_another_size_is_told_which_presets_have_it(copy_of):
     folder = copy_of("transformer/config.json", **loading.TRANSFORMERS["14B"], in_channels=16, out_channels=16)
     with pytest.raises(ValueError, match=r"it is 14B: name a preset of that size \(krea_14b\)"):
-        LongVideoPipeline.from_pretrained("self_forcing", folder)
+        load("self_forcing", folder)
+
+
+NAMES = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda tiny, tmp: load(tmp / "nowhere"), "does not exist"),
+        (lambda tiny, tmp: load(tmp), "no model_index.json"),
+        (lambda tiny, tmp: load(tmp / "pickled"), "a pickle"),
+        (lambda tiny, tmp: load("self_forcing"), "no bundled weights"),
+        (
+            lambda tiny, tmp: load("self_forcing", tmp / "dmd.pt"),
+            "convert .*dmd.pt --out DIR --preset self_f",
+        ),
+        (lambda tiny, tmp: load(tmp / "dmd.pt"), "--preset NAME"),
+        (lambda tiny, tmp: load("self_forcin", tiny), "is no preset to run"),
+        (lambda tiny, tmp: load("mini", family="self_forcing"), "name one of them"),
+        (
+            lambda tiny, tmp: load("self_forcing", transformer=tiny / "transformer", vae=tiny / "vae"),
+            "give text_encoder, tokenizer too, or a folder",
+        ),
+        (lambda tiny, tmp: load("self_forcing", tiny, vae=tiny / "vea"), "is no folder"),
+        (
+            lambda tiny, tmp: load("causal_forcing", quantization_config=1, **{part: tiny / part for part in NAMES}),
+            "of use for a folder",
+        ),
+    ],
+)
+def test_names_and_folders_in_the_wrong_places_are_named(tiny_preset, tiny_folder, tmp_path, read, message):
+    (tmp_path / "pickled" / "transformer").mkdir(parents=True)
+    (tmp_path / "pickled" / "model_index.json").write_text("{}")
+    (tmp_path / "pickled" / "transformer" / "diffusion_pytorch_model.bin").touch()
+    (tmp_path / "dmd.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=message):
+        read(tiny_folder, tmp_path)
 
 
 def test_parts_that_do_not_fit_each_other_are_refused(tiny_preset, tiny_folder, make_transformer):
     with pytest.raises(ValueError, match="d_model=32 and its transformer text_dim=16"):
-        LongVideoPipeline.from_pretrained(tiny_folder, transformer=make_transformer())
-    with pytest.raises(ValueError, match="give text_encoder, tokenizer too, or a folder"):
-        LongVideoPipeline.from_pretrained(
-            "self_forcing", transformer=tiny_folder / "transformer", vae=tiny_folder / "vae"
-        )
-    with pytest.raises(ValueError, match="is no folder"):
-        LongVideoPipeline.from_pretrained("self_forcing", tiny_folder, vae=tiny_folder / "vea")
-
-
-def test_checkpoint_files_are_sent_to_convert(tmp_path):
-    path = tmp_path / "self_forcing_dmd.pt"
-    path.write_bytes(b"PK")
-    command = f"longtake convert {path} --out DIR --preset self_forcing"
-    with pytest.raises(ValueError, match=command):
-        LongVideoPipeline.from_pretrained("self_forcing", path)
-    with pytest.raises(ValueError, match="--preset NAME"):
-        LongVideoPipeline.from_pretrained(path)
-
-
-def test_names_and_folders_in_the_wrong_places(tiny_preset, tiny_folder):
-    with pytest.raises(ValueError, match="is no preset to run"):
-        LongVideoPipeline.from_pretrained("self_forcin", tiny_folder)
-    with pytest.raises(ValueError, match="name one of them"):
-        LongVideoPipeline.from_pretrained("mini", family="self_forcing")
-    objects = LongVideoPipeline.from_pretrained(tiny_folder).components
-    parts = {part: objects[part] for part in ("transformer", "vae", "text_encoder", "tokenizer")}
-    with pytest.raises(ValueError, match="of use for a folder"):
-        LongVideoPipeline.from_pretrained("causal_forcing", quantization_config=1, **parts)
+        load(tiny_folder, transformer=make_transformer())

@@ -3,18 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanPipeline
+from rollouts import OTHER, PROMPT, SINK, joined_frames, make_video
 
-from longtake.pipelines import LongVideoPipeline
-
-PROMPT = "a red circle moving left over a navy plain background"
-OTHER = "a blue square moving right"
-SINK = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
+SETTINGS = {"num_frames": 45, "cache": SINK, "seed": 3}
 
 
 def run(pipe, prompt=PROMPT, **settings):
-    settings = {"num_frames": 45, "cache": SINK, "seed": 3, "output_type": "pt"} | settings
-    return pipe(prompt, **settings).frames
+    return make_video(pipe, prompt, **SETTINGS | settings)
 
 
 def test_output_types_and_lengths(tiny_pipe):
@@ -29,17 +24,16 @@ def test_output_types_and_lengths(tiny_pipe):
 
 
 def test_seconds_round_up_to_whole_latent_frames(tiny_pipe):
-    assert tiny_pipe.num_pixel_frames(seconds=60) == 961
-    assert tiny_pipe.num_pixel_frames(seconds=5) == 81
-    assert tiny_pipe.num_pixel_frames(num_frames=80) == 81
+    lengths = {961: {"seconds": 60}, 81: {"num_frames": 80}}
+    assert all(tiny_pipe.num_pixel_frames(**length) == frames for frames, length in lengths.items())
     assert tiny_pipe.num_pixel_frames() == 81
 
 
 def test_stream_equals_call_and_a_second_video_equals_the_first(tiny_pipe):
-    chunks = list(tiny_pipe.stream(PROMPT, num_frames=45, cache=SINK, seed=3))
+    chunks = list(tiny_pipe.stream(PROMPT, **SETTINGS))
     assert [c.index for c in chunks] == [0, 1, 2, 3] and [c.is_last for c in chunks] == [False] * 3 + [True]
     assert [c.frames.shape[1] for c in chunks] == [9, 12, 12, 12]
-    video = torch.cat([c.frames for c in chunks], 1)
+    video = joined_frames(chunks)
     assert torch.equal(video, run(tiny_pipe))
     assert torch.equal(video, run(tiny_pipe))
     assert not torch.equal(video, run(tiny_pipe, seed=4))
@@ -73,30 +67,28 @@ def test_the_transformer_is_stock_between_blocks(tiny_pipe):
         assert torch.equal(tiny_pipe.transformer(x, **arguments).sample, before)
 
 
-@pytest.mark.parametrize("merge_commit", [True, False])
-@pytest.mark.parametrize("sampler", ["few_step", "multi_step"])
+@pytest.mark.parametrize(
+    ("sampler", "merge_commit"), [(None, True), ({"name": "multi_step", "num_inference_steps": 3}, False)]
+)
 def test_save_and_continue_is_bit_identical(tiny_pipe, sampler, merge_commit):
-    sampler = {"few_step": None, "multi_step": {"name": "multi_step", "num_inference_steps": 3}}[sampler]
-
     def start():
         session = tiny_pipe.start(PROMPT, num_frames=69, cache=SINK, seed=3, sampler=sampler)
         session.rollout.merge_commit = merge_commit
         return session
 
-    session = start()
-    whole = []
+    session, resumed = start(), start()
+    chunks = []
     for chunk in session:
-        whole.append(chunk.frames)
+        chunks.append(chunk)
         if chunk.index == 2:
             session.change_prompt(OTHER)
         if chunk.index == 3:
             tensors, numbers = session.state_dict()
             tensors = {key: value.clone() for key, value in tensors.items()}
-    resumed = start()
     resumed.load_state_dict(tensors, numbers)
     rest = list(resumed)
     assert [c.index for c in rest] == [4, 5] and rest[-1].prompt == (OTHER,)
-    assert torch.equal(torch.cat([c.frames for c in rest], 1), torch.cat(whole[4:], 1))
+    assert torch.equal(joined_frames(rest), joined_frames(chunks[4:]))
 
 
 def test_merging_the_commit_changes_nothing(tiny_pipe):
@@ -109,7 +101,7 @@ def test_merging_the_commit_changes_nothing(tiny_pipe):
 
 
 def test_prompt_change_takes_effect_and_seed_generator_callback(tiny_pipe):
-    session = tiny_pipe.start(PROMPT, num_frames=45, cache=SINK, seed=3)
+    session = tiny_pipe.start(PROMPT, **SETTINGS)
     plain = run(tiny_pipe)
     first = session.next_block()
     assert session.change_prompt(OTHER) == 1
@@ -130,21 +122,6 @@ def test_prompt_change_takes_effect_and_seed_generator_callback(tiny_pipe):
     zeroed = run(tiny_pipe, num_frames=9, output_type="latent", callback_on_step_end=callback)
     assert seen == [(0, 1000.0, (1, 3, 4, 4, 4)), (1, pytest.approx(833.333), (1, 3, 4, 4, 4))]
     assert not zeroed.any()
-
-
-def test_given_noise_equals_seeded_noise(tiny_pipe):
-    from longtake.samplers import SeededNoise
-
-    noise = torch.cat([SeededNoise([3]).initial(i, 3 * i, (1, 3, 4, 4, 4)) for i in range(4)], 1).transpose(1, 2)
-    assert torch.equal(run(tiny_pipe), run(tiny_pipe, latents=noise))
-
-
-def test_saved_folder_opens_in_diffusers(tiny_pipe, tmp_path, tiny_family):
-    tiny_pipe.save_pretrained(tmp_path)
-    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is WanPipeline
-    again = LongVideoPipeline.from_pretrained(tmp_path, family=tiny_family)
-    again.set_progress_bar_config(disable=True)
-    assert torch.equal(run(again), run(tiny_pipe))
 
 
 @pytest.mark.parametrize(
@@ -174,20 +151,6 @@ def test_saved_folder_opens_in_diffusers(tiny_pipe, tmp_path, tiny_family):
 def test_bad_input_is_named_before_any_work(tiny_pipe, settings, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         run(tiny_pipe, **settings)
-
-
-def test_bad_folders(tmp_path, tiny_folder):
-    with pytest.raises(ValueError, match="does not exist"):
-        LongVideoPipeline.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no model_index.json"):
-        LongVideoPipeline.from_pretrained(tmp_path)
-    (tmp_path / "model_index.json").write_text("{}")
-    (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="a pickle"):
-        LongVideoPipeline.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no bundled weights"):
-        LongVideoPipeline.from_pretrained("self_forcing")
 
 
 def test_a_schedule_takes_effect_at_the_first_block_that_starts_in_time(tiny_pipe):
@@ -226,27 +189,26 @@ def test_a_schedule_that_does_not_fit_is_refused_before_any_work(tiny_pipe, sche
 
 
 ROLLING = {
+    "num_frames": 57,
     "cache": {"policy": "rolling_forcing", "num_context_frames": 15},
     "sampler": {"name": "rolling_window", "timesteps": [1000, 600, 300]},
+    "seed": 3,
 }
 
 
 def test_blocks_denoised_together_come_out_one_by_one(tiny_pipe):
-    chunks = list(tiny_pipe.stream(PROMPT, num_frames=57, seed=3, **ROLLING))
+    chunks = list(tiny_pipe.stream(PROMPT, **ROLLING))
     assert [c.index for c in chunks] == [0, 1, 2, 3, 4] and [c.is_last for c in chunks] == [False] * 4 + [True]
-    video = torch.cat([c.frames for c in chunks], 1)
-    assert video.shape[1] == 57
-    for stop in (1, 3):
-        first = tiny_pipe.start(PROMPT, num_frames=57, seed=3, **ROLLING)
-        parts = [first.next_block().frames for _ in range(stop)]
-        second = tiny_pipe.start(PROMPT, num_frames=57, seed=3, **ROLLING)
-        second.load_state_dict(*first.state_dict())
-        assert torch.equal(video, torch.cat([*parts, *(chunk.frames for chunk in second)], 1))
+    assert joined_frames(chunks).shape[1] == 57
+    first, second = (tiny_pipe.start(PROMPT, **ROLLING) for _ in range(2))
+    parts = [first.next_block() for _ in range(3)]
+    second.load_state_dict(*first.state_dict())
+    assert torch.equal(joined_frames(chunks), joined_frames([*parts, *second]))
 
 
 def test_a_change_is_due_before_its_block_enters_the_window(tiny_pipe):
     """Blocks start at pixel frames 0, 9, 21, 33 and 45; the first chunk needs three of them."""
-    session = tiny_pipe.start(PROMPT, num_frames=57, **ROLLING)
+    session = tiny_pipe.start(PROMPT, **ROLLING)
     assert session.num_ahead == 2
     fps = session.fps
     assert [session.is_due(frame / fps) for frame in (9, 21, 22)] == [True, True, False]

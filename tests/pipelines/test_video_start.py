@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rollouts import OTHER, PROMPT, SINK, joined, joined_frames
 
 from longtake.models import VaePixels
 from longtake.pipelines import rollout_latents
@@ -14,9 +15,6 @@ from longtake.pipelines.conditioning import Clip
 from longtake.pipelines.run_video import _TakenLatents
 from longtake.samplers import SeededNoise
 
-PROMPT = "a red circle moving left over a navy plain background"
-OTHER = "a blue square moving right"
-SINK = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
 DEEP = {"policy": "deep_forcing", "num_context_frames": 12, "num_sink_frames": 3, "num_budget_frames": 9}
 DEEP |= {"num_recent_frames": 3}
 ROLLING = {"name": "rolling_window", "timesteps": [1000, 600, 300]}
@@ -34,28 +32,22 @@ def encoded(pipe, frames):
         return VaePixels(pipe.vae).normalise(pipe.vae.encode(video).latent_dist.mode())
 
 
+def start(pipe, prompt=PROMPT, **settings):
+    return pipe.start(prompt, **{"num_frames": 24, "cache": SINK, "seed": 3} | settings)
+
+
 def chunks(pipe, prompt=PROMPT, **settings):
-    return list(pipe.stream(prompt, **{"num_frames": 24, "cache": SINK, "seed": 3} | settings))
+    return list(start(pipe, prompt, **settings))
 
 
-def made(found, name="frames"):
-    return torch.cat([getattr(chunk, name) for chunk in found if chunk.index >= 0], 1)
+def begun(found):
+    """Chunks of the start."""
+    return [chunk for chunk in found if chunk.index < 0]
 
 
-def begun(found, name="frames"):
-    return torch.cat([getattr(chunk, name) for chunk in found if chunk.index < 0], 1)
-
-
-@pytest.fixture
-def frame_wise(tiny_pipe, tiny_family):
-    """The tiny pipeline as a model that was trained to start from an image."""
-
-    def make(frames_per_block):
-        starts = ("image", "video")
-        tiny_pipe.family = replace(tiny_family, frames_per_block=frames_per_block, first_block_frames=1, starts=starts)
-        return tiny_pipe
-
-    return make
+def made(found):
+    """Frames of the chunks that were made."""
+    return joined_frames(chunk for chunk in found if chunk.index >= 0)
 
 
 @pytest.mark.parametrize(
@@ -68,21 +60,12 @@ def test_a_clip_equals_its_latents_given_to_the_rollout(tiny_pipe, cache, sample
     latents = encoded(tiny_pipe, [frames[1:]])
     assert latents.shape[1] == 9
     ours = chunks(tiny_pipe, video=frames, cache=cache, sampler=sampler)
-    assert (begun(ours, "latents") - latents).abs().max() == 0
-    theirs = rollout_latents(
-        tiny_pipe.transformer,
-        tiny_pipe.embed_text([PROMPT]),
-        num_frames=6,
-        frame_shape=(4, 4, 4),
-        cache=cache,
-        sampler=sampler,
-        noise=SeededNoise([3]),
-        initial_latents=latents,
-        pixels=VaePixels(tiny_pipe.vae),
-    )
-    theirs = list(theirs)
+    assert (joined(begun(ours)) - latents).abs().max() == 0
+    settings = {"num_frames": 6, "frame_shape": (4, 4, 4), "cache": cache, "sampler": sampler}
+    settings |= {"noise": SeededNoise([3]), "initial_latents": latents, "pixels": VaePixels(tiny_pipe.vae)}
+    theirs = list(rollout_latents(tiny_pipe.transformer, tiny_pipe.embed_text([PROMPT]), **settings))
     assert [block.start_frame for block in theirs] == [c.start_frame for c in ours if c.index >= 0] == [9, 12]
-    assert torch.equal(made(ours, "latents"), torch.cat([block.latents for block in theirs], 1))
+    assert torch.equal(joined(ours)[:, 9:], joined(theirs))
 
 
 def test_the_start_comes_out_decoded_and_changes_nothing_when_left_out(tiny_pipe):
@@ -92,25 +75,24 @@ def test_the_start_comes_out_decoded_and_changes_nothing_when_left_out(tiny_pipe
     assert [c.frames.shape[1] for c in whole] == [9, 12, 12, 12, 12]
     assert [c.is_last for c in whole] == [False] * 4 + [True]
     with torch.no_grad():
-        latents = torch.cat([c.latents for c in whole], 1)
-        decoded = tiny_pipe.vae.decode(VaePixels(tiny_pipe.vae).denormalise(latents)).sample.transpose(1, 2)
-    assert (torch.cat([c.frames for c in whole], 1) - (decoded / 2 + 0.5)).abs().max() < 1e-6
+        latents = VaePixels(tiny_pipe.vae).denormalise(joined(whole))
+        decoded = tiny_pipe.vae.decode(latents).sample.transpose(1, 2)
+    assert (joined_frames(whole) - (decoded / 2 + 0.5)).abs().max() < 1e-6
     alone = chunks(tiny_pipe, video=frames, include_start=False)
     assert [c.index for c in alone] == [0, 1]
-    assert torch.equal(made(alone), made(whole))
+    assert torch.equal(joined_frames(alone), made(whole))
     called = tiny_pipe(PROMPT, video=frames, num_frames=24, cache=SINK, seed=3, output_type="pt").frames
-    assert torch.equal(called, torch.cat([c.frames for c in whole], 1))
-    given = begun(whole, "latents").transpose(1, 2)
+    assert torch.equal(called, joined_frames(whole))
+    given = joined(begun(whole)).transpose(1, 2)
     assert torch.equal(made(chunks(tiny_pipe, video_latents=given)), made(whole))
 
 
 def test_a_clip_that_never_reached_the_cache_or_another_clip_gives_another_video(tiny_pipe):
-    right = made(chunks(tiny_pipe, video=clip(33)), "latents")
-    session = tiny_pipe.start(PROMPT, num_frames=24, cache=SINK, seed=3, video=clip(33))
+    right = joined(chunks(tiny_pipe, video=clip(33)))[:, 9:]
+    session = start(tiny_pipe, video=clip(33))
     session.rollout._next_given_frame = session.rollout.num_given_frames
-    forgotten = made(list(session), "latents")
-    other = made(chunks(tiny_pipe, video=clip(33, seed=1)), "latents")
-    assert (forgotten - right).abs().max() > 1e-2 and (other - right).abs().max() > 1e-2
+    other = joined(chunks(tiny_pipe, video=clip(33, seed=1)))[:, 9:]
+    assert (joined(session) - right).abs().max() > 1e-2 and (other - right).abs().max() > 1e-2
 
 
 def test_noise_and_lengths_count_from_the_end_of_the_clip(tiny_pipe):
@@ -121,7 +103,7 @@ def test_noise_and_lengths_count_from_the_end_of_the_clip(tiny_pipe):
             asked.append((block_index, start_frame))
             return super().initial(block_index, start_frame, shape)
 
-    session = tiny_pipe.start(PROMPT, seconds=2, cache=SINK, seed=3, video=clip(21))
+    session = start(tiny_pipe, num_frames=None, seconds=2, video=clip(21))
     session.rollout.noise = Noise([3])
     assert (session.num_frames, session.num_blocks, session.num_start_frames) == (32, 3, 21)
     assert made(list(session)).shape[1] == 32
@@ -134,15 +116,16 @@ def test_noise_and_lengths_count_from_the_end_of_the_clip(tiny_pipe):
 def test_prompt_changes_count_from_the_end_of_the_clip(tiny_pipe):
     """Blocks start at frames 0, 12, 24 of 16 a second, whatever comes before."""
     fps = tiny_pipe.family.fps
-    plain = made(chunks(tiny_pipe, num_frames=36, video=clip(21)))
-    for at, block in ((0, 0), (0.1 / fps, 1), (12 / fps, 1), (12.5 / fps, 2)):
-        session = tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, seed=3, video=clip(21), schedule=[(at, OTHER)])
+    settings = {"num_frames": 36, "video": clip(21)}
+    plain = made(chunks(tiny_pipe, **settings))
+    for at, block in ((0, 0), (12 / fps, 1), (12.5 / fps, 2)):
+        session = start(tiny_pipe, schedule=[(at, OTHER)], **settings)
         assert session.prompt_changes[0]["block"] == block
         assert session.is_due(at) == (block == 0)
         changed = made(list(session))
         assert torch.equal(changed[:, : 12 * block], plain[:, : 12 * block])
         assert not torch.equal(changed[:, 12 * block :], plain[:, 12 * block :])
-    session = tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, seed=3, video=clip(21))
+    session = start(tiny_pipe, **settings)
     list(session.observe())
     session.next_block()
     with pytest.raises(ValueError, match="too late or out of order: 0.25 s is the earliest"):
@@ -151,42 +134,30 @@ def test_prompt_changes_count_from_the_end_of_the_clip(tiny_pipe):
 
 @pytest.mark.parametrize("stop", [0, 1])
 def test_a_saved_video_goes_on_without_its_clip(tiny_pipe, stop):
-    whole = chunks(tiny_pipe, num_frames=36, video=clip(33))
-    session = tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, seed=3, video=clip(33))
-    seen = list(session.observe())
-    assert torch.equal(begun(seen), begun(whole)) and not list(session.observe())
+    """Given blocks are committed at timestep 0, whatever the family's context timestep, after a resume too."""
+    tiny_pipe.family = replace(tiny_pipe.family, context_timestep=100.0)
+    session, whole = (start(tiny_pipe, num_frames=36, video=clip(33)) for _ in range(2))
+    resumed, empty = (start(tiny_pipe, num_frames=36, video_latents=_TakenLatents(9)) for _ in range(2))
+    seen, whole = list(session.observe()), list(whole)
+    assert torch.equal(joined_frames(seen), joined_frames(begun(whole))) and not list(session.observe())
     for _ in range(stop):
         session.next_block()
-    state = session.state_dict()
-    resumed = tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, seed=3, video_latents=_TakenLatents(9))
-    resumed.load_state_dict(*state)
+    resumed.load_state_dict(*session.state_dict())
     rest = list(resumed)
     assert [c.index for c in rest] == [0, 1, 2][stop:]
-    assert torch.equal(made(rest), made(whole)[:, 12 * stop :])
+    assert torch.equal(joined_frames(rest), made(whole)[:, 12 * stop :])
     with pytest.raises(ValueError, match="in none of its saved states"):
-        tiny_pipe.start(PROMPT, num_frames=36, cache=SINK, video_latents=_TakenLatents(9)).next_block()
+        empty.next_block()
 
 
 def test_a_state_in_the_middle_of_the_start_is_refused(tiny_pipe):
-    session = tiny_pipe.start(PROMPT, num_frames=24, cache=SINK, video=clip(33))
+    session, again = (start(tiny_pipe, video=clip(33)) for _ in range(2))
     before = session.state_dict()
     next(session.observe())
     with pytest.raises(ValueError, match="3 of 9 given latents are taken in"):
         session.state_dict()
-    again = tiny_pipe.start(PROMPT, num_frames=24, cache=SINK, video=clip(33))
     again.load_state_dict(*before)
-    assert torch.equal(made(list(again)), made(list(session)))
-
-
-def test_a_pending_given_block_keeps_its_timestep(tiny_pipe):
-    """Given blocks are committed at timestep 0, whatever the family's context timestep, after a resume too."""
-    tiny_pipe.family = replace(tiny_pipe.family, context_timestep=100.0)
-    whole = made(chunks(tiny_pipe, video=clip(33)))
-    session = tiny_pipe.start(PROMPT, num_frames=24, cache=SINK, seed=3, video=clip(33))
-    list(session.observe())
-    resumed = tiny_pipe.start(PROMPT, num_frames=24, cache=SINK, seed=3, video_latents=_TakenLatents(9))
-    resumed.load_state_dict(*session.state_dict())
-    assert torch.equal(made(list(resumed)), whole)
+    assert torch.equal(made(again), made(session))
 
 
 def test_long_clips_take_no_more_memory_than_short_ones(tiny_pipe):
@@ -205,7 +176,7 @@ def test_long_clips_take_no_more_memory_than_short_ones(tiny_pipe):
             yield frame
 
     source = Clip(num_frames=9 + 12 * 23, height=32, width=32, read=read)
-    session = tiny_pipe.start(PROMPT, num_frames=12, cache=window, video=source)
+    session = start(tiny_pipe, num_frames=12, cache=window, video=source)
     assert largest == 0, "nothing is read before it is taken in"
     sizes = [(chunk.stats.num_tokens, chunk.num_cache_bytes) for chunk in session.observe()]
     assert len(sizes) == 24 and largest <= 13
@@ -215,29 +186,25 @@ def test_long_clips_take_no_more_memory_than_short_ones(tiny_pipe):
 
 def test_clips_of_a_batch_go_with_their_prompts(tiny_pipe):
     frames = [clip(33), clip(33, seed=1)]
-    for video in (frames, np.stack(frames)):
-        both = made(chunks(tiny_pipe, [PROMPT, OTHER], video=video, seed=[3, 5]))
-        for index, (prompt, seed) in enumerate(((PROMPT, 3), (OTHER, 5))):
-            single = made(chunks(tiny_pipe, prompt, video=frames[index], seed=seed))
-            assert (both[index] - single[0]).abs().max() < 1e-4
-    shared = made(chunks(tiny_pipe, [PROMPT, OTHER], video=frames[0], seed=[3, 5]))
-    assert (shared[1] - made(chunks(tiny_pipe, OTHER, video=frames[0], seed=5))[0]).abs().max() < 1e-4
-    with pytest.raises(ValueError, match="2 videos for 1 samples"):
-        chunks(tiny_pipe, video=frames)
-    with pytest.raises(ValueError, match=r"the videos fill \[6, 9\] latent frames"):
-        chunks(tiny_pipe, [PROMPT, OTHER], video=[clip(33), clip(21)])
+    both = made(chunks(tiny_pipe, [PROMPT, OTHER], video=frames, seed=[3, 5]))
+    for index, (prompt, seed) in enumerate(((PROMPT, 3), (OTHER, 5))):
+        single = made(chunks(tiny_pipe, prompt, video=frames[index], seed=seed))
+        assert (both[index] - single[0]).abs().max() < 1e-4
+    shared = made(chunks(tiny_pipe, [PROMPT, OTHER], video=frames[1], seed=[3, 5]))
+    assert (shared[1] - both[1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("block", "starts"), [(1, [0, 1, 2]), (3, [0, 1, 4])])
-def test_models_that_start_from_an_image_do(frame_wise, block, starts):
-    pipe = frame_wise(block)
+def test_models_that_start_from_an_image_do(tiny_pipe, block, starts):
+    pipe = tiny_pipe
+    pipe.family = replace(pipe.family, frames_per_block=block, first_block_frames=1, starts=("image", "video"))
     cache = SINK | {"num_context_frames": 6, "num_sink_frames": 1}
     image = Image.fromarray(clip(1, size=40)[0])
     found = chunks(pipe, image=image, num_frames=8 * block, cache=cache)
     assert [c.start_frame for c in found] == starts and [c.index for c in found] == [-1, 0, 1]
     assert [c.frames.shape[1] for c in found] == [1, 4 * block, 4 * block]
     pixels = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS))
-    assert (begun(found, "latents") - encoded(pipe, [pixels[None]])).abs().max() < 1e-6
+    assert (joined(begun(found)) - encoded(pipe, [pixels[None]])).abs().max() < 1e-6
     other = chunks(pipe, image=clip(1, seed=2)[0], num_frames=8 * block, cache=cache)
     assert (made(other) - made(found)).abs().max() > 1e-3
     # A clip's first latent frame is a block of its own.
@@ -245,33 +212,33 @@ def test_models_that_start_from_an_image_do(frame_wise, block, starts):
     assert [c.latents.shape[1] for c in video] == ([1] * 6 if block == 1 else [1, 3, 3, 3])
 
 
-def test_models_that_start_from_none_say_so(tiny_pipe, frame_wise):
-    with pytest.raises(ValueError, match=r"first block takes 3: give a video of 9 frames or more \(0.56 s\)"):
-        chunks(tiny_pipe, image=clip(1)[0])
+def test_an_image_may_be_repeated(tiny_pipe):
     repeated = chunks(tiny_pipe, video=[Image.fromarray(clip(1)[0])] * 9)
     assert [c.index for c in repeated] == [-1, 0, 1]
-    pipe = frame_wise(3)
-    pipe.family = replace(pipe.family, starts=())
-    with pytest.raises(ValueError, match="does not start from a video; it starts from: text"):
-        chunks(pipe, video=clip(33))
-    pipe.family = replace(pipe.family, starts=("video",))
-    with pytest.raises(ValueError, match="does not start from a image; it starts from: text, video"):
-        chunks(pipe, image=clip(1)[0])
+
+
+IMAGE_MODEL = {"first_block_frames": 1, "starts": ("video",)}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("family", "settings", "message"),
     [
-        ({"video": clip(33), "image": clip(1)[0]}, "image and video are given"),
-        ({"video": clip(8)}, "the first block takes 9"),
-        ({"video": "none.mp4"}, "there is no video none.mp4"),
-        ({"video": np.zeros((33, 4, 640, 3), np.uint8)}, "crop it yourself"),
-        ({"video_latents": torch.zeros(1, 4, 8, 4, 4)}, "8 frames, which is no whole number of blocks"),
-        ({"video_latents": torch.zeros(1, 9, 4, 4, 4)}, r"expected \(1, 4, frames, 4, 4\)"),
-        ({"video": clip(33), "cache": {"policy": "full", "num_context_frames": 12}}, "rollout of 15 frames"),
+        ({}, {"image": clip(1)[0]}, r"first block takes 3: give a video of 9 frames or more \(0.56 s\)"),
+        (IMAGE_MODEL | {"starts": ()}, {"video": clip(33)}, "does not start from a video; it starts from: text"),
+        (IMAGE_MODEL, {"image": clip(1)[0]}, "does not start from a image; it starts from: text, video"),
+        ({}, {"video": clip(33), "image": clip(1)[0]}, "image and video are given"),
+        ({}, {"video": clip(8)}, "the first block takes 9"),
+        ({}, {"video": "none.mp4"}, "there is no video none.mp4"),
+        ({}, {"video": np.zeros((33, 4, 640, 3), np.uint8)}, "crop it yourself"),
+        ({}, {"video_latents": torch.zeros(1, 4, 8, 4, 4)}, "8 frames, which is no whole number of blocks"),
+        ({}, {"video_latents": torch.zeros(1, 9, 4, 4, 4)}, r"expected \(1, 4, frames, 4, 4\)"),
+        ({}, {"video": clip(33), "cache": {"policy": "full", "num_context_frames": 12}}, "rollout of 15 frames"),
+        ({}, {"video": [clip(33), clip(33)]}, "2 videos for 1 samples"),
+        ({}, {"prompt": [PROMPT, OTHER], "video": [clip(33), clip(21)]}, r"the videos fill \[6, 9\] latent frames"),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused_before_any_work(tiny_pipe, settings, message, monkeypatch):
+def test_a_start_that_does_not_fit_is_refused_before_any_work(tiny_pipe, family, settings, message, monkeypatch):
     monkeypatch.setattr(tiny_pipe.transformer, "forward", lambda *a, **k: pytest.fail("a forward was made"))
+    tiny_pipe.family = replace(tiny_pipe.family, **family)
     with pytest.raises(ValueError, match=message):
-        tiny_pipe.start(PROMPT, **{"num_frames": 24, "cache": SINK} | settings)
+        start(tiny_pipe, **settings)

@@ -48,3 +48,20 @@ def assert_resumes_everywhere(make, whole):
         rest = list(second)
         assert [block.prompt_index for block in rest] == [block.prompt_index for block in whole[stop:]]
         assert all(torch.equal(a.latents, b.latents) for a, b in zip(rest, whole[stop:], strict=True))
+
+
+# Videos of the tiny pipeline.
+PROMPT = "a red circle moving left over a navy plain background"
+OTHER = "a blue square moving right"
+SINK = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
+
+
+def make_video(pipe, prompt=PROMPT, **settings):
+    """Frames of one call, two seconds unless told otherwise."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(prompt, **{"num_frames": 33, "cache": SINK, "seed": 3, "output_type": "pt"} | settings).frames
+
+
+def joined_frames(chunks):
+    """(batch, frames, ...) pixels of all chunks of a stream."""
+    return torch.cat([chunk.frames for chunk in chunks], 1)

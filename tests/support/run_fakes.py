@@ -91,6 +91,11 @@ def make_config(*overrides, seconds=SECONDS, prompt=PROMPT):
     return load_run(options=options, overrides=["output.state_every_blocks=2", "output.crf=30", *overrides])
 
 
+def hashes(path):
+    """The hash of each block's pixels."""
+    return [entry["sha256"] for entry in RunFolder(path).blocks()]
+
+
 def generate(path, *, config=None, **session):
     """Make a new run with a fake session."""
     config = config or make_config()
