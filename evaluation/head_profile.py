@@ -1,25 +1,15 @@
-"""Which attention heads of a model look only at the near past: measured in rollouts that keep everything."""
+"""Attention heads that look only at the near past, measured in rollouts that keep everything."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from longtake.cache import (
-    BlockTrace,
-    CachePolicy,
-    CacheStats,
-    Context,
-    EncodeJob,
-    Geometry,
-    Pass,
-    PolicyState,
-    make_policy,
-)
-from longtake.cache.base import Number
+from longtake.cache import CachePolicy, Geometry, Pass
+from longtake.cache.frames import FrameState
 from longtake.cache.policies.forcing_kv import HeadMap
+from longtake.cache.policies.full import Full
 from longtake.rope import GridRotary, apply_phases, axis_frequencies
 
 MAX_QUERIES = 256  # of a block, evenly spread: a share of attention needs no more
@@ -55,7 +45,7 @@ class HeadProfile:
         Raises:
             ValueError: If no block was long enough after the first frames.
         """
-        if self._counts is None or not self._counts.all():
+        if self._sums is None or self._counts is None or not self._counts.all():
             raise ValueError(
                 f"no block had frames between the first {self.num_skipped} and the last {self.num_recent}: "
                 "profile longer rollouts."
@@ -69,14 +59,8 @@ class HeadProfile:
         return HeadMap(static, shares.shape[1])
 
     def add(self, layer: int, geometry: Geometry, shares: Tensor) -> None:
-        """Count one block.
-
-        Args:
-            layer: Of the heads.
-            geometry: Shapes of the rollout.
-            shares: (heads,).
-        """
-        if self._sums is None:
+        """Count one block: the (heads,) shares of a layer."""
+        if self._sums is None or self._counts is None:
             self._sums = torch.zeros((geometry.num_layers, geometry.num_heads), dtype=torch.float64)
             self._counts = torch.zeros(geometry.num_layers, dtype=torch.float64)
         self._sums[layer] += shares.double().cpu()
@@ -84,7 +68,7 @@ class HeadProfile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Watched(CachePolicy):
+class _Watched(Full):
     """Everything is kept, and attention measured when a block commits."""
 
     name: ClassVar[str] = "head_profile"
@@ -92,20 +76,15 @@ class _Watched(CachePolicy):
 
     profile: HeadProfile = field(compare=False)
 
-    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Any block fits."""
-
     def start(self, geometry: Geometry) -> "_WatchedState":
         """Make the empty state of one rollout."""
-        return _WatchedState(self.profile, geometry)
+        return _WatchedState(self, geometry)
 
 
-class _WatchedState(PolicyState):
-    """The state of a policy that keeps everything, and the measurement."""
-
-    def __init__(self, profile: HeadProfile, geometry: Geometry) -> None:
-        self.profile, self.geometry = profile, geometry
-        self.inner = make_policy("full").start(geometry)
+class _WatchedState(FrameState):
+    def __init__(self, policy: _Watched, geometry: Geometry) -> None:
+        super().__init__(policy, geometry)
+        self._profile = policy.profile
         self._origin: int | None = None
         self._rotary = GridRotary(
             axis_frequencies(geometry.head_dim),
@@ -114,24 +93,20 @@ class _WatchedState(PolicyState):
             device=geometry.device,
         )
 
-    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
-        """Read everything."""
-        return self.inner.select(layer, pass_, q)
-
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure, and store."""
         self._origin = pass_.start_frame if self._origin is None else self._origin
-        first = self._origin + self.profile.num_skipped
-        if first < pass_.start_frame - self.profile.num_recent:
-            mass = self.frame_masses(layer, pass_, q, k)[..., self.profile.num_skipped :]
-            near = mass[..., -(self.profile.num_recent + pass_.num_frames) :].sum(dim=-1)
-            self.profile.add(layer, self.geometry, (near / mass.sum(dim=-1)).mean(dim=0))
-        self.inner.commit(layer, pass_, q, k, v)
+        profile = self._profile
+        if self._origin + profile.num_skipped < pass_.start_frame - profile.num_recent:
+            mass = self._frame_masses(layer, pass_, q, k)[..., profile.num_skipped :]
+            near = mass[..., -(profile.num_recent + pass_.num_frames) :].sum(dim=-1)
+            profile.add(layer, self.geometry, (near / mass.sum(dim=-1)).mean(dim=0))
+        super().commit(layer, pass_, q, k, v)
 
-    def frame_masses(self, layer: int, pass_: Pass, q: Tensor, k: Tensor) -> Tensor:
+    def _frame_masses(self, layer: int, pass_: Pass, q: Tensor, k: Tensor) -> Tensor:
         """(batch, heads, frames), float32: mean attention that a block's queries give to each frame up to its own."""
         size = self.geometry.tokens_per_frame
-        context = self.inner.select(layer, pass_, q)
+        context = self.select(layer, pass_, q)
         phases = self._rotary.phases(context.query_positions)
         parts = [(read.keys, self._rotary.phases(read.positions)) for read in context.reads]
         order = [frame for read in context.reads for frame in read.frames]
@@ -143,19 +118,3 @@ class _WatchedState(PolicyState):
         # Stored frames lie in slots; in time order they say which of them are near.
         by_time = sorted(range(len(order)), key=order.__getitem__) + list(range(len(order), masses.shape[-1]))
         return masses[..., by_time]
-
-    def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
-        """Nothing to move."""
-        return self.inner.end_block(trace)
-
-    def stats(self) -> CacheStats:
-        """Everything so far."""
-        return self.inner.stats()
-
-    def state_dict(self) -> dict[str, Tensor | Number]:
-        """What is stored; a measurement is not continued."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor | Number]) -> None:
-        """Take over what is stored."""
-        self.inner.load_state_dict(state)

@@ -1,14 +1,15 @@
-"""Videos as metrics see them: streamed in pieces, so that memory does not grow with length."""
+"""Videos streamed to metrics in pieces, so that memory does not grow with length."""
 
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import ParamSpec, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from longtake.evaluation.metric import Meter, Metric, Score, VideoInfo
 from longtake.pipelines.video_file import StreamFacts, probe, read_frames
@@ -16,14 +17,8 @@ from longtake.pipelines.video_file import StreamFacts, probe, read_frames
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PIECE_FRAMES = 16
-
-
-class _Frames(Protocol):
-    """Where frames come from."""
-
-    def pieces(self, length: int) -> Iterator[np.ndarray]: ...
-
-    def sha256(self) -> str: ...
+_T = TypeVar("_T")
+_Arguments = ParamSpec("_Arguments")
 
 
 class VideoSource:
@@ -38,10 +33,17 @@ class VideoSource:
         path: The file or the folder of frames; None for an array.
     """
 
-    def __init__(self, frames: _Frames, facts: StreamFacts, *, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        facts: StreamFacts,
+        *,
+        read: Callable[[int], Iterator[np.ndarray]],
+        sha256: Callable[[], str],
+        path: Path | None = None,
+    ) -> None:
         if facts.fps is None:
             raise ValueError(f"{path} does not state its frames per second: give fps")
-        self._frames = frames
+        self._read, self._sha256 = read, sha256
         self.num_frames = facts.num_frames
         self.fps = facts.fps
         self.height = facts.height
@@ -64,15 +66,23 @@ class VideoSource:
         if fps is not None:
             _check_fps(fps)
         if path.is_dir():
-            frames, facts = _open_folder(path, fps)
-        elif path.is_file():
-            facts = probe(path)
-            if fps is not None:
-                facts = replace(facts, fps=fps)
-            frames = _FileFrames(path, facts)
-        else:
+            paths = _images(path)
+            facts = _folder_facts(path, paths, fps)
+            return cls(
+                facts,
+                read=lambda length: _read_images(paths, length),
+                sha256=lambda: _folder_sha256(paths),
+                path=path,
+            )
+        if not path.is_file():
             raise ValueError(f"no video at {path}: give a video file or a folder of frames")
-        return cls(frames, facts, path=path)
+        facts = probe(path) if fps is None else replace(probe(path), fps=fps)
+        return cls(
+            facts,
+            read=lambda length: read_frames(path, facts, length=length),
+            sha256=lambda: _file_sha256(path),
+            path=path,
+        )
 
     @classmethod
     def from_array(cls, frames: np.ndarray, fps: float) -> "VideoSource":
@@ -85,7 +95,11 @@ class VideoSource:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}: give uint8 (frames, height, width, 3)")
         _check_fps(fps)
         num_frames, height, width = frames.shape[:3]
-        return cls(_ArrayFrames(frames), StreamFacts(num_frames=num_frames, fps=fps, height=height, width=width))
+        return cls(
+            StreamFacts(num_frames=num_frames, fps=fps, height=height, width=width),
+            read=lambda length: (frames[start : start + length] for start in range(0, num_frames, length)),
+            sha256=lambda: hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest(),
+        )
 
     def pieces(self, length: int = PIECE_FRAMES) -> Iterator[np.ndarray]:
         """The frames in order, from the start at every call; no more than two pieces are in memory.
@@ -101,11 +115,11 @@ class VideoSource:
         """
         if length < 1:
             raise ValueError(f"length={length}: a piece has at least one frame")
-        return self._frames.pieces(length)
+        return self._read(length)
 
     def sha256(self) -> str:
         """SHA-256 in hex: of a file's bytes, of a folder's file names and bytes, of an array's bytes."""
-        return self._frames.sha256()
+        return self._sha256()
 
 
 def measure(source: VideoSource, info: VideoInfo, metrics: Sequence[Metric]) -> dict[str, Score]:
@@ -162,81 +176,52 @@ def find_videos(folder: Path | str) -> list[Path]:
     return sorted(videos, key=_natural_key)
 
 
-def _natural_key(path: Path) -> tuple:
+def _natural_key(path: Path) -> tuple[list[tuple[int, str]], str]:
     """Sort by name with numbers by their value: frame 2 before frame 10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part.casefold()) for part in parts], path.name
 
 
-class _FileFrames:
-    def __init__(self, path: Path, facts: StreamFacts) -> None:
-        self._path, self._facts = path, facts
-
-    def pieces(self, length: int) -> Iterator[np.ndarray]:
-        return read_frames(self._path, self._facts, length=length)
-
-    def sha256(self) -> str:
-        with self._path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _FolderFrames:
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-
-    def pieces(self, length: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(self._paths), length):
-            yield np.stack([_read_image(path) for path in self._paths[start : start + length]])
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._paths:
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
+def _folder_sha256(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
-class _ArrayFrames:
-    def __init__(self, frames: np.ndarray) -> None:
-        self._frames = frames
-
-    def pieces(self, length: int) -> Iterator[np.ndarray]:
-        return (self._frames[start : start + length] for start in range(0, len(self._frames), length))
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for piece in self.pieces(PIECE_FRAMES):
-            digest.update(np.ascontiguousarray(piece).data)
-        return digest.hexdigest()
-
-
-def _open_folder(path: Path, fps: float | None) -> tuple[_FolderFrames, StreamFacts]:
-    from PIL import Image, UnidentifiedImageError
-
-    paths = _images(path)
+def _folder_facts(folder: Path, paths: Sequence[Path], fps: float | None) -> StreamFacts:
     if not paths:
-        raise ValueError(f"{path} holds no frames: give a folder of PNG or JPEG files")
+        raise ValueError(f"{folder} holds no frames: give a folder of PNG or JPEG files")
     if fps is None:
-        raise ValueError(f"{path} is a folder of frames, which has no rate: give fps")
+        raise ValueError(f"{folder} is a folder of frames, which has no rate: give fps")
     sizes: dict[tuple[int, int], Path] = {}
     for item in paths:
         try:
             with Image.open(item) as image:
                 sizes.setdefault(image.size, item)
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise ValueError(f"cannot read the frame {item}: {error}") from error
     if len(sizes) > 1:
         (size, first), (other, second) = list(sizes.items())[:2]
         raise ValueError(
-            f"frames of {path} differ in size: {first.name} is {size[0]}x{size[1]}, {second.name} is "
+            f"frames of {folder} differ in size: {first.name} is {size[0]}x{size[1]}, {second.name} is "
             f"{other[0]}x{other[1]}: make them equal"
         )
-    (width, height) = next(iter(sizes))
-    return _FolderFrames(paths), StreamFacts(num_frames=len(paths), fps=fps, height=height, width=width)
+    ((width, height),) = sizes
+    return StreamFacts(num_frames=len(paths), fps=fps, height=height, width=width)
+
+
+def _read_images(paths: Sequence[Path], length: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(paths), length):
+        yield np.stack([_read_image(path) for path in paths[start : start + length]])
 
 
 def _read_image(path: Path) -> np.ndarray:
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
@@ -274,10 +259,16 @@ def _finished(metric: Metric, meter: Meter, info: VideoInfo) -> Mapping[str, Sco
     return scores
 
 
-def _guarded(metric: Metric, info: VideoInfo, function, *arguments):
+def _guarded(
+    metric: Metric,
+    info: VideoInfo,
+    function: Callable[_Arguments, _T],
+    *arguments: _Arguments.args,
+    **options: _Arguments.kwargs,
+) -> _T:
     """Call into a metric; what it raises names it and the video."""
     try:
-        return function(*arguments)
+        return function(*arguments, **options)
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
         raise kind(f"{_names(metric)} on video {info.id!r}: {error}") from error
