@@ -6,12 +6,12 @@ A folder of golden numbers holds ``golden.json``, ``videos/NAME.mp4`` and, as ba
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from longtake.evaluation.backbones import Backbones
-from longtake.evaluation.metric import Metric, Score
+from longtake.evaluation.backbones import Backbone, Backbones
+from longtake.evaluation.metric import Score
 from longtake.evaluation.metrics import make_metrics
 from longtake.evaluation.metrics.dimensions import DIMENSIONS, IMAGING, fused, mapped_clip_to_clip
 from longtake.evaluation.metrics.vbench import SpanMetric
@@ -23,17 +23,13 @@ from longtake.evaluation.video import VideoSource, measure
 
 TOLERANCE = 1e-6
 """Absolute, for every number; counts, indices and booleans are exact."""
-MUSIQ_MODES = ("shorter", "shorter_centercrop", "None")
+_MUSIQ_MODES = ("shorter", "shorter_centercrop", "None")
 
 
 class _Check(NamedTuple):
-    """One number.
+    """One number: as VBench's own code gave it, and as computed here, None if it could not be.
 
-    Attributes:
-        name: What it is.
-        expected: As VBench's own code gave it.
-        got: As computed here; None if it could not be.
-        error: Absolute difference; infinite where something exact is not equal, or could not be computed.
+    ``error`` is the absolute difference; infinite where something exact is not equal, or could not be computed.
     """
 
     name: str
@@ -43,19 +39,11 @@ class _Check(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether it is within the tolerance."""
         return self.error <= TOLERANCE
 
 
 def check_golden(folder: Path, backbones: Backbones) -> list[_Check]:
-    """Compute every golden number that is measured here.
-
-    Args:
-        folder: With ``golden.json`` and ``videos/``.
-        backbones: The stand-ins the numbers were made with: ``load_backbones(folder / "stubs.py")``.
-
-    Returns:
-        One check per number, in the order of the file; what the official tool alone measures is left out.
+    """Compute every golden number of a folder that is measured here, with the stand-ins of its ``stubs.py``.
 
     Raises:
         ValueError: If the folder holds no golden numbers.
@@ -64,7 +52,7 @@ def check_golden(folder: Path, backbones: Backbones) -> list[_Check]:
     try:
         golden = json.loads(path.read_text(encoding="utf-8"))
         videos = _videos(folder, golden.get("videos", {}), backbones)
-        checks = [*videos, *_samplings(golden), *_prompts(golden), *_scores(golden), *_fusions(golden)]
+        checks = [*videos, *_samplings(golden), *_scores(golden), *_fusions(golden)]
     except (OSError, AttributeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as golden numbers: {error!r}") from error
     if not checks:
@@ -75,9 +63,7 @@ def check_golden(folder: Path, backbones: Backbones) -> list[_Check]:
 def _golden_scores(scores: Mapping[str, Score], folder: str = "") -> dict[str, Score]:
     """{dimension: score} of the metrics ``vbench/FOLDER...`` and ``vbench_form/FOLDER...[...]``.
 
-    Args:
-        scores: By metric name.
-        folder: ``""`` for whole videos, ``"long/"`` or ``"long_dev/"`` for VBench-Long.
+    ``folder`` is ``""`` for whole videos, ``"long/"`` or ``"long_dev/"`` for VBench-Long.
     """
     stems = {name.partition("/")[2].partition("[")[0]: score for name, score in scores.items()}
     names = (dimension.name for dimension in DIMENSIONS)
@@ -106,8 +92,8 @@ def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> It
         scores = _golden_scores(measure(source, info, metrics))
         for dimension in (dimension.name for dimension in DIMENSIONS):
             yield from _dimension(f"{name}: {dimension}", dimension, expected, scores.get(dimension))
-        for mode in MUSIQ_MODES if scorer is not None else ():
-            metric: Metric = SpanMetric(IMAGING, ("short",), [scorer], mode=mode)
+        for mode in _MUSIQ_MODES if scorer is not None else ():
+            metric = SpanMetric(IMAGING, ("short",), [cast(Backbone, scorer)], mode=mode)
             value = _golden_scores(measure(source, info, [metric]))["imaging_quality"].value
             yield _near(f"{name}: imaging_quality, {mode}", expected["imaging_quality_raw_0_100"][mode], value)
 
@@ -148,9 +134,6 @@ def _samplings(golden: Mapping[str, Any]) -> Iterator[_Check]:
         # A clip of the whole video does not tell the rate; the only one there is has 16 frames a second.
         fps = 16 if any(name.endswith("_full.mp4") for name in clips) else expected[0][1] / 2
         yield _equal(f"clips of {video}", expected, clip_ranges(num_frames, fps, 2))
-
-
-def _prompts(golden: Mapping[str, Any]) -> Iterator[_Check]:
     for name, expected in golden.get("get_prompt_from_filename_short", {}).items():
         yield _equal(f"prompt of {name}", expected, prompt_of_name(Path(name).stem)[0])
 
@@ -160,12 +143,7 @@ def _scores(golden: Mapping[str, Any]) -> Iterator[_Check]:
         return
     expected = golden["total_score"]
     values = {f"vbench/{name.replace(' ', '_')}": value for name, value in expected["raw"].items()}
-    makers: dict[str, Callable[[Mapping[str, float]], tuple[float | None, str | None]]] = {
-        "quality": quality7,
-        "semantic": semantic,
-        "total": total,
-    }
-    for name, make in makers.items():
+    for name, make in {"quality": quality7, "semantic": semantic, "total": total}.items():
         yield _near(f"score: {name}", expected[name], make(values)[0])
 
 

@@ -1,6 +1,6 @@
 """Means and paired differences of measures, with intervals that know that videos of one prompt are alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import ceil, comb, fsum, log2, nan
@@ -68,12 +68,13 @@ def mean_interval(values: Values, weights: Values | None = None, *, num_resample
         raise ValueError(
             f"video {bad[0]} (prompt, seed) has weight {weights.get(bad[0])}: every weight must be above 0."
         )
-    column, weight = (
-        None if source is None else np.array([source[key] for key in keys], dtype=np.float64)[:, None]
-        for source in (values, weights)
-    )
     prompts = np.array([prompt for prompt, _ in keys], dtype=np.int64)
-    return column_intervals(column, prompts, weight, num_resamples=num_resamples)[0]
+    weight = None if weights is None else _column(weights, keys)
+    return column_intervals(_column(values, keys), prompts, weight, num_resamples=num_resamples)[0]
+
+
+def _column(values: Values, keys: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
+    return np.array([values[key] for key in keys], dtype=np.float64).reshape(-1, 1)
 
 
 def column_intervals(
@@ -210,7 +211,7 @@ def _limits(sums: NDArray, totals: NDArray, *, is_weighted: bool, num_resamples:
     for indices in patterns.values():
         rows = np.flatnonzero(present[:, indices[0]])
         if len(rows) > 1:
-            part = np.ix_(rows, indices)
+            part = np.ix_(rows, np.array(indices))
             weights = totals[part] if is_weighted else None
             limits[:, indices] = _cluster_bootstrap(sums[part], weights, num_resamples=num_resamples)
     return limits

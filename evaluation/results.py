@@ -292,11 +292,13 @@ def _score_files(folder: Path) -> list[Any]:
 
 def _metric(run: RunScores, spec: MetricSpec) -> dict[str, Any]:
     scores = [(video.video, video.scores[spec.name]) for video in run.videos if spec.name in video.scores]
-    present = [(line, score) for line, score in scores if score.value is not None and score.weight > 0]
-    keys = [(line.prompt_index, line.seed_index) for line, _ in present]
+    present = {
+        (line.prompt_index, line.seed_index): (score.value, score.weight)
+        for line, score in scores
+        if score.value is not None and score.weight > 0
+    }
     interval = mean_interval(
-        {key: score.value for key, (_, score) in zip(keys, present, strict=True)},
-        {key: score.weight for key, (_, score) in zip(keys, present, strict=True)},
+        {key: value for key, (value, _) in present.items()}, {key: weight for key, (_, weight) in present.items()}
     )
     limits = [interval.low, interval.high]
     skipped = next((score.skipped for _, score in scores if score.skipped is not None), None)
@@ -305,7 +307,7 @@ def _metric(run: RunScores, spec: MetricSpec) -> dict[str, Any]:
         "ci95": None if any(isnan(limit) for limit in limits) else [limit * spec.scale for limit in limits],
         "n_videos": len(present),
         "n_prompts": interval.num_prompts,
-        "n_clips": int(sum(score.weight for _, score in present)) if spec.grouping == "clip" else None,
+        "n_clips": int(sum(weight for _, weight in present.values())) if spec.grouping == "clip" else None,
         "higher_is_better": spec.higher_is_better,
         "unit": _unit(spec),
         "range": [limit if limit is None else limit * spec.scale for limit in spec.range],

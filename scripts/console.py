@@ -3,7 +3,10 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from inspect import Parameter, Signature
 from types import FrameType
+from typing import Any, TypeVar, cast, get_type_hints
 
 import typer
 from rich.console import Console
@@ -17,6 +20,8 @@ MAX_ERROR_LENGTH = 600
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+T = TypeVar("T")
 
 
 def run_app(app: typer.Typer, args: list[str] | None = None) -> int:
@@ -51,6 +56,30 @@ def fail(message: str) -> int:
         line = line[:MAX_ERROR_LENGTH] + " ..."
     err.print(f"longtake: {escape(line)}", style="red")
     return EXIT_BAD_INPUT
+
+
+def takes_options(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Give a command the fields of a dataclass, annotated as typer wants them, as its options."""
+
+    def decorate(command: Callable[[T], None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            command(options(**values))
+
+        hints = get_type_hints(options, include_extras=True)
+        parameters = [
+            Parameter(
+                field.name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(cast(Any, options))
+        ]
+        run.__doc__, run.__annotations__ = command.__doc__, hints
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 def print_rows(rows: Iterable[tuple[str, str]], *, console: Console = out) -> None:

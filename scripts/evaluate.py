@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,10 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from longtake.configs.fields import choose
-from longtake.scripts.console import EXIT_INTERRUPTED, err, out, stop_requests
+from longtake.scripts.console import EXIT_INTERRUPTED, err, out, stop_requests, takes_options
 
 if TYPE_CHECKING:
+    from longtake.evaluation.backbones import Backbones
     from longtake.evaluation.records import RunScores
     from longtake.evaluation.running.plan import Unit
     from longtake.evaluation.running.runner import Evaluation
@@ -37,41 +39,47 @@ app = typer.Typer(
 )
 
 
-@app.command("run", no_args_is_help=True)
-def _run(
-    *,
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Options of ``run``: where and how the work is done, and keys of the protocol by their own names."""
+
     out_folder: Annotated[
         Path, typer.Option("--out", help="Folder of the evaluation; a started one goes on.", show_default=False)
-    ],
+    ]
     protocol: Annotated[
         str | None,
         typer.Option(
             help="quick, standard, long, a study's name, or a YAML file with all of this; options go over it.",
             show_default="standard",
         ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A model family, or a diffusers folder.", show_default="mini")
-    ] = None,
-    family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None,
-    cache: Annotated[
+    ] = None
+    model: Annotated[str | None, typer.Option(help="A model family, or a diffusers folder.", show_default="mini")] = (
+        None
+    )
+    family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None
+    caches: Annotated[
         list[str] | None,
-        typer.Option(help="Policies to compare: NAME,NAME or 'LABEL={policy: NAME, field: value}'; may be repeated."),
-    ] = None,
+        typer.Option(
+            "--cache",
+            help="Policies to compare: NAME,NAME or 'LABEL={policy: NAME, field: value}'; may be repeated.",
+        ),
+    ] = None
     prompts: Annotated[
         str | None,
         typer.Option(help="suite:moving_scenes, a text file with one per line, VBench_full_info.json, or .jsonl."),
-    ] = None,
-    extended: Annotated[str | None, typer.Option(help="Text file with the longer twin of every prompt.")] = None,
-    num_prompts: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Videos per prompt, each with its own noise.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Length of every video.")] = None,
+    ] = None
+    prompts_extended: Annotated[
+        str | None, typer.Option("--extended", help="Text file with the longer twin of every prompt.")
+    ] = None
+    num_prompts: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None
+    samples: Annotated[int | None, typer.Option(help="Videos per prompt, each with its own noise.")] = None
+    seconds: Annotated[float | None, typer.Option(help="Length of every video.")] = None
     videos: Annotated[
         str | None, typer.Option(help="Measure the videos of this folder, or of its folders, instead of making any.")
-    ] = None,
-    manifest: Annotated[str | None, typer.Option(help="JSON lines with the videos' prompts.")] = None,
-    prompt_file: Annotated[str | None, typer.Option(help="JSON mapping of the videos' file names to prompts.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frame rate of folders of frames.")] = None,
+    ] = None
+    manifest: Annotated[str | None, typer.Option(help="JSON lines with the videos' prompts.")] = None
+    prompt_file: Annotated[str | None, typer.Option(help="JSON mapping of the videos' file names to prompts.")] = None
+    fps: Annotated[float | None, typer.Option(help="Frame rate of folders of frames.")] = None
     mixed_rates: Annotated[
         bool | None,
         typer.Option(
@@ -79,28 +87,44 @@ def _run(
             help="Whether videos of a run may differ in frame rate.",
             show_default="with --backbones they may",
         ),
-    ] = None,
+    ] = None
     backbones: Annotated[
         str | None, typer.Option(help="FILE.py or .yaml that names the networks.", show_default="classical stand-ins")
-    ] = None,
+    ] = None
     metrics: Annotated[
         str | None, typer.Option(help="Groups: vbench, long, weight_free, judge; with commas.", show_default="all")
-    ] = None,
-    baseline: BaselineOption = None,
-    moments: Annotated[str | None, typer.Option(help="Seconds at which to compare, with commas.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Videos made together.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, or cuda.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one per core", min=1)] = None,
-    launcher: Annotated[str, typer.Option(help="local, torchrun or ray; numbers do not depend on it.")] = "local",
+    ] = None
+    baseline: BaselineOption = None
+    moments: Annotated[str | None, typer.Option(help="Seconds at which to compare, with commas.")] = None
+    batch: Annotated[int | None, typer.Option(help="Videos made together.")] = None
+    dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda.")] = None
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one per core", min=1)] = None
+    launcher: Annotated[str, typer.Option(help="local, torchrun or ray; numbers do not depend on it.")] = "local"
     keep_videos: Annotated[
         bool,
         typer.Option(
             "--keep-videos/--no-keep-videos",
             help="Keep generated videos when they are measured; without, only those that the report shows stay.",
         ),
-    ] = True,
-) -> None:
+    ] = True
+
+    def protocol_options(self) -> dict[str, Any]:
+        """Values for keys of the protocol; None where none is given."""
+        from longtake.evaluation.running.protocol import split_caches
+
+        own = ("out_folder", "protocol", "workers", "launcher", "keep_videos")
+        parsed = {
+            "caches": split_caches(self.caches) if self.caches else None,
+            "metrics": None if self.metrics is None else _words(self.metrics),
+            "moments": None if self.moments is None else _seconds(self.moments),
+        }
+        return {key: value for key, value in vars(self).items() if key not in own} | parsed
+
+
+@app.command("run", no_args_is_help=True)
+@takes_options(_Run)
+def _run(options: _Run) -> None:
     """Make videos under several cache policies and measure them, or measure videos that exist.
 
     Every prompt is evaluated with the same noise under every policy. The result is the same, byte for byte, for any
@@ -124,34 +148,13 @@ def _run(
 
     `torchrun --nproc-per-node 8 -m longtake.scripts.main evaluate run --protocol study.yaml --out study`
     """
-    from longtake.evaluation.running.protocol import load_protocol, split_caches
+    from longtake.evaluation.running.protocol import load_protocol
     from longtake.evaluation.running.runner import Evaluation
 
-    choose(dict.fromkeys(("local", "torchrun", "ray")), launcher, what="launcher")
-    options: dict[str, Any] = {
-        "model": model,
-        "family": family,
-        "caches": split_caches(cache) if cache else None,
-        "prompts": prompts,
-        "prompts_extended": extended,
-        "num_prompts": num_prompts,
-        "samples": samples,
-        "seconds": seconds,
-        "videos": videos,
-        "manifest": manifest,
-        "prompt_file": prompt_file,
-        "fps": fps,
-        "mixed_rates": mixed_rates,
-        "backbones": backbones,
-        "metrics": None if metrics is None else _words(metrics),
-        "baseline": baseline,
-        "moments": None if moments is None else _seconds(moments),
-        "batch": batch,
-        "dtype": dtype,
-        "device": device,
-    }
-    evaluation = Evaluation(load_protocol(protocol, options=options), out_folder, keep_videos=keep_videos)
-    if not _evaluate(evaluation, launcher, workers):
+    choose(dict.fromkeys(("local", "torchrun", "ray")), options.launcher, what="launcher")
+    protocol = load_protocol(options.protocol, options=options.protocol_options())
+    evaluation = Evaluation(protocol, options.out_folder, keep_videos=options.keep_videos)
+    if not _evaluate(evaluation, options.launcher, options.workers):
         err.print("stopped; finished work is kept: run the same command again to go on", style="yellow")
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -178,13 +181,12 @@ def _compare(
     `longtake evaluate compare first second --baseline sliding_window --moments 5,60,120 --out all`
     """
     from longtake.evaluation.results import load_run
-    from longtake.evaluation.running.runner import run_folders, write_comparison
+    from longtake.evaluation.running.runner import check_baseline, run_folders, write_comparison
 
     places = [place for folder in folders for place in run_folders(folder)]
     runs = [load_run(place) for place in places]
     labels = [run.label for run in runs]
-    if baseline is not None and baseline not in labels:
-        raise ValueError(f"baseline {baseline!r} is none of the runs: {', '.join(labels)}")
+    check_baseline(baseline, labels)
     write_comparison(
         out_folder,
         runs,
@@ -252,22 +254,19 @@ def _table(
     `longtake evaluate table study more --moments 5,60,120 --page docs/results.md --section policies`
     """
     from longtake.evaluation.report.tables import choose_columns, moment_tables, replace_section, write_curves
-    from longtake.evaluation.running.runner import ordered_runs, settled_protocol
+    from longtake.evaluation.running.runner import check_baseline, ordered_runs, settled_protocol
 
     if (page is None) != (section is None):
         raise ValueError("--page and --section go together: name the page and the section of it that is written")
     if page is not None and section is not None:
-        replace_section(page.read_text(encoding="utf-8"), section, "", source=str(page))
-    places = [place for folder in folders for place in ordered_runs(folder)]
+        replace_section(page, section, None)
     protocol = settled_protocol(folders[0])
     times = list(protocol.moments) if moments is None else _seconds(moments)
-    runs = _measured_runs(places)
+    runs = _measured_runs([place for folder in folders for place in ordered_runs(folder)])
     labels = [run.label for run in runs]
     chosen = baseline or (protocol.baseline if protocol.baseline in labels else labels[0])
-    if chosen not in labels:
-        raise ValueError(f"baseline {chosen!r} is none of the runs: {', '.join(labels)}")
-    wanted = None if metrics is None else _words(metrics)
-    columns = choose_columns(runs, wanted)
+    check_baseline(chosen, labels)
+    columns = choose_columns(runs, None if metrics is None else _words(metrics))
     levels = _reference(folders[0], runs, columns) if reference else {}
     text = moment_tables(runs, baseline=chosen, moments=times, columns=columns, levels=levels)
     if curves is not None:
@@ -275,10 +274,9 @@ def _table(
         err.print(f"wrote {curves}", markup=False)
     if page is None or section is None:
         out.print(text, markup=False, end="")
-        return
-    new = replace_section(page.read_text(encoding="utf-8"), section, text, source=str(page))
-    page.write_text(new, encoding="utf-8")
-    err.print(f"wrote {section!r} of {page}", markup=False)
+    else:
+        replace_section(page, section, text)
+        err.print(f"wrote {section!r} of {page}", markup=False)
 
 
 @app.command("list")
@@ -291,12 +289,12 @@ def _list_all(
 
     `longtake evaluate list --backbones vbench.py`
     """
-    from longtake.evaluation.backbones import ROLES, classical_backbones, load_backbones
+    from longtake.evaluation.backbones import ROLES
     from longtake.evaluation.metrics import GROUPS, make_metrics
     from longtake.evaluation.running.protocol import protocol_names
     from longtake.evaluation.running.suites import SUITE, SUITES
 
-    found = classical_backbones() if backbones is None else load_backbones(backbones)
+    found = _backbones(backbones)
     for group in GROUPS:
         metrics, skipped = make_metrics(found, groups=[group])
         out.print(f"\n{group}", style="bold")
@@ -437,13 +435,18 @@ def _sets(
 
     `longtake evaluate sets study/pack --reference study/full --backbones vbench.py --role dinov2`
     """
-    from longtake.evaluation.backbones import classical_backbones, load_backbones
     from longtake.evaluation.sets import measure_sets
 
-    found = classical_backbones() if backbones is None else load_backbones(backbones)
-    measured = measure_sets(run, reference, backbones=found, role=role, num_frames=num_frames, allow_small=allow_small)
+    options = {"role": role, "num_frames": num_frames, "allow_small": allow_small}
+    measured = measure_sets(run, reference, backbones=_backbones(backbones), **options)
     for name, score in measured.scores.items():
         out.print(f"{name}: {score.skipped if score.value is None else format(score.value, '.6g')}", markup=False)
+
+
+def _backbones(path: Path | None) -> "Backbones":
+    from longtake.evaluation.backbones import classical_backbones, load_backbones
+
+    return classical_backbones() if path is None else load_backbones(path)
 
 
 def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> bool:
@@ -571,11 +574,10 @@ def _words(text: str) -> list[str]:
 
 
 def _seconds(text: str) -> list[float]:
-    return [_number(word) for word in _words(text)]
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError as error:
-        raise ValueError(f"moments: {word!r} is no number of seconds: write 5,30,60") from error
+    seconds = []
+    for word in _words(text):
+        try:
+            seconds.append(float(word))
+        except ValueError as error:
+            raise ValueError(f"moments: {word!r} is no number of seconds: write 5,30,60") from error
+    return seconds

@@ -250,24 +250,19 @@ def write_curves(runs: Sequence[RunScores], path: Path, *, baseline: str, column
         raise ValueError(f"none of {', '.join(columns)} has a curve over time: name others with --metrics")
 
 
-def replace_section(page: str, section: str, text: str, *, source: str) -> str:
-    """Return a Markdown page with a new text between the two comments of a section.
-
-    Args:
-        page: The whole page.
-        section: Name in both comments.
-        text: Markdown; ends with a line break.
-        source: The page's name, for the error.
+def replace_section(page: Path, section: str, text: str | None) -> None:
+    """Write Markdown that ends with a line break between the two comments of a page's section; None only checks them.
 
     Raises:
         ValueError: If the page does not have the two lines, once each and in order.
     """
     first, last = f"<!-- {section}: written by longtake evaluate table -->", f"<!-- end of {section} -->"
-    before, begin, rest = page.partition(first)
+    before, begin, rest = page.read_text(encoding="utf-8").partition(first)
     _, end, after = rest.partition(last)
     if not begin or not end or first in rest or last in after:
-        raise ValueError(f"{source} has no section {section!r}: add the lines {first!r} and {last!r}, once")
-    return f"{before}{first}\n{text}{last}{after}"
+        raise ValueError(f"{page} has no section {section!r}: add the lines {first!r} and {last!r}, once")
+    if text is not None:
+        page.write_text(f"{before}{first}\n{text}{last}{after}", encoding="utf-8")
 
 
 def _restricted(runs: Sequence[RunScores], columns: Sequence[str]) -> list[RunScores]:

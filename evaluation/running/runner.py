@@ -233,7 +233,7 @@ def write_results(out: Path) -> list[RunScores]:
             videos[run.label] = folder
     if not runs:
         raise ValueError(f"no video of {out} has been measured: run `longtake evaluate run --out {out}` first")
-    baseline = protocol.baseline if protocol.baseline in videos else runs[0].label
+    baseline = next((run.label for run in runs if run.label == protocol.baseline), runs[0].label)
     command = shlex.join(("longtake", "evaluate", "run", "--protocol", PROTOCOL_FILE, "--out", "OUT"))
     write_comparison(
         out, runs, baseline=baseline, moments=protocol.moments, protocol=protocol, videos=videos, commands=[command]

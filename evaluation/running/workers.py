@@ -174,7 +174,7 @@ def _joined(failures: Sequence[Exception]) -> Exception:
     first = next((failure for failure in failures if not isinstance(failure, ValueError)), failures[0])
     texts = dict.fromkeys(str(failure) for failure in failures if str(failure) != str(first))
     lines = [f"also: {text.strip().splitlines()[-1]}" for text in texts if text.strip()]
-    return type(first)("\n".join((str(first), *lines))) if lines else first
+    return type(first)(";\n".join((str(first), *lines))) if lines else first
 
 
 @contextmanager

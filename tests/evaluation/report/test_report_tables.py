@@ -157,13 +157,16 @@ def test_curves_are_drawn_of_what_has_them(tmp_path):
 BEGIN, END = "<!-- study: written by longtake evaluate table -->", "<!-- end of study -->"
 
 
-def test_only_a_section_of_a_page_changes():
-    page = f"# Title\n\n{BEGIN}\nold\n{END}\nafter\n"
-    new = replace_section(page, "study", "new\n", source="page.md")
-    assert new == page.replace("old", "new") and replace_section(new, "study", "new\n", source="page.md") == new
-    for bad in ("nothing", BEGIN, f"{END}\n{BEGIN}", page + page):
+def test_only_a_section_of_a_page_changes(tmp_path):
+    page, text = tmp_path / "page.md", f"# Title\n\n{BEGIN}\nold\n{END}\nafter\n"
+    page.write_text(text)
+    for new in (None, "new\n", "new\n"):
+        replace_section(page, "study", new)
+        assert page.read_text() == text.replace("old\n", new or "old\n")
+    for bad in ("nothing", BEGIN, f"{END}\n{BEGIN}", text + text):
+        page.write_text(bad)
         with pytest.raises(ValueError, match=r"page.md has no section 'study': add the lines"):
-            replace_section(bad, "study", "", source="page.md")
+            replace_section(page, "study", "")
 
 
 def test_the_command_takes_several_folders_and_writes_a_page(tmp_path, capfd, monkeypatch):

@@ -95,7 +95,7 @@ def test_the_others_finish_their_units_before_a_failure_is_raised():
     assert str(error) == "cannot read it" and watcher.finished == [1]
     watcher, error = work(do, num_workers=4)
     assert type(error) is RuntimeError and watcher.finished == [1]
-    assert str(error).splitlines()[-2:] == ["KeyError: 'a'", "also: cannot read it"], "a fault first, each once"
+    assert str(error).splitlines()[-2:] == ["KeyError: 'a';", "also: cannot read it"], "a fault first, each once"
 
 
 def test_a_request_to_stop_begins_no_more_units():
