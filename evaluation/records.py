@@ -14,6 +14,8 @@ from longtake.evaluation.metric import MetricSpec, Score, Segment, Window
 SCHEMA = 1
 MANIFEST = "manifest.jsonl"
 SCORES = "scores"
+COMPARISON_FILE = "comparison.json"
+REPORT_FILE = "report.html"
 NUM_SHOWN_PROMPTS = 3
 """The report shows frames of so many prompts: the first ones, their first seed."""
 _OTHER_NAMES = {"n_frames": "num_frames", "H": "height", "W": "width"}

@@ -534,9 +534,8 @@ def _clock(seconds: float) -> str:
 
 def _show_summary(folder: Path) -> None:
     """Print the comparison's first table, and where the report is."""
-    from longtake.evaluation.records import read_json
+    from longtake.evaluation.records import COMPARISON_FILE, REPORT_FILE, read_json
     from longtake.evaluation.report.tables import summary_table
-    from longtake.evaluation.running.runner import COMPARISON_FILE, REPORT_FILE
 
     err.print(summary_table(read_json(folder / COMPARISON_FILE)))
     out.print(str(folder / REPORT_FILE), markup=False)

@@ -107,17 +107,14 @@ _MOST_MEASURES = 5
 """Policies, or measures, that stand side by side in a terminal of 80 columns."""
 
 
-def summary_table(comparison: Mapping[str, Any], *, headline: Sequence[str] | None = None) -> Table:
+def summary_table(comparison: Mapping[str, Any]) -> Table:
     """The first table of the report for the terminal, with a sign where a difference to the baseline is significant.
 
     Few policies stand in columns with their intervals; many in rows without, and with the first measures only.
-
-    Raises:
-        ValueError: If a headline measure has no value.
     """
-    data = ReportData(runs=(), comparison=comparison, headline=headline)
+    data = ReportData(runs=(), comparison=comparison)
     are_columns = len(data.labels) <= _MOST_COLUMNS
-    measures = data.headlines if are_columns or headline is not None else data.headlines[:_MOST_MEASURES]
+    measures = data.headlines if are_columns else data.headlines[:_MOST_MEASURES]
     heads = [Text(label, style="bold" if label == data.baseline else "") for label in data.labels]
     names = [Text.assemble(item.title, (f" {item.family}/", "dim")) for item in measures]
     rows = [_terminal_row(data, item, with_interval=are_columns) for item in measures]

@@ -37,8 +37,6 @@ from longtake.evaluation.running.protocol import (
 )
 from longtake.evaluation.running.suites import load_prompts, prompts_sha256
 
-COMPARISON_FILE = "comparison.json"
-REPORT_FILE = "report.html"
 _LOCK_FILE = ".lock"
 
 
@@ -266,22 +264,20 @@ def write_comparison(
     from longtake.evaluation.comparison import REACH_SECONDS, compare_runs
     from longtake.evaluation.published import find_rows, load_published
     from longtake.evaluation.report import write_report
+    from longtake.evaluation.report.data import ReportData
 
     lines = [video.video for run in runs for video in run.videos]
     longest = max((line.num_frames / line.fps for line in lines if line.fps), default=0.0)
     within = [moment for moment in moments if moment <= longest + REACH_SECONDS]
-    comparison = compare_runs(runs, baseline=baseline, moments=within)
-    write_json(out / COMPARISON_FILE, comparison)
-    settings = {} if protocol is None else {"fingerprint": protocol.fingerprint(), **asdict(protocol)}
-    return write_report(
-        out,
-        runs,
-        comparison,
+    data = ReportData(
+        runs=runs,
+        comparison=compare_runs(runs, baseline=baseline, moments=within),
         commands=commands,
-        protocol=settings,
+        protocol={} if protocol is None else {"fingerprint": protocol.fingerprint(), **asdict(protocol)},
         videos=videos,
         published=find_rows(load_published(), seconds=longest),
     )
+    return write_report(out, data)
 
 
 def _deciding(value: Any) -> Any:

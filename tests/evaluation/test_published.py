@@ -1,11 +1,13 @@
-"""The published numbers: the formula reproduces the ones that can be, and no number stands without its provenance."""
+"""VBench's totals and published numbers: the formula gives the printed ones, no number stands without its members."""
 
 import json
 
 import pytest
 
 from longtake.evaluation.published import COLUMNS, TAGS, find_rows, load_published
-from longtake.evaluation.scores import QUALITY, quality6_long, quality7
+from longtake.evaluation.scores import QUALITY, SEMANTIC, member_name, quality6_long, quality7, semantic, total
+
+ALL = {f"vbench/{name}": 0.5 for name in (*QUALITY, *SEMANTIC)}
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +27,46 @@ def test_the_formula_gives_the_printed_quality_of_a_whole_table(rows):
         assert reason is None
         # The inputs are printed to 0.01; 6.5 of them add up.
         assert 100 * value == pytest.approx(row.numbers["quality7"].value, abs=0.01), row.model
-
-
-def test_without_flickering_the_same_rows_are_about_two_points_lower(rows):
+    # Without flickering the same rows are about two points lower.
     expected = [80.35, 80.42, 80.95, 77.59, 77.50, 79.37, 79.88, 82.92]
-    table = [row for row in rows if row.table == "recency_forcing_60s"]
     assert [100 * quality6_long(_values(row, "long/"))[0] for row in table] == pytest.approx(expected, abs=0.01)
-
-
-def test_derived_numbers_are_what_they_are_derived_from(rows):
     derived = [row for row in rows if "quality6_long" in row.numbers]
     assert len(derived) == 10
     for row in derived:
-        assert row.numbers["quality6_long"].tag == "D"
-        assert 100 * quality6_long(_values(row, "long/"))[0] == pytest.approx(
-            row.numbers["quality6_long"].value, abs=0.01
-        )
+        number = row.numbers["quality6_long"]
+        assert number.tag == "D"
+        assert 100 * quality6_long(_values(row, "long/"))[0] == pytest.approx(number.value, abs=0.01)
+
+
+@pytest.mark.parametrize(("score", "num_members"), [(quality7, 7), (semantic, 9), (total, 16)])
+def test_a_missing_member_means_no_score(score, num_members):
+    assert score(ALL)[0] is not None
+    members = [name for name in ALL if score({**ALL, name: None})[0] is None]
+    assert len(members) == num_members
+    for name in members:
+        without = {key: value for key, value in ALL.items() if key != name}
+        assert score(without) == (None, f"missing: {name}")
+    _, reason = score({"vbench/imaging_quality": 0.7})
+    assert reason.count("vbench/") == num_members - (score is not semantic), "all are named"
+
+
+def test_members_are_official_ones_of_their_variant_and_zero_is_a_value():
+    values = {**ALL, "vbench_form/subject_consistency[enc=hog+hist]": 0.9}
+    del values["vbench/subject_consistency"]
+    assert quality7(values) == (None, "missing: vbench/subject_consistency")
+    assert quality7({**ALL, "vbench/dynamic_degree": 0.0})[1] is None
+    with pytest.raises(ValueError, match="imaging_quality=69.3 .* scale 0.01"):
+        quality7({**ALL, "vbench/imaging_quality": 69.3})
+    # VBench-Long's development flag changes the two consistencies only.
+    assert member_name("subject_consistency", "long_dev") == "vbench/long_dev/subject_consistency"
+    assert member_name("imaging_quality", "long_dev") == "vbench/long/imaging_quality"
+    values = {member_name(name, "long_dev"): 0.9 for name in QUALITY}
+    assert quality6_long(values, variant="long_dev")[0] is not None
+    assert quality6_long(values)[0] is None
+    assert quality7({name: 0.9 for name in values if "flickering" not in name}, variant="long_dev") == (
+        None,
+        "missing: vbench/long/temporal_flickering",
+    )
 
 
 def test_every_row_says_where_it_is_from(rows):
@@ -49,19 +75,12 @@ def test_every_row_says_where_it_is_from(rows):
         assert row.source and row.protocol and row.numbers
         assert {number.tag for number in row.numbers.values()} <= TAGS.keys()
         assert row.numbers.keys() <= COLUMNS.keys()
-    assert len({(row.table, row.model) for row in rows}) == len(rows)
-    json.dumps([row.to_json() for row in rows], allow_nan=False)
-
-
-def test_values_are_percent_throughout(rows):
-    for row in rows:
         for name, number in row.numbers.items():
-            assert 0 <= number.value <= 100
+            assert 0 <= number.value <= 100, "percent throughout"
             if name in ("motion_smoothness", "temporal_flickering", "quality7", "total"):
                 assert number.value > 60, (row.table, row.model, name)
-
-
-def test_rows_of_about_ones_own_length(rows):
+    assert len({(row.table, row.model) for row in rows}) == len(rows)
+    json.dumps([row.to_json() for row in rows], allow_nan=False)
     assert {row.seconds for row in find_rows(rows, seconds=60)} == {60.0}
     assert find_rows(rows, seconds=1.0) == []
 
@@ -71,13 +90,6 @@ schema: 1
 tables:
 - {id: t, source: here, protocol: p, seconds: 5, tag: V, columns: [total, scene], rows: {A: [1.0, null]}}
 """
-
-
-def test_a_file_of_ones_own(tmp_path):
-    path = tmp_path / "own.yaml"
-    path.write_text(GOOD)
-    (row,) = load_published(path)
-    assert {name: number.value for name, number in row.numbers.items()} == {"total": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -95,17 +107,14 @@ def test_a_file_of_ones_own(tmp_path):
         ("source: here, ", "", r"missing \['source'\]"),
         ("id: t, ", "", "needs an id"),
         ("tables:", "tables: [", "cannot read"),
+        ("tables:", f"tables:{GOOD.split('tables:')[1]}", "'A' stands twice"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(tmp_path, old, new, message):
+def test_a_file_of_ones_own_is_read_and_what_is_wrong_in_it_is_named(tmp_path, old, new, message):
     path = tmp_path / "own.yaml"
+    path.write_text(GOOD)
+    (row,) = load_published(path)
+    assert {name: number.value for name, number in row.numbers.items()} == {"total": 1.0}
     path.write_text(GOOD.replace(old, new))
     with pytest.raises(ValueError, match=message):
-        load_published(path)
-
-
-def test_a_table_given_twice_is_refused(tmp_path):
-    path = tmp_path / "own.yaml"
-    path.write_text(GOOD + GOOD.split("tables:\n")[1])
-    with pytest.raises(ValueError, match="'A' stands twice"):
         load_published(path)

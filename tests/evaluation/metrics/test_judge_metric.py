@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from longtake.evaluation.backbones import Backbones
-from longtake.evaluation.flags import flags
+from longtake.evaluation.report.data import find_flags
 from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.metrics import make_metrics
 from longtake.evaluation.metrics.judge import (
@@ -126,7 +126,7 @@ def test_true_scenes_raise_no_flags():
         meter.push(video)
         scores = {**meter.finish(), **measured(video[:80], prompt=prompt)}
         assert scores["proxy/loop_share"].value > 0.5 or scene.camera == "panning quickly"
-        assert flags(scores) == [], prompt
+        assert find_flags(scores) == [], prompt
 
 
 def test_periods():

@@ -4,10 +4,9 @@ import pytest
 from chromium import Chromium, find_chromium
 from report_runs import NASTY, POLICIES, build_runs, compare, write_videos
 
-from longtake.evaluation import report as report_module
 from longtake.evaluation.published import find_rows, load_published
-from longtake.evaluation.report import write_report
-from longtake.evaluation.report.data import DARK, DARK_PAGE, LIGHT
+from longtake.evaluation.report import figures, write_report
+from longtake.evaluation.report.data import DARK, DARK_PAGE, LIGHT, ReportData
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium: install chromium or google-chrome, or name one in CHROME"
@@ -26,8 +25,9 @@ def page(tmp_path_factory):
     videos = write_videos(folder, runs[:4], num_prompts=1)
     rows = find_rows(load_published(), seconds=60)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_module, "write_figures", lambda data, folder: [])
-        return write_report(folder, runs, compare(runs, num_resamples=100), videos=videos, published=rows)
+        patch.setattr(figures, "write_figures", lambda data, folder: [])
+        comparison = compare(runs, num_resamples=100)
+        return write_report(folder, ReportData(runs=runs, comparison=comparison, videos=videos, published=rows))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from report_runs import NASTY
 
+from longtake.evaluation.report import _breakable
 from longtake.evaluation.report.data import (
     DARK,
     DARK_PAGE,
@@ -16,7 +17,6 @@ from longtake.evaluation.report.data import (
     number,
     plain_text,
 )
-from longtake.evaluation.report.page import breakable
 
 
 def test_invisible_characters_and_lone_surrogates_are_left_out():
@@ -25,7 +25,7 @@ def test_invisible_characters_and_lone_surrogates_are_left_out():
 
 
 def test_a_long_name_may_break_only_where_its_parts_meet():
-    text = breakable("vbench_form/long/x<y[enc=hog+hist]")
+    text = _breakable("vbench_form/long/x<y[enc=hog+hist]")
     assert text == "vbench_<wbr>form/<wbr>long/<wbr>x&lt;y<wbr>[enc=<wbr>hog+<wbr>hist]"
 
 
