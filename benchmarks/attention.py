@@ -46,7 +46,7 @@ class Case:
     def plan(self) -> BlockPlan:
         """Make the plan."""
         if self.density is not None:
-            return self._picked()
+            return self._picked(self.density)
         geometry = make_geometry(self.frames, GRID, block_frames=BLOCK if self.is_cached else None)
         later = replace(geometry, layer=1, num_layers=2, step_index=1, num_steps=4)
         plan = Radial().plan(None, None, later)
@@ -54,11 +54,11 @@ class Case:
             raise RuntimeError("the policy declined a call that is past its dense beginning.")
         return plan
 
-    def _picked(self) -> BlockPlan:
+    def _picked(self, density: float) -> BlockPlan:
         keys = self.frames * GRID[0] * GRID[1]
         edges = uniform_edges(BLOCK * GRID[0] * GRID[1], 256), uniform_edges(keys, 64)
         scores = torch.rand(NUM_HEADS, *(len(own) - 1 for own in edges))
-        kept = scores.topk(max(1, int(self.density * scores.shape[-1]))).indices
+        kept = scores.topk(max(1, int(density * scores.shape[-1]))).indices
         return BlockPlan.from_dense_block_mask(
             torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True), *edges
         )

@@ -5,6 +5,7 @@ events on the GPU's stream separate the transformer from the VAE, and nothing wa
 """
 
 import datetime
+import itertools
 import json
 import platform
 import resource
@@ -28,6 +29,7 @@ from longtake.configs.families import load_family
 from longtake.configs.loader import load_preset
 from longtake.configs.waiting import wait_briefly
 from longtake.models import StreamingDecoder, VaePixels, use_fast_kernels
+from longtake.models.wan import config_of
 from longtake.pipelines import LongVideoPipeline
 from longtake.pipelines.loading import TRANSFORMERS
 from longtake.pipelines.long_video import VideoRollout, to_bytes, to_pixels
@@ -145,9 +147,9 @@ def build(size: Size, dtype: torch.dtype, device: str) -> LongVideoPipeline:
     torch.manual_seed(0)
     shape = SHAPES[size]
     layers = shape.transformer["num_layers"]
+    no_text: Any = {"tokenizer": None, "text_encoder": None}
     pipe = LongVideoPipeline(
-        tokenizer=None,
-        text_encoder=None,
+        **no_text,
         vae=make_vae(shape.vae, dtype, device=device),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=True),
         transformer=make_transformer(shape.transformer, dtype, num_layers=layers, device=device),
@@ -171,8 +173,8 @@ def measure(
 
     warm = start()
     decoder = StreamingDecoder(pipe.vae)
-    for _ in range(min(WARM_BLOCKS, warm.num_blocks)):
-        decoder.decode(VaePixels(pipe.vae).denormalise(warm.rollout.next_block().latents))
+    for block in itertools.islice(warm.rollout, WARM_BLOCKS):
+        decoder.decode(VaePixels(pipe.vae).denormalise(block.latents))
     del warm, decoder
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -225,7 +227,7 @@ def attention_name(session: VideoRollout, device: torch.device) -> str:
     name = session.rollout.causal.attention.__name__
     if device.type != "cuda":
         return name
-    config, dtype = session.rollout.causal.transformer.config, session.rollout.causal.dtype
+    config, dtype = config_of(session.rollout.causal.transformer), session.rollout.causal.dtype
     q = torch.empty(1, config.num_attention_heads, 128, config.attention_head_dim, dtype=dtype, device=device)
     params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False)
     kernels = {

@@ -1,7 +1,7 @@
 """What the making of plans costs in a rollout of the mini model, of all the time that its denoising takes."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,7 +25,7 @@ class Clock:
     """Adds up processor seconds by name."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
 
     @contextmanager
@@ -41,7 +41,7 @@ class Clock:
 
 def timed(policy: SparsePolicy, clock: Clock) -> SparsePolicy:
     """A policy that makes the same plans, and notes how long each ``plan`` and each ``build`` of a layout takes."""
-    kind = type(policy)
+    kind: Any = type(policy)
 
     class Timed(kind):
         def plan(self, *args: Any, **options: Any) -> BlockPlan | None:
@@ -53,8 +53,9 @@ def timed(policy: SparsePolicy, clock: Clock) -> SparsePolicy:
             with clock("build"):
                 return super().layout_plan(geometry)
 
+    made: Any = TimedStatic if isinstance(policy, StaticPolicy) else Timed
     values = {item.name: getattr(policy, item.name) for item in fields(policy)}
-    return (TimedStatic if isinstance(policy, StaticPolicy) else Timed)(**values)
+    return made(**values)
 
 
 def measure_plans(seconds: float = 60.0) -> dict[str, Any]:

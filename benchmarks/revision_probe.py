@@ -4,8 +4,8 @@ Only what is public in every revision is called: the command line, ``rollout_lat
 """
 
 import hashlib
-import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +29,8 @@ def outputs(checkout: Path) -> dict[str, Any]:
 
 
 def _rollouts(checkout: Path) -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("cases", checkout / "tests" / "support" / "golden_cases.py")
-    cases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cases)
-    return {f"rollout {name}": _sha(x.numpy().tobytes()) for name, x in cases.golden_rollouts().items()}
+    cases = runpy.run_path(str(checkout / "tests" / "support" / "golden_cases.py"))
+    return {f"rollout {name}": _sha(x.numpy().tobytes()) for name, x in cases["golden_rollouts"]().items()}
 
 
 def _runs() -> dict[str, Any]:

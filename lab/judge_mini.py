@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lab.judge.scorecard import Line, score_model, score_true_scenes, write_scorecard
-from lab.judge.training import round_trip_examples, save_judge, train_judge, vae_round_trip
+from lab.judge.training import RoundTrip, round_trip_examples, save_judge, train_judge, vae_round_trip
 from longtake.evaluation.mini_world.judge import WEIGHTS, ClipJudge, load_judge
 from longtake.evaluation.mini_world.scenes import FPS, held_back_scenes
 from longtake.pipelines.long_video import LongVideoPipeline
@@ -63,7 +63,7 @@ def examine(
 ) -> None:
     """Measure the judge on true scenes: raw, and through the model's VAE."""
     judge = load_judge(weights)
-    ways = {"raw": None}
+    ways: dict[str, RoundTrip | None] = {"raw": None}
     if model is not None:
         vae = LongVideoPipeline.from_pretrained(model).vae
         ways["vae"] = vae_round_trip(vae)

@@ -15,6 +15,7 @@ from longtake.evaluation.mini_world.scenes import (
     SIZE,
     SPEEDS,
     TEXTURES,
+    Actor,
     Scene,
     coverage,
     draw_scene,
@@ -81,10 +82,7 @@ def object_mask(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE, wh
     Raises:
         ValueError: If the object is not in the scene.
     """
-    if which not in ("actor", "second") or (which == "second" and scene.second is None):
-        raise ValueError(f"which={which!r} is not in this scene: use 'actor', or 'second' where scene.second is set.")
-    actor = scene.actor if which == "actor" else scene.second
-    mask = coverage(actor, frame_indices, size, scene.event)
+    mask = coverage(_object_of(scene, which), frame_indices, size, scene.event)
     if scene.event == "hides":
         mask = mask * (1.0 - pillar(size))
     if which == "actor" and scene.second is not None:
@@ -92,10 +90,17 @@ def object_mask(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE, wh
     return mask
 
 
+def _object_of(scene: Scene, which: str) -> Actor:
+    found = {"actor": scene.actor, "second": scene.second}.get(which)
+    if found is None:
+        raise ValueError(f"which={which!r} is not in this scene: use 'actor', or 'second' where scene.second is set.")
+    return found
+
+
 def object_state(scene: Scene, frame_indices: np.ndarray, *, which: str = "actor") -> ObjectState:
     """Return the true centre, radius and visibility of an object; arguments as in :func:`object_mask`."""
     mask = object_mask(scene, frame_indices, which=which)
-    actor = scene.actor if which == "actor" else scene.second
+    actor = _object_of(scene, which)
     center, radius = trajectory(actor, frame_indices, scene.event)
     whole = {"circle": np.pi, "square": np.pi, "triangle": 3.0, "star": 2.49}[actor.shape] * radius**2
     return ObjectState(center, radius, np.clip(mask.sum(axis=(1, 2)) / whole, 0.0, 1.0))

@@ -26,7 +26,7 @@ Work = Annotated[Path, typer.Option(help="folder of clips, checkpoints and logs"
 Folder = Annotated[Path, typer.Option(help="where the weights go")]
 DEFAULT_WORK = Path(".work/compressor")
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "models" / "mini" / "compressor"
-KINDS = ("hr+lr", "hr")
+KINDS = ["hr+lr", "hr"]
 COMPARED = ("drop", "pool", "lr", *KINDS)
 
 

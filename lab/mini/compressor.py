@@ -21,6 +21,7 @@ from torch.nn import functional
 from lab.mini.compressor_clips import CELL
 from lab.mini.runtime import StageLog, autocast, console, save_atomically
 from longtake.cache.policies.pack import LatentCompressor, cell_factors, num_cells, pool_tokens
+from longtake.models.wan import AttentionProcessor, blocks_of, config_of, processors_set, project_out
 from longtake.rope import apply_phases, axis_frequencies, cell_coordinates, pack_backward, token_phases
 
 CHANNELS = (32, 64, 128, 128)
@@ -33,11 +34,12 @@ FIRST_CURRENT = 3  # a sink, a compressed block and a recent one come before it
 NUM_VALIDATION = 32  # clips
 KeysValues = list[tuple[Tensor, Tensor]]
 """Un-rotated keys and values, (batch, tokens, heads, head_dim), by layer."""
+_Read = tuple[KeysValues, Tensor | None]
 
 
 @dataclass
 class Forward:
-    """What self-attention reads in one forward, and what it leaves behind.
+    """Input and output of self-attention in one forward.
 
     Attributes:
         phases: Of its own tokens, (tokens, head_dim / 2).
@@ -48,7 +50,7 @@ class Forward:
     """
 
     phases: Tensor
-    context: Sequence[tuple[KeysValues, Tensor | None]] = ()
+    context: Sequence[_Read] = ()
     mask: Tensor | None = None
     tokens: Tensor | None = None
     made: KeysValues = field(default_factory=list)
@@ -64,23 +66,19 @@ class Reader:
 
     def __init__(self, transformer: WanTransformer3DModel, grid: tuple[int, int]) -> None:
         self.transformer, self.grid = transformer, grid
-        self.frequencies = axis_frequencies(transformer.config.attention_head_dim)
-        self.forward: Forward | None = None
+        self.frequencies = axis_frequencies(config_of(transformer).attention_head_dim)
+        self.forward = Forward(torch.empty(0))
 
     @contextmanager
     def installed(self) -> Iterator["Reader"]:
         """Put the attention in place, and the stock one back."""
-        blocks = self.transformer.blocks
-        stock = [block.attn1.processor for block in blocks]
+        attentions = [block.attn1 for block in blocks_of(self.transformer)]
         hook = self.transformer.patch_embedding.register_forward_hook(self._add_tokens)
         try:
-            for layer, block in enumerate(blocks):
-                block.attn1.set_processor(_Attention(self, layer))
-            yield self
+            with processors_set((attn, _Attention(self, layer)) for layer, attn in enumerate(attentions)):
+                yield self
         finally:
             hook.remove()
-            for block, processor in zip(blocks, stock, strict=True):
-                block.attn1.set_processor(processor)
 
     def flow(self, x: Tensor, timestep: float | Tensor, prompt: Tensor, forward: Forward) -> Tensor:
         """Predict the flow of (batch, frames, channels, height, width) latents."""
@@ -99,14 +97,11 @@ class Reader:
         return output if self.forward.tokens is None else output + self.forward.tokens
 
 
-class _Attention:
+class _Attention(AttentionProcessor[Reader]):
     """Self-attention of a ``Reader``."""
 
-    def __init__(self, reader: Reader, layer: int) -> None:
-        self.reader, self.layer = reader, layer
-
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        forward, heads = self.reader.forward, (attn.heads, -1)
+        forward, heads = self.owner.forward, (attn.heads, -1)
         q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         q, k, v = (x.float().unflatten(2, heads) for x in (q, k, attn.to_v(hidden_states)))
         q, own = apply_phases(q, forward.phases), apply_phases(k, forward.phases)
@@ -114,19 +109,19 @@ class _Attention:
         keys = [keys if phases is None else apply_phases(keys, phases) for keys, _, phases in parts]
         out = attend(q, [*keys, own], [*(values for _, values, _ in parts), v], forward.mask)
         forward.made.append((k, v))
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+        return project_out(attn, out)
 
 
 def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Attention of (batch, tokens, heads, head_dim) tensors to parts laid end to end."""
-    laid = (q, torch.cat(keys, dim=1), torch.cat(values, dim=1))
+    laid = (q, torch.cat([*keys], dim=1), torch.cat([*values], dim=1))
     out = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in laid), attn_mask=mask)
     return out.transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Which blocks of a clip are what.
+    """Roles of the blocks of a clip.
 
     Attributes:
         current: Index of the block that is denoised; the one before it is read in full.
@@ -161,7 +156,9 @@ class Distillation:
         """Mean squared difference of the flow of a block to the recorded one, with gradients to the network."""
         tokens, frames = math.prod(self.size), self.size[0]
         sinks, recent = slice(0, task.num_sinks * tokens), slice((task.current - 1) * tokens, task.current * tokens)
-        first, last = ([tuple(x[rows, part].float() for x in kv) for kv in lessons.full] for part in (sinks, recent))
+        first, last = (
+            [(k[rows, part].float(), v[rows, part].float()) for k, v in lessons.full] for part in (sinks, recent)
+        )
         phases = self.reader.phases([float(i * frames) for i in task.mids], self.cells, frames)
         latents, pooled, prompt = (x[rows].float() for x in (lessons.latents, lessons.pooled, lessons.prompts))
         middle = self._encoded(task, latents, pooled, prompt, (first, None), phases)
@@ -184,7 +181,7 @@ class Distillation:
         context = self._packed(task, latents, pooled, prompt, clean.made)
         return (self.reader.flow(noisy, 1000.0 * sigma, prompt, Forward(own, context=context)) - whole).square().mean()
 
-    def _packed(self, task: Task, latents: Tensor, pooled: Tensor, prompt: Tensor, full: KeysValues) -> list:
+    def _packed(self, task: Task, latents: Tensor, pooled: Tensor, prompt: Tensor, full: KeysValues) -> list[_Read]:
         frames, mids = self.size[0], task.mids
         is_dropped = self.kind == "drop"
         count = 0 if is_dropped else len(mids)
@@ -194,16 +191,17 @@ class Distillation:
         def part(first: int, last: int) -> KeysValues:
             return [(k[:, first * tokens : last * tokens], v[:, first * tokens : last * tokens]) for k, v in full]
 
-        sinks = part(0, task.num_sinks), self.reader.phases(starts[: task.num_sinks], self.size, frames)
-        recent = part(task.current - 1, task.current), self.reader.phases(starts[-1:], self.size, frames)
+        sinks: _Read = part(0, task.num_sinks), self.reader.phases(starts[: task.num_sinks], self.size, frames)
+        recent: _Read = part(task.current - 1, task.current), self.reader.phases(starts[-1:], self.size, frames)
         if not count:
             return [sinks, recent]
         phases = self.reader.phases(starts[task.num_sinks : -1], self.cells, frames)
         if self.kind == "pool":
-            middle = [tuple(self._pooled(x, count) for x in kv) for kv in part(mids.start, mids.stop)]
+            middle = [(self._pooled(k, count), self._pooled(v, count)) for k, v in part(mids.start, mids.stop)]
         else:
             middle = self._encoded(task, latents, pooled, prompt, sinks, phases)
-        return [sinks, (middle, phases), recent]
+        compressed: _Read = (middle, phases)
+        return [sinks, compressed, recent]
 
     def _pooled(self, x: Tensor, count: int) -> Tensor:
         blocks = x.unflatten(1, (count, -1)).flatten(0, 1)
@@ -287,14 +285,15 @@ class Lessons:
             clean = Forward(phases, mask=causal_mask(last, tokens))
             reader.flow(latents[:, : last * frames], 0.0, prompt, clean)
             rotated = [(apply_phases(k, phases), v) for k, v in clean.made]
-            full.append([tuple(x.bfloat16() for x in kv) for kv in rotated])
+            full.append([(k.bfloat16(), v.bfloat16()) for k, v in rotated])
             for current, parts in wanted.items():
                 noisy, sigma = noised(latents[:, current * frames : (current + 1) * frames], generator)
                 before = [(k[:, : current * tokens], v[:, : current * tokens]) for k, v in rotated]
                 block = reader.phases([float(current * frames)], size, frames)
                 whole = reader.flow(noisy, 1000.0 * sigma, prompt, Forward(block, context=[(before, None)]))
                 parts.append((noisy, sigma, whole))
-        self.full = [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in zip(*full, strict=True)]
+        layers = [zip(*layer, strict=True) for layer in zip(*full, strict=True)]
+        self.full = [(torch.cat(keys), torch.cat(values)) for keys, values in layers]
         self.wanted = {i: tuple(map(torch.cat, zip(*parts, strict=True))) for i, parts in wanted.items()}
 
 

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from torch import nn
 
 from lab.mini.runtime import console
 from lab.mini.text import build_tokenizer
@@ -15,7 +15,7 @@ from lab.mini.vae import load_vae
 SAMPLER_SHIFT = 3.0  # of the four guided Euler steps that ship
 
 
-def _half(module: nn.Module) -> nn.Module:
+def _half(module: Any) -> Any:
     """Return the module in float16 in standard memory layout; loaders widen it back to float32."""
     for parameter in module.parameters():
         parameter.data = parameter.data.half().contiguous()
@@ -51,7 +51,7 @@ def export_folder(work: Path, folder: Path, *, use_live: bool = False) -> None:
         model = MiniModel().eval()
     # A half-precision folder that names its type would load as such; the parts' configurations do not.
     pipeline = WanPipeline(
-        tokenizer=build_tokenizer(),
+        tokenizer=cast(Any, build_tokenizer()),  # diffusers declares a factory
         text_encoder=model.text_encoder,
         transformer=_half(model.transformer),
         vae=_half(vae),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
 
 from lab.mini.runtime import StageLog, autocast, num_workers, rank
 from lab.mini.vae import Z_DIM, encode_stream, load_vae, quicken, to_model
@@ -16,7 +18,7 @@ LATENT_SHAPE = (Z_DIM, 21, 8, 8)
 FIRST_SCENE = 100_000  # scenes below were the VAE's
 
 
-def measure_latents(vae: torch.nn.Module, device: torch.device, *, num_clips: int = 48) -> tuple[list, list]:
+def measure_latents(vae: AutoencoderKLWan, device: torch.device, *, num_clips: int = 48) -> tuple[list, list]:
     """Return the mean and standard deviation of every latent channel over training clips."""
     means = []
     for index in range(num_clips):
@@ -32,7 +34,8 @@ def encode_latents(work: Path, device: torch.device, *, clips: int, batch: int =
 
     Each worker writes every n-th batch. The statistics go to ``latents.json``, the captions to ``captions.json``.
     """
-    vae = load_vae(work).to(device)
+    vae = load_vae(work)
+    nn.Module.to(vae, device)
     quicken(vae)
     path, done_path, statistics_path = work / "latents.npy", work / f"latents.{rank()}.done", work / "latents.json"
     if rank() == 0 and not statistics_path.exists():

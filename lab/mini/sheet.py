@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
@@ -82,10 +83,10 @@ def sample_clips(
 
 
 @torch.inference_mode()
-def decode_clips(vae: torch.nn.Module, latents: Tensor, mean: list[float], std: list[float]) -> np.ndarray:
+def decode_clips(vae: AutoencoderKLWan, latents: Tensor, mean: list[float], std: list[float]) -> np.ndarray:
     """Decode normalised latents to (B, F, 64, 64, 3) uint8."""
-    mean, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1) for values in (mean, std))
-    video = torch.cat(list(decode_stream(vae, latents * std + mean, stride=20)), dim=2)
+    shift, scale = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1) for values in (mean, std))
+    video = torch.cat(list(decode_stream(vae, latents * scale + shift, stride=20)), dim=2)
     return ((video.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
 

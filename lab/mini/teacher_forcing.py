@@ -13,23 +13,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional
+
+from longtake.models.wan import AttentionProcessor, blocks_of, processors_set, project_out
 
 ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextLayout:
-    """Which clean blocks each block reads beside itself.
+    """Clean blocks that each block reads beside itself.
 
     Attributes:
         num_sink_blocks: First blocks that stay visible for ever.
         num_window_blocks: Most recent earlier blocks that are visible; None means all of them.
-        is_contiguous: Whether sinks are moved up in time to end where the window begins, as a rollout with
+        is_contiguous: True if sinks are moved up in time to end where the window begins, as a rollout with
             contiguous positions does; else every block stays at its own frame.
     """
 
@@ -120,23 +124,14 @@ def rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2).type_as(x)
 
 
-class TeacherForcingProcessor:
-    """Self-attention over ``[clean | noisy]`` tokens, block by block, without a mask over the whole length."""
+class _TeacherForcingProcessor(AttentionProcessor[TeacherForcingPlan]):
+    """Self-attention over ``[clean | noisy]`` tokens, block by block, without a mask over the whole length.
 
-    def __init__(self, plan: TeacherForcingPlan) -> None:
-        """Keep the shared plan."""
-        self.plan = plan
+    (B, 2 * blocks * tokens, dim) to the same shape; the rotation is the plan's own.
+    """
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Attend; (B, 2 * blocks * tokens, dim) to the same shape. ``rotary_emb`` is not used."""
-        plan = self.plan
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        plan = self.owner
         query = _split(_normalise(attn.norm_q, attn.to_q(hidden_states)), plan, attn.heads)
         key = _split(_normalise(attn.norm_k, attn.to_k(hidden_states)), plan, attn.heads)
         value = _split(attn.to_v(hidden_states), plan, attn.heads)
@@ -144,29 +139,19 @@ class TeacherForcingProcessor:
         query, own = _rotate_blocks(query, plan, blocks), _rotate_blocks(key, plan, blocks)
         outputs = [_attend_block(query, key, own, value, plan, index) for index in blocks]
         mixed = torch.stack(outputs, dim=2)  # (B, 2, blocks, heads, tokens, head_dim)
-        mixed = mixed.transpose(3, 4).flatten(1, 3).flatten(2).type_as(hidden_states)
-        return attn.to_out[1](attn.to_out[0](mixed))
+        return project_out(attn, mixed.transpose(3, 4).flatten(1, 3).type_as(hidden_states))
 
 
-class CrossAttentionProcessor:
+class _CrossAttentionProcessor(AttentionProcessor[TeacherForcingPlan]):
     """Attention to the text by two plain products: for so few keys they train faster than the fused kernel."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Attend from (B, L, dim) to (B, text tokens, dim); the shape of the former."""
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         heads = (attn.heads, -1)
         query = _normalise(attn.norm_q, attn.to_q(hidden_states)).unflatten(2, heads).transpose(1, 2)
         key = _normalise(attn.norm_k, attn.to_k(encoder_hidden_states)).unflatten(2, heads).transpose(1, 2)
         value = attn.to_v(encoder_hidden_states).unflatten(2, heads).transpose(1, 2)
         weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
-        mixed = (weights.type_as(value) @ value).transpose(1, 2).flatten(2).type_as(hidden_states)
-        return attn.to_out[1](attn.to_out[0](mixed))
+        return project_out(attn, (weights.type_as(value) @ value).transpose(1, 2).type_as(hidden_states))
 
 
 def _normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -175,7 +160,7 @@ def _normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def _forward_block(
-    block: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: object
+    block: WanTransformerBlock, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: object
 ) -> Tensor:
     """The transformer block's own forward with one modulation per (half, block) instead of one per token.
 
@@ -210,7 +195,8 @@ def _block_tables(plan: TeacherForcingPlan, blocks: range | list[int], like: Ten
     starts = torch.tensor(list(blocks))[:, None] * plan.frames_per_block
     frames = (starts + torch.arange(plan.frames_per_block)[None]).flatten()
     tables = rotary_tables(frames, rows=plan.rows, columns=plan.columns, head_dim=like.shape[-1])
-    return tuple(table.to(like).unflatten(0, (len(starts), 1, -1)) for table in tables)
+    cosines, sines = (table.to(like).unflatten(0, (len(starts), 1, -1)) for table in tables)
+    return cosines, sines
 
 
 def _rotate_blocks(x: Tensor, plan: TeacherForcingPlan, blocks: range | list[int]) -> Tensor:
@@ -264,29 +250,28 @@ def teacher_forcing(transformer: WanTransformer3DModel, plan: TeacherForcingPlan
     Yields:
         The transformer, to be called through :func:`predict_flow`.
     """
-    embedder = transformer.condition_embedder
-    stock = [(block.attn1.processor, block.attn2.processor) for block in transformer.blocks]
+    embedder: Any = transformer.condition_embedder
+    blocks = blocks_of(transformer)
     embed_tokens = embedder.forward
-    processor, cross_processor = TeacherForcingProcessor(plan), CrossAttentionProcessor()
 
     def embed_groups(timestep, text, image=None, timestep_seq_len=None):
         per_group = timestep.unflatten(0, (-1, timestep_seq_len))[:, :: plan.tokens_per_block]
         temb, projection, text, image = embed_tokens(per_group.flatten(), text, image, per_group.shape[1])
         return temb.repeat_interleave(plan.tokens_per_block, dim=1), projection, text, image
 
+    processors = []
+    for layer, block in enumerate(blocks):
+        processors += [(block.attn1, _TeacherForcingProcessor(plan, layer))]
+        processors += [(block.attn2, _CrossAttentionProcessor(plan, layer))]
     try:
-        for block in transformer.blocks:
-            block.attn1.set_processor(processor)
-            block.attn2.set_processor(cross_processor)
+        for block in blocks:
             block.forward = partial(_forward_block, block)
         embedder.forward = embed_groups
-        yield transformer
+        with processors_set(processors):
+            yield transformer
     finally:
-        for block, (old, old_cross) in zip(transformer.blocks, stock, strict=True):
-            block.attn1.set_processor(old)
-            block.attn2.set_processor(old_cross)
-            del block.forward
-        del embedder.forward
+        for module in (*blocks, embedder):
+            del module.forward
 
 
 def predict_flow(

@@ -210,7 +210,7 @@ def _train_steps(
     weights /= weights.sum()
     losses, norms, saved_at = [], [], log.spent
     while (progress := shared_progress(log.advance())) < 1.0:
-        plan.layout = source.rng.choice([layout for _, layout in LAYOUTS], p=[share for share, _ in LAYOUTS])
+        plan.layout = LAYOUTS[source.rng.choice(len(LAYOUTS), p=[share for share, _ in LAYOUTS])][1]
         latents, text = source.draw(batch, device)
         per_block = loss_per_block(model, plan, latents, text, generator)
         (per_block * weights).sum().backward()

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from lab.mini.runtime import (
 )
 from lab.scenes import training_scene
 from longtake.evaluation.mini_world.scenes import held_back_scenes, render
+from longtake.models.wan import config_of
 
 Z_DIM = 12
 # (share of the budget at which the stage ends, frames per clip, clips per batch and worker)
@@ -56,9 +58,10 @@ def build_vae(*, base_dim: int = 32, is_residual: bool = False) -> AutoencoderKL
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)
-            layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
-            module.to(memory_format=layout)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            kernel: Any = module
+            kernel.to(memory_format=torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d)
     return vae
 
 
@@ -75,8 +78,8 @@ def _forward_frame(module: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = 
     """A causal convolution of one frame without history: only the last temporal tap meets anything but zeros."""
     if x.shape[2] != 1 or cache_x is not None:
         return WanCausalConv3d.forward(module, x, cache_x)
-    padding = (module._padding[2], module._padding[0])
-    return functional.conv2d(x[:, :, 0], module.weight[:, :, -1], module.bias, padding=padding).unsqueeze(2)
+    rows_and_columns: Any = (module._padding[2], module._padding[0])
+    return functional.conv2d(x[:, :, 0], module.weight[:, :, -1], module.bias, padding=rows_and_columns).unsqueeze(2)
 
 
 def _forward_norm(module: WanRMS_norm, x: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def decode_stream(vae: AutoencoderKLWan, latents: Tensor, *, stride: int = 1) ->
     x = vae.post_quant_conv(latents)
     for start, stop in _steps(latents.shape[2], stride):
         part = vae.decoder(x[:, :, start:stop], feat_cache=state, feat_idx=[0], first_chunk=start == 0)
-        yield unpatchify(part, vae.config.patch_size)
+        yield unpatchify(part, config_of(vae).patch_size)
 
 
 def encode_stream(vae: AutoencoderKLWan, video: Tensor, *, stride: int = 80) -> Tensor:
@@ -131,7 +134,7 @@ def encode_stream(vae: AutoencoderKLWan, video: Tensor, *, stride: int = 80) -> 
     ``stride``, a multiple of four pixel frames, is the length of a step after the first frame.
     """
     state = [None] * vae._cached_conv_counts["encoder"]
-    x = patchify(video, vae.config.patch_size)
+    x = patchify(video, config_of(vae).patch_size)
     steps = _steps(video.shape[2], stride)
     return vae.quant_conv(
         torch.cat([vae.encoder(x[:, :, a:b], feat_cache=state, feat_idx=[0]) for a, b in steps], dim=2)
@@ -236,8 +239,9 @@ def train_vae(work: Path, device: torch.device, *, minutes: float, decoder_only:
     checkpoint = work / f"{name}.pt"
     torch.manual_seed(0)
     vae = _decoder_of(work) if decoder_only else build_vae(**CONFIG)
-    quicken(vae.to(device).train())
-    clips = None if decoder_only else render_clips(work / "vae_clips.npy", count=1600, num_frames=81)
+    nn.Module.to(vae.train(), device)
+    quicken(vae)
+    clips = np.empty(0) if decoder_only else render_clips(work / "vae_clips.npy", count=1600, num_frames=81)
     optimiser = OptimiserPair(*_split_params(vae), lr=DECODER_LEARNING_RATES if decoder_only else LEARNING_RATES)
     average, step, spent = WeightAverage(vae), 0, 0.0
     if checkpoint.exists():
