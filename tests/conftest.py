@@ -67,21 +67,14 @@ def build_tiny_pipeline(folder, *, seed: int = 0):
 
 @pytest.fixture(scope="session")
 def make_transformer():
-    """Makes a real transformer with random weights: two heads of 24, 4 latent channels, 16 text channels."""
+    """Makes a real transformer with random weights: two layers, two heads of 24, 4 latent and 16 text channels."""
     from diffusers import WanTransformer3DModel
 
-    def make(*, num_layers: int = 2):
+    def make(**changes):
         torch.manual_seed(0)
-        model = WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=24,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=32,
-            ffn_dim=64,
-            num_layers=num_layers,
-        )
+        config = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4}
+        config |= {"text_dim": 16, "freq_dim": 32, "ffn_dim": 64, "num_layers": 2}
+        model = WanTransformer3DModel(**config | changes)
         return model.eval()
 
     return make

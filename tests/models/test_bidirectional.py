@@ -1,99 +1,63 @@
 """Sparse stock pipelines: equal where nothing is left out, right where something is, and stock again afterwards."""
 
 import copy
+from functools import partial
 
 import pytest
 import radial as reference
+import stock_wan
 import torch
+from block_causal import Masked
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
+    ContextParallelConfig,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
-    WanTransformer3DModel,
     WanVideoToVideoPipeline,
 )
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from stock_wan import state_of
 
 from longtake.attention import BackendUnavailable
+from longtake.attention.policies.radial import Radial
 from longtake.models.bidirectional import sparse_wan
 
-NUM_FRAMES, GRID = 5, (4, 4)  # 17 frames of 64 x 64 pixels
+NUM_FRAMES, GRID = 5, (4, 4)
 NUM_TOKENS = NUM_FRAMES * GRID[0] * GRID[1]
 EVERYWHERE = {"dense_steps": 0, "dense_layers": 0}
 RADIAL = {"policy": "radial", "block_size": 4}
 WHOLE = {**RADIAL, **EVERYWHERE, "thin_below": 1, "decay_factor": 16.0}  # bands as wide as frames
 SPARSE = {**RADIAL, **EVERYWHERE}
+REMEMBERING = {"policy": "svg2", **EVERYWHERE, "min_cluster_tokens": 8, "top_p": 0.5}  # looks at tokens
 DENSITY = 0.64
+UNIPC = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+film = partial(stock_wan.film, num_latent_frames=NUM_FRAMES, num_inference_steps=3)
 
 
 @pytest.fixture
 def pipe(tiny_folder):
-    pipe = WanPipeline.from_pretrained(tiny_folder)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=5.0
-    )  # the folder's own draws noise from the global generator
-    # Random weights make flat attention, on which a mask would hardly show.
-    for block in pipe.transformer.blocks:
-        block.attn1.norm_q.weight.data.mul_(4)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return stock_wan.stock_pipe(tiny_folder)
 
 
-def film(pipe, **options):
-    options = {
-        "prompt": ["red circle", "blue square moving left"],
-        "negative_prompt": "plain",
-        "height": 64,
-        "width": 64,
-        "num_frames": 17,
-        "num_inference_steps": 3,
-        "guidance_scale": 4.0,
-        "max_sequence_length": 8,
-        "output_type": "latent",
-        "generator": torch.Generator().manual_seed(0),
-    } | options
-    return pipe(**options).frames
+@pytest.fixture
+def seen(monkeypatch):
+    """Geometry and memory of every call of the policy."""
+    calls, plan = [], Radial.plan
 
+    def spy(self, q, k, geometry, **options):
+        calls.append((geometry, id(options["memory"])))
+        return plan(self, q, k, geometry, **options)
 
-def state_of(pipe):
-    """All that sparse attention, or a careless version of it, could leave behind."""
-    transformer = pipe.transformer
-    registry = _AttentionBackendRegistry
-    hooks = {
-        name: (len(module._forward_pre_hooks), len(module._forward_hooks), len(module._forward_pre_hooks_with_kwargs))
-        for name, module in transformer.named_modules()
-    }
-    return {
-        "processors": {name: id(own) for name, own in transformer.attn_processors.items()},
-        "settings": [dict(vars(own)) for own in transformer.attn_processors.values()],
-        "class": dict(vars(WanAttnProcessor)),
-        "hooks": hooks,
-        "forwards": {name: "forward" in vars(module) for name, module in transformer.named_modules()},
-        "registries": [hasattr(module, "_diffusers_hook") for module in transformer.modules()],
-        "active": registry._active_backend,
-        "backends": dict(registry._backends),
-        "checks": registry._checks_enabled,
-    }
-
-
-class Masked:
-    """diffusers' own processor, given a mask of tokens."""
-
-    def __init__(self, mask):
-        self.mask, self.stock = mask[None, None], WanAttnProcessor()
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        return self.stock(attn, hidden_states, None, self.mask, rotary_emb)
+    monkeypatch.setattr(Radial, "plan", spy)
+    return calls
 
 
 def masked(transformer, mask):
     """The transformer in float64 under a mask, whatever its layers."""
     transformer = copy.deepcopy(transformer).double()
     for block in transformer.blocks:
-        block.attn1.set_processor(Masked(mask))
+        block.attn1.set_processor(Masked(mask[None, None]))
     return transformer
 
 
@@ -118,20 +82,23 @@ def forward(transformer, inputs):
     return transformer(**inputs)[0]
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_a_mask_that_leaves_nothing_out_gives_the_stock_pipelines_latents(pipe, guidance_scale):
+@pytest.mark.parametrize(
+    ("guidance_scale", "dtype", "tolerance"),
+    [(1.0, torch.float32, 1e-5), (4.0, torch.float32, 1e-5), (4.0, torch.bfloat16, 0.1)],
+)
+def test_a_mask_that_leaves_nothing_out_gives_the_stock_pipelines_latents(pipe, guidance_scale, dtype, tolerance):
+    pipe.transformer.to(dtype)
     stock = film(pipe, guidance_scale=guidance_scale)
     with sparse_wan(pipe, WHOLE, backend="gather_sdpa") as sparse:
         ours = film(pipe, guidance_scale=guidance_scale)
     assert ours.shape == stock.shape == (2, 4, NUM_FRAMES, 8, 8)
-    assert (ours - stock).abs().max() < 1e-5 < stock.std()
+    assert (ours - stock).abs().max() < tolerance < stock.std()
     assert sparse.density == 1 and sparse.num_dense_calls == 0
     assert sparse.num_calls == 3 * 2 * (2 if guidance_scale > 1 else 1)
     assert torch.equal(film(pipe, guidance_scale=guidance_scale), stock)
 
 
-@pytest.mark.parametrize("backend", ["gather_sdpa", "sdpa_masked"])
-@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize(("backend", "is_fused"), [("gather_sdpa", False), ("sdpa_masked", True)])
 def test_a_sparse_forward_is_masked_attention_in_float64(pipe, inputs, backend, is_fused):
     transformer = pipe.transformer
     wide = {
@@ -153,50 +120,18 @@ def test_a_sparse_forward_is_masked_attention_in_float64(pipe, inputs, backend, 
 
 def test_samples_and_branches_do_not_see_each_other(pipe):
     """A batch equals its samples one by one, also where the policy looks at the tokens and remembers them."""
-    attention = {"policy": "svg2", **EVERYWHERE, "min_cluster_tokens": 8, "top_p": 0.5}
     latents = torch.randn(2, 4, NUM_FRAMES, 8, 8, generator=torch.Generator().manual_seed(3))
     prompts = ["red circle", "blue square"]
-    with sparse_wan(pipe, attention) as sparse:
+    with sparse_wan(pipe, REMEMBERING) as sparse:
         both = film(pipe, prompt=prompts, latents=latents)
         alone = torch.cat([film(pipe, prompt=p, latents=latents[i : i + 1]) for i, p in enumerate(prompts)])
     assert (both - alone).abs().max() < 1e-4
     assert sparse.density < 1
 
 
-def test_bfloat16(pipe):
-    pipe.transformer.to(torch.bfloat16)
-    stock = film(pipe)
-    with sparse_wan(pipe, WHOLE):
-        assert (film(pipe) - stock).abs().max() < 0.1
-    with sparse_wan(pipe, SPARSE):
-        assert film(pipe).isfinite().all()
-
-
-def told(monkeypatch):
-    seen = []
-    from longtake.attention.policies.radial import Radial
-
-    plan = Radial.plan
-
-    def spy(self, q, k, geometry, **options):
-        seen.append((geometry, id(options["memory"])))
-        return plan(self, q, k, geometry, **options)
-
-    monkeypatch.setattr(Radial, "plan", spy)
-    return seen
-
-
-def schedulers():
-    return {
-        "its own": None,
-        "unipc": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-    }
-
-
-@pytest.mark.parametrize("scheduler", schedulers())
-def test_steps_layers_and_shapes(pipe, monkeypatch, scheduler):
-    pipe.scheduler = schedulers()[scheduler] or pipe.scheduler
-    seen = told(monkeypatch)
+@pytest.mark.parametrize("scheduler", [None, UNIPC], ids=["its own", "unipc"])
+def test_steps_layers_and_shapes(pipe, seen, scheduler):
+    pipe.scheduler = scheduler or pipe.scheduler
     with sparse_wan(pipe, SPARSE):
         film(pipe)
     expected = [(step, layer) for step in range(3) for _ in ("cond", "uncond") for layer in range(2)]
@@ -208,11 +143,10 @@ def test_steps_layers_and_shapes(pipe, monkeypatch, scheduler):
     assert branches == [*[branches[0]] * 2, *[branches[2]] * 2] * 3 and branches[0] != branches[2]
 
 
-def test_evaluations_at_one_timestep_are_one_step(pipe, inputs, monkeypatch):
+def test_evaluations_at_one_timestep_are_one_step(pipe, inputs, seen):
     """A second-order scheduler names every timestep but the first twice."""
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     pipe.scheduler.set_timesteps(3)
-    seen = told(monkeypatch)
     with sparse_wan(pipe, SPARSE):
         for timestep in pipe.scheduler.timesteps:
             forward(pipe.transformer, inputs | {"timestep": timestep.expand(2)})
@@ -235,46 +169,37 @@ def test_dense_steps_and_layers_are_dense(pipe):
 
 
 def test_the_second_video_equals_the_first_also_after_one_that_broke_off(pipe):
-    attention = {"policy": "svg2", **EVERYWHERE, "min_cluster_tokens": 8, "top_p": 0.5}
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    with sparse_wan(pipe, attention):
+    with sparse_wan(pipe, REMEMBERING):
         first = film(pipe)
         with pytest.raises(KeyboardInterrupt):
-            film(pipe, callback_on_step_end=stop, generator=torch.Generator().manual_seed(7))
+            film(pipe, callback_on_step_end=stop, prompt=["navy", "red square"])
         assert torch.equal(film(pipe), first)
         film(pipe, num_inference_steps=1)
         assert torch.equal(film(pipe), first)
-    with sparse_wan(pipe, attention):
+    with sparse_wan(pipe, REMEMBERING):
         assert torch.equal(film(pipe), first)
 
 
-def test_video_to_video_begins_in_the_middle_of_the_schedule(pipe, monkeypatch):
+def test_video_to_video_begins_in_the_middle_of_the_schedule(pipe, seen):
     names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
     other = WanVideoToVideoPipeline(**{name: pipe.components[name] for name in names})
     other.set_progress_bar_config(disable=True)
-    seen = told(monkeypatch)
     options = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 1.0, "max_sequence_length": 8}
+    options |= {"height": 64, "width": 64, "output_type": "latent"}
     with sparse_wan(other, SPARSE):
-        other(
-            prompt="red",
-            latents=torch.randn(1, 4, NUM_FRAMES, 8, 8),
-            height=64,
-            width=64,
-            output_type="latent",
-            **options,
-        )
+        other(prompt="red", latents=torch.randn(1, 4, NUM_FRAMES, 8, 8), **options)
     assert [(g.step_index, g.num_steps) for g, _ in seen[::2]] == [(0, 2), (1, 2)]
 
 
-def test_both_transformers_of_wan22_share_one_schedule(pipe, monkeypatch):
+def test_both_transformers_of_wan22_share_one_schedule(pipe, seen):
     second = copy.deepcopy(pipe.transformer)
     pipe = WanPipeline(**{**pipe.components, "transformer_2": second}, boundary_ratio=0.9)
     pipe.set_progress_bar_config(disable=True)
     stock = film(pipe)
-    seen = told(monkeypatch)
     with sparse_wan(pipe, WHOLE):
         assert (film(pipe) - stock).abs().max() < 1e-5
         assert pipe.transformer_2.blocks[0].attn1.processor.owner is pipe.transformer.blocks[0].attn1.processor.owner
@@ -284,10 +209,9 @@ def test_both_transformers_of_wan22_share_one_schedule(pipe, monkeypatch):
     assert all(type(own) is WanAttnProcessor for own in second.attn_processors.values())
 
 
-def test_timesteps_of_each_token(pipe, inputs, monkeypatch):
+def test_timesteps_of_each_token(pipe, inputs, seen):
     """Wan2.2's small model gives every token its own; those of a given first frame are 0."""
     pipe.scheduler.set_timesteps(3)
-    seen = told(monkeypatch)
     timestep = pipe.scheduler.timesteps[0].repeat(2, NUM_TOKENS)
     timestep[:, :16] = 0
     with sparse_wan(pipe, SPARSE):
@@ -297,60 +221,38 @@ def test_timesteps_of_each_token(pipe, inputs, monkeypatch):
     assert [g.step_index for g, _ in seen] == [0, 0, 2, 2]
 
 
-def test_image_conditioning_is_cross_attention_and_stays(tiny_folder, inputs):
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-        image_dim=16,
-        added_kv_proj_dim=48,
-    ).eval()
+def test_image_conditioning_is_cross_attention_and_stays(tiny_folder, inputs, make_transformer):
+    transformer = make_transformer(text_dim=32, image_dim=16, added_kv_proj_dim=48)
     components = WanPipeline.from_pretrained(tiny_folder).components
     components = {key: components[key] for key in ("tokenizer", "text_encoder", "vae", "scheduler")}
     pipe = WanImageToVideoPipeline(
         **components, transformer=transformer, image_encoder=None, image_processor=None, transformer_2=None
     )
-    inputs |= {
-        "encoder_hidden_states": torch.randn(2, 512, 32),
-        "encoder_hidden_states_image": torch.randn(2, 3, 16),
-    }
+    inputs["encoder_hidden_states"] = torch.randn(2, 512, 32)
+    inputs["encoder_hidden_states_image"] = torch.randn(2, 3, 16)
     stock = forward(transformer, inputs)
     with sparse_wan(pipe, WHOLE) as sparse:
         assert (forward(transformer, inputs) - stock).abs().max() < 1e-5
     assert sparse.num_calls == 2
 
 
-def test_nothing_is_left_behind(pipe):
+def test_nothing_is_left_behind_even_by_an_exception(pipe):
     film(pipe, num_inference_steps=1)  # diffusers leaves a registry of hooks at its first call
-    before = state_of(pipe)
-    with sparse_wan(pipe, SPARSE):
-        inside = state_of(pipe)
-        film(pipe)
-    assert state_of(pipe) == before
-    # Cross-attention, hooks below the transformer and diffusers' registry are not touched inside either.
-    changed = {name for name, own in inside["processors"].items() if own != before["processors"][name]}
-    assert changed == {"blocks.0.attn1.processor", "blocks.1.attn1.processor"}
-    assert {key for key in before if inside[key] != before[key]} <= {"processors", "settings", "hooks"}
-    assert {name for name in before["hooks"] if inside["hooks"][name] != before["hooks"][name]} == {""}
-
-
-def test_nothing_is_left_behind_by_an_exception(pipe):
-    film(pipe, num_inference_steps=1)
     before = state_of(pipe)
 
     def fail(*_):
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"), sparse_wan(pipe, SPARSE) as sparse:
+        inside = state_of(pipe)
         film(pipe, callback_on_step_end=fail)
     assert state_of(pipe) == before
     assert sparse.num_calls == 4 and 0 < sparse.density < 1
+    # Cross-attention, hooks below the transformer and diffusers' registry are not touched inside either.
+    changed = {name for name, own in inside["processors"].items() if own != before["processors"][name]}
+    assert changed == {"blocks.0.attn1.processor", "blocks.1.attn1.processor"}
+    assert {key for key in before if inside[key] != before[key]} == {"processors", "settings", "hooks"}
+    assert {name for name in before["hooks"] if inside["hooks"][name] != before["hooks"][name]} == {""}
 
     broken = pipe.transformer.blocks[1]
     own, broken.attn1 = broken.attn1, None
@@ -358,23 +260,6 @@ def test_nothing_is_left_behind_by_an_exception(pipe):
         pass
     broken.attn1 = own
     assert state_of(pipe) == before
-
-
-def test_cross_attention_keeps_diffusers_backend(pipe, monkeypatch):
-    """What diffusers dispatches inside is cross-attention alone."""
-    from diffusers.models.transformers import transformer_wan
-
-    keys = []
-    dispatch = transformer_wan.dispatch_attention_fn
-
-    def spy(query, key, *args, **options):
-        keys.append(key.shape[1])
-        return dispatch(query, key, *args, **options)
-
-    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", spy)
-    with sparse_wan(pipe, SPARSE):
-        film(pipe, num_inference_steps=1, guidance_scale=1.0)
-    assert keys == [8, 8]
 
 
 def test_compiled_blocks_break_their_graph_at_attention(pipe, inputs):
@@ -393,44 +278,36 @@ def test_compiled_blocks_break_their_graph_at_attention(pipe, inputs):
         ({"policy": "radial", "blok_size": 4}, None, "block_size"),
         ("radial", "sdpa_maskd", "Did you mean 'sdpa_masked'"),
         ({"policy": "radial", "backend": "gather"}, None, "unknown attention backend 'gather'"),
+        ("radial", "flash4", "flash4"),
+        ("light_forcing", None, "has no bidirectional form"),
     ],
 )
-def test_names_are_checked_before_anything_changes(pipe, attention, backend, message):
+def test_settings_are_checked_before_anything_changes(pipe, attention, backend, message):
     before = state_of(pipe)
-    with pytest.raises(ValueError, match=message), sparse_wan(pipe, attention, backend=backend):
-        pass
+    error = BackendUnavailable if backend == "flash4" else ValueError
+    with pytest.raises(error, match=message), sparse_wan(pipe, attention, backend=backend):
+        pytest.fail("the block must not begin")
     assert state_of(pipe) == before
 
 
-def test_a_backend_that_is_not_here(pipe):
-    with pytest.raises(BackendUnavailable, match="flash4"), sparse_wan(pipe, backend="flash4"):
-        pass
+def test_pipelines_that_do_not_fit_are_refused(pipe, inputs, monkeypatch):
+    def refused(pipe, message):
+        with pytest.raises(ValueError, match=message), sparse_wan(pipe):
+            pytest.fail("the block must not begin")
 
-
-def test_other_transformers_are_refused(pipe):
-    with pytest.raises(ValueError, match="has no scheduler and transformer"), sparse_wan(pipe.transformer):
-        pass
-    own, pipe.transformer = pipe.transformer, torch.compile(pipe.transformer, backend="eager")
-    with pytest.raises(ValueError, match="OptimizedModule"), sparse_wan(pipe):
-        pass
+    own = pipe.transformer
+    refused(own, "has no scheduler and transformer")
+    pipe.transformer = torch.compile(own, backend="eager")
+    refused(pipe, "OptimizedModule")
     pipe.transformer = None
-    with pytest.raises(ValueError, match="without a transformer"), sparse_wan(pipe):
-        pass
+    refused(pipe, "without a transformer")
     pipe.transformer = own
-    with sparse_wan(pipe), pytest.raises(ValueError, match="SparseWanProcessor"), sparse_wan(pipe):
-        pass
-
-
-def test_parallelism_is_refused(pipe, inputs, monkeypatch):
-    from diffusers import ContextParallelConfig
-
-    config = ContextParallelConfig(ulysses_degree=2)
     with sparse_wan(pipe):
-        monkeypatch.setattr(pipe.transformer, "_parallel_config", config)
+        refused(pipe, "SparseWanProcessor")
+        monkeypatch.setattr(own, "_parallel_config", ContextParallelConfig(ulysses_degree=2))
         with pytest.raises(ValueError, match="parallel_config"):
-            forward(pipe.transformer, inputs)
-    with pytest.raises(ValueError, match="parallel_config"), sparse_wan(pipe):
-        pass
+            forward(own, inputs)
+    refused(pipe, "parallel_config")
 
 
 def test_calls_that_do_not_fit_are_refused(pipe, inputs):
@@ -458,9 +335,3 @@ def test_a_long_video_pipeline_has_an_argument_of_its_own(tiny_pipe):
     with sparse_wan(tiny_pipe), pytest.raises(ValueError, match="LongVideoPipeline takes attention="):
         tiny_pipe("red circle", num_frames=9, seed=0)
     assert all(type(own) is WanAttnProcessor for own in tiny_pipe.transformer.attn_processors.values())
-
-
-def test_a_policy_for_blocks_of_a_rollout_is_refused(pipe):
-    with pytest.raises(ValueError, match="has no bidirectional form"), sparse_wan(pipe, "light_forcing"):
-        pytest.fail("the block must not begin")
-    assert all(type(own) is WanAttnProcessor for own in pipe.transformer.attn_processors.values())

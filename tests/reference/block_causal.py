@@ -15,7 +15,9 @@ def frame_mask(num_frames, reads):
     return mask
 
 
-class _Masked(WanAttnProcessor):
+class Masked(WanAttnProcessor):
+    """diffusers' own processor, given a mask of tokens."""
+
     def __init__(self, mask):
         super().__init__()
         self.mask = mask
@@ -32,7 +34,7 @@ def masked_flow(transformer, x, *, timesteps, prompt_embeds, mask):
     tokens = mask.repeat_interleave(size, 0).repeat_interleave(size, 1)
     stock = [block.attn1.processor for block in transformer.blocks]
     for block in transformer.blocks:
-        block.attn1.set_processor(_Masked(tokens))
+        block.attn1.set_processor(Masked(tokens))
     timestep = torch.as_tensor(timesteps, dtype=torch.float32).repeat_interleave(size)[None].expand(x.shape[0], -1)
     out = transformer(x.transpose(1, 2), timestep, prompt_embeds, return_dict=False)[0].transpose(1, 2)
     for block, processor in zip(transformer.blocks, stock, strict=True):

@@ -1,12 +1,12 @@
-"""`longtake convert`, `longtake info FILE` and `make_checkpoint` as a user meets them."""
+"""`longtake convert` and `longtake info FILE` as a user meets them."""
 
 import json
 
-import make_checkpoint as maker
 import pytest
 import torch
 import typer
 from diffusers import WanPipeline, WanTransformer3DModel
+from make_checkpoint import write_family
 
 from benchmarks import conversion as measure_conversion
 from longtake.scripts.console import run_app
@@ -27,18 +27,9 @@ def assert_one_line(result, *messages):
 
 
 @pytest.fixture
-def make(tmp_path, capfd):
-    """Writes a family's files with the script; returns them."""
-    program = typer.Typer()
-    program.command()(maker.make_checkpoint)
-
-    def run(family, *words):
-        code, stdout, stderr = call(capfd, tmp_path / family, "--family", family, *words, program=program)
-        assert code == 0, stderr
-        return [line for line in stdout.splitlines() if line]
-
-    run.program = program
-    return run
+def make(tmp_path):
+    """Writes a family's files; returns them."""
+    return lambda family: write_family(tmp_path / family, family)
 
 
 def test_convert_and_say_what_was_done(make, tmp_path, capfd):
@@ -110,26 +101,6 @@ def test_info_of_a_file(make, tmp_path, capfd):
     bad = tmp_path / "bad.pt"
     bad.write_bytes(b"")
     assert_one_line(call(capfd, "info", bad), "is empty")
-
-
-def test_make_checkpoint_refuses_what_it_does_not_know(make, tmp_path, capfd):
-    for words, message in (
-        (("--family", "none"), "unknown family 'none'; known: wan, self_forcing"),
-        (("--size", "7B"), "unknown size '7B'; known: tiny, 1.3B, 14B"),
-        (("--dtype", "int8"), "unknown dtype 'int8'"),
-    ):
-        assert_one_line(call(capfd, tmp_path / "x", *words, program=make.program), message)
-    make("wan")
-    assert_one_line(call(capfd, tmp_path / "wan", program=make.program), "exists already")
-
-
-def test_the_numbers_of_a_made_checkpoint_depend_on_the_seed_alone(make, tmp_path):
-    paths = [
-        maker.write_family(tmp_path / str(i), "self_forcing_ode", seed=seed)[0] for i, seed in enumerate((1, 1, 2))
-    ]
-    first, again, other = (torch.load(path, weights_only=True)["generator"] for path in paths)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["model.head.head.weight"], other["model.head.head.weight"])
 
 
 def test_the_full_size_measurement_at_tiny_size(tmp_path, capfd, monkeypatch):

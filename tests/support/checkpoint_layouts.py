@@ -4,7 +4,7 @@ Source: the loaders of the families' own repositories; see docs/models.md for th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longtake.models.conversion import original_name
@@ -23,148 +23,64 @@ SIZES: dict[str, dict[str, Any]] = {
     "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
 }
-RANKS = {"tiny": 4, "1.3B": 256, "14B": 256}
-
-# Prefixes as training code leaves them: the wrapper's attribute, and FSDP around the network and around each block.
-PLAIN = "{name}"
-MODEL = "model.{name}"
-FSDP = "model._fsdp_wrapped_module.{name}"
-NESTED_FSDP = "model._fsdp_wrapped_module.blocks.{layer}._fsdp_wrapped_module.{inside}"
-PEFT = "base_model.model.{name}.lora_{side}.weight"
+RANKS = {"tiny": 4, "1.3B": 256, "14B": 256}  # of adapters
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntryLayout:
-    """How one entry of a file names and stores a transformer.
+    """How one entry of a file names and stores a transformer, or adapters of all linear layers in its blocks."""
 
-    Attributes:
-        prefix: ``name``, and inside blocks ``layer`` and ``inside`` where they stand apart.
-        dtype: Of all its tensors.
-        is_diffusers: Whether names are diffusers' instead of Wan's own.
-        is_lora: Whether it holds adapters of all linear layers in the blocks.
-    """
-
-    prefix: str = PLAIN
+    prefix: str = "{name}"  # also `layer` and `inside` of names in blocks; `side` of an adapter
     dtype: str = "float32"
-    is_diffusers: bool = False
+    is_diffusers: bool = False  # names are diffusers' instead of Wan's own
     is_lora: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileLayout:
-    """One published file.
+# Prefixes as training code leaves them: the wrapper's attribute, and FSDP around the network and around each block.
+MODEL = EntryLayout(prefix="model.{name}")
+FSDP = EntryLayout(prefix="model._fsdp_wrapped_module.{name}")
+NESTED_FSDP = EntryLayout(prefix="model._fsdp_wrapped_module.blocks.{layer}._fsdp_wrapped_module.{inside}")
+LORA = EntryLayout(prefix="base_model.model.{name}.lora_{side}.weight", is_lora=True)
+WAN_BF16 = EntryLayout(dtype="bfloat16")
+MODEL_BF16 = replace(MODEL, dtype="bfloat16")
 
-    Attributes:
-        name: Below the repository, as published.
-        entries: Entry name to layout; the empty name puts tensors at the top.
-        extra: Further values of a pickle, such as a step counter.
-    """
-
-    name: str
-    entries: Mapping[str, EntryLayout]
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_pickle(self) -> bool:
-        """Whether ``torch.save`` writes it."""
-        return not self.name.endswith(".safetensors")
-
-
-def _pickle(name: str, /, *, extra: Mapping[str, Any] | None = None, **entries: EntryLayout) -> FileLayout:
-    return FileLayout(name=name, entries=entries, extra=extra or {})
-
-
-_BF16 = "bfloat16"
-_LORA = EntryLayout(prefix=PEFT, is_lora=True)
-_LORA_EXTRA = {"step": 3000}
-
-# Family -> its files. Averaged weights (EMA) are float32 by construction; where the dtype is not known it is float32
-# for training states and bfloat16 for what is meant for use.
-FAMILIES: dict[str, tuple[FileLayout, ...]] = {
-    "wan": (FileLayout(name="diffusion_pytorch_model.safetensors", entries={"": EntryLayout(dtype=_BF16)}),),
-    "self_forcing": (
-        _pickle(
-            "checkpoints/self_forcing_dmd.pt",
-            generator=EntryLayout(prefix=MODEL, dtype=_BF16),
-            generator_ema=EntryLayout(prefix=MODEL),
-        ),
-    ),
-    "self_forcing_ode": (_pickle("checkpoints/ode_init.pt", generator=EntryLayout(prefix=MODEL)),),
-    "self_forcing_training": (
-        _pickle(
-            "checkpoint_model_000600/model.pt",
-            generator=EntryLayout(prefix=MODEL),
-            critic=EntryLayout(prefix=MODEL),
-            generator_ema=EntryLayout(prefix=NESTED_FSDP),
-        ),
-    ),
-    "infinite_forcing": (_pickle("ema_model.pt", generator_ema=EntryLayout(prefix=FSDP)),),
-    "rolling_forcing": (
-        _pickle(
-            "checkpoints/rolling_forcing_dmd.pt",
-            generator=EntryLayout(prefix=MODEL),
-            generator_ema=EntryLayout(prefix=NESTED_FSDP),
-        ),
-    ),
-    "causal_forcing_chunkwise": (_pickle("chunkwise/causal_forcing.pt", generator=EntryLayout(prefix=FSDP)),),
-    "causal_forcing_framewise": (_pickle("framewise/causal_forcing.pt", generator=EntryLayout(prefix=FSDP)),),
-    "causal_forcing_long": (_pickle("chunkwise/longvideo.pt", generator_ema=EntryLayout(prefix=FSDP)),),
-    "longlive": (
-        _pickle("models/longlive_base.pt", generator=EntryLayout(prefix=MODEL, dtype=_BF16)),
-        _pickle("models/lora.pt", extra=_LORA_EXTRA, generator_lora=_LORA, critic_lora=_LORA),
-    ),
-    "anchor_forcing": (
-        _pickle("base.pt", generator=EntryLayout(prefix=MODEL, dtype=_BF16)),
-        _pickle("final.pt", **{"": _LORA}),
-    ),
-    "reward_forcing": (_pickle("rewardforcing.pt", **{"": EntryLayout(prefix=MODEL)}),),
-    "causvid": (_pickle("autoregressive_checkpoint/model.pt", generator=EntryLayout(prefix=MODEL)),),
-    "krea": (
-        FileLayout(name="krea-realtime-video-14b.safetensors", entries={"": EntryLayout(prefix=MODEL, dtype=_BF16)}),
-    ),
-    "diffusers": (
-        FileLayout(
-            name="transformer/diffusion_pytorch_model.safetensors",
-            entries={"": EntryLayout(dtype=_BF16, is_diffusers=True)},
-        ),
-    ),
+# Family -> file -> entry -> layout, or another value; the empty entry puts tensors at the top. Averaged weights (EMA)
+# are float32 by construction; where the dtype is not known it is float32 for training states and bfloat16 for what is
+# meant for use.
+FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
+    "wan": {"diffusion_pytorch_model.safetensors": {"": WAN_BF16}},
+    "self_forcing": {"checkpoints/self_forcing_dmd.pt": {"generator": MODEL_BF16, "generator_ema": MODEL}},
+    "self_forcing_ode": {"checkpoints/ode_init.pt": {"generator": MODEL}},
+    "self_forcing_training": {
+        "checkpoint_model_000600/model.pt": {"generator": MODEL, "critic": MODEL, "generator_ema": NESTED_FSDP}
+    },
+    "infinite_forcing": {"ema_model.pt": {"generator_ema": FSDP}},
+    "rolling_forcing": {"checkpoints/rolling_forcing_dmd.pt": {"generator": MODEL, "generator_ema": NESTED_FSDP}},
+    "causal_forcing_chunkwise": {"chunkwise/causal_forcing.pt": {"generator": FSDP}},
+    "causal_forcing_framewise": {"framewise/causal_forcing.pt": {"generator": FSDP}},
+    "causal_forcing_long": {"chunkwise/longvideo.pt": {"generator_ema": FSDP}},
+    "longlive": {
+        "models/longlive_base.pt": {"generator": MODEL_BF16},
+        "models/lora.pt": {"generator_lora": LORA, "critic_lora": LORA, "step": 3000},
+    },
+    "anchor_forcing": {"base.pt": {"generator": MODEL_BF16}, "final.pt": {"": LORA}},
+    "reward_forcing": {"rewardforcing.pt": {"": MODEL}},
+    "causvid": {"autoregressive_checkpoint/model.pt": {"generator": MODEL}},
+    "krea": {"krea-realtime-video-14b.safetensors": {"": MODEL_BF16}},
+    "diffusers": {"transformer/diffusion_pytorch_model.safetensors": {"": replace(WAN_BF16, is_diffusers=True)}},
 }
-
-
-def stored_name(name: str, layout: EntryLayout) -> str:
-    """Name a weight as a file does.
-
-    Args:
-        name: Diffusers name.
-        layout: Of the entry.
-
-    Returns:
-        The name with the layout's naming and prefixes.
-    """
-    own = name if layout.is_diffusers else original_name(name)
-    parts = own.split(".")
-    if parts[0] == "blocks":
-        return layout.prefix.format(name=own, layer=parts[1], inside=".".join(parts[2:]))
-    # Outside the blocks there is one wrapper less.
-    outer = layout.prefix.partition("blocks.{layer}")[0]
-    return outer + own if "{layer}" in layout.prefix else layout.prefix.format(name=own)
 
 
 def contents(
     layout: EntryLayout, shapes: Mapping[str, tuple[int, ...]], *, rank: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """List what an entry holds.
-
-    Args:
-        layout: Of the entry.
-        shapes: Diffusers name to shape of the transformer.
-        rank: Of adapters.
+    """List what an entry holds, of a transformer with these shapes by diffusers name.
 
     Returns:
         Stored name to (diffusers name of the weight; with ``.lora_A`` or ``.lora_B`` for factors, shape).
     """
     if not layout.is_lora:
-        return {stored_name(name, layout): (name, shape) for name, shape in shapes.items()}
+        return {_stored_name(name, layout): (name, shape) for name, shape in shapes.items()}
     found = {}
     for name, shape in shapes.items():
         if name.startswith("blocks.") and len(shape) == 2:
@@ -172,3 +88,13 @@ def contents(
             found[layout.prefix.format(name=own, side="A")] = (f"{name}.lora_A", (rank, shape[1]))
             found[layout.prefix.format(name=own, side="B")] = (f"{name}.lora_B", (shape[0], rank))
     return found
+
+
+def _stored_name(name: str, layout: EntryLayout) -> str:
+    own = name if layout.is_diffusers else original_name(name)
+    parts = own.split(".")
+    if parts[0] == "blocks":
+        return layout.prefix.format(name=own, layer=parts[1], inside=".".join(parts[2:]))
+    # Outside the blocks there is one wrapper less.
+    outer = layout.prefix.partition("blocks.{layer}")[0]
+    return outer + own if "{layer}" in layout.prefix else layout.prefix.format(name=own)

@@ -2,75 +2,30 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from checkpoint_layouts import SIZES
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch.nn import functional as F
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.configs.families import ModelFamily
 from longtake.models.checkpoints import converting
 from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
-from longtake.models.checkpoints.files import TensorInfo
+from longtake.models.checkpoints.files import TensorInfo, open_checkpoint
 from longtake.models.checkpoints.wan_parts import (
     _converted_part,
     find_part,
     find_tokenizer,
 )
+from longtake.pipelines.loading import check_model_folder
 
-REAL_VAE = {"base": 96, "mult": [1, 2, 4, 4], "blocks": 2, "temporal": [False, True, True]}
-TINY_VAE = REAL_VAE | {"base": 2}
-
-
-def residual(name, inner, outer):
-    shapes = {f"{name}.residual.0.gamma": (inner, 1, 1, 1), f"{name}.residual.3.gamma": (outer, 1, 1, 1)}
-    shapes |= convolution(f"{name}.residual.2", outer, inner, 3, 3, 3)
-    shapes |= convolution(f"{name}.residual.6", outer, outer, 3, 3, 3)
-    return shapes | (convolution(f"{name}.shortcut", outer, inner, 1, 1, 1) if inner != outer else {})
-
-
-def convolution(name, outer, *shape):
-    return {f"{name}.weight": (outer, *shape), f"{name}.bias": (outer,)}
-
-
-def middle(name, dim):
-    shapes = residual(f"{name}.middle.0", dim, dim) | residual(f"{name}.middle.2", dim, dim)
-    shapes |= convolution(f"{name}.middle.1.to_qkv", 3 * dim, dim, 1, 1)
-    shapes |= convolution(f"{name}.middle.1.proj", dim, dim, 1, 1)
-    return shapes | {f"{name}.middle.1.norm.gamma": (dim, 1, 1)}
-
-
-def head(name, dim, outer):
-    return {f"{name}.head.0.gamma": (dim, 1, 1, 1)} | convolution(f"{name}.head.2", outer, dim, 3, 3, 3)
-
-
-def stages(name, dims, blocks, *, halved, temporal):
-    """Residual blocks of each stage, and the resampler behind all but the last."""
-    shapes, index = {}, 0
-    for stage, (inner, outer) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
-        inner = inner // 2 if halved and stage else inner
-        for _ in range(blocks):
-            shapes |= residual(f"{name}.{index}", inner, outer)
-            inner, index = outer, index + 1
-        if stage < len(temporal):
-            shapes |= convolution(f"{name}.{index}.resample.1", outer // 2 if halved else outer, outer, 3, 3)
-            if temporal[stage]:
-                shapes |= convolution(f"{name}.{index}.time_conv", 2 * outer if halved else outer, outer, 3, 1, 1)
-            index += 1
-    return shapes
-
-
-def original_vae(base, mult, blocks, temporal, z=16):
-    """Names and shapes as Wan's own VAE lays its layers out, one after another."""
-    down, up = [base * m for m in [1, *mult]], [base * m for m in [mult[-1], *mult[::-1]]]
-    shapes = convolution("conv1", 2 * z, 2 * z, 1, 1, 1) | convolution("conv2", z, z, 1, 1, 1)
-    shapes |= convolution("encoder.conv1", down[0], 3, 3, 3, 3)
-    shapes |= stages("encoder.downsamples", down, blocks, halved=False, temporal=temporal)
-    shapes |= middle("encoder", down[-1]) | head("encoder", down[-1], 2 * z)
-    shapes |= convolution("decoder.conv1", up[0], z, 3, 3, 3) | middle("decoder", up[0])
-    shapes |= stages("decoder.upsamples", up, blocks + 1, halved=True, temporal=temporal[::-1])
-    return shapes | head("decoder", up[-1], 3)
+KEYS = Path(__file__).resolve().parents[2] / "golden" / "keys" / "wan_vae_original_keys.json"
+REAL_VAE = {name: tuple(shape) for name, shape in json.loads(KEYS.read_text()).items()}
+# Widths are multiples of 96 in the published file, of 2 here.
+VAE = {name: tuple(n // 48 if n % 96 == 0 else n for n in shape) for name, shape in REAL_VAE.items()}
 
 
 def original_text_encoder(vocab, dim, inner, ff, layers, heads, buckets=32):
@@ -84,45 +39,44 @@ def original_text_encoder(vocab, dim, inner, ff, layers, heads, buckets=32):
     return shapes
 
 
-TINY_T5 = {"vocab": 42, "dim": 32, "inner": 32, "ff": 64, "layers": 2, "heads": 4}
+TEXT = original_text_encoder(vocab=42, dim=32, inner=32, ff=64, layers=2, heads=4)
 
 
 def infos(shapes, dtype=torch.float32):
     return {"": {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}}
 
 
-def numbers(shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def numbers(shapes):
+    generator = torch.Generator().manual_seed(0)
     return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def loaded(name, model_class, weights, tmp_path):
+    """The part of a file with these weights, converted and read by its own library."""
+    torch.save(weights, tmp_path / "weights.pth")
+    (tmp_path / name).mkdir(exist_ok=True)
+    find_part(name, tmp_path / "weights.pth").write(tmp_path / name)
+    model, info = model_class.from_pretrained(tmp_path / name, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
 def test_the_real_vae_has_the_names_of_both_worlds(header_only):
-    shapes = original_vae(**REAL_VAE)
-    part = _converted_part("vae", header_only(infos(shapes)))
+    part = _converted_part("vae", header_only(infos(REAL_VAE)))
     with torch.device("meta"):
         model = AutoencoderKLWan()
     assert {t.name: t.info.shape for t in part.tensors} == {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    assert len(shapes) == 194
-    assert {k: v for k, v in part.config.items() if k[0] != "_"} == {
-        k: v for k, v in model.config.items() if k[0] != "_"
-    }
+    found, wanted = ({k: v for k, v in c.items() if k[0] != "_"} for c in (part.config, model.config))
+    assert len(REAL_VAE) == 194 and found == wanted
 
 
 def test_a_tiny_vae_file_loads_and_decodes(tmp_path):
-    shapes = original_vae(**TINY_VAE)
-    weights = numbers(shapes)
-    path = tmp_path / "Wan2.1_VAE.pth"
-    torch.save(weights, path)
-    part = find_part("vae", path)
-    (tmp_path / "vae").mkdir()
-    part.write(tmp_path / "vae")
-    model, info = AutoencoderKLWan.from_pretrained(tmp_path / "vae", output_loading_info=True)
-    assert not any(info.values()), info
+    weights = numbers(VAE)
+    model = loaded("vae", AutoencoderKLWan, weights, tmp_path)
     assert model.decode(torch.randn(1, 16, 2, 4, 4)).sample.isfinite().all()
     weights["decoder.upsamples.9.residual.1.gamma"] = weights.pop("decoder.upsamples.4.residual.0.gamma")
-    torch.save(weights, path)
     with pytest.raises(ValueError, match="missing: 1 .*; extra: 1"):
-        find_part("vae", path)
+        loaded("vae", AutoencoderKLWan, weights, tmp_path)
 
 
 def rms(x, weight):
@@ -153,14 +107,8 @@ def wan_text_encoder(w, tokens, *, layers, heads):
 
 
 def test_a_tiny_text_encoder_gives_the_same_numbers(tmp_path):
-    shapes = original_text_encoder(**TINY_T5)
-    weights = numbers(shapes)
-    path = tmp_path / "models_t5.pth"
-    torch.save(weights, path)
-    (tmp_path / "text_encoder").mkdir()
-    find_part("text_encoder", path).write(tmp_path / "text_encoder")
-    model, info = UMT5EncoderModel.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
-    assert not any(info.values()), info
+    weights = numbers(TEXT)
+    model = loaded("text_encoder", UMT5EncoderModel, weights, tmp_path)
     assert torch.equal(model.encoder.embed_tokens.weight, weights["token_embedding.weight"])
     tokens = torch.arange(20) * 2
     with torch.no_grad():
@@ -184,23 +132,22 @@ def test_the_real_text_encoder_has_the_names_of_transformers(header_only):
     assert part.config["dense_act_fn"] == "gelu_new"
 
 
-VAE, TEXT = original_vae(**TINY_VAE), original_text_encoder(**TINY_T5)
+def without(shapes, name):
+    return {key: shape for key, shape in shapes.items() if key != name}
+
+
 WRONG_PARTS = [
     ("vae", VAE | {"conv2.weight": (48, 48, 1, 1, 1)}, "VAE of Wan2.2-TI2V-5B"),
     ("vae", VAE | {"conv2.weight": (4,)}, "4 latent channels, whose mean and deviation are not published"),
     ("vae", VAE | {"decoder.conv1.weight": (16, 8, 3, 3, 3)}, r"1 misshapen: decoder.conv_in.weight is \[16, 8, 3"),
     ("vae", VAE | {"module.conv2.bias": (16,)}, "which are one without wrappers"),
     ("vae", VAE | {"quant_conv.bias": (32,)}, r"under two names: 1 \(conv1.bias\)"),
-    ("vae", {n: s for n, s in VAE.items() if n != "decoder.head.2.bias"}, r"missing: 1 \(decoder.conv_out.bias\)"),
-    ("vae", {n: s for n, s in VAE.items() if n != "conv2.weight"}, "complete Wan VAE: it lacks 'conv2.weight'"),
+    ("vae", without(VAE, "decoder.head.2.bias"), r"missing: 1 \(decoder.conv_out.bias\)"),
+    ("vae", without(VAE, "conv2.weight"), "complete Wan VAE: it lacks 'conv2.weight'"),
     ("vae", TEXT, "is a UMT5 text encoder; --vae takes"),
     ("text_encoder", TEXT | {"blocks.0.ffn.fc3.weight": (1,)}, "extra: 1 "),
-    (
-        "text_encoder",
-        {n: s for n, s in TEXT.items() if n != "blocks.1.attn.v.weight"},
-        r"missing: 1 \(.*SelfAttention.v",
-    ),
-    ("text_encoder", {n: s for n, s in TEXT.items() if n[0] != "t"}, "no complete UMT5 text encoder: 'token_embedd"),
+    ("text_encoder", without(TEXT, "blocks.1.attn.v.weight"), r"missing: 1 \(.*SelfAttention.v"),
+    ("text_encoder", without(TEXT, "token_embedding.weight"), "no complete UMT5 text encoder: 'token_embedd"),
     ("text_encoder", VAE, "is a Wan VAE; --text-encoder takes"),
 ]
 
@@ -251,9 +198,6 @@ def test_a_whole_folder_opens_and_runs(request_of_all, tiny_folder, tmp_path, mo
         torch.manual_seed(0)  # of all numbers: stochastic sampling draws some of its own
         videos.append(pipe("a red circle", max_sequence_length=16, **settings).frames)
     assert torch.allclose(*videos, atol=1e-5)
-    from longtake.models.checkpoints.files import open_checkpoint
-    from longtake.pipelines.loading import check_model_folder
-
     check_model_folder(out)
     assert len(open_checkpoint(out).entries[""]) == 69  # a pipeline's folder stands for its transformer
     weights = next((out / "vae").glob("*.safetensors"))
@@ -294,10 +238,8 @@ def test_parts_that_do_not_fit_are_refused(request_of_all, tiny_folder, tmp_path
     assert {file.name for file in find_tokenizer(tiny_folder).files} >= {"tokenizer.json", "tokenizer_config.json"}
 
 
-def test_an_image_model_is_converted_alone(tmp_path, request_of_all, tiny_config):
-    from diffusers import WanTransformer3DModel
-
-    config = tiny_config | {"image_dim": 6, "added_kv_proj_dim": 24, "pos_embed_seq_len": 10, "in_channels": 9}
+def test_an_image_model_is_converted_alone(tmp_path, request_of_all):
+    config = SIZES["tiny"] | {"image_dim": 6, "added_kv_proj_dim": 24, "pos_embed_seq_len": 10, "in_channels": 9}
     model = WanTransformer3DModel(**config)
     model.save_pretrained(tmp_path / "theirs")
     plan = plan_conversion(ConversionRequest(source=tmp_path / "theirs"))

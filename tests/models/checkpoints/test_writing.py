@@ -19,7 +19,7 @@ def public(model):
     return found | {"patch_size": list(found["patch_size"])}
 
 
-@pytest.mark.parametrize("limit", ["10GB", "30KB", "5KB", "1KB"])
+@pytest.mark.parametrize("limit", ["10GB", "30KB", "1KB"])
 def test_files_are_those_of_diffusers(limit, tmp_path, build_reference, read_by_hand):
     (path,) = write_family(tmp_path / "repository", "self_forcing_ode")
     plan_conversion(ConversionRequest(source=path, max_shard_bytes=parse_bytes(limit))).write(tmp_path / "ours")
@@ -30,11 +30,9 @@ def test_files_are_those_of_diffusers(limit, tmp_path, build_reference, read_by_
     for name in sorted(theirs):
         if name.endswith(".json"):
             found, wanted = (json.loads((tmp_path / side / name).read_text()) for side in ("ours", "theirs"))
-            assert {k: found[k] for k in wanted if k != "metadata"} == {
-                k: wanted[k] for k in wanted if k != "metadata"
-            }
-            if "weight_map" in wanted:
-                assert found["metadata"]["total_size"] == wanted["metadata"]["total_size"]
+            for both in (found, wanted):  # of the index, the size alone
+                both["metadata"] = both.get("metadata", {}).get("total_size")
+            assert {k: found[k] for k in wanted} == wanted
         else:
             with safe_open(tmp_path / "ours" / name, "pt") as a, safe_open(tmp_path / "theirs" / name, "pt") as b:
                 assert a.metadata() == b.metadata() == {"format": "pt"}
@@ -63,15 +61,12 @@ def test_mixed_dtypes_and_odd_shapes_are_read_by_safetensors(tmp_path):
     assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 64 == 0
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("300", 300), ("2kb", 2000)])
-def test_sizes(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "GB", "-1GB", "5TBs", "1e9", "5 G B"])
-def test_wrong_sizes(text):
-    with pytest.raises(ValueError, match="write it like 5GB"):
-        parse_bytes(text)
+def test_sizes():
+    for text, size in (("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("300", 300), ("2kb", 2000)):
+        assert parse_bytes(text) == size
+    for text in ("", "0", "GB", "-1GB", "5TBs", "1e9", "5 G B"):
+        with pytest.raises(ValueError, match="write it like 5GB"):
+            parse_bytes(text)
 
 
 def test_a_mapping_is_closed_and_opened_again_as_it_is_read(tmp_path, monkeypatch):
