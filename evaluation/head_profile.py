@@ -21,15 +21,11 @@ class HeadProfile:
 
     Use ``policy`` as the cache of any rollouts of one model; each committed block counts once.
 
-    Attributes:
-        num_skipped: First frames of a video whose attention does not count, since heads of all kinds look there.
-        num_recent: Frames before a block that are near, beside the block itself.
-
     Source: the share and its threshold of 0.8 are Forcing-KV's, arXiv:2605.09681.
     """
 
-    num_skipped: int = 3
-    num_recent: int = 1
+    num_skipped: int = 3  # first frames of a video whose attention does not count, since heads of all kinds look there
+    num_recent: int = 1  # frames before a block that are near, beside the block itself
     _sums: Tensor | None = None
     _counts: Tensor | None = None
 

@@ -8,7 +8,7 @@ The prefix of a name says what a number may be compared with:
 * ``judge/``: the bundled judge of the mini model's world.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -47,34 +47,21 @@ class VideoInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSpec:
-    """A number's name and everything a reader needs to know about it.
+    """A number's name and everything a reader needs to know about it."""
 
-    Attributes:
-        name: With its prefix, e.g. ``vbench_form/subject_consistency[enc=StubDino]``.
-        higher_is_better: None where more is neither better nor worse.
-        unit: E.g. ``px``, ``dB``, ``0..1``.
-        range: Least and greatest possible value; None where there is no bound.
-        formula: ``vbench@45e79ec`` or ``ours``, or a paper.
-        backbone: Name of the network, if any.
-        weights_sha256: Of its weights file.
-        transform: Name of the transform before the backbone.
-        clip_seconds: Length of the clips the video is cut into; None for whole videos.
-        grouping: What a mean is taken over, ``video``, ``clip`` or ``frame``: a video's weight in the mean of the run.
-        scale: The mean over videos is multiplied by it (VBench's imaging quality: 0.01).
-        description: One sentence.
-    """
-
-    name: str
-    higher_is_better: bool | None
-    unit: str = ""
+    name: str  # with its prefix, e.g. ``vbench_form/subject_consistency[enc=StubDino]``
+    higher_is_better: bool | None  # None where more is neither better nor worse
+    unit: str = ""  # e.g. ``px``, ``dB``, ``0..1``
+    # least and greatest possible value; None where there is no bound
     range: tuple[float | None, float | None] = (None, None)
-    formula: str = "ours"
+    formula: str = "ours"  # ``vbench@45e79ec`` or ``ours``, or a paper
     backbone: str | None = None
-    weights_sha256: str | None = None
-    transform: str | None = None
-    clip_seconds: float | None = None
+    weights_sha256: str | None = None  # of its weights file
+    transform: str | None = None  # name of the transform before the backbone
+    clip_seconds: float | None = None  # length of the clips the video is cut into; None for whole videos
+    # what a mean is taken over, ``video``, ``clip`` or ``frame``: a video's weight in the mean of the run
     grouping: str = "video"
-    scale: float = 1.0
+    scale: float = 1.0  # the mean over videos is multiplied by it (VBench's imaging quality: 0.01)
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -113,21 +100,14 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One metric on one video.
+    """One metric on one video."""
 
-    Attributes:
-        value: None where the metric does not apply to this video; then ``skipped`` says why.
-        weight: Of this video in the mean of the run: 1, or its number of frames or clips.
-        windows: The curve over time, if the metric has one, in order.
-        details: Numbers behind the value that JSON can hold: thresholds, counts, indices, values per clip.
-        skipped: Why there is no value.
-    """
-
-    value: float | None
-    weight: float = 1.0
-    windows: tuple[Window, ...] = ()
+    value: float | None  # None where the metric does not apply to this video; then ``skipped`` says why
+    weight: float = 1.0  # of this video in the mean of the run: 1, or its number of frames or clips
+    windows: tuple[Window, ...] = ()  # the curve over time, if the metric has one, in order
+    # numbers behind the value that JSON can hold: thresholds, counts, indices, values per clip
     details: Mapping[str, Any] = field(default_factory=dict)
-    skipped: str | None = None
+    skipped: str | None = None  # why there is no value
 
     def __post_init__(self) -> None:
         if (self.value is None) != (self.skipped is not None):
@@ -189,16 +169,11 @@ class WindowMeans:
     def add(self, frame: int, value: float) -> None:
         """Note a frame's value; frames come in order, and some may be left out."""
         index = frame // self._length
-        while len(self._sums) <= index:
-            self._sums.append(0.0)
-            self._counts.append(0)
+        missing = index + 1 - len(self._sums)
+        self._sums += [0.0] * missing
+        self._counts += [0] * missing
         self._sums[index] += value
         self._counts[index] += 1
-
-    def extend(self, first_frame: int, values: Sequence[float] | np.ndarray) -> None:
-        """Note the values of consecutive frames."""
-        for offset, value in enumerate(values):
-            self.add(first_frame + offset, float(value))
 
     def mean(self) -> float | None:
         """Mean over all noted frames."""

@@ -44,23 +44,14 @@ EXPORT_FILE, IMPORTED_FILE = "export.json", "imported.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Videos as they were laid out.
+    """Videos as they were laid out."""
 
-    Attributes:
-        mode: The official tool's ``--mode``.
-        dimensions: To be scored.
-        dev_flag: VBench-Long's ``--dev_flag``; None where there is no such flag.
-        commit: Of the official repository that the script is written for.
-        files: {path below ``videos/``: id in the run}.
-        notes: For a reader of the scores.
-    """
-
-    mode: str
-    dimensions: tuple[str, ...]
-    dev_flag: bool | None
-    commit: str
-    files: Mapping[str, str]
-    notes: tuple[str, ...]
+    mode: str  # the official tool's ``--mode``
+    dimensions: tuple[str, ...]  # to be scored
+    dev_flag: bool | None  # VBench-Long's ``--dev_flag``; None where there is no such flag
+    commit: str  # of the official repository that the script is written for
+    files: Mapping[str, str]  # {path below ``videos/``: id in the run}
+    notes: tuple[str, ...]  # for a reader of the scores
 
 
 def export_custom(run: Path, out: Path, *, dimensions: Sequence[str] = CUSTOM_DIMENSIONS) -> Export:
@@ -307,42 +298,25 @@ _WEIGHT_KEYS = ("cnt_per_video", "frame_count")
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """One video, or one clip of VBench-Long.
+    """One video, or one clip of VBench-Long."""
 
-    Attributes:
-        video: Stem of the scored video's file.
-        clip: Of the clip's file; empty for whole videos.
-        value: As the tool has it per video: imaging quality 0..100.
-        weight: Frames behind the value where the tool says so.
-    """
-
-    video: str
-    clip: str
-    value: float
-    weight: float | None = None
+    video: str  # stem of the scored video's file
+    clip: str  # of the clip's file; empty for whole videos
+    value: float  # as the tool has it per video: imaging quality 0..100
+    weight: float | None = None  # frames behind the value where the tool says so
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """One dimension's official result.
+    """One dimension's official result."""
 
-    Attributes:
-        dimension: As VBench spells it.
-        variant: Whole videos, or VBench-Long's clips without and with its development flag.
-        official_score: The tool's first number, 0..1, which its totals are made of.
-        entries: Behind it.
-        file: Name of the file it was read from.
-        commit: Of the official repository, where the run recorded it.
-        notes: For a reader of the score.
-    """
-
-    dimension: str
-    variant: Variant
-    official_score: float
-    entries: tuple[_Entry, ...]
-    file: str
-    commit: str | None = None
-    notes: tuple[str, ...] = ()
+    dimension: str  # as VBench spells it
+    variant: Variant  # whole videos, or VBench-Long's clips without and with its development flag
+    official_score: float  # the tool's first number, 0..1, which its totals are made of
+    entries: tuple[_Entry, ...]  # behind it
+    file: str  # name of the file it was read from
+    commit: str | None = None  # of the official repository, where the run recorded it
+    notes: tuple[str, ...] = ()  # for a reader of the score
 
     @property
     def metric(self) -> str:
@@ -646,15 +620,7 @@ def _spec(result: Imported) -> MetricSpec:
 
 
 def write_imported(folder: Path, results: Mapping[str, Imported]) -> Path:
-    """Keep official results in a run's folder; metrics kept there before stay unless they come again.
-
-    Args:
-        folder: Of the run.
-        results: Of :func:`import_results`; see that they merge before they are kept.
-
-    Raises:
-        ValueError: If results kept before cannot be read.
-    """
+    """Keep official results, which merge, in a run's folder; metrics kept there before stay unless they come again."""
     kept = {**read_imported(folder), **results}
     path = folder / IMPORTED_FILE
     write_json(path, {name: asdict(result) for name, result in kept.items()})
@@ -662,11 +628,7 @@ def write_imported(folder: Path, results: Mapping[str, Imported]) -> Path:
 
 
 def read_imported(folder: Path) -> dict[str, Imported]:
-    """Official results that were kept in a run's folder, {metric name: result}; none if there are none.
-
-    Raises:
-        ValueError: If they cannot be read.
-    """
+    """Official results that were kept in a run's folder, {metric name: result}."""
     from pydantic import TypeAdapter
 
     path = folder / IMPORTED_FILE

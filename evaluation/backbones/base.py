@@ -89,17 +89,11 @@ class VideoTextScorer(Backbone, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """A place in the metrics that a backbone fills.
-
-    Attributes:
-        kind: The interface.
-        official: What VBench has in this place.
-        aliases: Other names under which a file of factories may offer it.
-    """
+    """A place in the metrics that a backbone fills."""
 
     kind: type
-    official: str
-    aliases: tuple[str, ...] = ()
+    official: str  # what VBench has in this place
+    aliases: tuple[str, ...] = ()  # other names under which a file of factories may offer it
 
 
 ROLES: dict[str, Role] = {
@@ -119,14 +113,10 @@ ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True)
 class Backbones:
-    """The backbones of one evaluation, by role.
+    """The backbones of one evaluation, by role."""
 
-    Attributes:
-        found: {role: backbone}.
-        files: {file name: SHA-256} of the files they were made from, to be recorded with the results.
-    """
-
-    found: Mapping[str, Any] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)  # {role: backbone}
+    # {file name: SHA-256} of the files they were made from, to be recorded with the results
     files: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

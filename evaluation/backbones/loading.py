@@ -59,26 +59,17 @@ RAFT_ITERATIONS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class _Adapter:
-    """A network in a role.
+    """A network in a role."""
 
-    Attributes:
-        methods: Names under which networks offer the role's own function; without any, they are called themselves.
-        role: Key of ``ROLES``.
-        model: The network, called the way its authors call it, or through the role's own interface.
-        name: Goes into metrics' names.
-        weights_sha256: Of its weights file.
-        official: Whether it is VBench's own choice.
-        device: Where the network lives; results come back to the CPU.
-    """
-
+    # names under which networks offer the role's own function; without any, they are called themselves
     methods: ClassVar[tuple[str, ...]]
 
-    role: str
-    model: Any
-    name: str
-    weights_sha256: str | None = None
-    official: bool = False
-    device: str = "cpu"
+    role: str  # key of ``ROLES``
+    model: Any  # the network, called the way its authors call it, or through the role's own interface
+    name: str  # goes into metrics' names
+    weights_sha256: str | None = None  # of its weights file
+    official: bool = False  # whether it is VBench's own choice
+    device: str = "cpu"  # where the network lives; results come back to the CPU
 
     @classmethod
     def lacks(cls, model: Any) -> str | None:
@@ -381,23 +372,14 @@ def _made(factory: Callable, arguments: tuple, *, who: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _BackboneEntry:
-    """One role of a YAML file.
+    """One role of a YAML file."""
 
-    Attributes:
-        name: Goes into metrics' names; the file's or the function's name if not given.
-        torchscript: A TorchScript file; it holds the weights.
-        factory: ``package.module:function`` or ``FILE.py:function``.
-        weights: A file, handed to the factory.
-        sha256: Of the TorchScript file or the weights file, to be checked.
-        official: Whether this is the network, with the weights, that VBench uses here.
-    """
-
-    name: str | None = None
-    torchscript: str | None = None
-    factory: str | None = None
-    weights: str | None = None
-    sha256: str | None = None
-    official: bool = False
+    name: str | None = None  # goes into metrics' names; the file's or the function's name if not given
+    torchscript: str | None = None  # a TorchScript file; it holds the weights
+    factory: str | None = None  # ``package.module:function`` or ``FILE.py:function``
+    weights: str | None = None  # a file, handed to the factory
+    sha256: str | None = None  # of the TorchScript file or the weights file, to be checked
+    official: bool = False  # whether this is the network, with the weights, that VBench uses here
 
     def __post_init__(self) -> None:
         if (self.torchscript is None) == (self.factory is None):

@@ -20,22 +20,15 @@ LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """The course of a video.
-
-    Attributes:
-        video: As announced.
-        luma: (T, rows, columns) float32 in 0..255, area means over a grid of at most 32x32 cells of at
-            least 4x4 pixels.
-        colour: (T, rows, columns, 3) float32 in 0..255, RGB means over a grid of at most 8x8 cells.
-        difference: (T,) float64, mean absolute difference of the full frames to the frame before; 0 for the first.
-        is_duplicate: (T,) bool, whether some earlier frame is the same in every pixel.
-    """
+    """The course of a video."""
 
     video: VideoInfo
+    # (T, rows, columns) float32 in 0..255, area means over a grid of at most 32x32 cells of at least 4x4 pixels
     luma: np.ndarray
-    colour: np.ndarray
+    colour: np.ndarray  # (T, rows, columns, 3) float32 in 0..255, RGB means over a grid of at most 8x8 cells
+    # (T,) float64, mean absolute difference of the full frames to the frame before; 0 for the first
     difference: np.ndarray
-    is_duplicate: np.ndarray
+    is_duplicate: np.ndarray  # (T,) bool, whether some earlier frame is the same in every pixel
 
     @property
     def num_frames(self) -> int:

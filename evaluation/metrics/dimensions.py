@@ -24,31 +24,18 @@ FOLDERS: Mapping[Variant, str] = {"short": "", "long": "long/", "long_dev": "lon
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """One dimension of VBench.
+    """One dimension of VBench."""
 
-    Attributes:
-        name: As VBench spells it.
-        description: One sentence.
-        roles: Of the networks it is measured with.
-        label: What they are called in metrics' names.
-        dev_roles: Of the networks for clips' first frames, with VBench-Long's development flag.
-        grouping: What VBench's mean over whole videos is taken over.
-        transform: Before the network.
-        dev_transform: Before the networks of ``dev_roles``.
-        scale: From the mean over videos to VBench's score.
-        range: Least and greatest possible value of a video.
-    """
-
-    name: str
+    name: str  # as VBench spells it
     description: str
-    roles: tuple[str, ...] = ()
-    label: str = ""
-    dev_roles: tuple[str, ...] = ()
-    grouping: Literal["video", "frame"] = "video"
-    transform: str | None = None
-    dev_transform: str | None = None
-    scale: float = 1.0
-    range: tuple[float, float] = (0.0, 1.0)
+    roles: tuple[str, ...] = ()  # of the networks it is measured with
+    label: str = ""  # what they are called in metrics' names
+    dev_roles: tuple[str, ...] = ()  # of the networks for clips' first frames, with VBench-Long's development flag
+    grouping: Literal["video", "frame"] = "video"  # what VBench's mean over whole videos is taken over
+    transform: str | None = None  # before the network
+    dev_transform: str | None = None  # before the networks of ``dev_roles``
+    scale: float = 1.0  # from the mean over videos to VBench's score
+    range: tuple[float, float] = (0.0, 1.0)  # least and greatest possible value of a video
 
 
 SUBJECT = Dimension(

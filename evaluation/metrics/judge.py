@@ -119,10 +119,7 @@ def _bright_mask(frames: Tensor) -> Tensor:
 
 
 def _median_background(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the per-pixel median over the frames in which no object covers the pixel.
-
-    Args:
-        frames: (frames, 3, H, W) in [0, 1].
+    """Take the per-pixel median of (frames, 3, H, W) over the frames in which no object covers the pixel.
 
     Returns:
         (3, H, W) median, over all frames where an object always covers the pixel; and (H, W) bool, True where the
@@ -135,11 +132,7 @@ def _median_background(frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _masked_psnr(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of (..., 3, H, W) images over the pixels of a mask (..., H, W).
-
-    Returns:
-        (...) dB, at most MAX_PSNR; NaN where the mask is empty.
-    """
+    """Peak signal-to-noise ratio of (..., 3, H, W) in dB over a (..., H, W) mask; NaN where the mask is empty."""
     error = (first - second).square().mean(dim=-3)
     mse = (error * mask).sum(dim=(-1, -2)) / mask.sum(dim=(-1, -2))
     return (-10.0 * mse.log10()).clamp(max=MAX_PSNR)
@@ -171,11 +164,7 @@ def _presence(frames: Tensor) -> float:
 
 
 def _revisit_psnr(earlier: Tensor, later: Tensor) -> float:
-    """Compare views with their first visits, objects left out, at the best of a few horizontal shifts.
-
-    Args:
-        earlier: (frames, 3, H, W) in [0, 1], the first visits.
-        later: The same views, whole camera round trips later.
+    """Compare (frames, 3, H, W) views with their first visits, objects left out, at the best of a few shifts.
 
     Returns:
         Mean over the frames, dB; NaN where objects leave no background to compare.
@@ -381,14 +370,7 @@ def _scene_periods(caption: str) -> list[float]:
 
 
 class _JudgeMeter:
-    """Judges one video.
-
-    Args:
-        video: As announced.
-        scene: It was made from, or one that stands in; None where the judge sees nothing.
-        is_given: Whether the scene is the true one.
-        reason: Why the judge sees nothing.
-    """
+    """Judges a video by the true scene it was made from, or by one that stands in; without a scene says the reason."""
 
     def __init__(self, video: VideoInfo, scene: Scene | None, *, is_given: bool = False, reason: str = "") -> None:
         self._video, self._is_given, self._reason = video, is_given, reason
@@ -410,15 +392,12 @@ class _JudgeMeter:
         return {spec.name: self._score(spec.name.removeprefix("judge/")) for spec in SPECS}
 
     def _score(self, measure: str) -> Score:
+        found = [None if isnan(row[measure]) else float(row[measure]) for row in self._rows]
+        values = [value for value in found if value is not None]
         windows = tuple(
-            Window(
-                start_frame=index * WINDOW_FRAMES,
-                num_frames=WINDOW_FRAMES,
-                value=None if isnan(row[measure]) else float(row[measure]),
-            )
-            for index, row in enumerate(self._rows)
+            Window(start_frame=index * WINDOW_FRAMES, num_frames=WINDOW_FRAMES, value=value)
+            for index, value in enumerate(found)
         )
-        values = [window.value for window in windows if window.value is not None]
         if not values:
             return Score.none("does not apply to this caption, or needs a longer video")
         details: dict[str, Any] = {}
@@ -483,9 +462,9 @@ def reference_levels(folder: Path, prompts: Sequence[int], *, prompt_seed: int) 
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     key = digest.hexdigest()[:12]
     path = folder / "levels.json"
-    known = json.loads(path.read_text()) if path.is_file() else {"key": None}
-    if known["key"] != key:
-        scenes = held_back_scenes(prompts[-1] + 1, seed=prompt_seed)
-        known = {"key": key, "levels": _truth_levels(judge, [scenes[index] for index in prompts])}
-        path.write_text(json.dumps(known, indent=1) + "\n")
-    return known["levels"]
+    if path.is_file() and (known := json.loads(path.read_text()))["key"] == key:
+        return known["levels"]
+    scenes = held_back_scenes(prompts[-1] + 1, seed=prompt_seed)
+    levels = _truth_levels(judge, [scenes[index] for index in prompts])
+    path.write_text(json.dumps({"key": key, "levels": levels}, indent=1) + "\n")
+    return levels

@@ -38,19 +38,12 @@ MIN_MOVING_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class _Stillness:
-    """Still parts of a video.
+    """Still parts of a video."""
 
-    Attributes:
-        step: Frames per step.
-        is_still: (steps,) bool, whether nothing moved in the two seconds before; False for the first step.
-        tail_frames: Frames at the end that show one picture; all of them for a static video.
-        rest_frames: Frames of the longest stretch before the tail that shows one picture.
-    """
-
-    step: int
-    is_still: np.ndarray
-    tail_frames: int
-    rest_frames: int
+    step: int  # frames per step
+    is_still: np.ndarray  # (steps,) bool, whether nothing moved in the two seconds before; False for the first step
+    tail_frames: int  # frames at the end that show one picture; all of them for a static video
+    rest_frames: int  # frames of the longest stretch before the tail that shows one picture
 
 
 def _find_stillness(track: Track) -> _Stillness | None:
@@ -126,11 +119,10 @@ def _explained_by_camera(first: np.ndarray, second: np.ndarray) -> float:
 
 def _stillness(track: Track) -> list[Score]:
     stillness = _find_stillness(track)
-    duplicates = _duplicates(track)
     if stillness is None:
-        reason = f"needs {2 * STEP_SECONDS:g} s of video"
-        return [Score.none(reason), Score.none(reason), duplicates]
-    return [_static_share(track, stillness), _frozen_tail(track, stillness), duplicates]
+        none = Score.none(f"needs {2 * STEP_SECONDS:g} s of video")
+        return [none, none, _duplicates(track)]
+    return [_static_share(track, stillness), _frozen_tail(track, stillness), _duplicates(track)]
 
 
 def _static_share(track: Track, stillness: _Stillness) -> Score:
@@ -163,7 +155,8 @@ def _duplicates(track: Track) -> Score:
     if track.num_frames < 2:
         return Score.none("needs 2 frames")
     means = WindowMeans(track.video)
-    means.extend(1, track.is_duplicate[1:].astype(float))
+    for index, is_duplicate in enumerate(track.is_duplicate[1:], start=1):
+        means.add(index, float(is_duplicate))
     details = {"num_duplicates": int(track.is_duplicate.sum())}
     return Score(value=float(track.is_duplicate[1:].mean()), windows=means.windows(), details=details)
 
@@ -210,17 +203,11 @@ FAR_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class _Loop:
-    """A stretch that repeats.
+    """A stretch that repeats."""
 
-    Attributes:
-        period: Frames after which it repeats.
-        start: First frame of its first play.
-        end: One past the last frame.
-    """
-
-    period: int
-    start: int
-    end: int
+    period: int  # frames after which it repeats
+    start: int  # first frame of its first play
+    end: int  # one past the last frame
 
 
 def _find_loop(track: Track) -> _Loop | None:
@@ -334,10 +321,6 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1.0)
 
 
-def _repetition(track: Track) -> list[Score]:
-    return [*_similarity(track), _loop_share(track)]
-
-
 def _similarity(track: Track) -> tuple[Score, Score]:
     """Self-similarity and return to the start."""
     step = track.frames_in(FEATURE_SECONDS)
@@ -371,16 +354,13 @@ def _loop_share(track: Track) -> Score:
     loop = _find_loop(track)
     if loop is None:
         return Score(value=0.0, details={"period_s": None})
-    details = {
-        "period_s": loop.period / track.fps,
-        "start_s": loop.start / track.fps,
-        "end_s": loop.end / track.fps,
-    }
+    seconds = {"period_s": loop.period, "start_s": loop.start, "end_s": loop.end}
+    details = {name: frames / track.fps for name, frames in seconds.items()}
     return Score(value=(loop.end - loop.start) / track.num_frames, details=details)
 
 
 REPETITION = TrackMeasure(
-    _repetition,
+    lambda track: [*_similarity(track), _loop_share(track)],
     MetricSpec(
         name="proxy/self_similarity_peak",
         higher_is_better=False,
@@ -509,11 +489,9 @@ class _FlowMeter:
         """Means over the pairs, with their windows."""
         mean, top, error = self._means.mean(), self._tops.mean(), self._errors.mean()
         if mean is None or top is None or error is None:
-            reason = (
-                f"optical flow needs frames of {MIN_SIDE} pixels a side"
-                if self._is_too_small
-                else "needs two frames an eighth of a second apart"
-            )
+            reason = "needs two frames an eighth of a second apart"
+            if self._is_too_small:
+                reason = f"optical flow needs frames of {MIN_SIDE} pixels a side"
             return {name: Score.none(reason) for name in self._names}
         side = min(self._video.height, self._video.width)
         scores = (
@@ -550,10 +528,10 @@ def warp_error(first: Tensor, second: Tensor, there: Tensor, back: Tensor) -> fl
     """Mean absolute difference of a frame and the next one moved back onto it, occlusions left out.
 
     Args:
-        first: (1, 3, h, w) in 0..255.
-        second: Same.
+        first: (1, 3, h, w) in 0..255, as the second.
+        second: The next frame.
         there: (2, h, w) flow from first to second, pixels, x then y.
-        back: (2, h, w) flow from second to first.
+        back: The flow from second to first.
 
     Returns:
         Grey levels. Where the flow finds next to nothing again on its way back, the plain difference of the frames.

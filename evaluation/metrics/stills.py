@@ -18,19 +18,12 @@ SHORT_SIDE = 256
 
 @dataclass(frozen=True)
 class Still:
-    """One frame.
+    """One frame."""
 
-    Attributes:
-        index: Position within the video.
-        frame: (H, W, 3) uint8, as it came.
-        colour: (3, h, w) float32 in 0..255, averaged down to a shorter side of about 256.
-        luma: (h, w) float32 of ``colour``.
-    """
-
-    index: int
-    frame: np.ndarray
-    colour: np.ndarray
-    luma: np.ndarray
+    index: int  # position within the video
+    frame: np.ndarray  # (H, W, 3) uint8, as it came
+    colour: np.ndarray  # (3, h, w) float32 in 0..255, averaged down to a shorter side of about 256
+    luma: np.ndarray  # (h, w) float32 of ``colour``
 
 
 class StillMeter(ABC):
@@ -90,11 +83,7 @@ def reduction(height: int, width: int, short_side: int) -> int:
 
 
 def shrink(frame: np.ndarray, factor: int) -> np.ndarray:
-    """Average (H, W, 3) uint8 over squares of ``factor`` pixels, one plane per colour.
-
-    Returns:
-        (3, H // factor, W // factor) float32 in 0..255; what is left at the edges is cut off.
-    """
+    """Average (H, W, 3) uint8 over squares of ``factor`` pixels: (3, H // factor, W // factor) float32 in 0..255."""
     planes = frame.transpose(2, 0, 1)
     if factor == 1:
         return np.ascontiguousarray(planes, dtype=np.float32)
@@ -147,13 +136,11 @@ def statistics(still: Still) -> tuple[float, ...]:
     """The values of :data:`STATISTICS` for one frame, in that order; 0 for textures of pictures under 3 pixels."""
     luma, colour = still.luma, still.colour
     sharpness, noise = texture(luma)
-    mean = float(luma.mean())
-    red, green, blue = colour
-    most, least = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    most, least = colour.max(axis=0), colour.min(axis=0)
     return (
         sharpness,
         float(luma.std()),
-        mean,
+        float(luma.mean()),
         float(((most - least) / np.maximum(most, 1.0)).mean()),
         colorfulness(colour),
         clipped_fraction(still.frame),
@@ -163,10 +150,7 @@ def statistics(still: Still) -> tuple[float, ...]:
 
 
 def texture(luma: np.ndarray) -> tuple[float, float]:
-    """Variance of the Laplacian, and Immerkaer's estimate of the deviation of the grain.
-
-    Args:
-        luma: (h, w) float32.
+    """Variance of the Laplacian of (h, w) float32, and Immerkaer's estimate of the deviation of the grain.
 
     Source: Immerkaer, "Fast noise variance estimation", 1996: the mean absolute response to the difference of two
     Laplacians, which smooth surfaces do not give.
@@ -202,18 +186,11 @@ def clipped_fraction(frame: np.ndarray) -> float:
 def blockiness(frame: np.ndarray) -> float:
     """Mean step across borders of 8x8 blocks over the mean step in the middle of blocks, both directions.
 
-    Args:
-        frame: (H, W, 3) uint8, full size: shrinking would move the borders.
+    The frame has its full size: shrinking would move the borders.
     """
-    borders, middles = [], []
-    for picture in (frame, frame.swapaxes(0, 1)):
-        if picture.shape[0] <= BLOCK:
-            continue
-        borders.append(_step(picture, BLOCK))
-        middles.append(_step(picture, BLOCK // 2))
-    if not borders:
-        return 1.0
-    return (sum(borders) + LEAST_STEP) / (sum(middles) + LEAST_STEP)
+    pictures = [picture for picture in (frame, frame.swapaxes(0, 1)) if len(picture) > BLOCK]
+    borders, middles = (sum(_step(picture, first) for picture in pictures) for first in (BLOCK, BLOCK // 2))
+    return (borders + LEAST_STEP) / (middles + LEAST_STEP)
 
 
 def _step(picture: np.ndarray, first: int) -> float:
@@ -369,10 +346,7 @@ def _gaussian() -> np.ndarray:
 
 
 def _patch_features(luma: np.ndarray) -> np.ndarray:
-    """Statistics of each patch of a picture.
-
-    Args:
-        luma: (h, w) float32, 16 pixels or more a side.
+    """Statistics of each patch of a picture (h, w), 16 pixels or more a side.
 
     Returns:
         (patches, 18) float64: shape and deviation of the generalised Gaussian of the normalised brightness; and, of

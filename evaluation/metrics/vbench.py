@@ -53,16 +53,11 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class _Span:
-    """A stretch of frames.
-
-    Attributes:
-        start: First frame.
-        length: Frames.
-        fps: Rate that sampling inside the span goes by: clips have VBench-Long's whole number of frames per second.
-    """
+    """A stretch of frames."""
 
     start: int
     length: int
+    # rate that sampling inside the span goes by: clips have VBench-Long's whole number of frames per second
     fps: float
 
     @property

@@ -54,25 +54,17 @@ HELD_BACK_SHARE = 12  # one combination of prompted attributes in this many is n
 
 @dataclass(frozen=True, kw_only=True)
 class Actor:
-    """One object: what the caption says (shape, colour, motion, speed) and what it does not.
-
-    Attributes:
-        radius: Radius of the circle of equal area at rest, in pixels of a 64-pixel frame.
-        phase: Start of the motion, radians.
-        anchor_x: Centre of the motion, pixels of a 64-pixel frame.
-        anchor_y: Same, downwards.
-        reach: Amplitude of the motion, pixels of a 64-pixel frame.
-    """
+    """One object: what the caption says (shape, colour, motion, speed) and what it does not."""
 
     shape: str
     colour: str
     motion: str
     speed: str
-    radius: float
-    phase: float
-    anchor_x: float
-    anchor_y: float
-    reach: float
+    radius: float  # of the circle of equal area at rest, in pixels of a 64-pixel frame
+    phase: float  # start of the motion, radians
+    anchor_x: float  # centre of the motion, pixels of a 64-pixel frame
+    anchor_y: float  # same, downwards
+    reach: float  # amplitude of the motion, pixels of a 64-pixel frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,33 +80,19 @@ class _Landmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Everything that fixes a video.
+    """Everything that fixes a video."""
 
-    Attributes:
-        actor: The main object.
-        second: Another object, or None.
-        background: Background colour name.
-        texture: plain, gradient, striped or checkered.
-        texture_x: Horizontal phase of the texture, pixels of a 64-pixel frame.
-        texture_y: Vertical phase of the texture, same unit.
-        camera: still, panning slowly or panning quickly.
-        camera_phase: Start of the pan, radians.
-        event: none, leaves or hides.
-        landmarks: Marks of the strip; empty when the camera is still.
-        says_speed: Whether the caption mentions the speed of the main object.
-    """
-
-    actor: Actor
+    actor: Actor  # the main object
     second: Actor | None
     background: str
-    texture: str
-    texture_x: float
-    texture_y: float
-    camera: str
-    camera_phase: float
-    event: str
-    landmarks: tuple[_Landmark, ...]
-    says_speed: bool
+    texture: str  # plain, gradient, striped or checkered
+    texture_x: float  # horizontal phase of the texture, pixels of a 64-pixel frame
+    texture_y: float  # vertical phase of the texture, same unit
+    camera: str  # still, panning slowly or panning quickly
+    camera_phase: float  # start of the pan, radians
+    event: str  # none, leaves or hides
+    landmarks: tuple[_Landmark, ...]  # marks of the strip; empty when the camera is still
+    says_speed: bool  # whether the caption mentions the speed of the main object
 
 
 def _choice(rng: np.random.Generator, names: Iterable[str]) -> str:
