@@ -48,7 +48,7 @@ def load(name: str):
     return config, tensors, model
 
 
-def roll(name: str, cache, **changes) -> float:
+def roll(name: str, cache, *, event=None, **changes) -> float:
     """Largest error of a rollout against a golden file."""
     config, tensors, model = load(name)
     settings = {
@@ -65,7 +65,7 @@ def roll(name: str, cache, **changes) -> float:
         "context_timestep": config["context_noise"],
     }
     if "event" in config:
-        settings["schedule"] = [(config["switch_frame"], tensors["prompt_embeds_after"], config["event"])]
+        settings["schedule"] = [(config["switch_frame"], tensors["prompt_embeds_after"], event or config["event"])]
     settings |= changes
     blocks = list(rollout_latents(model, tensors["prompt_embeds"], **settings))
     assert [b.start_frame for b in blocks] == list(range(0, sum(config["blocks"]), config["blocks"][-1]))
@@ -73,12 +73,8 @@ def roll(name: str, cache, **changes) -> float:
 
 
 def window(frames: int, sinks: int = 0, positions: str = "absolute") -> dict:
-    return {
-        "policy": "attention_sink",
-        "num_context_frames": frames,
-        "num_sink_frames": sinks,
-        "positions": positions,
-    }
+    sizes = {"num_context_frames": frames, "num_sink_frames": sinks}
+    return {"policy": "attention_sink", "positions": positions} | sizes
 
 
 def longlive(**changes) -> dict:
@@ -86,12 +82,8 @@ def longlive(**changes) -> dict:
 
 
 def deep_sink(frames: int, sinks: int) -> dict:
-    return {
-        "policy": "deep_forcing",
-        "compression": "none",
-        "num_context_frames": frames,
-        "num_sink_frames": sinks,
-    }
+    sizes = {"num_context_frames": frames, "num_sink_frames": sinks}
+    return {"policy": "deep_forcing", "compression": "none"} | sizes
 
 
 @pytest.mark.parametrize(
@@ -147,29 +139,31 @@ def test_a_wrong_policy_differs(name, cache):
     assert roll(name, cache) > 50 * TOLERANCE
 
 
-def test_a_causal_recache_differs():
-    """Hardly, with so few frames left in the window of so small a model."""
-    assert roll("longlive_recache", longlive(recache="causal")) > 10 * roll("longlive_recache", longlive())
+FOUR_STEPS = {"name": "few_step", "timesteps": [1000, 750, 500, 250]}
 
 
-@pytest.mark.parametrize("event", ["keep", "flush"])
-def test_another_event_differs(event):
-    config, tensors, _ = load("longlive_recache")
-    schedule = [(config["switch_frame"], tensors["prompt_embeds_after"], event)]
-    assert roll("longlive_recache", longlive(), schedule=schedule) > 50 * TOLERANCE
+@pytest.mark.parametrize(
+    ("name", "cache", "changes"),
+    [
+        ("sf_window6", window(6), {"sampler": FOUR_STEPS | {"flow_shift": 8.0}}),
+        ("longlive_recache", longlive(), {"event": "keep"}),
+        ("longlive_recache", longlive(), {"event": "flush"}),
+    ],
+)
+def test_a_wrong_setting_differs(name, cache, changes):
+    assert roll(name, cache, **changes) > 50 * TOLERANCE
 
 
-def test_sinks_kept_in_commits_differ():
-    """Hardly: in eleven blocks four commits are without sinks as released."""
-    kept = {"policy": "rolling_forcing", "commit": "keep_sinks"}
-    assert roll("rolling_forcing", kept) > 20 * roll("rolling_forcing", "rolling_forcing")
-
-
-def test_a_wrong_flow_shift_differs():
-    sampler = {"name": "few_step", "timesteps": [1000, 750, 500, 250], "flow_shift": 8.0}
-    assert roll("sf_window6", {"policy": "sliding_window", "num_context_frames": 6}, sampler=sampler) > 50 * TOLERANCE
-
-
-def test_an_ema_sink_that_never_moves_differs():
-    """A thousandth per block is little, but more than the tolerance."""
-    assert roll("ema_sink", {"policy": "ema_sink", "alpha": 1.0}) > 2 * TOLERANCE
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        # So few frames are left in the window of so small a model.
+        ("longlive_recache", longlive(), longlive(recache="causal")),
+        # In eleven blocks four commits are without sinks as released.
+        ("rolling_forcing", "rolling_forcing", {"policy": "rolling_forcing", "commit": "keep_sinks"}),
+        # A sink that never moves: a thousandth per block is little.
+        ("ema_sink", "ema_sink", {"policy": "ema_sink", "alpha": 1.0}),
+    ],
+)
+def test_what_hardly_differs_is_off_by_ten_times_the_error(name, right, wrong):
+    assert roll(name, wrong) > 10 * roll(name, right)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import WanPipeline
+from rollouts import make_video
 
 from longtake.cache import KVCache, Pass, make_policy
 from longtake.models import CausalTransformer, Prompt, Segment
@@ -12,14 +13,12 @@ from longtake.pipelines import LongVideoPipeline
 
 peft = pytest.importorskip("peft")
 
-PROMPT = "a red circle moving left over a navy plain background"
-SINK = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 SCALE = 8 / 4  # alpha over rank
 
 
 def run(pipe):
-    return pipe(PROMPT, num_frames=33, cache=SINK, seed=3, output_type="latent").frames
+    return make_video(pipe, output_type="latent")
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,13 @@ import accelerate
 import pytest
 import torch
 from diffusers import WanPipeline
+from rollouts import OTHER, PROMPT, SINK, joined, joined_frames
+from rollouts import make_video as run
 
 from longtake.models import TiledDecoder
 from longtake.models.wan import execution_device, offload_hooks
-from longtake.pipelines import LongVideoPipeline
 
-PROMPT = "a red circle moving left over a navy plain background"
-OTHER = "a blue square moving right"
-SINK = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 3}
 SETTINGS = {"num_frames": 33, "cache": SINK, "seed": 3}
-
-
-def run(pipe, prompt=PROMPT, **settings):
-    return pipe(prompt, output_type="pt", **(SETTINGS | settings)).frames
 
 
 def model_offload(pipe, tmp_path):
@@ -82,41 +76,25 @@ def test_layers_stored_in_another_type_are_cast_for_their_turn(tiny_pipe):
     assert 0 < (run(tiny_pipe) - expected).abs().max() < 0.1
 
 
-def test_offloading_needs_another_device_than_the_cpu(tiny_pipe):
-    for enable in (tiny_pipe.enable_model_cpu_offload, tiny_pipe.enable_sequential_cpu_offload):
-        if not torch.accelerator.is_available():
-            with pytest.raises(RuntimeError, match="requires accelerator"):
-                enable()
-
-
-def tile(pipe):
-    pipe.enable_vae_tiling(
-        tile_sample_min_height=16,
-        tile_sample_min_width=24,
-        tile_sample_stride_height=8,
-        tile_sample_stride_width=16,
-    )
-
-
 def test_a_video_decoded_in_tiles_is_diffusers_tiled_decode_and_continues(tiny_pipe):
     whole = run(tiny_pipe)
-    tile(tiny_pipe)
+    sizes = {"min_height": 16, "min_width": 24, "stride_height": 8, "stride_width": 16}
+    tiny_pipe.enable_vae_tiling(**{f"tile_sample_{name}": size for name, size in sizes.items()})
     session = tiny_pipe.start(PROMPT, **SETTINGS)
     chunks = [session.next_block()]
     tensors, numbers = session.state_dict()
     tensors = {key: value.clone() for key, value in tensors.items()}
     assert {key.split(".")[1] for key in tensors if key.startswith("decoder.")} >= {"tile_0_0", "tile_3_1"}
     chunks += list(session)
-    latents = torch.cat([chunk.latents for chunk in chunks], 1)
     with torch.no_grad():
-        offline = tiny_pipe.vae.decode(latents.transpose(1, 2)).sample.mul(0.5).add(0.5).transpose(1, 2)
-    video = torch.cat([chunk.frames for chunk in chunks], 1)
+        offline = tiny_pipe.vae.decode(joined(chunks).transpose(1, 2)).sample.mul(0.5).add(0.5).transpose(1, 2)
+    video = joined_frames(chunks)
     assert (video - offline).abs().max() < 1e-6
     assert not torch.equal(video, whole)
 
     again = tiny_pipe.start(PROMPT, **SETTINGS)
     again.load_state_dict(tensors, numbers)
-    assert torch.equal(torch.cat([chunk.frames for chunk in again], 1), video[:, 9:])
+    assert torch.equal(joined_frames(again), video[:, 9:])
 
     tiny_pipe.disable_vae_tiling()
     assert torch.equal(run(tiny_pipe), whole)
@@ -152,20 +130,6 @@ def test_the_text_encoder_goes_and_its_prompts_stay(tiny_pipe):
             refused()
     tiny_pipe.free_text_encoder([PROMPT])
     assert torch.equal(run(tiny_pipe, schedule=schedule), expected[0]), "what was known stays known"
-
-
-def test_a_video_continues_without_the_text_encoder(tiny_pipe, tiny_folder, tiny_family):
-    schedule = [(1.0, OTHER)]
-    session = tiny_pipe.start(PROMPT, schedule=schedule, **SETTINGS)
-    session.next_block()
-    tensors, numbers = session.state_dict()
-    tensors = {key: value.clone() for key, value in tensors.items()}
-    expected = torch.cat([chunk.frames for chunk in session], 1)
-    fresh = LongVideoPipeline.from_pretrained(tiny_folder, family=tiny_family)
-    fresh.free_text_encoder([PROMPT, OTHER])
-    again = fresh.start(PROMPT, **SETTINGS)
-    again.load_state_dict(tensors, numbers)
-    assert torch.equal(torch.cat([chunk.frames for chunk in again], 1), expected)
 
 
 def test_offloading_lets_a_freed_text_encoder_go(tiny_pipe, tmp_path):

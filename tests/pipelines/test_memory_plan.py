@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from live_bytes import LiveBytes
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -42,9 +41,14 @@ POLICY = {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames"
 DEEP = {"policy": "deep_forcing", "num_context_frames": 12, "num_sink_frames": 3, "num_budget_frames": 9}
 
 
+def tiny_shapes(**transformer):
+    configs = {"transformer": TRANSFORMER | transformer, "vae": VAE, "text_encoder": UMT5}
+    return ModelShapes(configs, {}, "tiny")
+
+
 def request(**changes):
     settings = {
-        "shapes": ModelShapes({"transformer": TRANSFORMER, "vae": VAE, "text_encoder": UMT5}, {}, "tiny"),
+        "shapes": tiny_shapes(),
         "policy": make_policy(POLICY),
         "sampler": make_sampler("few_step"),
         **{"height": 64, "width": 96, "num_latent_frames": 30, "frames_per_block": 3},
@@ -56,8 +60,7 @@ def request(**changes):
 @pytest.fixture(scope="module")
 def plan():
     numbers = {"transformer": (1000, 0), "text_encoder": (10_000, 0), "vae": (100, 0)}
-    shapes = replace(request().shapes, numbers=numbers)
-    return plan_memory(request(shapes=shapes))
+    return plan_memory(request(shapes=replace(tiny_shapes(), numbers=numbers)))
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.bfloat16, 2)])
@@ -66,8 +69,7 @@ def plan():
 def test_a_forwards_moment_is_that_of_live_tensors(policy, dtype, batch, merges):
     """The real forward, counted on the CPU, with what attention allocates in its place."""
     config = TRANSFORMER | {"num_attention_heads": 4, "ffn_dim": 384}
-    shapes = replace(request().shapes, configs=request().shapes.configs | {"transformer": config})
-    settings = {"shapes": shapes, "policy": make_policy(policy), "dtype": dtype, "batch_size": batch}
+    settings = {"shapes": tiny_shapes(**config), "policy": make_policy(policy), "dtype": dtype, "batch_size": batch}
     planned = plan_memory(request(**settings, merge_commit=merges, height=256, width=384))
     causal = CausalTransformer(make_transformer(config, dtype, num_layers=2, device="cpu"), attention=attend_nothing)
     geometry = replace(planned.request.geometry(), device=torch.device("cpu"))
@@ -90,11 +92,24 @@ def test_a_forwards_moment_is_that_of_live_tensors(policy, dtype, batch, merges)
     assert planned.text == layers + prompt.embeds.nbytes + prompt.projected.nbytes
 
 
-def test_a_wider_feed_forward_and_joint_passes_take_more(plan):
-    wide = plan.request.shapes.configs | {"transformer": TRANSFORMER | {"ffn_dim": 384}}
-    wider = plan_memory(request(shapes=replace(plan.request.shapes, configs=wide), merge_commit=False)).forward
-    right, merged = (plan_memory(request(merge_commit=merges)).forward for merges in (False, True))
-    assert merged > 1.2 * right and wider > 1.2 * right
+JOINT = {"sampler": make_sampler("rolling_window"), "policy": make_policy("rolling_forcing"), "merge_commit": False}
+SLIDING = make_policy({"policy": "sliding_window", "num_context_frames": 21, "positions": "absolute"})
+
+
+@pytest.mark.parametrize(
+    ("figure", "changes", "larger", "least", "most"),
+    [
+        ("forward", {"merge_commit": False}, {"shapes": tiny_shapes(ffn_dim=384)}, 1.2, 2),
+        ("forward", {"merge_commit": False}, {"merge_commit": True}, 1.2, 3),
+        ("forward", {"policy": SLIDING, "merge_commit": False}, JOINT, 2, 6),
+        ("held", {"num_latent_frames": 60}, {"num_latent_frames": 120}, 1, 1),
+        ("held", {"policy": make_policy("full"), "num_latent_frames": 60}, {"num_latent_frames": 120}, 1.5, 2),
+    ],
+    ids=["wide feed-forward", "joint commit", "windows of blocks", "length, bounded cache", "length, full history"],
+)
+def test_a_plan_grows_with(figure, changes, larger, least, most):
+    before, after = (getattr(plan_memory(request(**settings)), figure) for settings in (changes, changes | larger))
+    assert least * before <= after <= most * before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -195,21 +210,6 @@ def test_guidance_takes_a_cache_for_each_branch(plan):
     assert guided.held - guided.modulation - guided.features == 2 * (plan.held - plan.modulation - plan.features)
 
 
-def test_length_matters_to_a_cache_that_grows_alone():
-    short, long = (plan_memory(request(num_latent_frames=n)).held for n in (60, 120))
-    assert short == long
-    short, long = (plan_memory(request(num_latent_frames=n, policy=make_policy("full"))).held for n in (60, 120))
-    assert long > 1.5 * short
-
-
-def test_windows_of_blocks_take_a_larger_forward():
-    window = make_sampler("rolling_window")
-    policy = make_policy({"policy": "sliding_window", "num_context_frames": 21, "positions": "absolute"})
-    alone = plan_memory(request(policy=policy, merge_commit=False))
-    joint = plan_memory(request(policy=make_policy("rolling_forcing"), sampler=window, merge_commit=False))
-    assert joint.forward > 2 * alone.forward
-
-
 def test_what_does_not_fit_the_blocks_is_refused():
     with pytest.raises(ValueError, match="num_context_frames=3"):
         plan_memory(request(policy=make_policy({**POLICY, "num_context_frames": 3})))
@@ -218,11 +218,3 @@ def test_what_does_not_fit_the_blocks_is_refused():
 def test_this_machine_has_memory():
     total, available = machine_memory("cpu")
     assert 0 < available <= total
-
-
-def test_meta_models_are_loaded_ones_in_shape_and_dtype(tiny_folder):
-    loaded = AutoencoderKLWan.from_pretrained(tiny_folder / "vae", dtype=torch.bfloat16)
-    made = make_vae(dict(loaded.config), torch.bfloat16)
-    assert {n: (p.shape, p.dtype) for n, p in made.named_parameters()} == {
-        n: (p.shape, p.dtype) for n, p in loaded.named_parameters()
-    }

@@ -16,7 +16,7 @@ import run_fakes
 from run_fakes import PROMPT, FakeSession, generate, hashes, make_config, resume
 
 from longtake.configs.loader import load_run
-from longtake.pipelines import checkpoint
+from longtake.pipelines import checkpoint, run_folder
 from longtake.pipelines.run_folder import BlockLog, RunFolder, branch_point, fork_run
 from longtake.pipelines.run_video import run_video
 from longtake.pipelines.video_file import count_frames
@@ -266,3 +266,23 @@ def test_damage_is_named(broken):
         resume(path)
     newest.unlink()
     assert resume(path).status == "finished"
+
+
+@pytest.mark.parametrize("limit", [1 << 28, 10])
+def test_the_weights_hash_sees_every_kind_of_change(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(run_folder, "_FULL_HASH_BYTES", limit)
+    monkeypatch.setattr(run_folder, "_SAMPLE_BYTES", 8)
+    path, data = tmp_path / "transformer" / "weights.safetensors", b"0123456789" * 100
+    path.parent.mkdir()
+    path.write_bytes(data)
+    before = run_folder.weights_hash(tmp_path)
+    assert before["method"] == ("full" if limit > 1000 else "sampled")
+    assert (before["num_files"], before["num_bytes"]) == (1, 1000)
+    (tmp_path / "notes.txt").write_text("not a weight")
+    assert run_folder.weights_hash(tmp_path) == before
+    changes = {path: [b"1" + data[1:], data[:-1] + b"x", data + b"0"], path.with_stem("renamed"): [data]}
+    for file, contents in changes.items():
+        path.unlink()
+        for changed in contents:
+            file.write_bytes(changed)
+            assert run_folder.weights_hash(tmp_path)["sha256"] != before["sha256"]
