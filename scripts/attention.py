@@ -1,11 +1,9 @@
 """``longtake attention``: which backend a call gets on this machine, and what a policy leaves of it."""
 
-import inspect
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -13,15 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from longtake.configs.fields import did_you_mean
-from longtake.scripts.console import out
+from longtake.scripts.console import out, takes_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from longtake.attention import AttentionGeometry, AttentionRequest, BlockPlan, SparsePolicy
     from longtake.attention.dispatch import Row
-
-T = TypeVar("T")
 
 ASPECT = 832 / 480  # of a frame whose rows and columns are not said
 WIDTH = 880  # pixels of all keys
@@ -38,21 +34,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Which attention backend a call gets on this machine, and what sparse policies leave of it.",
 )
-
-
-def _command(options: type[T], **settings: Any) -> Callable[[Callable[[T], None]], Callable[[T], None]]:
-    """Make a command of a function of one dataclass, whose fields are the command's options."""
-
-    def register(function: Callable[[T], None]) -> Callable[[T], None]:
-        def command(**values: Any) -> None:
-            function(options(**values))
-
-        vars(command)["__signature__"] = inspect.signature(options)
-        command.__annotations__ = get_type_hints(options, include_extras=True)
-        app.command(function.__name__, help=inspect.getdoc(function), **settings)(command)
-        return function
-
-    return register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +116,8 @@ class _Call:
         return int(parts[1]), int(parts[2])
 
 
-@_command(_Call)
+@app.command("explain")
+@takes_options(_Call)
 def explain(call: _Call) -> None:
     """Say what every attention backend answers to a call, and which one is taken.
 
@@ -234,7 +216,8 @@ class _Mask:
         return make_attention_policy(settings)
 
 
-@_command(_Mask, no_args_is_help=True)
+@app.command("show", no_args_is_help=True)
+@takes_options(_Mask)
 def show(mask: _Mask) -> None:
     """Print the share of dense attention that a policy leaves, and with --out draw its mask, token by token.
 

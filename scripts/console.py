@@ -3,10 +3,9 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
-from inspect import Parameter, Signature
+from inspect import signature
 from types import FrameType
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -65,18 +64,8 @@ def takes_options(options: type[T]) -> Callable[[Callable[[T], None]], Callable[
         def run(**values: Any) -> None:
             command(options(**values))
 
-        hints = get_type_hints(options, include_extras=True)
-        parameters = [
-            Parameter(
-                field.name,
-                Parameter.KEYWORD_ONLY,
-                default=Parameter.empty if field.default is MISSING else field.default,
-                annotation=hints[field.name],
-            )
-            for field in fields(cast(Any, options))
-        ]
-        run.__doc__, run.__annotations__ = command.__doc__, hints
-        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        vars(run)["__signature__"] = signature(options)
+        run.__doc__, run.__annotations__ = command.__doc__, get_type_hints(options, include_extras=True)
         return run
 
     return decorate
@@ -108,7 +97,7 @@ def progress(text: str, *, total: float) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
-        def show(completed: float, *, is_due: bool, **fields: float) -> None:
+        def show(completed: float, *, is_due: bool, **fields: object) -> None:
             line = text.format(**fields)
             bar.update(task, completed=completed, description=line)
             if is_due and not err.is_terminal:

@@ -2,17 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn
 
 from longtake.configs.fields import choose
-from longtake.scripts.console import EXIT_INTERRUPTED, err, out, stop_requests, takes_options
+from longtake.scripts.console import EXIT_INTERRUPTED, err, out, progress, stop_requests, takes_options
 
 if TYPE_CHECKING:
     from longtake.evaluation.backbones import Backbones
@@ -472,20 +471,19 @@ def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> b
 
 @contextmanager
 def _display(evaluation: "Evaluation") -> "Iterator[_Display]":
-    columns = (TextColumn("{task.percentage:3.0f} %"), BarColumn(), TextColumn("{task.fields[left]}"))
-    bar = Progress(*columns, console=err, disable=not err.is_terminal)
-    with bar:
-        yield _Display(evaluation, bar)
+    total = sum(unit.num_steps for unit in evaluation.units)
+    with progress("{percent:3.0f} %  {elapsed} so far, {left}", total=total) as show:
+        yield _Display(evaluation, total, show)
 
 
 class _Display:
     """Progress of an evaluation: a bar in a terminal, a line every tenth elsewhere."""
 
-    def __init__(self, evaluation: "Evaluation", bar: Progress) -> None:
+    def __init__(self, evaluation: "Evaluation", total: int, show: Callable[..., None]) -> None:
         todo = evaluation.todo()
         num_todo, num_videos = (sum(len(unit.lines) for unit in units) for units in (todo, evaluation.units))
-        self._total = sum(unit.num_steps for unit in evaluation.units)
-        self._finished = self._begun = self._total - sum(unit.num_steps for unit in todo)
+        self._total = total
+        self._finished = self._begun = total - sum(unit.num_steps for unit in todo)
         self._partial: dict[tuple[str, int], float] = {}
         self._begin: float | None = None
         self._title = f"{num_videos} videos in {len(evaluation.runs)} runs: {', '.join(evaluation.labels)}"
@@ -493,9 +491,8 @@ class _Display:
             self._title += f"; {num_videos - num_todo} are finished"
         if num_again := sum(len(unit.lines) for unit in todo if unit.is_done(keep_videos=False)):
             self._title += f"\n{num_again} were measured and not kept, and are made again: or use --no-keep-videos"
-        self._shown = int(10 * self._begun / self._total)
-        self._bar = bar
-        self._task = bar.add_task("", total=self._total, completed=self._begun, left="")
+        self._tenth = int(10 * self._begun / total)
+        self._show_line = show
 
     def ready(self) -> None:
         """Estimate the time that is left from here, when the first worker has loaded everything."""
@@ -519,11 +516,9 @@ class _Display:
         new = steps - self._begun
         elapsed = time.perf_counter() - (self._begin or 0.0)
         left = _clock(elapsed * (self._total - steps) / new) + " left" if new > 0 else ""
-        tenth = int(10 * steps / self._total)
-        self._bar.update(self._task, completed=steps, left=left)
-        if self._bar.disable and tenth > self._shown:
-            self._shown = tenth
-            err.print(f"{100 * steps / self._total:3.0f} %  {_clock(elapsed)} so far, {left}")
+        last, self._tenth = self._tenth, max(self._tenth, int(10 * steps / self._total))
+        about = {"percent": 100 * steps / self._total, "elapsed": _clock(elapsed), "left": left}
+        self._show_line(steps, is_due=self._tenth > last, **about)
 
 
 def _clock(seconds: float) -> str:

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from longtake.evaluation.backbones import Backbones
-from longtake.evaluation.report.data import find_flags
 from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.metrics import make_metrics
 from longtake.evaluation.metrics.judge import (
@@ -21,6 +20,7 @@ from longtake.evaluation.metrics.judge import (
 )
 from longtake.evaluation.mini_world.judge import load_judge
 from longtake.evaluation.mini_world.scenes import describe, held_back_scenes, parse_caption, render
+from longtake.evaluation.report.data import find_flags
 from longtake.evaluation.running.suites import moving_scenes
 
 SCENES = held_back_scenes(24, seed=64)
