@@ -17,10 +17,7 @@ _CLASSES: tuple[type[Backend], ...] = (
     pytorch.FlexEager,
     packages.Flash,
     packages.Flash3,
-    packages.Flash4,
     packages.Xformers,
-    packages.Flashinfer,
-    packages.FlashinferVariable,
     packages.Sage,
 )
 BACKENDS = {cls.name: cls for cls in _CLASSES}

@@ -4,10 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from types import ModuleType
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -67,7 +65,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFacts:
-    """Properties of a block plan that decide which backends can run it."""
+    """Properties of a block plan that decide how a backend runs it, and whether it can."""
 
     density: float  # share of (query, key) pairs that is computed; 1: the plan is dense attention
     num_heads: int  # maps, 1 if all heads share one
@@ -168,9 +166,7 @@ class Limits:
     min_capability: tuple[int, int] = (0, 0)  # lowest compute capability, on CUDA devices
     max_head_dim: int | None = None
     head_dim_step: int = 1  # head_dim must be a multiple of it
-    plans: Literal["none", "shared", "per_head"] = "none"  # shared: all heads must share one map
-    needs_plan: bool = False
-    varying_blocks: bool = True  # blocks may be of several sizes
+    plans: Literal["none", "any", "only"] = "none"  # only: every call needs one
     lse: bool = True  # it returns the log-sum-exp
     grouped: bool = True  # there may be fewer heads of keys than of queries
     backward: bool = True
@@ -238,18 +234,6 @@ class Backend(ABC):
         """Compute attention over tokens that stand in the plan's order already."""
 
     @classmethod
-    def _load(cls, module: str | None = None) -> ModuleType:
-        """Import its package, at the first run."""
-        module = module or cls.module
-        try:
-            return import_module(module)
-        except ModuleNotFoundError as error:
-            raise cls._unusable(f"importing {module!r} failed: {error}", "missing_package") from error
-        except (ImportError, OSError, RuntimeError) as error:
-            hint = f"Reinstall it for torch {torch.__version__}."
-            raise cls._unusable(f"importing {module!r} failed: {error}", "version", hint) from error
-
-    @classmethod
     def _unusable(cls, text: str, code: Code, hint: str = "") -> BackendUnavailable:
         hint = hint or f"Install with: {cls.install}."
         message = f"backend {cls.name!r} is not usable: {text}. {hint}"
@@ -289,14 +273,9 @@ def _device_reasons(limits: Limits, request: AttentionRequest) -> Iterator[Reaso
 
 
 def _feature_reasons(limits: Limits, request: AttentionRequest) -> Iterator[Reason]:
-    plan = request.plan
-    if plan is not None and limits.plans == "none":
+    if request.plan is not None and limits.plans == "none":
         yield Reason("it has no block sparsity")
-    elif plan is not None and plan.num_heads > 1 and limits.plans == "shared":
-        yield Reason(f"all heads must share one map, and the plan tells {plan.num_heads} apart")
-    if plan is not None and not limits.varying_blocks and None in (plan.q_block, plan.k_block):
-        yield Reason("blocks must be of one size, and the plan's vary")
-    if plan is None and limits.needs_plan:
+    if request.plan is None and limits.plans == "only":
         yield Reason("it is only for block plans, and there is none")
     if request.return_lse and not limits.lse:
         yield Reason("it does not return the log-sum-exp")

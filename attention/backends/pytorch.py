@@ -90,7 +90,7 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | N
     return out.to(q.dtype), lse
 
 
-_ANYWHERE = Limits(devices=("cpu", "cuda", "mps", "xpu"), dtypes=FLOATS, plans="per_head")
+_ANYWHERE = Limits(devices=("cpu", "cuda", "mps", "xpu"), dtypes=FLOATS, plans="any")
 
 
 class Sdpa(Backend):
@@ -114,7 +114,7 @@ class SdpaMasked(Backend):
     """PyTorch's attention under the plan's mask, token by token: all pairs are computed, slower than dense."""
 
     name = "sdpa_masked"
-    limits = replace(_ANYWHERE, needs_plan=True)
+    limits = replace(_ANYWHERE, plans="only")
     verified_on = frozenset({"cpu", "cuda"})
 
     def _execute(self, call: AttentionCall) -> Result:
@@ -156,7 +156,7 @@ class GatherSdpa(Backend):
     """
 
     name = "gather_sdpa"
-    limits = replace(_ANYWHERE, needs_plan=True)
+    limits = replace(_ANYWHERE, plans="only")
     verified_on = frozenset({"cpu", "cuda"})
 
     def _execute(self, call: AttentionCall) -> Result:
@@ -284,7 +284,7 @@ class FlexEager(Backend):
     """flex_attention uncompiled: every score is computed and held. For debugging plans on short videos."""
 
     name = "flex_eager"
-    limits = Limits(devices=("cpu", "cuda"), dtypes=FLOATS, plans="per_head", needs_plan=True, backward=False)
+    limits = Limits(devices=("cpu", "cuda"), dtypes=FLOATS, plans="only", backward=False)
     verified_on = frozenset({"cpu"})
 
     @classmethod
@@ -306,13 +306,7 @@ class Flex(Backend):
     """flex_attention compiled, once per shape: half a minute on a CPU the first time, and only by name there."""
 
     name = "flex"
-    limits = Limits(
-        devices=("cpu", "cuda"),
-        dtypes=FLOATS[1:],
-        min_capability=(7, 5),
-        plans="per_head",
-        needs_plan=True,
-    )
+    limits = Limits(devices=("cpu", "cuda"), dtypes=FLOATS[1:], min_capability=(7, 5), plans="only")
     verified_on = frozenset({"cpu"})
 
     @classmethod

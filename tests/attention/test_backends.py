@@ -1,6 +1,5 @@
 """Every backend against attention written out in float64; those that cannot run here, with kernels written out."""
 
-import math
 import re
 import subprocess
 import sys
@@ -194,81 +193,6 @@ def test_flex_compiled_equals_the_reference_and_compiles_once_per_shape():
         _assert_equal("flex", *tokens, _plan(case, seed=5, density=0.7), with_lse=False)
 
 
-class _BsrWrapper:
-    """FlashInfer's interface, written out: blocks as BSR, sums in base 2."""
-
-    tokens_first = True
-
-    def __init__(self, workspace):
-        self.calls = 0
-
-    def plan(self, indptr, indices, M, N, R, C, heads, kv_heads, head_dim, *, sm_scale, q_data_type):  # noqa: N803
-        blocks = torch.zeros(len(indptr) - 1, -(-N // C), dtype=torch.bool)
-        for row, (start, stop) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
-            blocks[row, indices[start:stop].long()] = True
-        self.mask = blocks.repeat_interleave(R, 0)[:M].repeat_interleave(C, 1)[:, :N][None]
-        self.scale = sm_scale
-
-    def run(self, q, k, v, *, return_lse):
-        self.calls += 1
-        q, k, v = (x if self.tokens_first else x.transpose(0, 1) for x in (q, k, v))
-        mask = self.mask.repeat_interleave(q.shape[1] // len(self.mask), dim=0)
-        out, lse = reference.attention(q[None], k[None], v[None], mask, scale=self.scale)
-        out, lse = out[0].to(q.dtype), (lse[0] / math.log(2)).float()
-        return (out, lse.transpose(0, 1)) if self.tokens_first else (out.transpose(0, 1), lse)
-
-
-class _VariableWrapper(_BsrWrapper):
-    """Blocks with sizes per head, heads first."""
-
-    tokens_first = False
-
-    def plan(self, mask, rows, columns, heads, kv_heads, head_dim, *, sm_scale, q_data_type):
-        assert rows.dtype == columns.dtype == torch.int32 and len(mask) == len(rows) == len(columns) == kv_heads
-        heads = zip(mask, rows, columns, strict=True)
-        self.mask = torch.stack([m.repeat_interleave(r, 0).repeat_interleave(c, 1) for m, r, c in heads])
-        self.scale = sm_scale
-
-
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [
-        ("flashinfer", "cached"),
-        ("flashinfer_variable", "frames"),
-        ("flashinfer_variable", "grouped"),
-        ("flashinfer_variable", "square, small blocks"),
-    ],
-)
-def test_flashinfer_is_given_the_plan_and_its_base_2_sums_are_converted(name, case, monkeypatch):
-    wrappers = {"BlockSparseAttentionWrapper": _BsrWrapper, "VariableBlockSparseAttentionWrapper": _VariableWrapper}
-    module = SimpleNamespace(**wrappers)
-    monkeypatch.setattr(BACKENDS[name], "_load", classmethod(lambda cls, module_name=None: module))
-    monkeypatch.setattr(packages, "_workspace", lambda device: torch.empty(8))
-    plan = _plan(CASES[case])
-    _assert_equal(name, *_tokens(CASES[case]), plan)
-    # Planned once, run for each of two samples in two calls.
-    assert [wrapper.calls for wrapper in packages._wrappers[plan].values()] == [4]
-
-
-@pytest.mark.parametrize("case", [None, "ragged", "square"])
-def test_flash_attn_4_is_called_as_documented(case, monkeypatch):
-    def kernel(q, k, v, *, softmax_scale, return_lse, block_sparse_tensors=None):
-        mask = None
-        if block_sparse_tensors is not None:
-            counts, index = block_sparse_tensors.full_block_cnt, block_sparse_tensors.full_block_idx
-            assert not block_sparse_tensors.mask_block_cnt.any()
-            blocks = torch.zeros(*counts.shape[1:], -(-k.shape[1] // 128), dtype=torch.bool)
-            for head, row in ((head, row) for head in range(len(blocks)) for row in range(blocks.shape[1])):
-                blocks[head, row, index[0, head, row, : counts[0, head, row]].long()] = True
-            mask = blocks.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, : q.shape[1], : k.shape[1]]
-        out, lse = reference.attention(q, k, v, mask, scale=softmax_scale)
-        return (out.to(q.dtype), lse.float(), None) if return_lse else out.to(q.dtype)
-
-    module = SimpleNamespace(flash_attn_func=kernel, BlockSparseTensorsTorch=SimpleNamespace)
-    monkeypatch.setattr(BACKENDS["flash4"], "_load", classmethod(lambda cls, module_name=None: module))
-    _assert_equal("flash4", *_tokens(CASES[case or "cached"]), _plan(CASES[case]) if case else None)
-
-
 @pytest.mark.parametrize(
     ("name", "attribute", "flag"),
     [
@@ -306,7 +230,7 @@ def test_backends_that_are_not_here_are_skipped_with_their_reason(name):
     if not backend.available().ok or (device == "cuda" and not torch.cuda.is_available()):
         pytest.skip(backend.available().text or "no CUDA device")
     dtype = backend.limits.dtypes[-1]
-    plan = _plan(CASES["square"]) if backend.limits.needs_plan else None
+    plan = _plan(CASES["square"]) if backend.limits.plans == "only" else None
     q, k, v = (x.to(device) for x in _tokens(CASES["square"], dtype=dtype, head_dim=64))
     verdict = backend.supports(AttentionRequest.of(AttentionCall(q, k, v, plan)))
     if not verdict.ok:

@@ -278,13 +278,13 @@ def test_compiled_blocks_break_their_graph_at_attention(pipe, inputs):
         ({"policy": "radial", "blok_size": 4}, None, "block_size"),
         ("radial", "sdpa_maskd", "Did you mean 'sdpa_masked'"),
         ({"policy": "radial", "backend": "gather"}, None, "unknown attention backend 'gather'"),
-        ("radial", "flash4", "flash4"),
+        ("radial", "flash3", "flash3"),
         ("light_forcing", None, "has no bidirectional form"),
     ],
 )
 def test_settings_are_checked_before_anything_changes(pipe, attention, backend, message):
     before = state_of(pipe)
-    error = BackendUnavailable if backend == "flash4" else ValueError
+    error = BackendUnavailable if backend == "flash3" else ValueError
     with pytest.raises(error, match=message), sparse_wan(pipe, attention, backend=backend):
         pytest.fail("the block must not begin")
     assert state_of(pipe) == before
