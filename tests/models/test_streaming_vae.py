@@ -1,4 +1,4 @@
-"""The streamed VAE equals the offline one bit for bit, in any chunking, and continues from a saved state."""
+"""The streamed VAE equals diffusers' own, whole or in tiles, bit for bit in any chunking, and continues when saved."""
 
 import copy
 import json
@@ -9,15 +9,20 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, WanUpsample
 from safetensors.torch import load, save
 
-from longtake.models.streaming_vae import StreamingDecoder, StreamingEncoder, use_fast_kernels
+from longtake.models.streaming_vae import (
+    StreamingDecoder,
+    StreamingEncoder,
+    TiledDecoder,
+    _FeatureMap,
+    streaming_decoder,
+    use_fast_kernels,
+)
 
-COMMON = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
 PATCHED = {"patch_size": 2, "in_channels": 12, "out_channels": 12}
 CONFIGS = {
-    "wan21": {**COMMON, "dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True]},
-    "patched": {**COMMON, **PATCHED, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True]},
+    "wan21": {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True]},
+    "patched": {**PATCHED, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "scale_factor_spatial": 8},
     "residual": {
-        **COMMON,
         **PATCHED,
         "dim_mult": [1, 2, 2, 2],
         "temperal_downsample": [False, True, True],
@@ -25,116 +30,114 @@ CONFIGS = {
         "scale_factor_spatial": 16,
     },
 }
-DECODE_SIZES = [[1] * 8, [3, 3, 2], [4, 4], [2, 1, 5], [8]]
-ENCODE_SIZES = [[29], [9, 12, 8], [1, *[4] * 7], [5, 7, 3, 2, 12], [2, 2, 25]]
+# Tiles of 5x6 latent positions that overlap by 1 and 2; the last ones of a 12x14 frame are narrower.
+TILES = {"height": (40, 32), "width": (48, 32)}
+
+
+def build(name):
+    torch.manual_seed(0)
+    return AutoencoderKLWan(**CONFIGS[name], base_dim=4, z_dim=4, num_res_blocks=1).eval()
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
 def vae(request):
-    torch.manual_seed(0)
-    return AutoencoderKLWan(**CONFIGS[request.param]).eval()
+    return build(request.param)
 
 
-def split(tensor, sizes):
-    return tensor.split(sizes, dim=2)
+def tile(vae, *, height=TILES["height"], width=TILES["width"]):
+    vae.enable_tiling(height[0], width[0], height[1], width[1])
 
 
-def through_file(state):
-    """Send a state through the forms it takes on disk: safetensors bytes and JSON."""
-    tensors, numbers = state
-    return load(save(tensors)), json.loads(json.dumps(numbers))
+def random_latents(frames, *, size=(4, 6), batch=2):
+    return torch.randn(batch, 4, frames, *size, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_streamed_decode_equals_offline_decode(vae, batch):
-    latents = torch.randn(batch, 4, 8, 4, 6, generator=torch.Generator().manual_seed(1))
+def random_frames(frames, size, *, batch=2):
+    return torch.rand(batch, 3, frames, size, size, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+def continued(stream, fresh):
+    """A stream in the state of another, sent through the forms it takes on disk: safetensors bytes and JSON."""
+    tensors, numbers = stream.state_dict()
+    fresh.load_state_dict(load(save(tensors)), json.loads(json.dumps(numbers)))
+    return fresh
+
+
+def stored_numbers(stream):
+    return sum(tensor.numel() for tensor in stream.state_dict()[0].values())
+
+
+def test_streamed_decode_equals_offline_decode(vae):
+    latents = random_latents(8)
     offline = vae.decode(latents, return_dict=False)[0].detach()
-    for sizes in DECODE_SIZES:
+    for sizes in ([1] * 8, [3, 3, 2], [8]):
         decoder = StreamingDecoder(vae)
-        parts = [decoder.decode(part) for part in split(latents, sizes)]
-        assert parts[0].shape[2] == 1 + 4 * (sizes[0] - 1)
-        assert all(part.shape[2] == 4 * size for part, size in zip(parts[1:], sizes[1:], strict=True))
-        assert (torch.cat(parts, dim=2) - offline).abs().max() == 0, sizes
+        parts = [decoder.decode(part) for part in latents.split(sizes, dim=2)]
+        assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(sizes)]
+        assert torch.equal(torch.cat(parts, dim=2), offline), sizes
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_streamed_encode_equals_offline_encode(vae, batch):
+def test_streamed_encode_equals_offline_encode(vae):
     # 4x4 latent positions or more: below that the matrix library rounds short and long inputs differently.
-    size = 4 * vae.spatial_compression_ratio
-    frames = torch.rand(batch, 3, 29, size, size, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    frames = random_frames(29, 4 * vae.spatial_compression_ratio)
     offline = vae.encode(frames).latent_dist.mode().detach()
-    for sizes in ENCODE_SIZES:
+    for sizes in ([1, *[4] * 7], [5, 7, 3, 2, 12], [2, 2, 25]):
         encoder = StreamingEncoder(vae)
-        parts = [encoder.encode(part) for part in split(frames, sizes)]
-        assert (torch.cat(parts, dim=2) - offline).abs().max() == 0, sizes
+        parts = [encoder.encode(part) for part in frames.split(sizes, dim=2)]
+        assert torch.equal(torch.cat(parts, dim=2), offline), sizes
 
 
 def test_frames_short_of_a_latent_frame_wait(vae):
-    frames = torch.zeros(1, 3, 3, 32, 32)
-    encoder = StreamingEncoder(vae)
-    assert encoder.encode(frames).shape[2] == 1
-    assert encoder.encode(frames[:, :, :1]).shape[2] == 0
-    assert encoder.encode(frames[:, :, :1]).shape[2] == 1
+    encoder, frames = StreamingEncoder(vae), torch.zeros(1, 3, 3, 32, 32)
+    counts = [encoder.encode(part).shape[2] for part in (frames, frames[:, :, :1], frames[:, :, :1])]
+    assert counts == [1, 0, 1]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, 5])
+@pytest.mark.parametrize("stop", [0, 1, 5])
 def test_saved_decoder_continues_bit_identically(vae, stop):
-    latents = torch.randn(2, 4, 8, 4, 4, generator=torch.Generator().manual_seed(3))
-    whole = StreamingDecoder(vae)
-    first = whole.decode(latents[:, :, :stop]) if stop else None
-    continued = StreamingDecoder(vae)
-    continued.load_state_dict(*through_file(whole.state_dict()))
+    latents, whole = random_latents(8, size=(4, 4)), StreamingDecoder(vae)
+    if stop:
+        whole.decode(latents[:, :, :stop])
+    again = continued(whole, StreamingDecoder(vae))
     expected = whole.decode(latents[:, :, stop:])
-    assert torch.equal(continued.decode(latents[:, :, stop:]), expected)
-    if first is not None:
+    assert torch.equal(again.decode(latents[:, :, stop:]), expected)
+    if stop:
         fresh = StreamingDecoder(vae).decode(latents[:, :, stop:])
         assert fresh.shape != expected.shape, "a decoder without the state must not pass for a continued one"
 
 
 def test_saved_encoder_continues_bit_identically(vae):
-    frames = torch.rand(1, 3, 21, 32, 32, generator=torch.Generator().manual_seed(4)) * 2 - 1
-    whole = StreamingEncoder(vae)
+    frames, whole = random_frames(21, 32, batch=1), StreamingEncoder(vae)
     whole.encode(frames[:, :, :11])
-    continued = StreamingEncoder(vae)
-    continued.load_state_dict(*through_file(whole.state_dict()))
-    assert torch.equal(continued.encode(frames[:, :, 11:]), whole.encode(frames[:, :, 11:]))
+    again = continued(whole, StreamingEncoder(vae))
+    assert torch.equal(again.encode(frames[:, :, 11:]), whole.encode(frames[:, :, 11:]))
 
 
-def test_two_streams_share_one_vae(vae):
-    latents = torch.randn(2, 1, 4, 6, 4, 4, generator=torch.Generator().manual_seed(5))
-    alone = [vae.decode(one, return_dict=False)[0] for one in latents]
-    streams = [StreamingDecoder(vae), StreamingDecoder(vae)]
-    parts = [[], []]
-    for start in (0, 3):
-        for stream, one, out in zip(streams, latents, parts, strict=True):
-            out.append(stream.decode(one[:, :, start : start + 3]))
-    for out, expected in zip(parts, alone, strict=True):
-        assert torch.equal(torch.cat(out, dim=2), expected)
-
-
-def test_state_does_not_grow(vae):
-    decoder = StreamingDecoder(vae)
-    sizes = []
-    for _ in range(6):
-        decoder.decode(torch.zeros(1, 4, 2, 4, 4))
-        tensors, _ = decoder.state_dict()
-        sizes.append(sum(tensor.numel() for tensor in tensors.values()))
-    assert len(set(sizes[1:])) == 1
+def test_two_streams_share_one_vae_and_their_states_do_not_grow(vae):
+    videos = random_latents(6, size=(4, 4)).split(1)
+    streams, parts, sizes = [StreamingDecoder(vae), StreamingDecoder(vae)], ([], []), set()
+    for start in (0, 2, 4):
+        for stream, video, out in zip(streams, videos, parts, strict=True):
+            out.append(stream.decode(video[:, :, start : start + 2]))
+            sizes.add(stored_numbers(stream))
+    for out, video in zip(parts, videos, strict=True):
+        assert torch.equal(torch.cat(out, dim=2), vae.decode(video, return_dict=False)[0])
+    assert len(sizes) == 1
 
 
 def test_bad_input_is_refused(vae):
     decoder = StreamingDecoder(vae)
-    with pytest.raises(ValueError, match="shape"):
-        decoder.decode(torch.zeros(1, 4, 0, 4, 4))
-    with pytest.raises(ValueError, match="shape"):
-        decoder.decode(torch.zeros(4, 2, 4, 4))
-    with pytest.raises(ValueError, match="slots"):
-        decoder.load_state_dict({}, {"num_frames": 1, "slots": ["empty"]})
-    with pytest.raises(ValueError, match="lacks"):
-        decoder.load_state_dict({}, {"num_frames": 1})
+    for shape in ((1, 4, 0, 4, 4), (4, 2, 4, 4)):
+        with pytest.raises(ValueError, match="shape"):
+            decoder.decode(torch.zeros(shape))
     tensors, numbers = decoder.state_dict()
-    with pytest.raises(ValueError, match="known"):
-        decoder.load_state_dict(tensors, {**numbers, "slots": ["what", *numbers["slots"][1:]]})
+    for bad, message in (
+        ({"num_frames": 1, "slots": ["empty"]}, "slots"),
+        ({"num_frames": 1}, "lacks"),
+        ({**numbers, "slots": ["what", *numbers["slots"][1:]]}, "known"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.load_state_dict(tensors, bad)
     vae.enable_tiling()
     try:
         with pytest.raises(ValueError, match="disable_tiling"):
@@ -147,9 +150,9 @@ def test_fast_kernels_change_rounding_alone_and_stream_as_a_whole(vae):
     quick = copy.deepcopy(vae)
     use_fast_kernels(quick)
     use_fast_kernels(quick)  # once is enough: twice is once
-    latents = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    latents = random_latents(5, batch=1)
     decoder = StreamingDecoder(quick)
-    streamed = torch.cat([decoder.decode(part) for part in split(latents, [1, 2, 2])], dim=2)
+    streamed = torch.cat([decoder.decode(part) for part in latents.split([1, 2, 2], dim=2)], dim=2)
     with torch.no_grad():
         whole, expected = quick.decode(latents).sample, vae.decode(latents).sample
         codes, expected_codes = quick.encode(whole).latent_dist.mode(), vae.encode(whole).latent_dist.mode()
@@ -165,27 +168,139 @@ def test_fast_kernels_change_rounding_alone_and_stream_as_a_whole(vae):
 def test_fast_kernels_change_half_precision_by_its_rounding(vae, dtype):
     stock, quick = (copy.deepcopy(vae).to(dtype) for _ in range(2))
     use_fast_kernels(quick)
-    latents = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    latents = random_latents(2, batch=1)
     with torch.no_grad():
         exact = vae.decode(latents).sample
         errors = [(model.decode(latents.to(dtype)).sample.float() - exact).abs().mean() for model in (stock, quick)]
     assert errors[1] < 1.2 * errors[0]
 
 
-def test_upsampler_gives_the_same_bits(vae):
+def fast_pair(vae, module_class):
+    """The first module of a class, as diffusers has it and with fast kernels."""
     quick = copy.deepcopy(vae)
     use_fast_kernels(quick)
     pairs = zip(vae.modules(), quick.modules(), strict=True)
-    (stock, fast), *_ = [pair for pair in pairs if isinstance(pair[0], WanUpsample)]
+    return next(pair for pair in pairs if isinstance(pair[0], module_class))
+
+
+def test_upsampler_gives_the_same_bits(vae):
+    stock, fast = fast_pair(vae, WanUpsample)
     x = torch.randn(3, 5, 2, 4).transpose(2, 3)
     assert torch.equal(fast(x), stock(x)) and fast(x).shape == (3, 5, 8, 4)
 
 
 def test_norm_of_nothing_and_of_huge_values_is_the_stock_one(vae):
-    quick = copy.deepcopy(vae)
-    use_fast_kernels(quick)
-    pairs = zip(vae.modules(), quick.modules(), strict=True)
-    (stock, fast), *_ = [pair for pair in pairs if isinstance(pair[0], WanRMS_norm)]
-    dim = stock.gamma.shape[0]
-    x = torch.randn(2, dim, 1, 2, 2) * torch.tensor([0.0, 1e-13, 1.0, 1e15]).view(1, 1, 1, 2, 2)
+    stock, fast = fast_pair(vae, WanRMS_norm)
+    x = torch.randn(2, stock.gamma.shape[0], 1, 2, 2) * torch.tensor([0.0, 1e-13, 1.0, 1e15]).view(1, 1, 1, 2, 2)
     torch.testing.assert_close(fast(x), stock(x))
+
+
+@pytest.fixture(scope="module")
+def tiled():
+    vae = build("patched")
+    tile(vae)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return random_latents(5, size=(12, 14), batch=1)
+
+
+@pytest.fixture(scope="module")
+def offline(tiled, latents):
+    with torch.no_grad():
+        return tiled.decode(latents).sample
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("patched", [3, 2]), ("wan21", [1, 1, 3])])
+def test_streamed_tiles_equal_diffusers_tiled_decode(name, sizes, latents):
+    vae = build(name)
+    tile(vae)
+    with torch.no_grad():
+        offline = vae.decode(latents).sample
+    decoder = streaming_decoder(vae)
+    assert isinstance(decoder, TiledDecoder)
+    parts = [decoder.decode(part) for part in latents.split(sizes, dim=2)]
+    assert parts[0].shape == (1, 3, 1 + 4 * (sizes[0] - 1), 96, 112)
+    assert torch.equal(torch.cat(parts, dim=2), offline)
+    vae.disable_tiling()
+    whole = streaming_decoder(vae).decode(latents[:, :, :2])
+    assert not torch.equal(whole, offline[:, :, : whole.shape[2]]), "tiles are another decode than whole frames"
+
+
+def test_a_frame_no_larger_than_a_tile_is_decoded_whole(tiled):
+    latents = random_latents(3, size=(5, 6))
+    with torch.no_grad():
+        assert torch.equal(TiledDecoder(tiled).decode(latents), tiled.decode(latents).sample)
+
+
+@pytest.mark.parametrize("stop", [0, 3])
+def test_a_saved_stream_continues_bit_identically_with_all_its_tiles(tiled, latents, offline, stop):
+    first = TiledDecoder(tiled)
+    begun = first.decode(latents[:, :, :stop]) if stop else offline[:, :, :0]
+    # Rows begin at 0, 4 and 8, columns at 0, 4, 8 and 12.
+    names = {f"tile_{row}_{column}" for row in range(3) for column in range(4)}
+    assert {key.split(".")[0] for key in first.state_dict()[0]} == (names if stop else set())
+    second = continued(first, TiledDecoder(tiled))
+    assert torch.equal(torch.cat([begun, second.decode(latents[:, :, stop:])], dim=2), offline)
+
+
+def test_a_state_without_one_tile_or_of_other_tiles_is_refused(tiled, latents):
+    decoder = TiledDecoder(tiled)
+    decoder.decode(latents[:, :, :2])
+    tensors, numbers = decoder.state_dict()
+    slots = {name: kinds for name, kinds in numbers["slots"].items() if name != "tile_0_1"}
+    for state, message in (
+        (({k: v for k, v in tensors.items() if "tile_1_2" not in k}, numbers), "lacks"),
+        ((tensors, numbers | {"slots": slots}), "lacks 'tile_0_1'"),
+        ((tensors, numbers | {"tiling": numbers["tiling"] | {"width": 7}}), "enable_tiling with the sizes"),
+        (StreamingDecoder(tiled).state_dict(), "without tiling"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TiledDecoder(tiled).load_state_dict(*state)
+    with pytest.raises(ValueError, match="start another"):
+        decoder.decode(latents[..., :10, :])
+
+
+def test_tiles_that_leave_gaps_are_refused(tiled):
+    for height, width, message in (
+        ((40, 48), TILES["width"], "stride at most the height"),
+        (TILES["height"], (44, 32), "multiples of 8"),
+    ):
+        tile(tiled, height=height, width=width)
+        try:
+            with pytest.raises(ValueError, match=message):
+                streaming_decoder(tiled)
+        finally:
+            tile(tiled)
+
+
+def test_tiles_are_for_decoding_and_a_stream_keeps_those_it_began_with(tiled, latents, offline):
+    with pytest.raises(ValueError, match="streaming_decoder"):
+        StreamingDecoder(tiled).decode(latents)
+    decoder = TiledDecoder(tiled)
+    first = decoder.decode(latents[:, :, :2])
+    frames = offline[:, :, :5].contiguous()
+    encoded = StreamingEncoder(tiled).encode(frames)
+    tiled.disable_tiling()
+    try:
+        rest = decoder.decode(latents[:, :, 2:])
+        assert torch.equal(encoded, StreamingEncoder(tiled).encode(frames))
+    finally:
+        tile(tiled)
+    assert torch.equal(torch.cat([first, rest], dim=2), offline)
+
+
+def test_tiles_rest_in_host_memory_and_never_grow(tiled, latents, monkeypatch):
+    moves = []
+    monkeypatch.setattr(_FeatureMap, "move", lambda features, device: moves.append((id(features), str(device))))
+    decoder = TiledDecoder(tiled)
+    sizes = []
+    for start in (0, 2, 3):
+        decoder.decode(latents[:, :, start : start + 2])
+        sizes.append(stored_numbers(decoder))
+    assert sizes[0] == sizes[1] == sizes[2]
+    # A tile comes, is decoded and goes before the next one comes.
+    assert len(moves) == 2 * 12 * 3
+    assert all(a[0] == b[0] and b[1] == "cpu" for a, b in zip(moves[::2], moves[1::2], strict=True))
