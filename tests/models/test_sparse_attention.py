@@ -8,9 +8,8 @@ import torch
 from longtake.attention import BackendUnavailable
 from longtake.cache import POLICIES, Call, Geometry, Pass, Run
 from longtake.models.sparse_attention import AttentionSetting, SparseSelfAttention
-from longtake.pipelines import RolloutSettings, rollout_latents
+from longtake.pipelines import LatentRollout, RolloutSettings
 from longtake.pipelines import settings as pipeline_settings
-from longtake.pipelines.rollout import LatentRollout
 from longtake.samplers import SeededNoise
 
 FRAME_SHAPE = (4, 8, 8)  # 4 x 4 tokens
@@ -27,20 +26,20 @@ def model(make_transformer):
     return transformer, torch.randn(2, 5, transformer.config.text_dim)
 
 
-def roll(model, attention, *, frames=21, **settings):
+def rollout(model, attention, *, frames=21, **settings):
     transformer, prompt = model
-    settings = {"cache": {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3}} | settings
-    blocks = rollout_latents(
-        transformer,
-        prompt,
-        num_frames=frames,
-        frame_shape=FRAME_SHAPE,
-        noise=SeededNoise([0, 1]),
-        sampler={"name": "few_step", "timesteps": [1000, 500]},
-        attention=attention,
-        **settings,
+    settings = {
+        "cache": {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3},
+        "sampler": {"name": "few_step", "timesteps": [1000, 500]},
+        "noise": SeededNoise([0, 1]),
+    } | settings
+    return LatentRollout(
+        transformer, prompt, num_frames=frames, frame_shape=FRAME_SHAPE, attention=attention, **settings
     )
-    return torch.cat([block.latents for block in blocks], dim=1)
+
+
+def roll(model, attention, **settings):
+    return torch.cat([block.latents for block in rollout(model, attention, **settings)], dim=1)
 
 
 def test_a_plan_that_leaves_nothing_out_is_dense_attention(model):
@@ -140,23 +139,12 @@ def test_frames_that_a_cache_breaks_are_refused_before_any_work(model, cache, mo
 
 
 def test_a_saved_rollout_continues_with_the_same_plans(model):
-    transformer, prompt = model
-    options = {
-        "num_frames": 18,
-        "frame_shape": FRAME_SHAPE,
-        "cache": {"policy": "sliding_window", "num_context_frames": 9},
-        "sampler": {"name": "few_step", "timesteps": [1000, 750, 500, 250]},
-        "attention": {"policy": "svg2", **SPARSE},
-    }
-    whole = LatentRollout(transformer, prompt, noise=SeededNoise([0, 1]), **options)
-    blocks = []
-    for block in whole:
-        blocks.append(block.latents)
-        if block.index == 2:
-            state = whole.state_dict()
-    again = LatentRollout(transformer, prompt, noise=SeededNoise([0, 1]), **options)
-    again.load_state_dict(*state)
-    assert all(torch.equal(a.latents, b) for a, b in zip(again, blocks[3:], strict=True))
+    options = {"frames": 18, "cache": {"policy": "sliding_window", "num_context_frames": 9}}
+    whole, again = (rollout(model, {"policy": "svg2", **SPARSE}, **options) for _ in range(2))
+    for _ in range(3):
+        whole.next_block()
+    again.load_state_dict(*whole.state_dict())
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(again, whole, strict=True))
     assert 0.0 < whole.attention_density < 1.0
 
 
@@ -190,27 +178,24 @@ def test_a_commit_pass_beside_the_next_blocks_first_step_takes_no_memory_away():
 
 
 def test_density_counts_what_was_computed(model):
-    transformer, prompt = model
     densities = []
     for attention in ("dense", {**RADIAL, **SPARSE}, {**RADIAL, **SPARSE, "commit_pass": "sparse"}):
-        rollout = LatentRollout(
-            transformer, prompt, num_frames=15, frame_shape=FRAME_SHAPE, noise=SeededNoise([0, 1]), attention=attention
-        )
-        assert len(list(rollout)) == 5
-        densities.append(rollout.attention_density)
+        video = rollout(model, attention, frames=15)
+        assert len(list(video)) == 5
+        densities.append(video.attention_density)
     assert densities[0] == 1.0 > densities[1] > densities[2] > 0.1
 
 
-def test_what_does_not_go_together_is_refused_before_any_work(model):
-    with pytest.raises(ValueError, match="weights its tokens"):
-        roll(model, "radial", cache="tempcache")
-    with pytest.raises(ValueError, match="weights its tokens"):
-        roll(model, "radial", cache={"policy": "offloaded", "inner": "tempcache"})
-    with pytest.raises(ValueError, match="Did you mean 'radial'"):
-        roll(model, "radal")
-    with pytest.raises(ValueError, match="block_size"):
-        roll(model, {"policy": "radial", "blok_size": 4})
-    with pytest.raises(ValueError, match="gives heads different tokens"):
-        roll(model, {"policy": "svg", **SPARSE}, cache=HEADS)
-    with pytest.raises(BackendUnavailable, match="flash"):
-        roll(model, {**RADIAL, **SPARSE, "backend": "flash"})
+@pytest.mark.parametrize(
+    ("attention", "cache", "message"),
+    [
+        ("radial", {"policy": "offloaded", "inner": "tempcache"}, "weights its tokens"),
+        ("radal", "full", "Did you mean 'radial'"),
+        ({"policy": "radial", "blok_size": 4}, "full", "block_size"),
+        ({"policy": "svg", **SPARSE}, HEADS, "gives heads different tokens"),
+        ({**RADIAL, **SPARSE, "backend": "flash"}, "full", "flash"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_any_work(model, attention, cache, message):
+    with pytest.raises((ValueError, BackendUnavailable), match=message):
+        roll(model, attention, cache=cache)
