@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -209,9 +209,9 @@ def _seconds(line: ManifestLine) -> float:
     return line.num_frames / line.fps if line.fps else 0.0
 
 
-def _notes(lines: Iterable[ManifestLine]) -> list[str]:
-    rates = [line.encoder.get("crf") for line in lines]
-    if None in rates:
+def _notes(lines: Sequence[ManifestLine]) -> list[str]:
+    rates = [line.encoder["crf"] for line in lines if line.encoder.get("crf") is not None]
+    if len(rates) < len(lines):
         return [
             "the manifest does not say how all videos were encoded: lossy codecs move flickering and imaging quality"
         ]

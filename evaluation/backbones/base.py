@@ -143,10 +143,6 @@ class Backbones:
         """Reason for an empty role, and how to fill it."""
         return f"no backbone for {role!r}: needs {ROLES[role].official}, given in a file of backbones"
 
-    def or_else(self, others: "Backbones") -> "Backbones":
-        """These backbones, and those of another set in the roles that are empty here."""
-        return Backbones({**others.found, **self.found}, {**others.files, **self.files})
-
 
 def check_role(role: str) -> None:
     """Refuse a role that does not exist; the error names the nearest."""

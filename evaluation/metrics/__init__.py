@@ -37,7 +37,7 @@ def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tup
     if "weight_free" in groups:
         metrics.extend([TrackMetric(COURSE), StillsMetric([Classical, NaturalStatistics])])
         # Flow needs no network; the metric's name says which one it was.
-        metrics.append(FlowMetric(backbones.or_else(classical_backbones()).get("raft")))
+        metrics.append(FlowMetric(backbones.get("raft") or classical_backbones().found["raft"]))
     if "judge" in groups:
         metrics.append(JudgeMetric())
     return metrics, skipped

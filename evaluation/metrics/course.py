@@ -97,7 +97,7 @@ class TrackMeter:
             self._luma.append((small @ LUMA_WEIGHTS).astype(np.float16))
             self._colour.append(self._pool_colour(small).astype(np.float16))
             self._difference.append(mean_difference(self._before, frame) if self._before is not None else 0.0)
-            digest = hashlib.sha1(np.ascontiguousarray(frame), usedforsecurity=False).digest()
+            digest = hashlib.sha1(np.ascontiguousarray(frame).data, usedforsecurity=False).digest()
             self._is_duplicate.append(digest in self._digests)
             self._digests.add(digest)
             self._before = frame
@@ -190,7 +190,7 @@ def _find_cuts(track: Track) -> list[int]:
     most = np.median(np.abs(cells[1:] - cells[:-1]).max(axis=2), axis=1)
     lasting = track.frames_in(LASTING_SECONDS)
     found = []
-    for index in np.flatnonzero((most >= MOST) & ((unlike >= UNLIKE) | (jumps >= JUMP))):
+    for index in np.flatnonzero((most >= MOST) & ((unlike >= UNLIKE) | (jumps >= JUMP))).tolist():
         before = slice(max(0, index + 1 - lasting), index + 1)
         after = slice(index + 1, index + 1 + lasting)
         changes_layout = (
@@ -204,7 +204,7 @@ def _find_cuts(track: Track) -> list[int]:
             and _apart(cells[before].mean(axis=0), cells[after].mean(axis=0)) >= JUMP
         )
         if changes_layout or jumps_for_good:
-            found.append(int(index) + 1)
+            found.append(index + 1)
     return found
 
 

@@ -312,7 +312,8 @@ def _features(track: Track) -> np.ndarray:
     luma = track.luma[::step]
     down, across = np.gradient(luma, axis=1), np.gradient(luma, axis=2)
     strength = np.hypot(down, across)
-    pool = Pooling(*strength.shape[1:], (COLOUR_CELLS, COLOUR_CELLS))
+    _, rows, columns = strength.shape
+    pool = Pooling(rows, columns, (COLOUR_CELLS, COLOUR_CELLS))
     edges = np.array([pool(picture[..., None]).ravel() for picture in strength])
     return np.concatenate([_unit(colour), _unit(edges - edges.mean(axis=1, keepdims=True))], axis=1) / np.sqrt(2.0)
 

@@ -60,13 +60,14 @@ class _StillsMeter:
 
     def __init__(self, video: VideoInfo, meters: Sequence[StillMeter]) -> None:
         self._stride = stride_for_8fps(video.fps)
+        self._factor = reduction(video.height, video.width, SHORT_SIDE)
         self._meters = meters
         self._num_frames = 0
 
     def push(self, frames: np.ndarray) -> None:
         """Take the next frames, (F, H, W, 3) uint8."""
         for index in range(-self._num_frames % self._stride, len(frames), self._stride):
-            colour = shrink(frames[index], reduction(*frames.shape[1:3], SHORT_SIDE))
+            colour = shrink(frames[index], self._factor)
             still = Still(self._num_frames + index, frames[index], colour, np.tensordot(LUMA_WEIGHTS, colour, axes=1))
             for meter in self._meters:
                 meter.take(still)

@@ -490,7 +490,8 @@ class _ImagingMeter(_FrameQualityMeter):
 
     def __init__(self, video: VideoInfo, specs: Specs, scorer: Any, *, mode: MusiqMode = "longer") -> None:
         super().__init__(video, specs)
-        self._scorer, self._mode = scorer, mode
+        self._scorer = scorer
+        self._mode: MusiqMode = mode
 
     def quality(self, frames: np.ndarray) -> list[float]:
         return [self._scorer.score(musiq_transform(frame[None], mode=self._mode)) for frame in frames]
@@ -673,7 +674,8 @@ def vbench_metrics(backbones: Backbones, *, short: bool, long: bool) -> tuple[li
         reasons |= {"long": lack} if long else {}
         reasons |= {"long_dev": lack or dev_lack} if long and dimension.dev_roles else {}
         skipped.update({f"vbench/{FOLDERS[variant]}{dimension.name}": why for variant, why in reasons.items() if why})
-        if variants := [variant for variant, why in reasons.items() if not why]:
+        variants: list[Variant] = [variant for variant, why in reasons.items() if not why]
+        if variants:
             metrics.append(SpanMetric(dimension, variants, networks, dev_networks if "long_dev" in variants else ()))
     if short:
         networks, why = _networks(backbones, OVERALL.roles)
