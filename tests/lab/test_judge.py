@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lab.judge.scorecard import (
     PASS_LINES,
@@ -68,8 +69,7 @@ def test_judge_names_true_scenes_it_was_never_trained_on(own_score):
 
 
 def test_verdict_survives_mild_disturbance(judge, scenes):
-    clips = torch.from_numpy(np.stack([render(scene, clip_indices(40)) for scene in scenes[:40]]))
-    clips = clips.permute(0, 1, 4, 2, 3).float() / 255.0
+    clips = torch.stack([_video(scene, clip_indices(40)) for scene in scenes[:40]])
     disturbed = disturb(clips, torch.Generator().manual_seed(3))
     pairs = zip(verdicts(judge, clips), verdicts(judge, disturbed), strict=True)
     same = [clean[name] == rough[name] for clean, rough in pairs for name in PASS_LINES.keys() & clean.keys()]
@@ -92,11 +92,11 @@ def test_a_swapped_prompt_scores_low(judge, scenes, own_score):
 
 def test_the_count_sees_no_object_and_a_twin(judge, scenes):
     rng = np.random.default_rng(5)
-    still = [scene for scene in scenes if scene.event == "none" and scene.second is None][:40]
+    still = [scene for scene in scenes if scene.event == "none" and scene.second is None][:30]
     for change, count in ((lambda s: s, "one"), (without_object, "none"), (lambda s: doubled(s, rng), "two")):
         changed = [change(scene) for scene in still]
         kept = [scene for scene in changed if "count" in label_scene(scene, clip_indices(0))[0]]
-        clips = torch.stack([clip_from_frames(_video(scene)[None])[0] for scene in kept])
+        clips = torch.stack([_video(scene, clip_indices(0)) for scene in kept])
         seen = [verdict["count"] for verdict in verdicts(judge, clips)]
         assert np.mean([name == count for name in seen]) >= 0.85, count
 
@@ -116,20 +116,7 @@ def test_labels_follow_the_caption_and_what_can_be_seen():
 def test_expected_verdict_leaves_out_what_the_caption_does_not_say():
     scene = replace(training_scene(0, 1), says_speed=False, second=None, event="none")
     wished = expected_verdict(parse_caption(describe(scene)))
-    assert "speed" not in wished
-    assert wished["count"] == "one"
-    assert wished["shape"] == scene.actor.shape
-
-
-def test_disturb_is_mild_repeatable_and_leaves_its_input_alone():
-    clips = collate([training_example(index) for index in range(4)]).clips
-    before = clips.clone()
-    first, second = (disturb(clips, torch.Generator().manual_seed(0)) for _ in range(2))
-    assert torch.equal(clips, before)
-    assert torch.equal(first, second)
-    assert first.min() >= 0.0
-    assert first.max() <= 1.0
-    assert 0.0 < (first - clips).abs().mean() < 0.1
+    assert "speed" not in wished and (wished["count"], wished["shape"]) == ("one", scene.actor.shape)
 
 
 def test_round_trip_examples_are_the_same_clips_seen_through_the_vae():
@@ -150,8 +137,7 @@ def test_training_lowers_the_loss_and_ignores_undefined_labels():
     judge = ClipJudge()
     before = judge_loss(judge.train(), batch).item()
     train_judge(judge, num_clips=96, batch_size=16, learning_rate=2e-3)
-    assert judge_loss(judge.train(), batch).item() < 0.9 * before
-    assert np.isfinite(before)
+    assert judge_loss(judge.train(), batch).item() < 0.9 * before < np.inf
 
 
 def test_weights_survive_a_round_trip_and_stay_small(tmp_path, judge, scenes):
@@ -165,8 +151,6 @@ def test_weights_survive_a_round_trip_and_stay_small(tmp_path, judge, scenes):
 def test_wrong_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="do not exist"):
         load_judge(tmp_path / "missing.safetensors")
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is not a judge of this version"):
         load_judge(tmp_path / "other.safetensors")
@@ -183,11 +167,7 @@ def test_clip_from_frames_picks_quarters_of_a_second_and_resizes():
 
 def test_scorecard_counts_and_names_mistakes(tmp_path):
     wished = [{"shape": "circle", "count": "one"}, {"shape": "circle", "count": "two"}, {"shape": "star"}]
-    seen = [
-        {"shape": "square", "count": "one"},
-        {"shape": "square", "count": "one"},
-        {"shape": "star", "count": "one"},
-    ]
+    seen = [{"shape": shape, "count": "one"} for shape in ("square", "square", "star")]
     lines = {line.attribute: line for line in scorecard(seen, wished)}
     assert (lines["shape"].num_right, lines["shape"].num_asked) == (1, 3)
     assert lines["shape"].mistakes == {"circle -> square": 2}
@@ -199,6 +179,5 @@ def test_scorecard_counts_and_names_mistakes(tmp_path):
     assert '"is_reached": false' in (tmp_path / "score.json").read_text()
 
 
-def _video(scene):
-    pixels = render(scene, np.arange(81))
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
+def _video(scene, frames=range(81)):
+    return torch.from_numpy(render(scene, np.asarray(frames))).permute(0, 3, 1, 2).float() / 255.0

@@ -1,8 +1,9 @@
 """The one-pass training forward equals a cached block-by-block rollout of the same weights."""
 
+from itertools import combinations
+
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 
 from lab.mini.teacher_forcing import (
     ContextLayout,
@@ -16,20 +17,12 @@ from lab.mini.teacher_forcing import (
 BLOCKS, FRAMES, SIDE = 4, 2, 4
 
 
-def _transformer() -> WanTransformer3DModel:
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=48,
-        num_layers=2,
-        rope_max_seq_len=64,
-    ).double()
+PLAN = {"frames_per_block": FRAMES, "rows": SIDE // 2, "columns": SIDE // 2}
+
+
+@pytest.fixture
+def transformer(make_transformer):
+    return make_transformer(attention_head_dim=16, text_dim=8).double()
 
 
 def _batch() -> dict[str, torch.Tensor]:
@@ -108,16 +101,14 @@ LAYOUTS = [
 
 @torch.no_grad()
 def _one_pass(transformer, batch, layout) -> torch.Tensor:
-    plan = TeacherForcingPlan(
-        num_blocks=BLOCKS, frames_per_block=FRAMES, rows=SIDE // 2, columns=SIDE // 2, layout=layout
-    )
+    plan = TeacherForcingPlan(num_blocks=BLOCKS, layout=layout, **PLAN)
     with teacher_forcing(transformer, plan):
         return predict_flow(transformer, plan, **batch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_one_pass_equals_cached_rollout(layout):
-    transformer, batch = _transformer(), _batch()
+def test_one_pass_equals_cached_rollout(transformer, layout):
+    batch = _batch()
     one_pass = _one_pass(transformer, batch, layout)
     with torch.no_grad():
         reference = _rollout(transformer, batch, layout)
@@ -125,28 +116,22 @@ def test_one_pass_equals_cached_rollout(layout):
     assert torch.allclose(one_pass, reference, atol=2e-6), (one_pass - reference).abs().max()
 
 
-def test_layouts_differ():
-    transformer, batch = _transformer(), _batch()
-    outputs = [_one_pass(transformer, batch, layout) for layout in LAYOUTS]
-    for index, left in enumerate(outputs):
-        for right in outputs[index + 1 :]:
-            assert (left - right).abs().max() > 1e-4
+def test_layouts_differ(transformer):
+    outputs = [_one_pass(transformer, _batch(), layout) for layout in LAYOUTS]
+    assert all((left - right).abs().max() > 1e-4 for left, right in combinations(outputs, 2))
 
 
-def test_tables_equal_diffusers():
-    transformer = _transformer().float()
-    cosines, sines = transformer.rope(torch.zeros(1, 4, 9, SIDE, SIDE))
+def test_tables_equal_diffusers(transformer):
+    cosines, sines = transformer.float().rope(torch.zeros(1, 4, 9, SIDE, SIDE))
     ours = rotary_tables(torch.arange(9), rows=SIDE // 2, columns=SIDE // 2, head_dim=16)
     assert torch.allclose(ours[0], cosines[0, :, 0, 0::2], atol=1e-6)
     assert torch.allclose(ours[1], sines[0, :, 0, 1::2], atol=1e-6)
 
 
-def test_noisy_blocks_do_not_leak():
-    transformer, batch = _transformer(), _batch()
+def test_noisy_blocks_do_not_leak(transformer):
+    batch = _batch()
     before = _one_pass(transformer, batch, ContextLayout())
-    batch["noisy"] = batch["noisy"].clone()
     batch["noisy"][:, :, :FRAMES] += 1.0
-    batch["clean"] = batch["clean"].clone()
     batch["clean"][:, :, -FRAMES:] += 1.0
     after = _one_pass(transformer, batch, ContextLayout())
     changed = (after - before).abs().amax(dim=(0, 1, 3, 4))
@@ -154,10 +139,9 @@ def test_noisy_blocks_do_not_leak():
     assert changed[FRAMES:].max() == 0.0
 
 
-def test_transformer_is_restored():
-    transformer = _transformer()
+def test_transformer_is_restored(transformer):
     stock = [block.attn1.processor for block in transformer.blocks]
-    plan = TeacherForcingPlan(num_blocks=BLOCKS, frames_per_block=FRAMES, rows=2, columns=2)
+    plan = TeacherForcingPlan(num_blocks=BLOCKS, **PLAN)
     with pytest.raises(RuntimeError), teacher_forcing(transformer, plan):
         raise RuntimeError
     assert [block.attn1.processor for block in transformer.blocks] == stock
@@ -165,8 +149,7 @@ def test_transformer_is_restored():
     assert "forward" not in vars(transformer.blocks[0])
 
 
-def test_wrong_number_of_frames_is_refused():
-    plan = TeacherForcingPlan(num_blocks=BLOCKS + 1, frames_per_block=FRAMES, rows=2, columns=2)
-    transformer, batch = _transformer(), _batch()
+def test_wrong_number_of_frames_is_refused(transformer):
+    plan = TeacherForcingPlan(num_blocks=BLOCKS + 1, **PLAN)
     with teacher_forcing(transformer, plan), pytest.raises(ValueError, match="frames"):
-        predict_flow(transformer, plan, **batch)
+        predict_flow(transformer, plan, **_batch())
