@@ -113,27 +113,18 @@ def sparse_attention(
 ) -> Tensor:
     """Attention over the blocks that a policy picks, or dense attention where it declines.
 
+    Tensors, result and errors are those of ``attention``, with queries and keys rotated; and ``ValueError`` if tokens
+    and geometry do not fit.
+
     Args:
-        q: (batch, queries, heads, head_dim), rotated.
-        k: (batch, keys, heads of keys, head_dim), rotated.
+        q: (batch, queries, heads, head_dim).
+        k: (batch, keys, heads of keys, head_dim).
         v: As ``k``.
         geometry: Frames of the queries and of the keys.
         policy: Picks the blocks, for each sample where it looks at the tokens.
         memory: State of the policy between the calls of a rollout; None: it keeps nothing.
         backend: As for ``attention``; a name is for plans, dense attention is ``auto``'s.
-
-    Returns:
-        (batch, queries, heads, head_dim).
-
-    Raises:
-        ValueError: If tokens and geometry do not fit, or as ``attention``.
-        BackendUnavailable: As ``attention``.
     """
-    if (q.shape[1], k.shape[1]) != (geometry.num_queries, geometry.num_keys):
-        raise ValueError(
-            f"q has {q.shape[1]} tokens and k {k.shape[1]} but the geometry speaks of {geometry.num_queries} and "
-            f"{geometry.num_keys}: describe this call."
-        )
     if q.shape[0] == 1 or policy.is_static:
         plan = policy.plan(q, k, geometry, v=v, memory=memory)
         return _compute(AttentionCall(q, k, v, plan), backend="auto" if plan is None else backend)[0]

@@ -210,6 +210,11 @@ class BlockPlan:
         return self.block_mask[map_of_head, rows[:, :, None], columns[:, None, :]]
 
     @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """Masks that backends have made of the plan, kept as long as it lives."""
+        return {}
+
+    @cached_property
     def row_groups(self) -> tuple[RowGroup, ...]:
         """Queries that read the same keys, so that each group is one dense attention."""
         masks = self.block_mask.cpu()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -129,23 +128,18 @@ class SdpaMasked(Backend):
         return torch.cat([out for out, _ in parts], dim=1), torch.cat(sums, dim=2) if sums else None
 
 
-_kept: WeakKeyDictionary[BlockPlan, Tensor] = WeakKeyDictionary()
-
-
 def _masks(plan: BlockPlan, device: torch.device) -> Iterator[Tensor]:
     """Yield (1, 1 or heads, some queries, keys), bool, for all queries in order."""
-    if plan in _kept and _kept[plan].device == device:
-        yield _kept[plan]
-        return
     per_query = plan.num_heads * plan.num_keys
-    moved = plan.to(device)
-    if per_query * plan.num_queries <= MAX_KEPT_MASK:
-        with torch.inference_mode(False):  # a later call may need gradients
-            _kept[plan] = moved.to_dense_mask()[None].clone()
-        yield _kept[plan]
+    if per_query * plan.num_queries > MAX_KEPT_MASK:
+        moved = plan.to(device)
+        for queries in torch.arange(plan.num_queries, device=device).split(max(1, _MAX_MASK // per_query)):
+            yield moved.to_dense_mask(queries)[None]
         return
-    for queries in torch.arange(plan.num_queries, device=device).split(max(1, _MAX_MASK // per_query)):
-        yield moved.to_dense_mask(queries)[None]
+    if device not in plan.kept:
+        with torch.inference_mode(False):  # a later call may need gradients
+            plan.kept[device] = plan.to(device).to_dense_mask()[None].clone()
+    yield plan.kept[device]
 
 
 class GatherSdpa(Backend):
@@ -348,17 +342,14 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-_flex_masks: WeakKeyDictionary[BlockPlan, dict[str, Any]] = WeakKeyDictionary()
-
-
 def _flex(kernel: Any, call: AttentionCall) -> Result:
     from torch.nn.attention.flex_attention import AuxRequest
 
     q, k, v = (x.transpose(1, 2) for x in call[:3])
-    masks, device = _flex_masks.setdefault(call.blocks, {}), str(q.device)
-    if device not in masks:
-        masks[device] = flex_block_mask(call.blocks.to(q.device))
-    options = {"block_mask": masks[device], "scale": call.factor, "enable_gqa": q.shape[1] != k.shape[1]}
+    kept, key = call.blocks.kept, ("flex", q.device)
+    if key not in kept:
+        kept[key] = flex_block_mask(call.blocks.to(q.device))
+    options = {"block_mask": kept[key], "scale": call.factor, "enable_gqa": q.shape[1] != k.shape[1]}
     if not call.return_lse:
         return kernel(q, k, v, **options).transpose(1, 2), None
     out, extra = kernel(q, k, v, **options, return_aux=AuxRequest(lse=True))

@@ -23,6 +23,10 @@ Memory = MutableMapping[Any, Any]
 """State of a policy between the calls of a rollout. The caller owns it and begins every video with an empty one."""
 
 
+_Given = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Queries, keys and values as a policy is given them."""
+
+
 class Tokens(NamedTuple):
     """Queries, keys and values of one sample, (tokens, heads, head_dim); keys may have fewer heads than queries."""
 
@@ -96,15 +100,18 @@ class SparsePolicy(ABC):
         Raises:
             ValueError: If the geometry is one the policy has no meaning for, or the tokens do not fit it.
         """
+        if q is not None and k is not None and (q.shape[1], k.shape[1]) != (geometry.num_queries, geometry.num_keys):
+            raise ValueError(
+                f"{q.shape[1]} queries and {k.shape[1]} keys do not fit the geometry, "
+                f"which has {geometry.num_queries} and {geometry.num_keys}: describe this call."
+            )
         return None if self.is_dense(geometry) else self._plan((q, k, v), geometry, {} if memory is None else memory)
 
     @abstractmethod
     def is_dense(self, geometry: AttentionGeometry) -> bool:
         """True if a call is computed densely whatever its tokens."""
 
-    def _plan(
-        self, tokens: tuple[Tensor | None, ...], geometry: AttentionGeometry, memory: Memory
-    ) -> BlockPlan | None:
+    def _plan(self, given: _Given, geometry: AttentionGeometry, memory: Memory) -> BlockPlan | None:
         """Choose blocks for a call that is not dense."""
         return None
 
@@ -166,10 +173,8 @@ class TokenPolicy(BlockPolicy):
 
     is_static: ClassVar[bool] = False
 
-    def _plan(
-        self, tokens: tuple[Tensor | None, ...], geometry: AttentionGeometry, memory: Memory
-    ) -> BlockPlan | None:
-        q, k, v = tokens
+    def _plan(self, given: _Given, geometry: AttentionGeometry, memory: Memory) -> BlockPlan | None:
+        q, k, v = given
         prefix = f"attention policy {self.name!r}"
         if q is None or k is None or (self.needs_values and v is None):
             needed = "q, k and v" if self.needs_values else "q and k"
@@ -177,11 +182,6 @@ class TokenPolicy(BlockPolicy):
         if q.shape[0] != 1 or k.shape[0] != 1:
             raise ValueError(
                 f"{prefix} makes a plan for one sample, and got {q.shape[0]}: sparse_attention goes through them."
-            )
-        if (q.shape[1], k.shape[1]) != (geometry.num_queries, geometry.num_keys):
-            raise ValueError(
-                f"{q.shape[1]} queries and {k.shape[1]} keys do not fit the geometry, "
-                f"which has {geometry.num_queries} and {geometry.num_keys}."
             )
         return self.token_plan(Tokens(q[0], k[0], k[0] if v is None else v[0]), geometry, memory)
 
@@ -194,9 +194,7 @@ class TokenPolicy(BlockPolicy):
 class StaticPolicy(BlockPolicy):
     """A policy that looks at the geometry only, so that equal layouts share one plan."""
 
-    def _plan(
-        self, tokens: tuple[Tensor | None, ...], geometry: AttentionGeometry, memory: Memory
-    ) -> BlockPlan | None:
+    def _plan(self, given: _Given, geometry: AttentionGeometry, memory: Memory) -> BlockPlan | None:
         def shared() -> BlockPlan | None:
             return _PLANS.get((self, "rules", self.rules(geometry)), lambda: self.layout_plan(geometry))
 
