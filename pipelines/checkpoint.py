@@ -53,21 +53,13 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A run between two blocks.
+    """A run between two blocks."""
 
-    Attributes:
-        next_block: Index of the block that comes next; 0 right behind the conditioning latents.
-        num_frames: Pixel frames in the file so far.
-        num_changes: Prompt changes that have taken effect.
-        tensors: First value of ``VideoRollout.state_dict``.
-        numbers: Its second value.
-    """
-
-    next_block: int
-    num_frames: int
-    num_changes: int
-    tensors: Mapping[str, Tensor]
-    numbers: Mapping[str, Any]
+    next_block: int  # index of the block that comes next; 0 right behind the conditioning latents
+    num_frames: int  # pixel frames in the file so far
+    num_changes: int  # prompt changes that have taken effect
+    tensors: Mapping[str, Tensor]  # first value of ``VideoRollout.state_dict``
+    numbers: Mapping[str, Any]  # its second value
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -87,11 +79,7 @@ class Checkpoint:
             ) from error
 
     def save(self, path: Path) -> None:
-        """Write a file atomically.
-
-        Raises:
-            OSError: If it cannot be written, for example because the disk is full.
-        """
+        """Write a file atomically."""
         values = {key: value for key, value in vars(self).items() if key != "tensors"}
         tensors = {key: _own_memory(tensor) for key, tensor in self.tensors.items()}
 
@@ -99,24 +87,21 @@ class Checkpoint:
             try:
                 save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(values)})
             except SafetensorError as error:
-                raise _as_os_error(error, temporary) from error
+                # A full disk is an error of its own there, with the system's number in the text.
+                found = re.search(r"os error (\d+)", str(error))
+                number = int(found[1]) if found else None
+                raise OSError(number, os.strerror(number) if number else str(error), str(temporary)) from error
 
         with_temporary(path, write)
 
 
+@dataclass(frozen=True)
 class CheckpointFolder:
-    """``states/NNNNNN.safetensors``, named by the next block; the newest is also the run's ``state.safetensors``.
+    """``states/NNNNNN.safetensors``, named by the next block; the newest is also the run's ``state.safetensors``."""
 
-    Args:
-        folder: ``states``; made when the first checkpoint is saved.
-        newest: ``state.safetensors``.
-        num_kept: Checkpoints to keep.
-    """
-
-    def __init__(self, folder: Path, *, newest: Path, num_kept: int) -> None:
-        self.folder = folder
-        self.newest = newest
-        self.num_kept = num_kept
+    folder: Path  # made when the first checkpoint is saved
+    newest: Path
+    num_kept: int
 
     def blocks(self) -> list[int]:
         """The checkpoints' next blocks, rising."""
@@ -127,24 +112,16 @@ class CheckpointFolder:
         return self.folder / f"{next_block:06d}.safetensors"
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint atomically, then drop the most crowded of the older ones.
-
-        Raises:
-            OSError: If it cannot be written; earlier checkpoints are untouched.
-        """
+        """Write a checkpoint atomically, then drop the most crowded of the older ones."""
         self.folder.mkdir(exist_ok=True)
         path = self.path(checkpoint.next_block)
         checkpoint.save(path)
-        with_temporary(self.newest, lambda temporary: _link(path, temporary))
+        with_temporary(self.newest, lambda temporary: link_or_copy(path, temporary))
         for block in _crowded(self.blocks(), num_kept=self.num_kept):
             self.path(block).unlink(missing_ok=True)
 
     def load(self, next_block: int) -> Checkpoint:
-        """Read one of ``blocks()``.
-
-        Raises:
-            ValueError: If the file is no checkpoint.
-        """
+        """Read one of ``blocks()``."""
         return Checkpoint.load(self.path(next_block))
 
 
@@ -162,14 +139,6 @@ def _crowded(blocks: Sequence[int], *, num_kept: int) -> list[int]:
     return dropped
 
 
-def _as_os_error(error: SafetensorError, path: Path) -> OSError:
-    """Safetensors reports a full disk as its own error, with the system's number in the text."""
-    found = re.search(r"os error (\d+)", str(error))
-    if found is None:
-        return OSError(f"cannot write {path}: {error}")
-    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
-
-
 def _own_memory(tensor: Tensor) -> Tensor:
     """A contiguous copy on the CPU where the tensor is a view: safetensors writes whole storages only."""
     tensor = tensor.detach().cpu().contiguous()
@@ -177,8 +146,8 @@ def _own_memory(tensor: Tensor) -> Tensor:
     return tensor if is_whole else tensor.clone()
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no links."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where the file system has no links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

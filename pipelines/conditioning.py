@@ -112,12 +112,7 @@ class ClipEncoder:
     family: ModelFamily
 
     def conditioning(self, given: Mapping[str, Any]) -> ConditioningLatents | None:
-        """Turn a pipeline's conditioning arguments into conditioning latents; None where nothing is given.
-
-        Args:
-            given: ``image`` (see ``make_stills``), ``video`` (see ``make_clips``), or ``video_latents``: (batch,
-                channels, latent frames, height, width), normalised, whole blocks; or a stream. At most one is not
-                None.
+        """Turn ``image``, ``video`` or ``video_latents`` of ``VideoSettings`` into conditioning latents.
 
         Raises:
             ValueError: If several are given, the model starts from none of the kind, or a clip is too short.
@@ -162,25 +157,15 @@ class ClipEncoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """Frames in order, not read yet.
+    """Frames in order, not read yet."""
 
-    Attributes:
-        num_frames: Frames, at least 1.
-        height: Pixels.
-        width: Pixels.
-        read: Starts over from the first frame at every call.
-        fps: Frames per second; None: the model's own.
-        seconds: Only so much of its end counts; None: all of it.
-        path: The file, if it is one.
-    """
-
-    num_frames: int
-    height: int
+    num_frames: int  # 1 or more
+    height: int  # pixels
     width: int
-    read: Callable[[], Generator[Frame]]
-    fps: float | None = None
-    seconds: float | None = None
-    path: Path | None = None
+    read: Callable[[], Generator[Frame]]  # starts over from the first frame at every call
+    fps: float | None = None  # None: the model's own
+    seconds: float | None = None  # only so much of its end counts; None: all of it
+    path: Path | None = None  # the file, if it is one
 
     def __post_init__(self) -> None:
         for name, value in (("fps", self.fps), ("seconds", self.seconds)):
@@ -193,14 +178,7 @@ class Clip:
         return "the clip" if self.path is None else str(self.path)
 
     def take(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """Yield some frames; what lies before, between and behind them is read and dropped.
-
-        Args:
-            indices: Never falling; a frame may be asked for again.
-
-        Raises:
-            ValueError: If the file turns out to be damaged.
-        """
+        """Yield some frames, by rising or repeated indices; what lies between and behind them is read and dropped."""
         place = 0
         with closing(self.read()) as frames:
             for index, frame in enumerate(frames):
@@ -211,15 +189,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Cut:
-    """The end of a clip that a video continues, in whole blocks of latent frames.
+    """The end of a clip that a video continues, in whole blocks of latent frames."""
 
-    Attributes:
-        indices: The clip's frames at the model's rate, 1 + 4 k of them; the last is the clip's last.
-        num_left_out: Frames at the model's rate before them that filled no block.
-    """
-
-    indices: tuple[int, ...]
-    num_left_out: int
+    indices: tuple[int, ...]  # the clip's frames at the model's rate, 1 + 4 k of them; the last is the clip's last
+    num_left_out: int  # frames at the model's rate before them that filled no block
 
     @property
     def num_latent_frames(self) -> int:
@@ -254,10 +227,9 @@ def plan_cut(clip: Clip, kind: str, *, family: ModelFamily, height: int, width: 
 
 
 def _cut(clip: Clip, *, fps: float, first_block_frames: int, frames_per_block: int) -> Cut:
-    """Choose the frames of a clip that are encoded.
+    """Choose the frames of a clip that are encoded; the last is the clip's last.
 
-    The encoder makes one latent frame of the first pixel frame and one of every four behind it, so the beginning is
-    chosen before encoding: what is kept ends with the clip's last frame.
+    The encoder makes one latent frame of the first pixel frame and one of every four behind it.
     """
     ratio, step = (clip.fps or fps) / fps, PIXELS_PER_LATENT
     last = clip.num_frames - 1

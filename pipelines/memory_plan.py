@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import psutil
@@ -28,46 +27,36 @@ from longtake.samplers import Sampler, make_sampler
 
 # The interpreter with torch, diffusers and transformers: 0.45 GB measured on the CPU; on a GPU the driver's context.
 PROGRAM_BYTES = 500_000_000
-PART_OF_PHASE = {"text encoding": "text_encoder", "denoising": "transformer", "decoding": "vae"}
+_PART_OF_PHASE = {"text encoding": "text_encoder", "denoising": "transformer", "decoding": "vae"}
 
-UMT5_XXL: Mapping[str, int] = MappingProxyType(
-    {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-)
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 # Numbers of all parameters, and of those that diffusers keeps in float32.
-PUBLISHED_NUMBERS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {
-        "1.3B": (1_418_996_800, 3_127_296),
-        "14B": (14_288_491_584, 29_184_000),
-        "text_encoder": (5_680_910_336, 0),
-        "vae": (126_892_531, 0),
-    }
-)
+_PUBLISHED_NUMBERS = {
+    "1.3B": (1_418_996_800, 3_127_296),
+    "14B": (14_288_491_584, 29_184_000),
+    "text_encoder": (5_680_910_336, 0),
+    "vae": (126_892_531, 0),
+}
 
 # Largest moment of a forward, in tensors of its tokens and channels: of attention, of the feed-forward beside
 # its two inner tensors, of a forward of several segments beside either, and while a layer gathers what it reads.
-ATTENTION = {2: 12.2, 4: 8.1}  # by bytes of a number
-FEED_FORWARD, SEGMENTS, GATHERING = 3.1, 1.0, 6.0
-TIMESTEP_ROWS = 8  # float32, of every frame
+_ATTENTION = {2: 12.2, 4: 8.1}  # by bytes of a number
+_FEED_FORWARD, _SEGMENTS, _GATHERING = 3.1, 1.0, 6.0
+_TIMESTEP_ROWS = 8  # float32, of every frame
 # Largest moment of decoding a latent frame, in tensors of its widest layer.
-DECODE = {("cuda", 2): 7.2, ("cuda", 4): 6.55, ("cpu", 2): 6.0, ("cpu", 4): 6.0}
-PIXEL_BYTES = {2: 10, 4: 12}  # of every colour while frames are made of what the VAE returns
-TEXT_BYTES = {2: 26, 4: 24}  # per token and channel of a text encoder's layer
-TILE, TILE_STRIDE = 256, 192  # pixels: what ``enable_tiling`` sets
+_DECODE = {("cuda", 2): 7.2, ("cuda", 4): 6.55, ("cpu", 2): 6.0, ("cpu", 4): 6.0}
+_PIXEL_BYTES = {2: 10, 4: 12}  # of every colour while frames are made of what the VAE returns
+_TEXT_BYTES = {2: 26, 4: 24}  # per token and channel of a text encoder's layer
+_TILE, _TILE_STRIDE = 256, 192  # pixels: what ``enable_tiling`` sets
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """Sizes of a model's parts.
+    """Sizes of a model's parts: transformer, text_encoder and vae."""
 
-    Attributes:
-        configs: Config of transformer, text_encoder and vae, as their classes take it.
-        numbers: Numbers of all parameters by part, and of those that stay in float32.
-        source: Where that is from.
-    """
-
-    configs: Mapping[str, Mapping[str, Any]]
-    numbers: Mapping[str, tuple[int, int]]
-    source: str
+    configs: Mapping[str, Mapping[str, Any]]  # as their classes take them
+    numbers: Mapping[str, tuple[int, int]]  # of all parameters, and of those that stay in float32
+    source: str  # where that is from
 
     def weight_bytes(self, dtype: torch.dtype) -> dict[str, int]:
         """Bytes of every part when it is loaded in ``dtype``."""
@@ -87,7 +76,7 @@ def shapes_of(family: ModelFamily, folder: Path | None = None) -> ModelShapes:
     if family.size is None:
         raise ValueError(f"this model family says no size, and {' or '.join(TRANSFORMERS)} is needed: give a folder.")
     configs = {"transformer": TRANSFORMERS[family.size], "text_encoder": UMT5_XXL, "vae": {}}
-    numbers = {part: PUBLISHED_NUMBERS[family.size if part == "transformer" else part] for part in configs}
+    numbers = {part: _PUBLISHED_NUMBERS[family.size if part == "transformer" else part] for part in configs}
     return ModelShapes(configs, numbers, f"published shapes of Wan2.1 {family.size}")
 
 
@@ -102,53 +91,30 @@ def count_numbers(part: str, parameters: Mapping[str, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """Settings of a video whose memory is planned.
-
-    Attributes:
-        shapes: Of the model.
-        policy: Of the cache.
-        sampler: Decides about guidance branches and windows.
-        height: Pixels.
-        width: Pixels.
-        num_latent_frames: Of the whole video.
-        frames_per_block: Latent frames denoised together.
-        dtype: Of weights and activations.
-        device_type: Where it runs.
-        batch_size: Videos made together.
-        num_text_tokens: Length that texts are padded to.
-        merge_commit: As of ``LatentRollout``.
-        text_encoder: Whether it stays loaded once the text is encoded; freed, a GPU never has it, for the text is
-            encoded before the model is moved there.
-        offloads: Whether only the part at work is on the device (``enable_model_cpu_offload``).
-        tiles_vae: Whether the VAE decodes in tiles.
-    """
+    """Settings of a video whose memory is planned."""
 
     shapes: ModelShapes
     policy: CachePolicy
-    sampler: Sampler
-    height: int
+    sampler: Sampler  # decides about guidance branches and windows
+    height: int  # pixels
     width: int
-    num_latent_frames: int
+    num_latent_frames: int  # of the whole video
     frames_per_block: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of weights and activations
     device_type: Literal["cpu", "cuda"]
     batch_size: int = 1
-    num_text_tokens: int = 512
-    merge_commit: bool | None = None
+    num_text_tokens: int = 512  # length that texts are padded to
+    merge_commit: bool | None = None  # as of ``LatentRollout``
+    # Freed once the text is encoded, a GPU never has it: the text is encoded before the model is moved there.
     text_encoder: Literal["kept", "freed"] = "kept"
-    offloads: bool = False
+    offloads: bool = False  # only the part at work is on the device (``enable_model_cpu_offload``)
     tiles_vae: bool = False
 
     @classmethod
     def of_run(
-        cls,
-        run: RunConfig,
-        *,
-        folder: Path | None,
-        device_type: Literal["cpu", "cuda"],
-        batch_size: int = 1,
+        cls, run: RunConfig, *, folder: Path | None, device_type: Literal["cpu", "cuda"], batch_size: int = 1
     ) -> Self:
-        """Request of a run's settings.
+        """Request of a run's settings; of the family's published shapes where there is no folder.
 
         Raises:
             ValueError: If the folder is no model, or a setting does not fit.
@@ -210,33 +176,19 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of everything that a video takes.
-
-    Attributes:
-        request: As it was planned.
-        policy: Of the cache: what a budget chose, else the request's.
-        weights: By part.
-        cache: Of one guidance branch.
-        text: Keys and values of cross-attention and the text they are made from, of one guidance branch.
-        modulation: Shift, scale and gate of all layers for all timesteps of a block.
-        features: The VAE's past frames.
-        resting: Of the past frames of tiles, what waits in host memory beside a GPU.
-        forward: The largest moment of a forward.
-        decoding: The largest moment of decoding, the block's pixels included.
-        encoding: The largest moment of encoding a text.
-    """
+    """Bytes of everything that a video takes."""
 
     request: PlanRequest
-    policy: CachePolicy
-    weights: Mapping[str, int]
-    cache: Footprint
-    text: int
-    modulation: int
-    features: int
-    resting: int
-    forward: int
-    decoding: int
-    encoding: int
+    policy: CachePolicy  # what a budget chose, else the request's
+    weights: Mapping[str, int]  # by part
+    cache: Footprint  # of one guidance branch
+    text: int  # keys and values of cross-attention and the text they are made from, of one guidance branch
+    modulation: int  # shift, scale and gate of all layers for all timesteps of a block
+    features: int  # the VAE's past frames
+    resting: int  # of the past frames of tiles, what waits in host memory beside a GPU
+    forward: int  # the largest moment of a forward
+    decoding: int  # the largest moment of decoding, the block's pixels included
+    encoding: int  # the largest moment of encoding a text
 
     @property
     def denoising(self) -> int:
@@ -246,7 +198,7 @@ class MemoryPlan:
 
     @property
     def staging(self) -> int:
-        """Bytes on the GPU of places in host memory: what two layers read, of every branch."""
+        """Bytes on a GPU of places in host memory: what two layers read, of every branch."""
         if self.request.device_type != "cuda":
             return 0
         num_layers = self.request.geometry().num_layers
@@ -261,7 +213,7 @@ class MemoryPlan:
 
     def weights_in(self, phase: str) -> int:
         """Bytes of the parts that are on the device in a phase."""
-        request, active = self.request, PART_OF_PHASE[phase]
+        request, active = self.request, _PART_OF_PHASE[phase]
         if request.offloads:
             return self.weights[active]
         is_freed = request.text_encoder == "freed" and active != "text_encoder"
@@ -312,7 +264,7 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
     )
     merges = policy.start(replace(geometry, device=torch.device("meta"))).merges_commit
     features, decoding, resting = _decode_bytes(request)
-    width = geometry.num_heads * geometry.head_dim
+    width, itemsize = geometry.num_heads * geometry.head_dim, request.dtype.itemsize
     text_dim = request.shapes.configs["transformer"].get("text_dim", 4096)
     text_numbers = text_dim + width + 2 * width * geometry.num_layers
     num_timesteps = request.sampler.num_steps(0) + 1
@@ -321,7 +273,7 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
         policy=policy,
         weights=request.shapes.weight_bytes(request.dtype),
         cache=cache,
-        text=request.batch_size * request.num_text_tokens * text_numbers * request.dtype.itemsize,
+        text=request.batch_size * request.num_text_tokens * text_numbers * itemsize,
         # Six float32 rows per layer and timestep (``models/modulated_block.py``).
         modulation=6 * width * torch.float32.itemsize * geometry.num_layers * num_timesteps,
         features=features,
@@ -370,9 +322,9 @@ def _forward_bytes(request: PlanRequest, geometry: Geometry, cache: Footprint, *
     block = request.batch_size * num_tokens * width * itemsize
     ratio = request.shapes.configs["transformer"]["ffn_dim"] / width
     is_fused = request.device_type == "cpu" and itemsize < 4  # the feed-forward, a few tokens at a time
-    largest = max(ATTENTION[itemsize], 0 if is_fused else FEED_FORWARD + 2 * ratio) + (num_blocks > 1) * SEGMENTS
-    rows = TIMESTEP_ROWS * request.batch_size * request.frames_per_block * num_blocks * width * 4
-    return max(int(largest * num_blocks * block) + rows, int(GATHERING * block) + cache.gathering)
+    largest = max(_ATTENTION[itemsize], 0 if is_fused else _FEED_FORWARD + 2 * ratio) + (num_blocks > 1) * _SEGMENTS
+    rows = _TIMESTEP_ROWS * request.batch_size * request.frames_per_block * num_blocks * width * 4
+    return max(int(largest * num_blocks * block) + rows, int(_GATHERING * block) + cache.gathering)
 
 
 def _decode_bytes(request: PlanRequest) -> tuple[int, int, int]:
@@ -382,7 +334,7 @@ def _decode_bytes(request: PlanRequest) -> tuple[int, int, int]:
         return *_whole_decode(request, height * width), 0
     config = request.shapes.configs["vae"]
     ratio = config.get("scale_factor_spatial", 8)
-    tile, stride = TILE // ratio, TILE_STRIDE // ratio
+    tile, stride = _TILE // ratio, _TILE_STRIDE // ratio
     rows, columns = Tiling(height=tile, width=tile, row_stride=stride, column_stride=stride).starts(height, width)
     size = min(height, tile) * min(width, tile)
     # The last row and column of tiles are as large as what is left.
@@ -416,9 +368,9 @@ def _whole_decode(request: PlanRequest, num_positions: int) -> tuple[int, int]:
     latents = request.batch_size * num_positions
     colours = 3 * PIXELS_PER_LATENT * config.get("scale_factor_spatial", 8) ** 2
     done = (request.frames_per_block - 1) * (colours + channels) * itemsize  # earlier frames of the block
-    moment = int(DECODE[request.device_type, itemsize] * widest * itemsize) + done
+    moment = int(_DECODE[request.device_type, itemsize] * widest * itemsize) + done
     return 2 * kept * latents * itemsize, latents * max(
-        moment, request.frames_per_block * colours * PIXEL_BYTES[itemsize]
+        moment, request.frames_per_block * colours * _PIXEL_BYTES[itemsize]
     )
 
 
@@ -426,7 +378,7 @@ def _encoding_bytes(request: PlanRequest) -> int:
     """The largest moment of a layer of the text encoder: scores and their softmax, and the tokens."""
     config, num_tokens = request.shapes.configs["text_encoder"], request.num_text_tokens
     scores = (8 + 2 * request.dtype.itemsize) * config["num_heads"] * num_tokens
-    return num_tokens * (TEXT_BYTES[request.dtype.itemsize] * config["d_model"] + scores)
+    return num_tokens * (_TEXT_BYTES[request.dtype.itemsize] * config["d_model"] + scores)
 
 
 def _read_numbers(folder: Path) -> tuple[int, int]:

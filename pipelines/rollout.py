@@ -30,15 +30,7 @@ class _Pixels(Protocol):
     """The part of a VAE that a rollout needs."""
 
     def pool(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
-        """Decode (batch, frames, channels, height, width) latents as a clip of their own, average, encode again.
-
-        Args:
-            latents: Normalised.
-            size: Pixel frames, rows and columns that become one.
-
-        Returns:
-            Normalised latents of the smaller clip.
-        """
+        """Decode normalised latents as a clip of their own, average ``size`` frames, rows, columns, encode again."""
         ...
 
 
@@ -427,12 +419,7 @@ class _Pending:
 class _Branches:
     """The conditional branch of a rollout and, with guidance, the unconditional one: caches, prompts, encode jobs.
 
-    Args:
-        causal: The transformer; has to be installed whenever something is run.
-        caches: By branch, the conditional one first.
-        embeds: (batch, text_len, text_dim) by branch.
-        settings: Of the rollout.
-        pixels: For jobs with ``pooling``.
+    The transformer has to be installed whenever something is run.
     """
 
     def __init__(
@@ -473,9 +460,7 @@ class _Branches:
     def commit_pending(self, *, event: Event = "keep", embeds: Tensor | None = None) -> None:
         """Commit the waiting block by itself under the prompt it was made with; then jobs, under the next one.
 
-        Args:
-            event: Effect of the next prompt on the cache.
-            embeds: The next prompt, if it is a new one.
+        ``embeds`` is the next prompt if it is a new one, ``event`` its effect on the cache.
         """
         done = None
         if self.pending is not None:
@@ -586,21 +571,13 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _OpenBlock:
-    """A block in the window of those that are denoised together.
+    """A block in the window of those that are denoised together."""
 
-    Attributes:
-        index: From 0, conditioning latents not counted.
-        start_frame: First latent frame in the video.
-        latents: (batch, frames, channels, height, width), as noisy as ``level`` says.
-        level: Denoising steps it has been through.
-        prompt_index: The prompt it entered under.
-    """
-
-    index: int
-    start_frame: int
-    latents: Tensor
-    level: int
-    prompt_index: int
+    index: int  # from 0, conditioning latents not counted
+    start_frame: int  # first latent frame in the video
+    latents: Tensor  # (batch, frames, channels, height, width), as noisy as ``level`` says
+    level: int  # denoising steps it has been through
+    prompt_index: int  # the prompt it entered under
 
 
 class _Window:
@@ -627,15 +604,7 @@ class _Window:
         denoise: Callable[[list[Tensor], list[float]], list[Tensor]],
         renoise: Callable[[_OpenBlock], Tensor],
     ) -> _OpenBlock | None:
-        """Denoise the window once.
-
-        Args:
-            denoise: (blocks, their timesteps) -> x0 of each.
-            renoise: Fresh noise of a block after its level.
-
-        Returns:
-            The first block, if it is clean now; it has left the window.
-        """
+        """Denoise the window once; its first block, if it is clean now, leaves it and is returned."""
         following = self.sampler.advance(
             denoise,
             [block.latents for block in self.blocks],

@@ -214,7 +214,7 @@ class RunFolder:
     def checkpoints(self) -> CheckpointFolder:
         """Saved states."""
         num_kept = self.config.output.num_kept_states
-        return CheckpointFolder(self.path / "states", newest=self.path / "state.safetensors", num_kept=num_kept)
+        return CheckpointFolder(self.path / "states", self.path / "state.safetensors", num_kept)
 
     def update_record(self, **changes: Any) -> None:
         """Change keys of ``run.json``."""

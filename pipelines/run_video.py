@@ -109,23 +109,14 @@ def _sha256(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """State of a run after a block.
+    """State of a run after a block."""
 
-    Attributes:
-        num_done: Finished blocks, those of earlier processes included.
-        num_frames: Pixel frames made so far, without the conditioning frames.
-        num_new_frames: Pixel frames that this process made.
-        seconds: Time since this process began to make blocks.
-        num_tokens: Tokens in the cache, per layer and sample.
-        num_cache_bytes: Bytes of the cache, read sets included.
-    """
-
-    num_done: int
-    num_frames: int
-    num_new_frames: int
-    seconds: float
-    num_tokens: int
-    num_cache_bytes: int
+    num_done: int  # finished blocks, those of earlier processes included
+    num_frames: int  # pixel frames made so far, without the conditioning frames
+    num_new_frames: int  # pixel frames that this process made
+    seconds: float  # since this process began to make blocks
+    num_tokens: int  # in the cache, per layer and sample
+    num_cache_bytes: int  # read sets included
 
     @property
     def frames_per_second(self) -> float:
@@ -161,9 +152,6 @@ def run_video(
         on_block: Called after every block.
         should_stop: Asked after every block; true saves a checkpoint and ends this process's part.
         allow_changes: Take blocks that are made again as they come out, on another machine for example.
-
-    Returns:
-        ``finished``, or ``interrupted`` where ``should_stop`` said so.
 
     Raises:
         ValueError: If a block that is made again comes out different.

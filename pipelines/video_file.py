@@ -42,36 +42,27 @@ _TILE_WIDTH, _LABEL_HEIGHT, _MARGIN = 192, 24, 6
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFormat:
-    """Size, rate and quality of a video file, the same for all parts of one video.
+    """Size, rate and quality of a video file, the same for all parts of one video."""
 
-    Attributes:
-        height: Picture height in pixels, before ``scale``; even.
-        width: Picture width in pixels, before ``scale``; even.
-        fps: Frames per second.
-        crf: H.264 constant rate factor: 0 (lossless) to 51; 18 is visually clean.
-        scale: Whole-number enlargement of every pixel, so that a 64-pixel video is watchable.
-        threads: Of the encoder, which cuts pictures into as many slices; 0 leaves it to the number of cores, and then
-            the bytes depend on the machine.
-    """
-
-    height: int
+    height: int  # pixels before ``scale``; even
     width: int
     fps: float = 16.0
-    crf: int = 18
-    scale: int = 1
+    crf: int = 18  # H.264 constant rate factor: 0 (lossless) to 51; 18 is visually clean
+    scale: int = 1  # whole-number enlargement of every pixel, so that a 64-pixel video is watchable
+    # The encoder cuts pictures into as many slices; 0: as many as cores, and the bytes depend on the machine.
     threads: int = 0
 
     def __post_init__(self) -> None:
         if self.height % 2 or self.width % 2 or self.height <= 0 or self.width <= 0:
             raise ValueError(f"video size {self.width}x{self.height}: H.264 needs even, positive sides")
-        if not 0 < self.fps < 1000:
-            raise ValueError(f"fps={self.fps}: give a number between 0 and 1000")
-        if not 0 <= self.crf <= 51:
-            raise ValueError(f"crf={self.crf}: give 0 (lossless) to 51 (smallest); 18 is visually clean")
-        if self.scale < 1:
-            raise ValueError(f"scale={self.scale}: give a whole number of 1 or more")
-        if self.threads < 0:
-            raise ValueError(f"threads={self.threads}: give 1 or more, or 0 for the encoder's own choice")
+        for name, is_right, remedy in (
+            ("fps", 0 < self.fps < 1000, "a number between 0 and 1000"),
+            ("crf", 0 <= self.crf <= 51, "0 (lossless) to 51 (smallest); 18 is visually clean"),
+            ("scale", self.scale >= 1, "a whole number of 1 or more"),
+            ("threads", self.threads >= 0, "1 or more, or 0 for the encoder's own choice"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name}={getattr(self, name)}: give {remedy}")
 
 
 class VideoWriter:
@@ -287,23 +278,14 @@ def _decoder_parameters(file: Path | BinaryIO) -> bytes | None:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamFacts:
-    """Contents of a video file.
+    """Contents of a video file."""
 
-    Attributes:
-        num_frames: That decoding gives.
-        fps: Average frames per second; None if the file does not say.
-        height: Pixels, after the rotation the file asks for.
-        width: Pixels, after the rotation the file asks for.
-        codec: As ffmpeg calls it; empty if there is none.
-        pixels: Pixel format of the coded frames, likewise.
-    """
-
-    num_frames: int
-    fps: float | None
-    height: int
+    num_frames: int  # that decoding gives
+    fps: float | None  # average; None if the file does not say
+    height: int  # pixels, after the rotation the file asks for
     width: int
-    codec: str = ""
-    pixels: str = ""
+    codec: str = ""  # as ffmpeg calls it; empty if there is none
+    pixels: str = ""  # pixel format of the coded frames, likewise
 
 
 def probe(path: Path) -> StreamFacts:

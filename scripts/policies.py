@@ -181,23 +181,14 @@ def title(policy: CachePolicy, events: Mapping[int, Event] | None = None) -> str
 
 @dataclass(frozen=True)
 class _PolicyFacts:
-    """Figures of a policy.
+    """Figures of a policy."""
 
-    Attributes:
-        context_frames: Most that a block or window attends to, itself included, in frames' worth of tokens.
-        context_tokens: The same in tokens.
-        attended_bytes: Keys and values that it attends to beside itself.
-        stored_bytes: Keys and values that are kept between blocks.
-        grows: Bytes per minute of video that are still added to what is stored; 0: bounded.
-        after_seconds: Length of video at which these are the figures, or from which on they hold.
-    """
-
-    context_frames: float
-    context_tokens: int
-    attended_bytes: int
-    stored_bytes: int
-    grows: float
-    after_seconds: float
+    context_frames: float  # most that a block or window attends to, itself included, in frames' worth of tokens
+    context_tokens: int  # the same in tokens
+    attended_bytes: int  # keys and values that it attends to beside itself
+    stored_bytes: int  # keys and values that are kept between blocks
+    grows: float  # bytes per minute of video that are still added to what is stored; 0: bounded
+    after_seconds: float  # length of video at which these are the figures, or from which on they hold
 
     @property
     def is_bounded(self) -> bool:
@@ -243,11 +234,7 @@ def facts(policy: CachePolicy, geometry: Geometry | None = None) -> _PolicyFacts
     """Play a policy until nothing changes any more, or for a minute if that never comes.
 
     One layer is played for all: policies that treat layers differently keep as much in each of them, or refuse a
-    model of one layer, and then all are played.
-
-    Args:
-        policy: What to measure.
-        geometry: Shapes; Wan2.1 1.3B's with the source's block size unless given.
+    model of one layer, and then all are played. The shapes are Wan2.1 1.3B's with the source's blocks unless given.
 
     Raises:
         ValueError: If the policy has no room for the geometry's blocks, or what it needs is made for another model.

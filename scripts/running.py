@@ -1,9 +1,7 @@
 """Steps that generate, resume and fork share: loading a model, preparing a run, running it in its folder."""
 
 import errno
-import os
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from longtake.configs.families import load_family
 from longtake.configs.run import ModelConfig, RunConfig
 from longtake.models import load_tiny_vae
 from longtake.models.wan import execution_device
+from longtake.pipelines.checkpoint import link_or_copy
 from longtake.pipelines.long_video import LongVideoPipeline, VideoRollout
 from longtake.pipelines.memory_plan import PlanRequest, device_kind, format_bytes, machine_memory, plan_memory
 from longtake.pipelines.run_folder import FINISHED, RunFolder, file_hash, machine, versions, weights_hash
@@ -270,10 +269,7 @@ def deliver_files(folder: RunFolder) -> None:
     if folder.config.output.contact_sheet and not sheet.exists():
         write_contact_sheet(folder.video_path, sheet, fps=record["video"]["fps"])
     if named and not Path(named).exists():
-        try:
-            os.link(folder.video_path, named)
-        except OSError:  # a file system without links
-            shutil.copyfile(folder.video_path, named)
+        link_or_copy(folder.video_path, Path(named))
 
 
 def print_files(folder: RunFolder) -> None:
