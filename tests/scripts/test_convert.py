@@ -5,25 +5,13 @@ import json
 import pytest
 import torch
 import typer
+from cli import assert_one_line, call
 from diffusers import WanPipeline, WanTransformer3DModel
 from make_checkpoint import write_family
 
 from benchmarks import conversion as measure_conversion
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
-
-
-def call(capfd, *words, program=app):
-    code = run_app(program, [str(word) for word in words])
-    return code, *capfd.readouterr()
-
-
-def assert_one_line(result, *messages):
-    code, stdout, stderr = result
-    assert code == 2 and stdout == "", stderr
-    assert len(stderr.strip().splitlines()) == 1 and stderr.startswith("longtake: ") and "Traceback" not in stderr
-    for message in messages:
-        assert message in stderr
 
 
 @pytest.fixture

@@ -6,22 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cli import assert_one_line, call
 
 from longtake.cache import make_policy
 from longtake.configs.loader import load_run
 from longtake.pipelines import memory_plan as plans
 from longtake.scripts import running
-from longtake.scripts.console import run_app
 from longtake.scripts.info import _parse_memory, plan_request, remedies
-from longtake.scripts.main import app
 
 GB = 10**9
-
-
-def call(capfd, *words):
-    code = run_app(app, [str(word) for word in words])
-    captured = capfd.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.fixture
@@ -52,8 +45,7 @@ def test_the_model_may_be_an_option(capfd):
     assert call(capfd, "info", "--plan", "--model", "mini", *settings, "cache.num_sink_frames=4") == call(
         capfd, "info", "mini", "cache.num_sink_frames=4", "--plan", *settings
     )
-    code, _, stderr = call(capfd, "info", "--plan")
-    assert code == 2 and "no model is named" in stderr
+    assert_one_line(call(capfd, "info", "--plan"), "no model is named")
 
 
 def test_what_does_not_fit_gets_remedies_that_change_nothing_first(capfd):
@@ -120,8 +112,7 @@ def test_commands_are_for_a_shell(machine, tmp_path, tiny_folder, capfd):
     ],
 )
 def test_bad_words_are_one_line(capfd, words, message):
-    code, _, stderr = call(capfd, "info", *words)
-    assert code == 2 and len(stderr.strip().splitlines()) == 1 and message in stderr
+    assert_one_line(call(capfd, "info", *words), message)
 
 
 def test_sizes_are_read_with_their_units():
@@ -154,9 +145,7 @@ def test_a_run_that_no_such_machine_holds_is_refused_before_loading(
     machine(GB // 10, GB // 10)
     monkeypatch.setattr("longtake.scripts.running.load_pipeline", lambda model: pytest.fail("loaded"))
     words = ("a red circle", "--model", tiny_folder, "--seconds", 2, "model.family=mini", "--out", tmp_path / "x")
-    code, _, stderr = call(capfd, "generate", *words)
-    assert code == 2 and len(stderr.strip().splitlines()) == 1
-    assert "0.10 GB in all" in stderr and "--plan" in stderr
+    assert_one_line(call(capfd, "generate", *words), "0.10 GB in all", "--plan")
 
 
 def test_options_reach_the_plan(tiny_folder):

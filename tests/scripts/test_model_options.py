@@ -1,36 +1,28 @@
-"""Presets, licences and memory options on the command line, with a random model in the place of the real ones."""
+"""Presets, licences, numerics, decoders and memory options, with a random model in the place of the real ones."""
 
+import json
 from contextlib import contextmanager
 
 import pytest
+import torch
 import yaml
+from cli import OTHER, PROMPT, assert_one_line, call, hashes
+from safetensors.torch import save_file
 
-from longtake.configs.loader import load_preset
+from longtake.configs.loader import load_preset, load_run
+from longtake.models import TinyVae
+from longtake.models.tiny_vae import TinyLayout
 from longtake.pipelines.run_folder import RunFolder
 from longtake.scripts import generate as generate_module
-from longtake.scripts.console import run_app
-from longtake.scripts.main import app
 
-PROMPT = "a red circle moving left"
-OTHER = "a blue square moving right"
 # A tiny folder in the place of 1.3 billion numbers.
 ANY = ("model.any_size=true", "height=32", "width=32", "output.state_every_blocks=2")
-
-
-def call(capfd, *words):
-    code = run_app(app, [str(word) for word in words])
-    captured = capfd.readouterr()
-    return code, captured.out, captured.err
 
 
 def make(capfd, model, folder, out, *words, seconds=1.5):
     return call(
         capfd, "generate", PROMPT, "--model", f"{model}={folder}", "--seconds", seconds, "--out", out, *ANY, *words
     )
-
-
-def hashes(path):
-    return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 @pytest.mark.parametrize(
@@ -77,9 +69,7 @@ def test_models_that_do_not_fit_are_named_in_one_line(capfd, tiny_folder, tmp_pa
     file = tmp_path / "model.pt"
     file.write_bytes(b"")
     words = [word.format(tiny=tiny_folder, file=file) for word in words]
-    code, _, stderr = call(capfd, "generate", PROMPT, "--out", tmp_path / "take", *words)
-    assert code == 2 and len(stderr.strip().splitlines()) == 1, stderr
-    assert all(message in stderr for message in messages), stderr
+    assert_one_line(call(capfd, "generate", PROMPT, "--out", tmp_path / "take", *words), *messages)
     assert not (tmp_path / "take").exists()
 
 
@@ -156,3 +146,71 @@ def test_info_says_how_a_family_is_run_and_where_its_weights_are(capfd):
     text = " ".join(call(capfd, "info", "causal_forcing_2step")[1].split())
     assert "first_block_timesteps=[1000, 750, 500, 250]" in text and "begins from text, image, video" in text
     assert "CC-BY-NC-SA-4.0, no commercial use" in " ".join(call(capfd, "info", "krea_14b")[1].split())
+
+
+def write_tiny_vae(path, seed=0, channels=4):
+    torch.manual_seed(seed)
+    vae = TinyVae(TinyLayout(latent_channels=channels, widths=(8, 6, 6, 4)))
+    vae.decoder["22"].bias.data.fill_(0.5)
+    save_file(vae.state_dict(), path)
+    return path
+
+
+def tiny(folder, *words):
+    settings = ("model.family=mini", "model.dtype=bfloat16", "output.state_every_blocks=2", "--sampler", "few_step")
+    return ("generate", PROMPT, *words, "--model", folder, "--seconds", 3, *settings)
+
+
+@pytest.fixture
+def fast_run(tiny_folder, tmp_path, capfd):
+    """A finished run with both options, and its fast VAE's file."""
+    file, path = write_tiny_vae(tmp_path / "it's tiny.safetensors"), tmp_path / "take"
+    result = call(capfd, *tiny(tiny_folder, "--numerics", "upstream", "--fast-vae", file, "--out", path))
+    assert result[0] == 0, result[2]
+    return path, file
+
+
+def test_record_resume_and_fork_keep_both(fast_run, tiny_folder, tmp_path, capfd):
+    path, file = fast_run
+    record = json.loads((path / "run.json").read_text())
+    assert record["fast_vae"]["num_bytes"] == file.stat().st_size and len(record["fast_vae"]["sha256"]) == 64
+    model = RunFolder(path).config.model
+    assert (model.numerics, model.fast_vae) == ("upstream", str(file))
+
+    assert call(capfd, *tiny(tiny_folder, "--fast-vae", file, "--out", tmp_path / "native"))[0] == 0
+    assert hashes(tmp_path / "native") != hashes(path)
+
+    fork = tmp_path / "fork"
+    assert call(capfd, "fork", path, "--at", "2s", "--seconds", "4", "--out", fork)[0] == 0
+    assert RunFolder(fork).config.model == model
+    assert json.loads((fork / "run.json").read_text())["fast_vae"] == record["fast_vae"]
+    assert hashes(fork)[: len(hashes(path)) - 1] == hashes(path)[:-1]
+
+    RunFolder(path).update_record(status="running")
+    assert call(capfd, "resume", path)[0] == 0
+    write_tiny_vae(file, seed=1)
+    RunFolder(path).update_record(status="running")
+    assert_one_line(call(capfd, "resume", path), "another fast VAE")
+    file.unlink()
+    assert_one_line(call(capfd, "resume", path), "does not exist any more")
+
+
+def test_what_does_not_fit_is_one_line(tmp_path, capfd):
+    wan = write_tiny_vae(tmp_path / "wan.safetensors", channels=16)
+    out = ("--out", tmp_path / "out", "--seconds", 1)
+    for words, said in (
+        (("--fast-vae", wan), "16 channels in a latent, this model has 12"),
+        (("--fast-vae", tmp_path / "none.pth"), "does not exist"),
+        (("--numerics", "exact"), "numerics"),
+        (("--numerics", "upstream", "--sampler", "multi_step"), "few_step, rolling_window"),
+    ):
+        assert_one_line(call(capfd, "generate", PROMPT, *words, *out), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_configuration_has_both(tmp_path):
+    run = load_run(overrides=["prompt=x", "model.numerics=upstream", "model.fast_vae=tiny.pth"])
+    assert (run.model.numerics, run.model.fast_vae) == ("upstream", "tiny.pth")
+    assert load_run(overrides=["prompt=x"]).model.numerics == "native"
+    with pytest.raises(ValueError, match="numerics"):
+        load_run(overrides=["prompt=x", "model.numerics=exact"])

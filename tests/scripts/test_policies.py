@@ -3,11 +3,10 @@
 import re
 
 import pytest
+from cli import assert_one_line, call
 from PIL import Image
 
 from longtake.cache import POLICIES, make_policy
-from longtake.scripts import main
-from longtake.scripts.console import run_app
 from longtake.scripts.policies import (
     _MOST_BLOCKS,
     _changed,
@@ -21,13 +20,8 @@ from longtake.scripts.policies import (
 )
 
 
-def call(capfd, *args):
-    code = run_app(main.app, ["policies", *map(str, args)])
-    return code, *capfd.readouterr()
-
-
 def test_table_has_a_line_per_policy(capfd):
-    code, stdout, _ = call(capfd)
+    code, stdout, _ = call(capfd, "policies")
     assert code == 0
     for name in POLICIES:
         assert re.search(rf"^{name} ", stdout, re.MULTILINE), name
@@ -53,7 +47,7 @@ def test_facts_are_those_of_the_published_sizes():
 def test_explain_prints_a_line_per_block_and_draws(capfd, tmp_path):
     png = tmp_path / "deep" / "sink.png"
     code, stdout, _ = call(
-        capfd, "attention_sink", "--explain", "--blocks", 6, "--set", "num_sink_frames=4", "--png", png
+        capfd, "policies", "attention_sink", "--explain", "--blocks", 6, "--set", "num_sink_frames=4", "--png", png
     )
     assert code == 0
     assert "SSSS···RRRRR###···  sink 0-3 @ 0-3; recent 7-11 @ 4-8; block 12-14 @ 9-11" in stdout
@@ -66,13 +60,15 @@ def test_explain_prints_a_line_per_block_and_draws(capfd, tmp_path):
 
 def test_explain_writes_nothing_unless_told_where(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert call(capfd, "full", "--explain", "--blocks", 2)[0] == 0
+    assert call(capfd, "policies", "full", "--explain", "--blocks", 2)[0] == 0
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_the_bundled_model_can_be_explained_and_fit_no_other(capfd, tmp_path):
     changes = [word for change in ("compressor=hr+lr", "compressor_weights=mini") for word in ("--set", change)]
-    code, stdout, _ = call(capfd, "pack", "--explain", "--blocks", 5, *changes, "--png", tmp_path / "pack.png")
+    code, stdout, _ = call(
+        capfd, "policies", "pack", "--explain", "--blocks", 5, *changes, "--png", tmp_path / "pack.png"
+    )
     assert code == 0 and " job " in stdout and "mid 8-11" in stdout
     assert "made for a model of other shapes" in stdout and "needs: VAE, weights" in stdout
 
@@ -87,8 +83,7 @@ def test_wrong_words_are_one_line(capfd, tmp_path):
         (("attention_sink", "--explain", "--event", "6:jump"), "does not know the event 'jump'"),
         (("--explain",), "give its name"),
     ):
-        code, stdout, stderr = call(capfd, *words)
-        assert code == 2 and message in stderr and len(stderr.splitlines()) == 1, (words, stderr)
+        assert_one_line(call(capfd, "policies", *words), message)
 
 
 def test_settings_reach_into_mappings():

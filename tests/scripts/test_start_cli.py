@@ -6,6 +6,7 @@ import subprocess
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from cli import PROMPT, assert_one_line, call, hashes
 from PIL import Image
 
 from longtake.configs.loader import load_run
@@ -17,24 +18,8 @@ from longtake.scripts.console import run_app
 from longtake.scripts.main import app
 from longtake.scripts.running import load_pipeline, start_rollout
 
-PROMPT = "a red circle moving left"
 # 2 s of the model's 16 frames a second, as 1 + 4 k frames, are 33: three blocks.
 NUM_START, NUM_MADE = 33, 48
-
-
-def call(capfd, *words):
-    """The program in this process."""
-    code = run_app(app, [str(word) for word in words])
-    captured = capfd.readouterr()
-    return code, captured.out, captured.err
-
-
-def assert_one_line(result, *messages):
-    code, _, stderr = result
-    lines = stderr.strip().splitlines()
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("longtake: "), stderr
-    for message in messages:
-        assert message in lines[0]
 
 
 def write_clip(path, *, num_frames=75, fps=25, seed=0):
@@ -43,10 +28,6 @@ def write_clip(path, *, num_frames=75, fps=25, seed=0):
     with VideoWriter(path, video_format=VideoFormat(height=64, width=96, fps=fps)) as writer:
         writer.write(frames)
     return path
-
-
-def hashes(path):
-    return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 def words(folder, clip, out, *more):
