@@ -7,7 +7,7 @@ import torch
 import typer
 
 from benchmarks import gpu as benchmark_gpu
-from benchmarks.gpu import COLUMNS, SHAPES, Size
+from benchmarks.gpu import COLUMNS
 from longtake.scripts.console import run_app
 
 
@@ -58,9 +58,3 @@ def test_without_a_gpu_it_says_what_it_needs(call):
 def test_bad_options_are_one_line(call, words, message):
     code, _, stderr = call("--size", "tiny", "--device", "cpu", *words)
     assert code == 2 and len(stderr.strip().splitlines()) == 1 and message in stderr
-
-
-def test_real_shapes_are_those_of_the_paper():
-    shape = SHAPES[Size.WAN]
-    assert (shape.width, shape.height, shape.num_text_tokens) == (832, 480, 512)
-    assert shape.transformer["num_layers"] == 30 and not shape.vae
