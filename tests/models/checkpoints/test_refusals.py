@@ -26,14 +26,14 @@ def found(path, **settings):
     return plan_conversion(ConversionRequest(source=path, **settings)).transformer
 
 
-def assert_refused(path, tmp_path, *messages, **settings):
+def assert_refused(path, tmp_path, message, **settings):
+    """Its parts, between dots, must all be in the one line of the error."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError) as error:
         convert(path, tmp_path, **settings)
     text = str(error.value)
     assert "\n" not in text and len(text) < 600, text
-    for message in messages:
-        assert message in text, text
+    assert all(part in text for part in message.split(" ... ")), text
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -82,52 +82,43 @@ def _replace(name, edit):
 CORRUPTIONS = {
     "missing": (
         lambda w: w.pop("blocks.1.ffn.0.bias"),
-        ("incomplete, missing in diffusers naming: 1 (blocks.1.ffn.net.0.proj.bias)", "pass all weights"),
+        "missing in diffusers naming: 1 (blocks.1.ffn.net",
     ),
-    "extra": (lambda w: w.update({"cls_pred.weight": torch.zeros(2)}), ("unknown names: 1 (", "weight) of 70")),
+    "extra": (lambda w: w.update({"cls_pred.weight": torch.zeros(2)}), "unknown names: 1 ( ... weight) of 70"),
     "transposed": (
         _replace("blocks.0.ffn.0.weight", lambda t: t.T),
-        (
-            "1 misshapen: blocks.0.ffn.net.0.proj.weight is [24, 32], should be [32, 24] (transposed)",
-            "Nothing was written",
-        ),
+        "1 misshapen: blocks.0.ffn.net.0.proj.weight is [24, 32], should be [32, 24] (transposed) ... Nothing",
     ),
-    "misshapen": (_replace("blocks.1.modulation", lambda t: t[:, :5]), ("is [1, 5, 24], should be [1, 6, 24]",)),
-    "flat": (_replace("patch_embedding.weight", lambda t: t[:, :, 0, 0, 0]), ("of shape [24, 4]", "5 axes")),
-    "scalar": (_replace("blocks.0.ffn.0.bias", lambda t: t[0]), ("of shape []", "1 axes")),
+    "misshapen": (_replace("blocks.1.modulation", lambda t: t[:, :5]), "is [1, 5, 24], should be [1, 6, 24]"),
+    "flat": (_replace("patch_embedding.weight", lambda t: t[:, :, 0, 0, 0]), "of shape [24, 4] ... 5 axes"),
+    "scalar": (_replace("blocks.0.ffn.0.bias", lambda t: t[0]), "of shape [] ... 1 axes"),
     "NaN": (
         _fill("blocks.1.self_attn.v.weight", float("nan")),
-        ("NaN or infinity", "1 (blocks.1.attn1.to_v.weight) of 69", "Nothing was kept"),
+        "NaN or infinity ... 1 (blocks.1.attn1.to_v.weight) of 69 ... Nothing was kept",
     ),
-    "infinity": (_fill("head.head.weight", float("-inf")), ("NaN or infinity", "1 (proj_out.weight) of 69")),
-    "many NaN": (
-        lambda w: [t.fill_(float("nan")) for t in w.values() if t.numel() > 100],
-        ("NaN or infinity", " more) of 69"),
-    ),
+    "infinity": (_fill("head.head.weight", float("-inf")), "NaN or infinity ... 1 (proj_out.weight) of 69"),
+    "many NaN": (lambda w: [t.fill_(float("nan")) for t in w.values()], "NaN or infinity ... more) of 69"),
     "quantised": (
         lambda w: w.update({n: t.to(torch.int8) for n, t in w.items() if "attn" in n}),
-        ("of 69 tensors as int8", "quantised weights are not converted"),
+        "of 69 tensors as int8 ... quantised weights are not converted",
     ),
     "5B": (
         _replace("patch_embedding.weight", lambda t: t.repeat(1, 12, 1, 1, 1)),
-        ("Wan2.2-TI2V-5B transformer (48 latent channels", "give a model trained from Wan2.1"),
+        "Wan2.2-TI2V-5B transformer (48 latent channels ... give a model trained from Wan2.1",
     ),
-    "own heads": (None, ("24 wide, no multiple of the 128", "--config")),
 }
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_corrupted_weights(name, make, tmp_path):
-    edit, messages = CORRUPTIONS[name]
-    path = make(edit or (lambda weights: None))
-    if edit is None:
-        (path.parent / "config.json").unlink()
-    assert_refused(path, tmp_path, str(path), *messages)
+    edit, message = CORRUPTIONS[name]
+    path = make(edit)
+    assert_refused(path, tmp_path, f"{path} ... {message}")
 
 
 def test_a_cast_that_overflows(make, tmp_path):
     path = make(_fill("blocks.0.ffn.2.weight", 1e38))
-    assert_refused(path, tmp_path, "as read or after the cast", "--dtype too narrow", dtype="float16")
+    assert_refused(path, tmp_path, "as read or after the cast ... --dtype too narrow", dtype="float16")
     convert(path, tmp_path, dtype="bfloat16")
 
 
@@ -135,7 +126,7 @@ def test_a_cast_that_overflows(make, tmp_path):
 def test_truncated_files(make, share, tmp_path):
     path = make(lambda weights: None)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    assert_refused(path, tmp_path, str(path), "truncated")
+    assert_refused(path, tmp_path, f"{path} ... truncated")
 
 
 class Bomb:
@@ -149,7 +140,7 @@ class Bomb:
 def test_a_pickle_that_wants_more_than_tensors_is_refused_unrun(tmp_path):
     path = tmp_path / "bomb.pt"
     torch.save({"generator": {"a": torch.zeros(2)}, "args": Bomb(tmp_path / "fired")}, path)
-    assert_refused(path, tmp_path, "is refused", "io.open", "can run code")
+    assert_refused(path, tmp_path, "is refused ... io.open ... can run code")
     torch.save({"model": torch.nn.Linear(2, 2)}, path)
     assert_refused(path, tmp_path, "torch.nn.modules.linear.Linear")
     assert not (tmp_path / "fired").exists()
@@ -161,9 +152,9 @@ def _zip(path, members, *, compression=zipfile.ZIP_STORED):
             archive.writestr(name, content)
 
 
-def _safetensors(path, header, data=b""):
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+def _safetensors(path, **tensor):
+    text = json.dumps({"a": tensor}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
 
 
 FILES = {
@@ -174,10 +165,7 @@ FILES = {
     "page": (lambda p: p.write_text("<!DOCTYPE html><html>"), "is a web page"),
     "gguf": (lambda p: p.write_bytes(b"GGUF\x03\0\0\0" + bytes(64)), "is a GGUF file"),
     "noise": (lambda p: p.write_bytes(bytes(range(255, 0, -1)) * 9), "neither a safetensors file nor"),
-    "legacy": (
-        lambda p: torch.save({"a": torch.zeros(2)}, p, _use_new_zipfile_serialization=False),
-        "is a legacy pickle",
-    ),
+    "legacy": (lambda p: torch.save({}, p, _use_new_zipfile_serialization=False), "is a legacy pickle"),
     "plain pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "is a legacy pickle"),
     "other zip": (lambda p: _zip(p, {"readme.txt": "hello"}), "without data.pkl"),
     "packed zip": (lambda p: _zip(p, {"a/data.pkl": "x" * 99}, compression=zipfile.ZIP_DEFLATED), "packed zip"),
@@ -189,13 +177,10 @@ FILES = {
     "sparse": (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), "without plain numbers"),
     "header": (lambda p: p.write_bytes((20).to_bytes(8, "little") + b"{" + b"x" * 40), "truncated or damaged"),
     "long header": (lambda p: p.write_bytes((10**6).to_bytes(8, "little") + b"{" + b"x" * 40), "truncated"),
-    "dtype": (
-        lambda p: _safetensors(p, {"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"0"),
-        "unknown dtype F4",
-    ),
+    "dtype": (lambda p: _safetensors(p, dtype="F4", shape=[8], data_offsets=[0, 4]), "unknown dtype F4"),
     "offsets": (
-        lambda p: _safetensors(p, {"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}, bytes(4)),
-        "invalid shape, data type, or offset",
+        lambda p: _safetensors(p, dtype="F32", shape=[9], data_offsets=[0, 4]),
+        "invalid shape, data type",
     ),
 }
 
@@ -206,7 +191,7 @@ def test_other_files_are_named_whatever_their_suffix(name, suffix, tmp_path):
     write, message = FILES[name]
     path = tmp_path / f"file{suffix}"
     write(path)
-    assert_refused(path, tmp_path, str(path), message)
+    assert_refused(path, tmp_path, f"{path} ... {message}")
 
 
 def test_containers_are_told_by_content(wan, tmp_path):
@@ -216,49 +201,29 @@ def test_containers_are_told_by_content(wan, tmp_path):
     assert_refused(wan, tmp_path, "does not exist")
 
 
-def _names(*names):
-    return {name: torch.zeros(2, 2) for name in names}
-
-
 OTHERS = {
-    "lora": (
-        _names("base_model.model.blocks.0.ffn.0.lora_A.weight", "base_model.model.blocks.0.ffn.0.lora_B.weight"),
-        ("is a LoRA adapter (1 pairs)", "--lora"),
-    ),
-    "unmerged": (
-        _names("blocks.0.ffn.0.base_layer.weight", "blocks.0.ffn.0.lora_A.default.weight"),
-        ("not merged", "merge_and_unload"),
-    ),
-    "vae": (
-        _names("encoder.conv1.weight", "conv2.weight", "decoder.middle.0.residual.2.bias"),
-        ("a Wan VAE", "--vae"),
-    ),
-    "their vae": (_names("encoder.conv_in.weight", "decoder.mid_block.resnets.0.norm1.gamma"), ("a Wan VAE", "--vae")),
-    "text encoder": (
-        _names("token_embedding.weight", "blocks.0.norm1.weight", "blocks.0.norm2.weight"),
-        ("a UMT5 text encoder", "--text-encoder"),
-    ),
-    "their text encoder": (_names("encoder.block.0.layer.0.SelfAttention.q.weight"), ("--text-encoder",)),
-    "vace": (_names("vace_blocks.0.before_proj.weight", "patch_embedding.weight"), ("Wan-VACE", "does not run")),
-    "other": (
-        _names("diffusion.down.0.weight", "unet.x"),
-        ("no part of Wan: 2 tensors such as diffusion.down",),
-    ),
+    "blocks.0.ffn.0.lora_A.weight blocks.0.ffn.0.lora_B.weight": "is a LoRA adapter (1 pairs) ... --lora",
+    "blocks.0.ffn.0.base_layer.weight blocks.0.ffn.0.lora_A.default.weight": "not merged ... merge_and_unload",
+    "encoder.conv1.weight conv2.weight decoder.middle.0.residual.2.bias": "a Wan VAE ... --vae",
+    "encoder.conv_in.weight decoder.mid_block.resnets.0.norm1.gamma": "a Wan VAE ... --vae",
+    "token_embedding.weight blocks.0.norm1.weight blocks.0.norm2.weight": "a UMT5 text encoder ... --text-encoder",
+    "encoder.block.0.layer.0.SelfAttention.q.weight": "--text-encoder",
+    "vace_blocks.0.before_proj.weight patch_embedding.weight": "Wan-VACE ... does not run",
+    "diffusion.down.0.weight unet.x": "no part of Wan: 2 tensors such as diffusion.down",
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("names", OTHERS)
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_other_weights_are_named(name, suffix, tmp_path):
-    tensors, messages = OTHERS[name]
+def test_other_weights_are_named(names, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
-    save(path, tensors)
-    assert_refused(path, tmp_path, *messages)
+    save(path, {name: torch.zeros(2, 2) for name in names.split()})
+    assert_refused(path, tmp_path, OTHERS[names])
 
 
 def test_entries(tmp_path, header_only):
     (path,) = write_family(tmp_path / "repository", "self_forcing_training")
-    assert_refused(path, tmp_path, "no entry 'ema'", "generator: 69, critic: 69, generator_ema: 69", key="ema")
+    assert_refused(path, tmp_path, "no entry 'ema' ... generator: 69, critic: 69, generator_ema: 69", key="ema")
     assert convert(path, tmp_path, key="critic").record()["entry"] == "critic"
     infos = {"a": TensorInfo((1,), torch.float32)}
     for names, chosen in (
@@ -285,8 +250,8 @@ def test_nested_twice_and_with_other_values(tmp_path):
 def test_presets(tmp_path, monkeypatch):
     (path,) = write_family(tmp_path / "repository", "self_forcing_training")
     (flat,) = write_family(tmp_path / "flat", "wan")
-    messages = ("does not fit the preset 'self_forcing'", "24 wide with 2 layers", "for 1.3B")
-    assert_refused(path, tmp_path, *messages, preset="self_forcing")
+    message = "does not fit the preset 'self_forcing' ... 24 wide with 2 layers ... for 1.3B"
+    assert_refused(path, tmp_path, message, preset="self_forcing")
     assert_refused(path, tmp_path, "unknown model family 'self_forcin'", preset="self_forcin")
     family = ModelFamily(checkpoint=CheckpointRule(key="critic"))
     monkeypatch.setattr(converting, "load_family", lambda name: family)
@@ -306,7 +271,7 @@ def test_shards(wan, tmp_path, read_by_hand):
     for name, part in parts.items():
         save_file(part, folder / name)
     first = folder / "m-00001-of-00003.safetensors"
-    assert_refused(first, tmp_path, "one of 3 shards", "give the folder")
+    assert_refused(first, tmp_path, "one of 3 shards ... give the folder")
     assert found(folder).checkpoint.container == "safetensors, 3 shards"
     index = folder / "m.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {n: name for name, part in parts.items() for n in part}}))
@@ -314,9 +279,9 @@ def test_shards(wan, tmp_path, read_by_hand):
         assert len(found(source).sources) == 69
     moved = first.with_name("elsewhere")
     first.rename(moved)
-    assert_refused(folder, tmp_path, "lists 3 shards, 1 of which are not beside it", first.name)
+    assert_refused(folder, tmp_path, f"lists 3 shards, 1 of which are not beside it ... {first.name}")
     index.unlink()
-    assert_refused(folder, tmp_path, "one of 3 shards", first.name)
+    assert_refused(folder, tmp_path, f"one of 3 shards ... {first.name}")
     moved.rename(first)
     save_file({"head.modulation": weights["head.modulation"]}, folder / "n.safetensors")
     assert_refused(folder, tmp_path, "both hold head.modulation")
@@ -352,7 +317,7 @@ def test_config_json(wan, tmp_path):
         assert_refused(wan, tmp_path, message, config=given)
     assert_refused(wan, tmp_path, "cannot read", config=tmp_path / "none.json")
     beside.write_text('{"_class_name": "SomethingElse", "num_layers": 9}')
-    assert_refused(wan, tmp_path, "no multiple of the 128")
+    assert_refused(wan, tmp_path, "24 wide, no multiple of the 128 ... --config")
 
 
 def test_output_is_never_overwritten_and_interruptions_leave_nothing(wan, tmp_path, monkeypatch):
