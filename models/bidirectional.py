@@ -38,19 +38,14 @@ class _Video:
     """Progress of one video's denoising.
 
     Attributes:
-        timesteps: The scheduler's own tensor: another one belongs to another video.
-        schedule: Its different values, in order.
-        first: Place in the schedule where the video began; more than 0 if it starts from another video.
-        step: Place in the schedule of the last forward.
-        num_forwards: Of that step so far.
         memories: By transformer and number of the forward in its step, which tells guidance branches apart.
     """
 
-    timesteps: Tensor
-    schedule: tuple[float, ...]
-    first: int
-    step: int
-    num_forwards: int = 0
+    timesteps: Tensor  # the scheduler's own tensor: another one belongs to another video
+    schedule: tuple[float, ...]  # its different values, in order
+    first: int  # place in the schedule where the video began; more than 0 if it starts from another video
+    step: int  # place in the schedule of the last forward
+    num_forwards: int = 0  # of that step so far
     memories: dict[tuple[nn.Module, int], dict[Any, Any]] = field(default_factory=dict)
 
     @property
@@ -220,10 +215,8 @@ def sparse_wan(
 ) -> Iterator["SparseWan"]:
     """Give a stock Wan pipeline sparse self-attention inside the ``with`` block.
 
-    Only ``attn1`` of every block changes; cross-attention, image conditioning, scheduler, LoRA and offload are the
-    pipeline's own. Nothing of diffusers is patched or configured globally, and the transformers have their own
-    processors again after the block, whatever happens in it. A model that was not trained with a mask loses quality
-    with it; the first ``dense_steps`` steps and ``dense_layers`` layers of a policy are computed densely.
+    Only ``attn1`` of every block changes, and nothing of diffusers is patched globally. A model that was not trained
+    with a mask loses quality with it; the first ``dense_steps`` steps and ``dense_layers`` layers are dense.
 
     ::
 
@@ -231,25 +224,21 @@ def sparse_wan(
             video = pipe(prompt, num_inference_steps=50).frames[0]
         print(sparse)  # density achieved, and the backends that ran
 
-    A step is a timestep of ``pipe.scheduler`` that the network is given, counted from the first one of a video. All
-    forwards at one timestep (guidance runs two) belong to one step, and each keeps what its policy remembers to
-    itself. A video begins when the scheduler's timesteps are set anew.
+    A step is a timestep of ``pipe.scheduler``, counted from the first one of a video; forwards at one timestep
+    (guidance runs two) belong to one step. A video begins when the scheduler's timesteps are set anew.
 
     Args:
         pipe: With a scheduler and ``WanTransformer3DModel`` transformers: text, image or video to video.
         attention: Attention policy, its mapping (``backend`` may name a backend), or its name.
-        backend: Backend of what is sparse, instead of the mapping's; None: the mapping's, or ``auto``. What a policy
-            declines is computed densely by ``auto``, not by diffusers' attention backend.
+        backend: Of sparse calls, instead of the mapping's; dense calls take ``auto``, not diffusers' backend.
 
     Yields:
-        What was computed so far; it can be read after the block too.
+        Count of the computed attention; it can be read after the block too.
 
     Raises:
-        ValueError: If a name, a field or a value is unknown or does not fit, or the pipeline has other transformers,
-            other processors, or parallelism. From the pipeline's call: if gradient checkpointing would run forwards
-            again, a timestep is none of the scheduler's, or something else has taken the processors' place.
-        BackendUnavailable: If the named backend cannot run on this machine. From the pipeline's call: if it cannot
-            run what the policy plans.
+        ValueError: If a setting does not fit, or the pipeline has other transformers, processors or parallelism; in
+            its call, if gradient checkpointing is on, a timestep is unknown, or processors have been replaced.
+        BackendUnavailable: If the backend cannot run on this machine, or cannot run what the policy plans.
     """
     setting = AttentionSetting(attention)
     if backend is not None:
@@ -390,15 +379,9 @@ class _Meter(DensityMeter):
 
 
 def relative_change(velocity: Tensor, before: Tensor, eps: float = 1e-6) -> Tensor:
-    """Change of the velocity of each token in one step, relative to the velocity before.
+    """Change of (batch, tokens, channels) velocities in one step, relative to those before: (tokens,), float32.
 
-    Args:
-        velocity: (batch, tokens, channels).
-        before: (batch, tokens, channels), one step earlier.
-        eps: Keeps tokens at rest finite.
-
-    Returns:
-        (tokens,), float32, the mean over the batch: one allocation serves all its samples.
+    The mean over the batch, because one allocation serves all its samples.
     """
     velocity, before = velocity.float(), before.float()
     change = (velocity - before).abs().sum(-1) / (before.abs().sum(-1) + eps)
@@ -433,11 +416,7 @@ class StepAllocation:
             raise ValueError(f"strides={list(self.strides)} must ascend from 1 or more, each once.")
 
     def shares(self, num_steps: int) -> tuple[float, ...]:
-        """Share of the tokens that each stride gets, so that ``target`` is met: a geometric series.
-
-        Raises:
-            ValueError: If even the largest stride computes more, or there are no steps after the warm-up.
-        """
+        """Share of the tokens that each stride gets, so that ``target`` is met: a geometric series."""
         if num_steps <= self.num_warmup_steps:
             raise ValueError(f"num_warmup_steps={self.num_warmup_steps} leaves none of {num_steps} steps: use fewer.")
         computed = [self._num_active_steps(stride, num_steps) / num_steps for stride in self.strides]
@@ -485,8 +464,7 @@ class StepAllocation:
 class _TokenCache:
     """Keys and values of all tokens in every layer, those of skipped tokens as they last were.
 
-    One for each branch of classifier-free guidance and each video. It holds two tensors of the whole sequence per
-    layer: 5.6 GiB for Wan2.1 1.3B at 32,760 tokens in bfloat16, 25 GiB for 14B.
+    5.6 GiB for Wan2.1 1.3B at 32,760 tokens in bfloat16 and each guidance branch, 25 GiB for 14B.
     """
 
     def __init__(self) -> None:
@@ -522,20 +500,18 @@ def allocated_wan(
         print(allocated)  # the share of token steps that was computed
 
     For many steps: a model of four has none to spare. Keys and values of all tokens are held for each layer and each
-    guidance branch. Inside the ``with`` block ``attn1`` of every transformer block has another processor, and the
-    first of them and the output projection have hooks; nothing else changes, and afterwards all is as before.
+    guidance branch.
 
     Args:
         pipe: With an Euler scheduler and ``WanTransformer3DModel`` transformers: text, image or video to video.
         allocation: Settings of the allocation, or their mapping; None: half of the token steps.
 
     Yields:
-        What was computed so far; it can be read after the block too.
+        Count of the computed tokens; it can be read after the block too.
 
     Raises:
-        ValueError: If a field or a value does not fit, the scheduler is another, or the pipeline has other
-            transformers, other processors, a diffusers cache, or parallelism. From the pipeline's call: if the
-            allocation does not fit the number of steps, timesteps are given for each token, or gradients are on.
+        ValueError: If a setting does not fit, or the pipeline has another scheduler, other transformers, processors,
+            a diffusers cache or parallelism; in its call, if the allocation does not fit the number of steps.
     """
     if not isinstance(allocation, StepAllocation):
         allocation = build(StepAllocation, allocation or {}, what="the step allocation")

@@ -63,27 +63,20 @@ class Prompt:
     """Text of one guidance branch, with everything that is computed from it once.
 
     Attributes:
-        embeds: (batch, text_len, text_dim), as the text encoder made them.
-        projected: The same through the transformer's text embedder, when it has been needed.
         keys_values: Cross-attention keys and values by layer.
     """
 
-    embeds: Tensor
-    projected: Tensor | None = None
+    embeds: Tensor  # (batch, text_len, text_dim), as the text encoder made them
+    projected: Tensor | None = None  # the same through the transformer's text embedder, when it has been needed
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive frames of one forward that share a pass.
+    """Consecutive frames of one forward that share a pass."""
 
-    Attributes:
-        pass_: Their kind and place in the cache; they attend to each other.
-        timestep: Of all frames, or one per equal part of them, in order.
-    """
-
-    pass_: Pass
-    timestep: float | tuple[float, ...]
+    pass_: Pass  # their kind and place in the cache; they attend to each other
+    timestep: float | tuple[float, ...]  # of all frames, or one per equal part of them, in order
 
     @property
     def timesteps(self) -> tuple[float, ...]:

@@ -128,6 +128,20 @@ def listing(names: Iterable[str]) -> str:
     return f"{len(names)} ({', '.join(names[:_LISTED])}{rest})"
 
 
+def shape_faults(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """List misshapen, missing and extra weights with their counts, for messages; empty if there are none."""
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    odd = []
+    for name in sorted(expected.keys() & found.keys()):
+        own, wanted = found[name], expected[name]
+        if own != wanted:
+            remark = " (transposed)" if len(own) > 1 and own == wanted[::-1] else ""
+            odd.append(f"{name} is {list(own)}, should be {list(wanted)}{remark}")
+    faults = [f"{len(odd)} misshapen: {'; '.join(odd[:3])}{'; ...' if len(odd) > 3 else ''}"] if odd else []
+    faults += [f"{what}: {listing(names)}" for what, names in (("missing", missing), ("extra", extra)) if names]
+    return "; ".join(faults)
+
+
 def _missing_names(names: Iterable[str]) -> set[str]:
     """Diffusers names that a complete transformer with these names would have as well."""
     names = set(names)

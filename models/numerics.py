@@ -91,14 +91,12 @@ class Modulations:
     """Shift, scale and gate of every block for the timesteps that a rollout uses, computed once each.
 
     Attributes:
-        projected: (1, 6 * dim) time projection by timestep.
-        dtype: In which table and projection are added.
-        by_layer: Six (1, segments, 1, dim) tensors of ``dtype`` by layer and timesteps: shift, 1 + scale and gate of
-            the self-attention, then of the feed-forward.
+        by_layer: Six (1, segments, 1, dim) tensors of ``dtype`` by layer and timesteps: shift, 1 + scale and gate
+            of the self-attention, then of the feed-forward.
     """
 
-    projected: dict[float, Tensor] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
+    projected: dict[float, Tensor] = field(default_factory=dict)  # (1, 6 * dim) time projection by timestep
+    dtype: torch.dtype = torch.float32  # in which table and projection are added
     by_layer: dict[tuple[int, tuple[float, ...]], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def of(self, layer: int, block: WanTransformerBlock, timesteps: tuple[float, ...]) -> tuple[Tensor, ...]:

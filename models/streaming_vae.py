@@ -97,9 +97,8 @@ class _Stream:
 class StreamingDecoder(_Stream):
     """Latent frames in, pixel frames out, any number at a time; equal to ``vae.decode`` of the whole video.
 
-    Memory does not grow with the length of the video: only the last one or two feature frames of every causal
-    convolution are kept. One instance is one stream (of any batch size); the VAE itself keeps no state and may
-    serve several streams. Equal means bit for bit in float32 on the CPU from 4x4 latent positions on; with fewer
+    Only the last one or two feature frames of every causal convolution are kept. The VAE itself keeps no state and
+    may serve several streams. Equal means bit for bit in float32 on the CPU from 4x4 latent positions on; with fewer
     the matrix library rounds a short 1x1x1 convolution differently from a long one (1e-7).
 
     Source: the frame loop of diffusers' ``AutoencoderKLWan``, with the feature map as the caller's.
@@ -179,11 +178,7 @@ class StreamingEncoder(_Stream):
         return tensors if self._waiting is None else tensors | {"waiting": self._waiting.contiguous()}, numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue the stream whose ``state_dict`` is given; the next latents are bit-identical.
-
-        Raises:
-            ValueError: If the state belongs to a VAE of another shape or is incomplete.
-        """
+        """Continue the stream whose ``state_dict`` is given; the next latents are bit-identical."""
         super().load_state_dict(tensors, numbers)
         waiting = tensors.get("waiting")
         self._waiting = None if waiting is None else waiting.to(execution_device(self.vae), self.vae.dtype)
@@ -480,19 +475,15 @@ _EPSILON = 1e-12  # of functional.normalize, in units of the norm
 
 
 def use_fast_kernels(vae: AutoencoderKLWan) -> None:
-    """Put hooks on a VAE's causal convolutions, norms and upsamplers that take faster ways on the CPU; once is enough.
+    """Put hooks on a VAE's causal convolutions, norms and upsamplers that take faster ways on the CPU.
 
-    Results differ from stock by rounding, in the streamed and in the whole decode alike. Weights stay as they are, and
-    on other devices everything is stock.
+    Results differ from stock by rounding, in the streamed and in the whole decode alike.
 
     * Convolutions go to oneDNN, which also pads: in float32 PyTorch unrolls a single small video into columns
       instead, three times slower at 64x64 pixels.
     * Norms sum squares over channels by ``sum``: the vector norm over a strided dimension that stock takes is about
       ten times slower than that, and half of the decode in float32.
     * Upsamplers repeat pixels in one copy instead of three.
-
-    Args:
-        vae: The Wan VAE.
     """
     for module in vae.modules():
         hook = _hook_for(module)

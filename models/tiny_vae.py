@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longtake.models.conversion import listing
+from longtake.models.conversion import shape_faults
 
 _NUM_STAGES = 3
 _NUM_MEMORIES = 3  # per stage
@@ -29,19 +29,12 @@ _LAST = _FIRST_STAGE + _NUM_STAGES * _STAGE_ENTRIES + 1  # place of the last con
 
 @dataclass(frozen=True)
 class TinyLayout:
-    """Sizes of a decoder; the defaults are those of ``taew2_1``, for Wan 2.1.
+    """Sizes of a decoder; the defaults are those of ``taew2_1``, for Wan 2.1."""
 
-    Attributes:
-        latent_channels: Of the VAE that it stands in for.
-        widths: Channels of the three stages, and behind the last.
-        growths: Frames that a stage makes of one.
-        patch_size: Pixels that lie in the channels of the last convolution, in rows and columns.
-    """
-
-    latent_channels: int = 16
-    widths: tuple[int, ...] = (256, 128, 64, 64)
-    growths: tuple[int, ...] = (1, 2, 2)
-    patch_size: int = 1
+    latent_channels: int = 16  # of the VAE that it stands in for
+    widths: tuple[int, ...] = (256, 128, 64, 64)  # channels of the three stages, and behind the last
+    growths: tuple[int, ...] = (1, 2, 2)  # frames that a stage makes of one
+    patch_size: int = 1  # pixels that lie in the channels of the last convolution, in rows and columns
 
     @property
     def frames_per_latent(self) -> int:
@@ -229,15 +222,9 @@ def load_tiny_vae(path: Path) -> TinyVae:
     with torch.device("meta"):
         vae = TinyVae(layout)
     wanted = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    both = wanted.keys() & shapes.keys()
-    faults = {
-        "missing": wanted.keys() - both,
-        "unknown": shapes.keys() - both,
-        "misshapen": {f"{n} {shapes[n]} instead of {wanted[n]}" for n in both if shapes[n] != wanted[n]},
-    }
-    if any(faults.values()):
-        lists = "; ".join(f"{what}: {listing(names)}" for what, names in faults.items() if names)
-        raise ValueError(f"{path} is no TAEHV decoder such as taew2_1: {lists}.")
+    faults = shape_faults(shapes, wanted)
+    if faults:
+        raise ValueError(f"{path} is no TAEHV decoder such as taew2_1: {faults}.")
     vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
     return vae.eval().requires_grad_(False)
 

@@ -45,35 +45,20 @@ _INDEX = {
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionRequest:
-    """Source and settings of a conversion.
+    """Source and settings of a conversion."""
 
-    Attributes:
-        source: Checkpoint file, index, or folder.
-        preset: Model family it is to fit.
-        key: Entry; the preset's, else averaged weights first, when None.
-        lora: Adapter to merge.
-        lora_key: Entry of the adapter's file.
-        lora_alpha: Scale times rank of the adapter; the preset's when None.
-        config: A ``config.json`` that says the number of heads.
-        dtype: One of ``DTYPES``, for the transformer; as stored when None.
-        max_shard_bytes: Limit of a weight file.
-        vae: Folder, or Wan's own file.
-        text_encoder: Folder, or Wan's own file.
-        tokenizer: Folder.
-    """
-
-    source: Path
-    preset: str | None = None
-    key: str | None = None
-    lora: Path | None = None
-    lora_key: str | None = None
-    lora_alpha: float | None = None
-    config: Path | None = None
-    dtype: str | None = None
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    vae: Path | None = None
-    text_encoder: Path | None = None
-    tokenizer: Path | None = None
+    source: Path  # checkpoint file, index, or folder
+    preset: str | None = None  # model family it is to fit
+    key: str | None = None  # entry; the preset's, else averaged weights first, when None
+    lora: Path | None = None  # adapter to merge
+    lora_key: str | None = None  # entry of the adapter's file
+    lora_alpha: float | None = None  # scale times rank of the adapter; the preset's when None
+    config: Path | None = None  # a config.json that says the number of heads
+    dtype: str | None = None  # one of DTYPES, for the transformer; as stored when None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES  # limit of a weight file
+    vae: Path | None = None  # folder, or Wan's own file
+    text_encoder: Path | None = None  # folder, or Wan's own file
+    tokenizer: Path | None = None  # folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,20 +87,15 @@ class Checkpoint:
     """An opened checkpoint; ``open_checkpoint`` makes one.
 
     Attributes:
-        path: File or folder, as it was named.
-        files: Files that were opened.
-        container: ``safetensors`` or ``pickle``, for messages.
         entries: Entry name to {tensor name: info}; the entry of tensors at the top is ``FLAT``.
-        reader: Reads the tensor of an entry and a name.
-        others: Names of what is neither a tensor nor an entry: step counters, settings.
     """
 
-    path: Path
-    files: Sequence[Path]
-    container: str
+    path: Path  # file or folder, as it was named
+    files: Sequence[Path]  # files that were opened
+    container: str  # safetensors or pickle, for messages
     entries: Mapping[str, Mapping[str, TensorInfo]]
-    reader: Callable[[str, str], Tensor]
-    others: Sequence[str] = ()
+    reader: Callable[[str, str], Tensor]  # reads the tensor of an entry and a name
+    others: Sequence[str] = ()  # names of what is neither a tensor nor an entry: step counters, settings
 
     @property
     def num_bytes(self) -> int:

@@ -32,19 +32,12 @@ _RELATIVES = {
 
 @dataclass(frozen=True)
 class Identity:
-    """Kind of an entry of a checkpoint.
+    """Kind of an entry of a checkpoint."""
 
-    Attributes:
-        kind: ``transformer``, or another.
-        title: The same for people, with its particulars.
-        naming: ``original`` or ``diffusers``; empty where that is no question.
-        wrappers: Prefixes of training code that were found.
-    """
-
-    kind: _Kind
-    title: str
-    naming: str = ""
-    wrappers: tuple[str, ...] = ()
+    kind: _Kind  # transformer, or another
+    title: str  # the same for people, with its particulars
+    naming: str = ""  # original or diffusers; empty where that is no question
+    wrappers: tuple[str, ...] = ()  # prefixes of training code that were found
 
 
 def identify(tensors: Mapping[str, TensorInfo]) -> Identity:

@@ -36,17 +36,11 @@ class _Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits a model.
+    """An adapter that fits a model."""
 
-    Attributes:
-        checkpoint: File of its factors.
-        entry: Of the file.
-        pairs: Diffusers name of the weight to its pair.
-    """
-
-    checkpoint: Checkpoint
-    entry: str
-    pairs: Mapping[str, _Pair]
+    checkpoint: Checkpoint  # file of its factors
+    entry: str  # of the file
+    pairs: Mapping[str, _Pair]  # diffusers name of the weight to its pair
 
     @property
     def ranks(self) -> list[int]:

@@ -28,17 +28,11 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class OutputTensor:
-    """A tensor to write.
+    """A tensor to write."""
 
-    Attributes:
-        name: In the file.
-        info: Shape and dtype in the file.
-        load: Reads it, in that shape and any float dtype.
-    """
-
-    name: str
-    info: TensorInfo
-    load: Callable[[], Tensor]
+    name: str  # in the file
+    info: TensorInfo  # shape and dtype in the file
+    load: Callable[[], Tensor]  # reads it, in that shape and any float dtype
 
 
 def parse_bytes(text: str) -> int:
@@ -142,25 +136,15 @@ def _write_tensor(file: BinaryIO, tensor: OutputTensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A sub-folder of a diffusers pipeline: files taken as they are, or weights written beside a new ``config.json``.
+    """A sub-folder of a diffusers pipeline: files taken as they are, or weights written beside a ``config.json``."""
 
-    Attributes:
-        name: ``transformer``, ``vae``, ``text_encoder`` or ``tokenizer``.
-        files: Linked, or copied where the new folder is on another disk.
-        config: Content of the ``config.json`` to write.
-        tensors: Weights to write.
-        source: Where the weights are from, for messages.
-        stem: Of the weight files' names.
-        notes: (what, text) rows for the summary.
-    """
-
-    name: str
-    files: Sequence[Path] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Sequence[OutputTensor] = ()
-    source: str = ""
-    stem: str = TRANSFORMER_STEM
-    notes: Sequence[tuple[str, str]] = ()
+    name: str  # transformer, vae, text_encoder or tokenizer
+    files: Sequence[Path] = ()  # linked, or copied where the new folder is on another disk
+    config: Mapping[str, Any] = field(default_factory=dict)  # content of the config.json to write
+    tensors: Sequence[OutputTensor] = ()  # weights to write
+    source: str = ""  # where the weights are from, for messages
+    stem: str = TRANSFORMER_STEM  # of the weight files' names
+    notes: Sequence[tuple[str, str]] = ()  # (what, text) rows for the summary
 
     def write(
         self, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, on_tensor: OnTensor | None = None

@@ -40,7 +40,7 @@ from longtake.models.checkpoints.parts import (
     renamed,
     stock_config,
 )
-from longtake.models.conversion import convert_original_state_dict, listing
+from longtake.models.conversion import convert_original_state_dict, listing, shape_faults
 
 Shape = tuple[int, ...]
 
@@ -139,21 +139,9 @@ def _shapes_of(model: nn.Module) -> dict[str, Shape]:
 
 def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], *, path: object) -> None:
     """Refuse weights that are not exactly those that the class will load."""
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
-    odd = [
-        f"{name} is {list(found[name])}, should be {list(expected[name])}{_remark(found[name], expected[name])}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
-    faults = [f"{len(odd)} misshapen: {'; '.join(sorted(odd)[:3])}{'; ...' if len(odd) > 3 else ''}"] if odd else []
-    faults += [f"missing: {listing(missing)}"] if missing else []
-    faults += [f"extra: {listing(extra)}"] if extra else []
+    faults = shape_faults(found, expected)
     if faults:
-        raise ValueError(f"'{path}' does not fit its model: {'; '.join(faults)}. Nothing was written.")
-
-
-def _remark(found: Shape, expected: Shape) -> str:
-    return " (transposed)" if len(found) > 1 and found == expected[::-1] else ""
+        raise ValueError(f"'{path}' does not fit its model: {faults}. Nothing was written.")
 
 
 def _other(shape: Shape, width: int) -> int:
@@ -168,21 +156,13 @@ def _equal(given: Any, found: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer:
-    """A complete transformer in a checkpoint.
+    """A complete transformer in a checkpoint."""
 
-    Attributes:
-        checkpoint: File of its weights.
-        entry: Of the file.
-        identity: Kind, naming and prefixes of the entry.
-        config: Arguments of the ``WanTransformer3DModel`` that loads it.
-        sources: Diffusers name to name in the checkpoint, in the class's order.
-    """
-
-    checkpoint: Checkpoint
-    entry: str
-    identity: Identity
-    config: Mapping[str, Any]
-    sources: Mapping[str, str]
+    checkpoint: Checkpoint  # file of its weights
+    entry: str  # of the file
+    identity: Identity  # kind, naming and prefixes of the entry
+    config: Mapping[str, Any]  # arguments of the WanTransformer3DModel that loads it
+    sources: Mapping[str, str]  # diffusers name to name in the checkpoint, in the class's order
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
@@ -234,9 +214,9 @@ def find_transformer(checkpoint: Checkpoint, *, key: str | None = None, config: 
 
     Args:
         checkpoint: Opened.
-        key: Entry; the first of ``ENTRY_ORDER`` that is there when None.
-        config: A ``config.json``, Wan's own or diffusers', that says how many heads there are; the one beside the
-            checkpoint when None, and heads of 128 without any.
+        key: Entry; averaged weights first when None.
+        config: A ``config.json`` that says how many heads there are; the one beside the checkpoint when None, and
+            heads of 128 without any.
 
     Raises:
         ValueError: Says what it is instead, or lists what is missing, extra or misshapen.
@@ -273,17 +253,11 @@ def _stock_arguments(model: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """The model that a file under Wan's own names becomes.
+    """The model that a file under Wan's own names becomes."""
 
-    Attributes:
-        shapes: Of its weights, in the class's order.
-        config: Content of its ``config.json``.
-        names: New name to original name.
-    """
-
-    shapes: Mapping[str, Shape]
-    config: Mapping[str, Any]
-    names: Mapping[str, str]
+    shapes: Mapping[str, Shape]  # of its weights, in the class's order
+    config: Mapping[str, Any]  # content of its config.json
+    names: Mapping[str, str]  # new name to original name
 
 
 _NUM_LATENT_CHANNELS = 16  # what the latents' published mean and deviation are for
@@ -359,23 +333,14 @@ def _original_text_encoder(shapes: Mapping[str, Shape], path: object) -> "_Targe
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """A part that comes as Wan's own file or as a folder of diffusers or transformers.
+    """A part that comes as Wan's own file or as a folder of diffusers or transformers."""
 
-    Attributes:
-        title: For messages.
-        model: Finds the model of original weights.
-        theirs: Name of a weight file of the folder form, for messages.
-        takes: Forms that its option takes, for messages.
-        key: Entry of ``config.json`` that tells the model.
-        value: Of this entry.
-    """
-
-    title: str
-    model: Callable[[Mapping[str, Shape], object], _Target]
-    theirs: str
-    takes: str
-    key: str
-    value: str
+    title: str  # for messages
+    model: Callable[[Mapping[str, Shape], object], _Target]  # finds the model of original weights
+    theirs: str  # name of a weight file of the folder form, for messages
+    takes: str  # forms that its option takes, for messages
+    key: str  # entry of config.json that tells the model
+    value: str  # of this entry
 
 
 _KINDS = {
