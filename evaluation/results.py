@@ -125,7 +125,7 @@ SCALARS = {
 """{name: how it is made of a curve}; the last part of ``drift/METRIC/SCALAR``, the metric with its prefix."""
 
 
-def drift_specs(spec: MetricSpec) -> tuple[MetricSpec, ...]:
+def _drift_specs(spec: MetricSpec) -> tuple[MetricSpec, ...]:
     """Specs of the drift of a measure, one per scalar; none for a measure that is a drift or of a set itself."""
     if spec.name.startswith(("drift/", "set/")):
         return ()
@@ -147,7 +147,7 @@ def _spec(spec: MetricSpec, name: str, scalar: _Scalar) -> MetricSpec:
     )
 
 
-def drift_scores(spec: MetricSpec, score: Score, fps: float) -> dict[str, Score]:
+def _drift_scores(spec: MetricSpec, score: Score, fps: float) -> dict[str, Score]:
     """The drift of one measure on one video: {name: score}, one for every one of :func:`drift_specs`.
 
     None has a value where the video is under ten seconds, or the measure has no curve or no value; windows without a
@@ -164,7 +164,7 @@ def drift_scores(spec: MetricSpec, score: Score, fps: float) -> dict[str, Score]
     refusal = _refusal(spec, score, curve)
     return {
         own.name: Score.none(refusal) if refusal else _score(curve, scalar)
-        for own, scalar in zip(drift_specs(spec), SCALARS.values(), strict=False)
+        for own, scalar in zip(_drift_specs(spec), SCALARS.values(), strict=False)
     }
 
 
@@ -220,12 +220,12 @@ def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
 def _with_drift(run: RunScores) -> RunScores:
     """A run with the drift numbers of every measure that has a curve."""
     curved = [spec for spec in run.specs.values() if any(video.scores[spec.name].windows for video in run.videos)]
-    specs = {own.name: own for spec in curved for own in drift_specs(spec)}
+    specs = {own.name: own for spec in curved for own in _drift_specs(spec)}
     videos = []
     for video in run.videos:
         scores = dict(video.scores)
         for spec in curved:
-            scores |= drift_scores(spec, video.scores[spec.name], video.video.fps)
+            scores |= _drift_scores(spec, video.scores[spec.name], video.video.fps)
         videos.append(replace(video, scores=scores))
     return replace(run, specs={**run.specs, **specs}, videos=videos)
 

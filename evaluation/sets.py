@@ -49,7 +49,7 @@ _DESCRIPTIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetScores:
+class _SetScores:
     """Measures of one set: ``{name: spec}`` and ``{name: score}``, the same names in the same order."""
 
     specs: Mapping[str, MetricSpec]
@@ -59,12 +59,8 @@ class SetScores:
 @torch.inference_mode()
 def measure_sets(
     run: Path, reference: Path, *, backbones: Backbones, role: str, num_frames: int, allow_small: bool = False
-) -> SetScores:
-    """Measure a run's videos as a set against the videos of another folder, and write ``sets.json`` into its own.
-
-    Raises:
-        ValueError: If the role has no encoder, a folder holds no videos, or a video is too short.
-    """
+) -> _SetScores:
+    """Measure a run's videos as a set against the videos of another folder, and write ``sets.json`` into its own."""
     if role not in _TRANSFORMS:
         raise ValueError(f"role {role!r} has no encoder of frames; known: {', '.join(_TRANSFORMS)}.")
     encoder = backbones.get(role)
@@ -122,11 +118,7 @@ class FeatureCollector:
         self.features: dict[str, np.ndarray] = {}
 
     def start(self, video: VideoInfo) -> "_FeatureMeter":
-        """Make a meter for one video.
-
-        Raises:
-            ValueError: If the video has fewer frames than are kept.
-        """
+        """Make a meter for one video; refuses one with fewer frames than are kept."""
         if video.num_frames < self.num_frames:
             raise ValueError(
                 f"video {video.id!r} has {video.num_frames} frames, and num_frames={self.num_frames} are to be kept: "
@@ -180,7 +172,7 @@ def set_scores(
     weights_sha256: str | None = None,
     num_neighbours: int = NUM_NEIGHBOURS,
     allow_small: bool = False,
-) -> SetScores:
+) -> _SetScores:
     """Measure a set of videos by the features of their frames; what cannot be computed has a reason and no value.
 
     Frechet distance, precision, recall, density and coverage are of each video's mean over frames.
@@ -218,7 +210,7 @@ def set_scores(
         for key, score in _try(keys, compute, details).items():
             name = f"set/{key}[enc={encoder}][ref={reference}]"
             scores[name], specs[name] = score, _spec(key, name, encoder, weights_sha256)
-    return SetScores(specs=specs, scores=scores)
+    return _SetScores(specs=specs, scores=scores)
 
 
 def _try(keys: tuple[str, ...], compute: Callable[[], Mapping[str, float]], details: Mapping) -> dict[str, Score]:

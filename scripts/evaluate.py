@@ -255,18 +255,18 @@ def _table(
     from longtake.evaluation.report.tables import choose_columns, moment_tables, replace_section, write_curves
     from longtake.evaluation.running.runner import check_baseline, ordered_runs, settled_protocol
 
-    if (page is None) != (section is None):
-        raise ValueError("--page and --section go together: name the page and the section of it that is written")
     if page is not None and section is not None:
         replace_section(page, section, None)
+    elif page is not None or section is not None:
+        raise ValueError("--page and --section go together: name the page and the section of it that is written")
     protocol = settled_protocol(folders[0])
-    times = list(protocol.moments) if moments is None else _seconds(moments)
     runs = _measured_runs([place for folder in folders for place in ordered_runs(folder)])
     labels = [run.label for run in runs]
+    check_baseline(baseline, labels)
     chosen = baseline or (protocol.baseline if protocol.baseline in labels else labels[0])
-    check_baseline(chosen, labels)
     columns = choose_columns(runs, None if metrics is None else _words(metrics))
     levels = _reference(folders[0], runs, columns) if reference else {}
+    times = protocol.moments if moments is None else _seconds(moments)
     text = moment_tables(runs, baseline=chosen, moments=times, columns=columns, levels=levels)
     if curves is not None:
         write_curves(runs, curves, baseline=chosen, columns=columns)

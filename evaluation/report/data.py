@@ -78,12 +78,9 @@ MAIN_COSTS = ("attention_density", "ms_per_block", "kv_mb", "first_frame_s")
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its interval, or the reason why there is none.
+    """A number with its 95 % interval, or the reason why there is none.
 
-    Attributes:
-        value: Mean or difference; None where it was not measured.
-        low: Lower end of the 95 % interval; None with a single prompt.
-        extra: All fields of the comparison's cell: counts, p values, significance.
+    ``low`` and ``high`` are None with a single prompt; ``extra`` holds all fields of the comparison's cell.
     """
 
     value: float | None
@@ -305,11 +302,7 @@ class ReportData:
 
     @cached_property
     def headlines(self) -> list[Measure]:
-        """Measures of the first table.
-
-        Raises:
-            ValueError: If a headline that was asked for was not measured.
-        """
+        """Measures of the first table; refuses one that was asked for and not measured."""
         if self.headline is None:
             found = [self.first((pattern,)) for pattern in _HEADLINES]
             chosen = [measure for measure in found if measure is not None][:_NUM_HEADLINES]
@@ -335,7 +328,7 @@ class ReportData:
             (run.label, video.video.id, video.video.prompt, *flag)
             for run in self.runs
             for video in run.videos
-            for flag in find_flags(video.scores)
+            for flag in _find_flags(video.scores)
         ]
 
     @cached_property
@@ -425,7 +418,7 @@ Stretch = tuple[float, float, str]
 _Rule = Callable[[float, Mapping[str, Any], Mapping[str, Score]], Iterator[Stretch]]
 
 
-class Flag(NamedTuple):
+class _Flag(NamedTuple):
     """Something that is wrong with a video, which a mean does not show; ``kind`` is one of :data:`KINDS`."""
 
     kind: str
@@ -434,16 +427,16 @@ class Flag(NamedTuple):
     message: str
 
 
-def find_flags(scores: Mapping[str, Score]) -> list[Flag]:
+def _find_flags(scores: Mapping[str, Score]) -> list[_Flag]:
     """Find what is wrong with a video by its scores, in the order of :data:`KINDS`; there may be several cuts.
 
     A flag whose measure is missing or has no value is not raised.
     """
-    found: list[Flag] = []
+    found: list[_Flag] = []
     for kind, (name, rule) in KINDS.items():
         score = scores.get(name)
         if score is not None and score.value is not None:
-            found += [Flag(kind, *stretch) for stretch in rule(score.value, score.details, scores)]
+            found += [_Flag(kind, *stretch) for stretch in rule(score.value, score.details, scores)]
     return found
 
 

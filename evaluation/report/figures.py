@@ -350,7 +350,7 @@ class _Film:
 def films_by_prompt(data: ReportData) -> list[tuple[int, str, list[_Film]]]:
     """(prompt index, its text, a film per policy) of the prompts shown; empty without folders of videos."""
     found = []
-    for prompt in shared_prompts(data) if data.videos else ():
+    for prompt in _shared_prompts(data) if data.videos else ():
         lines = {label: line for label in data.videos if (line := _first_video(data, label, prompt)) is not None}
         films = [_film(data.videos[label], lines[label], label) for label in data.labels if label in lines]
         if films:
@@ -358,7 +358,7 @@ def films_by_prompt(data: ReportData) -> list[tuple[int, str, list[_Film]]]:
     return found
 
 
-def shared_prompts(data: ReportData, *, count: int = NUM_SHOWN_PROMPTS) -> list[int]:
+def _shared_prompts(data: ReportData, *, count: int = NUM_SHOWN_PROMPTS) -> list[int]:
     """Return the first prompts that most policies have a video of."""
     counts = Counter(prompt for _, prompt in {(label, line.prompt_index) for label, line in data.lines})
     most = max(counts.values(), default=0)
@@ -371,7 +371,7 @@ def _first_video(data: ReportData, label: str, prompt: int) -> ManifestLine | No
 
 
 def _film(folder: Path, line: ManifestLine, label: str) -> _Film:
-    path = find_video(folder, line)
+    path = _find_video(folder, line)
     if path is None:
         return _Film(label=label, reason=f"{PurePosixPath(line.file).name} is not there any more")
     try:
@@ -386,20 +386,20 @@ def _film(folder: Path, line: ManifestLine, label: str) -> _Film:
     return _Film(label=label, uri=uri, alt=alt, width=image.width, height=image.height)
 
 
-def find_video(folder: Path, line: ManifestLine) -> Path | None:
+def _find_video(folder: Path, line: ManifestLine) -> Path | None:
     """Return a manifest line's video below the folder, or in it under its own name; None if there is none."""
     candidates = (folder / line.file, folder / PurePosixPath(line.file).name)
     return next((path for path in candidates if path.exists()), None)
 
 
-def strip_indices(num_frames: int) -> list[int]:
+def _strip_indices(num_frames: int) -> list[int]:
     """Return indices of the first frame, of one at each quarter and of the last."""
     return [round(share * (num_frames - 1)) for share in _SHARES]
 
 
 def _strip(source: VideoSource) -> Image.Image:
     """Frames of a video side by side, decoded as a stream that stops after the last one needed."""
-    wanted = strip_indices(source.num_frames)
+    wanted = _strip_indices(source.num_frames)
     found: dict[int, np.ndarray] = {}
     start = 0
     for piece in source.pieces():

@@ -30,13 +30,14 @@ from longtake.evaluation.report.data import (
 from longtake.evaluation.report.figures import draw_curves_png
 
 _LEVELS = ("mean", "low", "high", "num_videos", "num_prompts")
-_PAIRED = ("difference", "low", "high", "num_pairs", "num_prompts", "sign_p", "holm_p", "significant")
-_PAIRED += ("minimum_detectable",)
-_LEVEL_HEAD = ("metric", "policy", "moment_s", *_LEVELS, "not_measured_because")
-_PAIRED_HEAD = tuple(f"baseline_{name}" for name in _PAIRED)
+_PAIRED = (
+    *("difference", "low", "high", "num_pairs", "num_prompts", "sign_p", "holm_p", "significant"),
+    "minimum_detectable",
+)
+_BOTH = ("metric", "policy", "moment_s", *_LEVELS, "not_measured_because", *(f"baseline_{name}" for name in _PAIRED))
 _COLUMNS = {
-    "summary.csv": (*_LEVEL_HEAD, *_PAIRED_HEAD),
-    "moments.csv": (*_LEVEL_HEAD, *_PAIRED_HEAD),
+    "summary.csv": _BOTH,
+    "moments.csv": _BOTH,
     "curves.csv": ("metric", "policy", "start_s", "end_s", "mean", "low", "high", "num_videos"),
     "videos.csv": ("metric", "policy", "video", "prompt_index", "seed_index", "value", "not_measured_because"),
     "costs.csv": ("policy", "cost", "value"),
@@ -168,11 +169,7 @@ _PLAIN_COSTS = ("attention_density", "ms_per_block", "kv_mb")
 
 
 def choose_columns(runs: Sequence[RunScores], wanted: Sequence[str] | None) -> list[str]:
-    """Return full names of metrics, whose brackets may be left out; by default the judge's, else VBench's and flow.
-
-    Raises:
-        ValueError: If a run has no such metric.
-    """
+    """Full names of metrics, whose brackets may be left out; by default the judge's, else VBench's and flow."""
     names = list(dict.fromkeys(name for run in runs for name in run.specs))
     if wanted is None:
         judged = [name for name in TITLES if name in names]
@@ -201,14 +198,7 @@ def moment_tables(
     """Markdown: at each moment the level of every run that got so far, then paired differences to the baseline.
 
     Brackets are 95 % intervals. A difference is bold if its interval leaves out zero and the sign test over prompts,
-    adjusted over the policies (Holm), is at most 0.05.
-
-    Args:
-        runs: Of the same prompts and seeds, in the order of the rows.
-        baseline: Label of the run that the others are compared with.
-        moments: Seconds; each stands for the five seconds of video that end there.
-        columns: Full names of metrics.
-        levels: Rows of reference.
+    adjusted over the policies (Holm), is at most 0.05. ``levels`` are rows of reference above the runs.
 
     Raises:
         ValueError: If the runs cannot be compared, or none got to any moment.
@@ -234,11 +224,7 @@ def moment_tables(
 
 
 def write_curves(runs: Sequence[RunScores], path: Path, *, baseline: str, columns: Sequence[str]) -> None:
-    """Draw the columns over time as a PNG with a panel each; the baseline is grey.
-
-    Raises:
-        ValueError: If no column has a curve.
-    """
+    """Draw the columns over time as a PNG with a panel each; the baseline is grey."""
     path.parent.mkdir(parents=True, exist_ok=True)
     comparison = compare_runs(_restricted(runs, columns), baseline=baseline, moments=())
     data = ReportData(runs=runs, comparison=comparison)
@@ -248,11 +234,7 @@ def write_curves(runs: Sequence[RunScores], path: Path, *, baseline: str, column
 
 
 def replace_section(page: Path, section: str, text: str | None) -> None:
-    """Write Markdown that ends with a line break between the two comments of a page's section; None only checks them.
-
-    Raises:
-        ValueError: If the page does not have the two lines, once each and in order.
-    """
+    """Write Markdown that ends with a line break between the two comments of a page's section; None only checks them."""
     first, last = f"<!-- {section}: written by longtake evaluate table -->", f"<!-- end of {section} -->"
     before, begin, rest = page.read_text(encoding="utf-8").partition(first)
     _, end, after = rest.partition(last)

@@ -184,14 +184,14 @@ def plan_videos(
     fps: float | None = None,
     mixed_rates: bool = False,
 ) -> list[RunPlan]:
-    """Plan the measuring of existing videos.
+    """Plan the measuring of existing videos, whose scores go to ``out``.
 
     A folder with videos or a manifest is one run; a folder of such folders is a run for each, to be compared.
     Prompts come from the manifest, else from the file of prompts, else from the file names as VBench reads them.
 
     Args:
         folder: Of the videos.
-        out: Folder of the evaluation.
+        out: Of the evaluation.
         manifest: JSON lines, instead of ``manifest.jsonl`` in the folder; file names relative to it.
         prompt_file: JSON mapping of file names, relative to the folder, to prompts; without it and without a manifest,
             ``prompt_file.json`` or ``prompts.json`` in the folder, if there is one.

@@ -1,7 +1,7 @@
 """Protocol of an evaluation, one validated file: prompts, seeds, lengths, model, policies and metrics.
 
-A resolved protocol says everything that the numbers depend on, by content: hashes of prompts, weights and backbones
-instead of paths. Its fingerprint tells whether two results may be put beside each other.
+A resolved protocol holds hashes of prompts, weights and backbones instead of paths. Its fingerprint tells whether two
+results may be put beside each other.
 """
 
 import hashlib
@@ -242,10 +242,10 @@ def split_entry(entry: Any) -> tuple[Any, Any]:
 
 
 def resolve_generation(protocol: Protocol) -> Protocol:
-    """Fill in what the model, its policies and the backbones are, by content.
+    """Fill in the hash of the model and all fields of the policies.
 
     Raises:
-        ValueError: If a policy, model or file is not there, or is another than the protocol's hash says.
+        ValueError: If a policy or model is not there, cannot run, or is another than the protocol's hash says.
     """
     from longtake.pipelines.run_folder import weights_hash
 
@@ -282,11 +282,7 @@ def _resolve_entry(label: str, entry: Any, *, frames_per_block: int) -> dict[str
 
 
 def model_folder(model: str) -> Path:
-    """Folder of a model's weights.
-
-    Raises:
-        ValueError: If there is no such folder, or the family has no bundled weights.
-    """
+    """Folder of a model's weights; refuses one that is missing, and a family without bundled weights."""
     from longtake.pipelines.loading import check_model_folder
 
     if model in family_names():
@@ -301,11 +297,7 @@ def model_folder(model: str) -> Path:
 
 
 def resolve_backbones(protocol: Protocol) -> Protocol:
-    """Fill in the hash of the file of backbones.
-
-    Raises:
-        ValueError: If it is missing, or is another than the protocol's hash says.
-    """
+    """Fill in the hash of the file of backbones, or refuse one that is missing or another than the protocol's."""
     if protocol.backbones is None:
         return protocol
     path = Path(protocol.backbones)
@@ -318,11 +310,7 @@ def resolve_backbones(protocol: Protocol) -> Protocol:
 
 
 def settle(out: Path, protocol: Protocol) -> None:
-    """Write a resolved protocol into its folder, or check that the folder's is the same.
-
-    Raises:
-        ValueError: If the folder holds another one; names what differs.
-    """
+    """Write a resolved protocol into its folder; refuse a folder that holds another one, with what differs."""
     path = out / PROTOCOL_FILE
     if path.is_file():
         differing = _difference(load_protocol(path), protocol)
@@ -344,11 +332,7 @@ def _difference(old: Protocol, new: Protocol) -> list[str]:
 
 
 def check_prompts(protocol: Protocol, sha256: str) -> Protocol:
-    """Fill in the hash of the list of prompts, or check it.
-
-    Raises:
-        ValueError: If the protocol was made for another list.
-    """
+    """Fill in the hash of the list of prompts, or refuse another list than the protocol was made for."""
     _check_hash("prompts", protocol.prompts, expected=protocol.prompts_sha256, found=sha256)
     return replace(protocol, prompts_sha256=sha256)
 

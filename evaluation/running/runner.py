@@ -50,15 +50,12 @@ class Setup:
 
 
 class Evaluation:
-    """A planned evaluation; nothing is written before :meth:`opened`.
+    """A planned evaluation, its protocol resolved; nothing is written before :meth:`opened`.
 
-    Args:
-        protocol: As it was given; it is resolved here.
-        out: Folder of the evaluation.
-        keep_videos: Whether generated videos stay when they are measured; those that the report shows always do.
+    Without ``keep_videos`` generated videos go when they are measured, but for those that the report shows.
 
     Raises:
-        ValueError: If anything named in it is missing, cannot be read or does not fit.
+        ValueError: If anything named in the protocol is missing, cannot be read or does not fit.
     """
 
     def __init__(self, protocol: Protocol, out: Path, *, keep_videos: bool = True) -> None:
@@ -88,11 +85,7 @@ class Evaluation:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Keep other processes out of the folder, check its protocol, and remove what a kill left half-written.
-
-        Raises:
-            ValueError: If another process works in it, or it holds another evaluation.
-        """
+        """Keep other processes out of the folder, check its protocol, and remove what a kill left half-written."""
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / _LOCK_FILE).open("ab") as lock:
             try:
@@ -120,11 +113,7 @@ class Evaluation:
         return Setup(protocol=protocol, keep_videos=self.keep_videos, units=units)
 
     def describe(self, description: Mapping[str, Any]) -> None:
-        """Write down a worker's ``specs``, ``skipped`` and ``files``, or check that earlier videos had the same.
-
-        Raises:
-            ValueError: If a run's folder holds scores of other metrics.
-        """
+        """Write down a worker's ``specs``, ``skipped`` and ``files``, or refuse folders with scores of others."""
         for run in self.runs:
             header = self.header | {"backbone_files": description["files"], "policy": dict(run.policy)}
             record = run_record(run.label, header, description["specs"], description["skipped"])
@@ -150,15 +139,12 @@ class Evaluation:
         write_results(self.out)
 
     def _existing(self, protocol: Protocol, videos: str) -> list[RunPlan]:
-        mixed_rates = protocol.backbones is not None if protocol.mixed_rates is None else protocol.mixed_rates
-        return plan_videos(
-            Path(videos),
-            self.out,
-            manifest=None if protocol.manifest is None else Path(protocol.manifest),
-            prompt_file=None if protocol.prompt_file is None else Path(protocol.prompt_file),
-            fps=protocol.fps,
-            mixed_rates=mixed_rates,
+        manifest, prompt_file = (
+            None if path is None else Path(path) for path in (protocol.manifest, protocol.prompt_file)
         )
+        mixed_rates = protocol.backbones is not None if protocol.mixed_rates is None else protocol.mixed_rates
+        options = {"manifest": manifest, "prompt_file": prompt_file, "fps": protocol.fps, "mixed_rates": mixed_rates}
+        return plan_videos(Path(videos), self.out, **options)
 
     def _generated(self, protocol: Protocol) -> tuple[Protocol, list[RunPlan]]:
         prompts = load_prompts(
@@ -175,11 +161,7 @@ class Evaluation:
 
 
 def run_folders(out: Path) -> list[Path]:
-    """The folders of an evaluation's runs: its own, or those below it; of a run's results, that run's.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The folders of an evaluation's runs: its own, or those below it; of a run's results, that run's."""
     if out.name == RESULTS_FILE:
         out = out.parent
     if (out / RUN_FILE).is_file():
@@ -197,11 +179,7 @@ def settled_protocol(out: Path) -> Protocol:
 
 
 def ordered_runs(out: Path) -> list[Path]:
-    """:func:`run_folders` in the order of the protocol.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """:func:`run_folders` in the order of the protocol."""
     order = list(settled_protocol(out).caches or {})
     return sorted(
         run_folders(out), key=lambda folder: order.index(folder.name) if folder.name in order else len(order)
@@ -215,11 +193,7 @@ def check_baseline(baseline: str | None, labels: Sequence[str]) -> None:
 
 
 def write_results(out: Path) -> list[RunScores]:
-    """Write results, comparison and report of what has been measured so far in the folder of an evaluation.
-
-    Raises:
-        ValueError: If it holds no runs, or none with a video.
-    """
+    """Write results, comparison and report of what has been measured so far; refuses a folder without a video."""
     protocol = load_protocol(out / PROTOCOL_FILE)
     runs, videos = [], {}
     for folder in ordered_runs(out):

@@ -13,20 +13,15 @@ from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
 SUITE = "suite:"
 PROMPT_SEED = 64
 """Of the held-back scenes; not the ones the mini model's score uses."""
-SEED_STEP = 1_000_003
+_SEED_STEP = 1_000_003
 """Between the noise seeds of one prompt."""
-NUM_SCENES = 16
+_NUM_SCENES = 16
 """Scenes of ``suite:moving_scenes`` where no number is given; there is no end of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Text:
-    """A text that metrics judge by.
-
-    Attributes:
-        text: For metrics.
-        extended: The longer text for the model, if another.
-    """
+    """A text that metrics judge by, and a longer one for the model, if another."""
 
     text: str
     extended: str = ""
@@ -46,24 +41,19 @@ class Change(_Text):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt(_Text):
-    """The text that a video is made from and judged by.
-
-    Attributes:
-        changes: Later prompts, in order of time.
-        dimensions: VBench dimensions it belongs to; empty for lists of other origin.
-    """
+    """The text of a video, later ones in order of time, and VBench's dimensions where its list has them."""
 
     changes: tuple[Change, ...] = ()
     dimensions: tuple[str, ...] = ()
 
 
-def moving_scenes(count: int | None) -> list[Prompt]:
+def _moving_scenes(count: int | None) -> list[Prompt]:
     """Captions of held-back scenes of the mini model's world; the first ones are the same for every number."""
-    scenes = held_back_scenes(NUM_SCENES if count is None else count, seed=PROMPT_SEED)
+    scenes = held_back_scenes(_NUM_SCENES if count is None else count, seed=PROMPT_SEED)
     return [Prompt(text=describe(scene)) for scene in scenes]
 
 
-SUITES: dict[str, Callable[[int | None], list[Prompt]]] = {"moving_scenes": moving_scenes}
+SUITES: dict[str, Callable[[int | None], list[Prompt]]] = {"moving_scenes": _moving_scenes}
 
 
 def load_prompts(
@@ -75,17 +65,11 @@ def load_prompts(
     segment_seconds: float | None = None,
     seconds: float = 0.0,
 ) -> list[Prompt]:
-    """Read a list of prompts.
+    """Read a list of prompts; the options are those of a protocol.
 
-    Args:
-        source: ``suite:NAME``; a text file with one prompt per line, such as MovieGen's; a JSON list such as
-            ``VBench_full_info.json`` (``prompt_en``, ``dimension``); or JSON lines with ``prompt`` and, if wanted,
-            ``prompt_extended`` and ``segments`` (a list of ``start_s`` and ``prompt``).
-        extended: Text file with the longer twin of every prompt, in the same order.
-        count: Only the first so many videos' prompts.
-        dimensions: Only prompts of these VBench dimensions.
-        segment_seconds: Prompts follow each other within a video, each for so long.
-        seconds: Length of a video; needed with ``segment_seconds``.
+    ``source`` is ``suite:NAME``; a text file with one prompt per line, such as MovieGen's; a JSON list such as
+    ``VBench_full_info.json`` (``prompt_en``, ``dimension``); or JSON lines with ``prompt`` and, if wanted,
+    ``prompt_extended`` and ``segments`` (a list of ``start_s`` and ``prompt``).
 
     Raises:
         ValueError: If the list cannot be read, is shorter than asked, or its twin has another length.
@@ -96,7 +80,7 @@ def load_prompts(
     if source.startswith(SUITE):
         suite = choose(SUITES, source.removeprefix(SUITE), what="suite of prompts")
         # A suite has no end, so it is asked for as many prompts as the videos' segments take.
-        prompts = suite((NUM_SCENES if count is None else count) * length)
+        prompts = suite((_NUM_SCENES if count is None else count) * length)
     else:
         prompts = _read(Path(source))
     if extended is not None:
@@ -105,9 +89,8 @@ def load_prompts(
         known = sorted({name for prompt in prompts for name in prompt.dimensions})
         if not known:
             raise ValueError(f"dimensions={list(dimensions)}: the prompts of {source} name no dimensions")
-        for name in dimensions:
-            if name not in known:
-                raise ValueError(f"unknown dimension {name!r} in {source}; known: {', '.join(known)}.")
+        if unknown := [name for name in dimensions if name not in known]:
+            raise ValueError(f"unknown dimension {unknown[0]!r} in {source}; known: {', '.join(known)}.")
         prompts = [prompt for prompt in prompts if set(prompt.dimensions) & set(dimensions)]
     if segment_seconds is not None:
         prompts = _grouped(prompts, length, segment_seconds)
@@ -120,7 +103,7 @@ def load_prompts(
 
 def video_seed(prompt_index: int, seed_index: int) -> int:
     """Noise seed of a video: the same for every policy, different between prompts."""
-    return SEED_STEP * seed_index + prompt_index
+    return _SEED_STEP * seed_index + prompt_index
 
 
 def prompts_sha256(prompts: Iterable[Prompt]) -> str:
@@ -138,15 +121,15 @@ def _read(path: Path) -> list[Prompt]:
         known = [SUITE + name for name in SUITES]
         hint = did_you_mean(path.name, [*SUITES, *known])
         raise ValueError(f"cannot read the prompts {path}: {error}; suites: {', '.join(known)}.{hint}") from error
-    lines = {number: line.strip() for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
+    lines = {f"{path}, line {number}": line.strip() for number, line in enumerate(text.splitlines(), start=1)}
+    lines = {where: line for where, line in lines.items() if line}
     if path.suffix.lower() == ".json":
         rows = _parse(text, str(path))
         if not isinstance(rows, list):
             raise ValueError(f"{path} holds a {type(rows).__name__}: a list of prompts is needed")
         prompts = [_entry(row, f"{path}, entry {number}") for number, row in enumerate(rows, start=1)]
     elif path.suffix.lower() == ".jsonl":
-        places = {number: f"{path}, line {number}" for number in lines}
-        prompts = [_entry(_parse(line, places[number]), places[number]) for number, line in lines.items()]
+        prompts = [_entry(_parse(line, where), where) for where, line in lines.items()]
     else:
         prompts = [Prompt(text=line) for line in lines.values() if not line.startswith("#")]
     if not prompts:
@@ -173,9 +156,8 @@ def _entry(row: Any, where: str) -> Prompt:
         # VBench's own list; its further keys are for metrics that only the official tool computes.
         return Prompt(text=str(row["prompt_en"]), dimensions=tuple(row.get("dimension", ())))
     known = ("prompt", "prompt_extended", "segments")
-    for key in row:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{did_you_mean(key, known)}")
+    if key := next((key for key in row if key not in known), None):
+        raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(known)}.{did_you_mean(key, known)}")
     if "prompt" not in row:
         raise ValueError(f"{where} lacks the key 'prompt'")
     try:

@@ -48,7 +48,7 @@ _POLL_SECONDS = 0.1
 _LONGEST_WAIT = timedelta(days=365)
 
 
-class Watcher(typing.Protocol):
+class _Watcher(typing.Protocol):
     """Display of an evaluation's progress."""
 
     def ready(self) -> None:
@@ -63,7 +63,7 @@ class Watcher(typing.Protocol):
 
 def run_here(
     evaluation: Evaluation,
-    watcher: Watcher,
+    watcher: _Watcher,
     *,
     is_ray: bool,
     num_workers: int | None,
@@ -92,7 +92,7 @@ def run_here(
         return True
 
 
-def run_rank(evaluation: Evaluation, watcher: Watcher, *, should_stop: Callable[[], bool]) -> bool:
+def run_rank(evaluation: Evaluation, watcher: _Watcher, *, should_stop: Callable[[], bool]) -> bool:
     """Do the units of one rank of ``torchrun``; ranks may be on several machines that share the folder.
 
     The first rank locks the folder, and writes the results when all are finished. False where it was stopped.
@@ -124,7 +124,7 @@ def _do_units(
     units: Sequence[Unit],
     workers: "Sequence[_LocalWorker | _RayWorker]",
     *,
-    watcher: Watcher,
+    watcher: _Watcher,
     should_stop: Callable[[], bool],
 ) -> None:
     """Do units; whoever is free takes the next.
@@ -135,7 +135,7 @@ def _do_units(
     setup, left, failures = evaluation.setup(units), iter(units), []
     running: dict[Future[Any], tuple[_LocalWorker | _RayWorker, Unit | None]] = {}
     for worker in workers:
-        running[worker.submit(set_up, setup, worker.slot)] = worker, None
+        running[worker.submit(_set_up, setup, worker.slot)] = worker, None
     while running:
         finished, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
         for worker, unit in running.values():
@@ -153,7 +153,7 @@ def _do_units(
                     watcher.done(unit)
                 following = None if failures or should_stop() else next(left, None)
                 if following is not None:
-                    running[worker.submit(do_unit, following)] = worker, following
+                    running[worker.submit(_do_unit, following)] = worker, following
             except Exception as error:
                 failures.append(_failure(error, unit))
     if failures:
@@ -357,7 +357,7 @@ def _cluster(ray: Any, num_workers: int | None, threads: int) -> Iterator[None]:
         ray.shutdown()
 
 
-class Worker:
+class _Worker:
     """Networks, metrics and model that a process keeps between units."""
 
     def __init__(self, setup: Setup, *, device: str) -> None:
@@ -525,7 +525,7 @@ class Generator:
         return rollout
 
 
-_worker: Worker | None = None
+_worker: _Worker | None = None
 _steps: "connection.Connection | None" = None
 
 
@@ -542,7 +542,7 @@ def _start_process(steps: "connection.Connection") -> None:
         threading.Thread(target=_end_with, args=(planning.sentinel,), daemon=True).start()
 
 
-def set_up(setup: Setup, slot: int) -> dict[str, Any]:
+def _set_up(setup: Setup, slot: int) -> dict[str, Any]:
     """Load networks and model in a worker, and refuse what would fail later; returns :meth:`Worker.describe`.
 
     ``slot`` is the worker's number on this machine and chooses its GPU.
@@ -560,11 +560,11 @@ def set_up(setup: Setup, slot: int) -> dict[str, Any]:
             if not torch.cuda.is_available():
                 raise ValueError("device='cuda': this machine has no CUDA; use cpu")
             device = f"cuda:{slot % torch.cuda.device_count()}"
-        _worker = Worker(setup, device=device)
+        _worker = _Worker(setup, device=device)
         return _worker.describe()
 
 
-def do_unit(unit: Unit) -> None:
+def _do_unit(unit: Unit) -> None:
     """Make and measure what a unit lacks, in a worker that is set up.
 
     Raises:

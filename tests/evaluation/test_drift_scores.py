@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.evaluation.metric import MetricSpec, Score, Window
-from longtake.evaluation.results import SCALARS, drift_scores, drift_specs
+from longtake.evaluation.results import SCALARS, _drift_scores, _drift_specs
 
 SPEC = MetricSpec(name="vbench/imaging_quality", higher_is_better=True, unit="0..100", range=(0, 100), scale=0.01)
 FPS = 16.0
@@ -20,8 +20,8 @@ def _score(values, *, frames=32, **changes):
 
 
 def _values(score, *, spec=SPEC, fps=FPS):
-    scores = drift_scores(spec, score, fps)
-    assert list(scores) == [s.name for s in drift_specs(spec)]
+    scores = _drift_scores(spec, score, fps)
+    assert list(scores) == [s.name for s in _drift_specs(spec)]
     return {name: scores[f"drift/{spec.name}/{name}"] for name in SCALARS}
 
 
@@ -111,12 +111,12 @@ def test_a_number_that_is_not_defined_does_not_take_the_others_along():
 
 
 def test_what_the_numbers_are_called_and_which_way_is_better():
-    specs = {spec.name.rsplit("/", 1)[1]: spec for spec in drift_specs(SPEC)}
+    specs = {spec.name.rsplit("/", 1)[1]: spec for spec in _drift_specs(SPEC)}
     assert specs["delta5"].name == "drift/vbench/imaging_quality/delta5"
     assert not any(spec.comparable_to_published for spec in specs.values())
     assert (specs["first5"].scale, specs["vde_log"].scale, specs["delta5"].unit) == (0.01, 1.0, "0..100")
-    lower = {s.name.rsplit("/", 1)[1]: s for s in drift_specs(MetricSpec(name="proxy/warp", higher_is_better=False))}
-    neither = {s.name.rsplit("/", 1)[1]: s for s in drift_specs(MetricSpec(name="proxy/luma", higher_is_better=None))}
+    lower = {s.name.rsplit("/", 1)[1]: s for s in _drift_specs(MetricSpec(name="proxy/warp", higher_is_better=False))}
+    neither = {s.name.rsplit("/", 1)[1]: s for s in _drift_specs(MetricSpec(name="proxy/luma", higher_is_better=None))}
     better = {name: [group[name].higher_is_better for group in (specs, lower, neither)] for name in SCALARS}
     assert better["last5"] == better["slope_per_minute"] == better["last_over_first"] == [True, False, None]
     assert better["delta5"] == [False, True, None]
@@ -124,11 +124,11 @@ def test_what_the_numbers_are_called_and_which_way_is_better():
 
 
 def test_there_is_no_drift_of_a_drift():
-    spec = drift_specs(SPEC)[0]
-    assert drift_specs(spec) == ()
-    assert drift_scores(spec, _score([1.0] * 10), FPS) == {}
+    spec = _drift_specs(SPEC)[0]
+    assert _drift_specs(spec) == ()
+    assert _drift_scores(spec, _score([1.0] * 10), FPS) == {}
 
 
 def test_a_rate_is_needed():
     with pytest.raises(ValueError, match="fps=0"):
-        drift_scores(SPEC, _score([1.0] * 10), 0.0)
+        _drift_scores(SPEC, _score([1.0] * 10), 0.0)

@@ -20,7 +20,7 @@ from longtake.evaluation.metrics.judge import (
 )
 from longtake.evaluation.mini_world.judge import load_judge
 from longtake.evaluation.mini_world.scenes import describe, held_back_scenes, parse_caption, render
-from longtake.evaluation.report.data import find_flags
+from longtake.evaluation.report.data import _find_flags
 from longtake.evaluation.running.suites import moving_scenes
 
 SCENES = held_back_scenes(24, seed=64)
@@ -126,7 +126,7 @@ def test_true_scenes_raise_no_flags():
         meter.push(video)
         scores = {**meter.finish(), **measured(video[:80], prompt=prompt)}
         assert scores["proxy/loop_share"].value > 0.5 or scene.camera == "panning quickly"
-        assert find_flags(scores) == [], prompt
+        assert _find_flags(scores) == [], prompt
 
 
 def test_periods():

@@ -6,7 +6,7 @@ import pytest
 from longtake.evaluation.metric import Score, VideoInfo
 from longtake.evaluation.metrics import COURSE, course
 from longtake.evaluation.metrics.course import TrackMetric
-from longtake.evaluation.report.data import KINDS, find_flags
+from longtake.evaluation.report.data import KINDS, _find_flags
 from longtake.evaluation.video import VideoSource
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
@@ -106,7 +106,7 @@ def measured(video, fps=FPS, measures=COURSE, **facts):
 
 
 def kinds(video, **options):
-    return {flag.kind for flag in find_flags(measured(video, **options))}
+    return {flag.kind for flag in _find_flags(measured(video, **options))}
 
 
 @pytest.mark.parametrize("sigma", GRAIN.values(), ids=GRAIN)
@@ -150,7 +150,7 @@ def test_other_frame_rates(fps):
 
 def test_times_are_those_of_the_fault():
     def only(video):
-        (flag,) = find_flags(measured(to_video(video)))
+        (flag,) = _find_flags(measured(to_video(video)))
         return flag
 
     frozen = only(frozen_tail(share=0.25))
@@ -171,7 +171,7 @@ def test_no_motion_is_not_flicker_nor_drift():
     radius = 14 + 6 * np.sin(2 * np.pi * np.arange(8 * FPS) / FPS)
     frames = np.where((rows**2 + columns**2)[None] < radius[:, None, None] ** 2, 230.0, 40.0)
     scores = measured(to_video(np.repeat(frames[..., None], 3, axis=3)))
-    assert not {"flicker", "colour_drift", "cut"} & {flag.kind for flag in find_flags(scores)}
+    assert not {"flicker", "colour_drift", "cut"} & {flag.kind for flag in _find_flags(scores)}
     means = frames.mean(axis=(1, 2))
     # What a measure of the mean brightness alone would say.
     assert np.abs(means - np.convolve(means, np.ones(9) / 9, mode="same"))[8:-8].mean() > 1.0
@@ -216,12 +216,12 @@ def test_loop_that_begins_again_with_a_jump_is_not_full_of_cuts():
 
 def test_periodic_scene_of_the_bundled_world_is_no_loop():
     scores = measured(to_video(loop(period=32)))
-    (flag,) = find_flags(scores)
+    (flag,) = _find_flags(scores)
     assert flag.kind == "loop"
     judged = Score(value=1.0, details={"scene_periods_s": [2.0, 4.5]})
-    assert find_flags({**scores, "judge/motion_magnitude": judged}) == []
+    assert _find_flags({**scores, "judge/motion_magnitude": judged}) == []
     other = Score(value=1.0, details={"scene_periods_s": [4.5]})
-    assert find_flags({**scores, "judge/motion_magnitude": other}) == [flag]
+    assert _find_flags({**scores, "judge/motion_magnitude": other}) == [flag]
 
 
 def test_rests_are_no_frozen_tail():
@@ -253,16 +253,16 @@ def test_seams():
     jump = np.random.default_rng(1).normal(0, 14, (len(starts), *SIZE, 1)).repeat(12, axis=0)[: len(frames)]
     scores = measured(to_video(frames + jump), chunk_starts=starts)
     assert scores["proxy/chunk_seam_ratio"].value > 3
-    assert "seams" in {flag.kind for flag in find_flags(scores)}
+    assert "seams" in {flag.kind for flag in _find_flags(scores)}
     unknown = measured(to_video(frames))["proxy/chunk_seam_ratio"]
     assert unknown.value is None and "chunk_starts" in unknown.skipped
 
 
 def test_missing_scores_raise_no_flags():
     scores = measured(to_video(static()))
-    assert find_flags({}) == []
+    assert _find_flags({}) == []
     without = {name: Score.none("not measured") for name in scores}
-    assert find_flags(without) == []
+    assert _find_flags(without) == []
     assert {measure for measure, _ in KINDS.values()} <= scores.keys()
 
 
@@ -271,7 +271,7 @@ def test_flags_survive_the_score_file():
 
     scores = measured(to_video(loop()))
     written = VideoScores(video=ManifestLine(id="v", file="v.mp4"), scores=scores).to_json()
-    assert find_flags(VideoScores.from_json(written).scores) == find_flags(scores)
+    assert _find_flags(VideoScores.from_json(written).scores) == _find_flags(scores)
 
 
 def test_a_measure_without_its_defence_fails(monkeypatch):

@@ -21,13 +21,13 @@ from longtake.evaluation.published import find_rows, load_published
 from longtake.evaluation.report import _least_prompts, figures, render_page, write_report
 from longtake.evaluation.report.data import DARK, LIGHT, Measure, ReportData
 from longtake.evaluation.report.figures import (
+    _find_video,
+    _shared_prompts,
+    _strip_indices,
     curve_points,
     draw_curve,
     draw_differences,
-    find_video,
     plot_svg,
-    shared_prompts,
-    strip_indices,
 )
 from longtake.evaluation.report.tables import summary_table
 
@@ -387,14 +387,14 @@ def test_commands_protocol_and_reasons_for_no_score_are_told(page):
 
 
 def test_a_strip_shows_start_quarters_and_end(page, data):
-    assert strip_indices(41) == [0, 10, 20, 30, 40] and strip_indices(1) == [0] * 5 and strip_indices(2)[-1] == 1
+    assert _strip_indices(41) == [0, 10, 20, 30, 40] and _strip_indices(1) == [0] * 5 and _strip_indices(2)[-1] == 1
     images = [attrs for attrs in page.all("img")]
     assert len(images) == 4, "one prompt has videos, the others are not shown as if they had"
     assert all("frames at 0%, 25%, 50%, 75%, 100%" in image["alt"] for image in images)
     assert {image["width"] for image in images} == {str(5 * 128 + 4 * 3)}, "64 pixels, twice as large"
-    assert shared_prompts(data, count=2) == [0, 1]
+    assert _shared_prompts(data, count=2) == [0, 1]
     fewer = [replace(run, videos=run.videos[2 if n else 0 :]) for n, run in enumerate(data.runs)]
-    assert shared_prompts(replace(data, runs=fewer), count=2) == [1, 2], "the first prompts that most runs have"
+    assert _shared_prompts(replace(data, runs=fewer), count=2) == [1, 2], "the first prompts that most runs have"
 
 
 def test_videos_that_are_gone_are_told(tmp_path, made):
@@ -406,7 +406,7 @@ def test_videos_that_are_gone_are_told(tmp_path, made):
     assert page.text.count("p0001-0.mp4 is not there any more") == 2
     assert "films" not in made(runs, videos={"other": tmp_path}).sections
     line = runs[0].videos[0].video
-    assert find_video(tmp_path / POLICIES[0], line) == find_video(tmp_path / POLICIES[0] / "videos", line).resolve()
+    assert _find_video(tmp_path / POLICIES[0], line) == _find_video(tmp_path / POLICIES[0] / "videos", line).resolve()
 
 
 def test_one_run_without_a_baseline_to_compare_with(made):

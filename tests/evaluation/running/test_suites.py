@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.evaluation.mini_world.scenes import parse_caption
-from longtake.evaluation.running.suites import SEED_STEP, Change, Prompt, load_prompts, prompts_sha256, video_seed
+from longtake.evaluation.running.suites import _SEED_STEP, Change, Prompt, load_prompts, prompts_sha256, video_seed
 
 
 def write(path, text):
@@ -126,7 +126,7 @@ def test_the_hash_is_of_everything_that_is_said():
     assert prompts_sha256([base, others[0]]) != prompts_sha256([others[0], base])
 
 
-VIDEOS = st.tuples(st.integers(0, SEED_STEP - 1), st.integers(0, 99))
+VIDEOS = st.tuples(st.integers(0, _SEED_STEP - 1), st.integers(0, 99))
 
 
 @settings(deadline=None, derandomize=True)

@@ -14,7 +14,7 @@ import pytest
 from longtake.evaluation.records import ManifestLine
 from longtake.evaluation.running import workers
 from longtake.evaluation.running.plan import Unit
-from longtake.evaluation.running.workers import _do_units, _local_workers, do_unit
+from longtake.evaluation.running.workers import _do_unit, _do_units, _local_workers
 
 UNITS = [
     Unit(label="x", number=n, share=n, folder=Path("out"), lines=(ManifestLine(id=f"p{n}", file="a.mp4"),))
@@ -22,7 +22,7 @@ UNITS = [
 ]
 
 
-class Watcher:
+class _Watcher:
     """The evaluation and its display."""
 
     def __init__(self):
@@ -51,7 +51,7 @@ class Fake:
         self.slot, self._do, self._threads = slot, do, ThreadPoolExecutor(1)
 
     def submit(self, function, *args):
-        if function is do_unit:
+        if function is _do_unit:
             return self._threads.submit(self._do, *args)
         return self._threads.submit(dict, specs=[])
 
@@ -61,7 +61,7 @@ class Fake:
 
 def work(do, *, num_workers, should_stop=lambda watcher: False):
     """Numbers of the finished units, or the error, and the watcher."""
-    watcher, error = Watcher(), None
+    watcher, error = _Watcher(), None
     fakes = [Fake(slot, do) for slot in range(num_workers)]
     try:
         _do_units(watcher, UNITS, fakes, watcher=watcher, should_stop=lambda: should_stop(watcher))
@@ -147,5 +147,5 @@ def test_a_worker_says_why_it_stops(failure, expected, monkeypatch):
 
     monkeypatch.setattr(workers, "_worker", Refusing())
     with pytest.raises(expected[0]) as raised:
-        do_unit(UNITS[3])
+        _do_unit(UNITS[3])
     assert type(raised.value) is expected[0] and str(raised.value).startswith(expected[1])
