@@ -234,7 +234,7 @@ def write_curves(runs: Sequence[RunScores], path: Path, *, baseline: str, column
 
 
 def replace_section(page: Path, section: str, text: str | None) -> None:
-    """Write Markdown that ends with a line break between the two comments of a page's section; None only checks them."""
+    """Write Markdown that ends with a line break into a section of a page; None only checks that there is one."""
     first, last = f"<!-- {section}: written by longtake evaluate table -->", f"<!-- end of {section} -->"
     before, begin, rest = page.read_text(encoding="utf-8").partition(first)
     _, end, after = rest.partition(last)

@@ -6,6 +6,7 @@ import pytest
 from longtake.evaluation.metric import Score, VideoInfo
 from longtake.evaluation.metrics import COURSE, course
 from longtake.evaluation.metrics.course import TrackMetric
+from longtake.evaluation.records import ManifestLine, VideoScores
 from longtake.evaluation.report.data import KINDS, _find_flags
 from longtake.evaluation.video import VideoSource
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
@@ -34,62 +35,53 @@ def background(seed, size=SIZE):
 def moving_shapes(seed=0, seconds=SECONDS, fps=FPS, size=SIZE):
     """Three discs that cross a textured background on straight lines and bounce off its edges."""
     rng = np.random.default_rng(100 + seed)
-    still = background(seed, size)
-    rows, columns = np.mgrid[: size[0], : size[1]]
-    discs = [
-        (
-            rng.uniform(0, 255, 3),
-            size[0] * rng.uniform(0.09, 0.16),
-            rng.uniform(0.2, 0.8, 2),
-            rng.uniform(0.13, 0.4, 2) * rng.choice([-1, 1], 2),
-        )
-        for _ in range(3)
-    ]
-    frames = np.empty((round(seconds * fps), *size, 3))
-    for index in range(len(frames)):
-        frames[index] = still
-        for colour, radius, start, speed in discs:
+    still, (rows, columns) = background(seed, size), np.mgrid[: size[0], : size[1]]
+    frames = np.repeat(still[None], round(seconds * fps), axis=0)
+    places = []
+    for _ in range(3):
+        colour, radius, start = rng.uniform(0, 255, 3), size[0] * rng.uniform(0.09, 0.16), rng.uniform(0.2, 0.8, 2)
+        places.append((colour, radius, start, rng.uniform(0.13, 0.4, 2) * rng.choice([-1, 1], 2)))
+    for index, frame in enumerate(frames):
+        for colour, radius, start, speed in places:
             place = np.abs((start + speed * index / fps + 1) % 2 - 1)
             y, x = radius + place * (np.array(size) - 2 * radius)
-            frames[index][(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = colour
+            frame[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = colour
     return frames
 
 
-def static(**options):
-    return np.repeat(moving_shapes(**options)[:1], round(options.get("seconds", SECONDS) * FPS), axis=0)
+def static(frames, seed=0):
+    return np.repeat(frames[:1], len(frames), axis=0)
 
 
-def frozen_tail(share=0.3, **options):
-    frames = moving_shapes(**options)
+def frozen_tail(frames, seed=0, share=0.3):
     first = int(len(frames) * (1 - share))
-    frames[first:] = frames[first]
-    return frames
+    return frames[np.minimum(np.arange(len(frames)), first)]
 
 
-def loop(period=41, **options):
-    frames = moving_shapes(**options)
+def loop(frames, seed=0, period=41):
     return frames[np.arange(len(frames)) % period]
 
 
-def cut(**options):
-    frames = moving_shapes(**options)
+def cut(frames, seed=0):
     half = len(frames) // 2
-    frames[half:] = moving_shapes(**{**options, "seed": options.get("seed", 0) + 50})[half:]
-    return frames
+    other = moving_shapes(seed=seed + 50, seconds=len(frames) / FPS, size=frames.shape[1:3])
+    return np.concatenate([frames[:half], other[half:]])
 
 
-def colour_drift(change=(30, 0, -15), **options):
-    frames = moving_shapes(**options)
-    return frames + np.linspace(0, 1, len(frames))[:, None, None, None] * np.array(change)
+def colour_drift(frames, seed=0):
+    return frames + np.linspace(0, 1, len(frames))[:, None, None, None] * np.array((30, 0, -15))
 
 
-def flickering(levels=5.0, hertz=3.1, **options):
-    frames = moving_shapes(**options)
-    swing = levels * np.sin(2 * np.pi * hertz * np.arange(len(frames)) / FPS)
-    return frames + swing[:, None, None, None]
+def flickering(frames, seed=0):
+    return frames + 5.0 * np.sin(2 * np.pi * 3.1 * np.arange(len(frames)) / FPS)[:, None, None, None]
 
 
 MAKE = dict(zip(FAULTS, (static, frozen_tail, loop, cut, colour_drift, flickering), strict=True))
+
+
+def make(fault, seed=0, **options):
+    frames = moving_shapes(seed=seed, **options)
+    return MAKE[fault](frames, seed=seed) if fault else frames
 
 
 def to_video(frames, sigma=0.0, seed=7):
@@ -112,7 +104,7 @@ def kinds(video, **options):
 @pytest.mark.parametrize("sigma", GRAIN.values(), ids=GRAIN)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_raises_its_flag_and_no_other(fault, sigma):
-    assert kinds(to_video(MAKE[fault](), sigma)) == {fault}
+    assert kinds(to_video(make(fault), sigma)) == {fault}
 
 
 @pytest.mark.parametrize("sigma", GRAIN.values(), ids=GRAIN)
@@ -124,18 +116,16 @@ def test_healthy_video_raises_none(seed, sigma):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_small_and_longer_videos(fault):
     """The mini model's size, another scene, and longer."""
-    video = to_video(MAKE[fault](seed=3, size=(64, 64), seconds=20), 4.0)
-    assert kinds(video) == {fault}
+    assert kinds(to_video(make(fault, seed=3, size=(64, 64), seconds=20), 4.0)) == {fault}
 
 
 @pytest.mark.parametrize("crf", [23, 32])
 @pytest.mark.parametrize("fault", [*FAULTS, None])
 def test_after_a_lossy_codec(fault, crf, tmp_path):
     """Keyframes that differ from their neighbours, and a still picture that is refined for a second."""
-    frames = MAKE[fault](seed=1, size=(64, 64)) if fault else moving_shapes(seed=1, size=(64, 64))
     path = tmp_path / "video.mp4"
     with VideoWriter(path, video_format=VideoFormat(height=64, width=64, crf=crf, threads=1)) as writer:
-        writer.write(to_video(frames, 3.0))
+        writer.write(to_video(make(fault, seed=1, size=(64, 64)), 3.0))
     video = np.concatenate(list(VideoSource.open(path).pieces()))
     assert kinds(video) == ({fault} if fault else set())
 
@@ -153,9 +143,9 @@ def test_times_are_those_of_the_fault():
         (flag,) = _find_flags(measured(to_video(video)))
         return flag
 
-    frozen = only(frozen_tail(share=0.25))
+    frozen = only(frozen_tail(moving_shapes(), share=0.25))
     assert frozen.start_s == pytest.approx(6.0, abs=0.1) and frozen.end_s == pytest.approx(8.0)
-    assert only(cut()).start_s == pytest.approx(4.0)
+    assert only(make("cut")).start_s == pytest.approx(4.0)
     half = np.concatenate([moving_shapes(seconds=6), moving_shapes(seconds=14)[96 + np.arange(128) % 32]])
     again = only(half)
     assert again.kind == "loop" and "2.00 s" in again.message
@@ -175,13 +165,6 @@ def test_no_motion_is_not_flicker_nor_drift():
     means = frames.mean(axis=(1, 2))
     # What a measure of the mean brightness alone would say.
     assert np.abs(means - np.convolve(means, np.ones(9) / 9, mode="same"))[8:-8].mean() > 1.0
-
-
-def test_stripes_that_pass_by_are_not_flicker():
-    columns = np.arange(96)[None, :] + 3 * np.arange(8 * FPS)[:, None]
-    stripes = np.where(columns % 16 < 8, 160.0, 60.0)
-    frames = np.broadcast_to(stripes[:, None, :, None], (len(stripes), 72, 96, 3))
-    assert "flicker" not in kinds(to_video(frames))
 
 
 def test_flashes_and_jumping_objects_are_no_cuts():
@@ -215,7 +198,7 @@ def test_loop_that_begins_again_with_a_jump_is_not_full_of_cuts():
 
 
 def test_periodic_scene_of_the_bundled_world_is_no_loop():
-    scores = measured(to_video(loop(period=32)))
+    scores = measured(to_video(loop(moving_shapes(), period=32)))
     (flag,) = _find_flags(scores)
     assert flag.kind == "loop"
     judged = Score(value=1.0, details={"scene_periods_s": [2.0, 4.5]})
@@ -259,19 +242,13 @@ def test_seams():
 
 
 def test_missing_scores_raise_no_flags():
-    scores = measured(to_video(static()))
+    scores = measured(to_video(make("static")))
     assert _find_flags({}) == []
     without = {name: Score.none("not measured") for name in scores}
     assert _find_flags(without) == []
     assert {measure for measure, _ in KINDS.values()} <= scores.keys()
-
-
-def test_flags_survive_the_score_file():
-    from longtake.evaluation.records import ManifestLine, VideoScores
-
-    scores = measured(to_video(loop()))
     written = VideoScores(video=ManifestLine(id="v", file="v.mp4"), scores=scores).to_json()
-    assert _find_flags(VideoScores.from_json(written).scores) == _find_flags(scores)
+    assert _find_flags(VideoScores.from_json(written).scores) == _find_flags(scores) != []
 
 
 def test_a_measure_without_its_defence_fails(monkeypatch):
