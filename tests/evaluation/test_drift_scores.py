@@ -123,12 +123,9 @@ def test_what_the_numbers_are_called_and_which_way_is_better():
     assert better["abs"] == better["helios15"] == better["vde_log"] == [False, False, False]
 
 
-def test_there_is_no_drift_of_a_drift():
+def test_there_is_no_drift_of_a_drift_and_a_rate_is_needed():
     spec = _drift_specs(SPEC)[0]
     assert _drift_specs(spec) == ()
     assert _drift_scores(spec, _score([1.0] * 10), FPS) == {}
-
-
-def test_a_rate_is_needed():
     with pytest.raises(ValueError, match="fps=0"):
         _drift_scores(SPEC, _score([1.0] * 10), 0.0)

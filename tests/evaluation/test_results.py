@@ -93,6 +93,8 @@ def test_means_follow_weights_and_scales(tmp_path):
     assert frames["value"] == pytest.approx((2 * 160 * 0.8 + 4 * 95 * 0.5) / (2 * 160 + 4 * 95))
     assert frames["value"] != pytest.approx(0.6, abs=0.01) and frames["provenance"]["grouping"] == "frame"
     assert frames["per_video"][0]["details"] == {"n": 161}
+    lone = results_json(load_run(write_run(tmp_path / "lone", VIDEOS[:2])))["metrics"]["proxy/level"]
+    assert lone["value"] == 0.25 and lone["ci95"] is None and lone["skipped"] is None, "one prompt"
 
 
 def test_what_is_missing_has_a_reason_and_never_a_number(tmp_path):
@@ -144,11 +146,6 @@ def test_ranges_and_units_are_those_of_the_value(tmp_path):
     entry = results_json(load_run(write_run(tmp_path, videos, specs={spec.name: spec})))["metrics"][spec.name]
     assert (entry["value"], entry["range"], entry["unit"]) == (0.6, [0.0, 1.0], "0..1")
     assert (entry["per_video"][0]["value"], entry["per_video_range"]) == (60.0, [0.0, 100.0])
-
-
-def test_one_prompt_has_a_mean_and_no_interval(tmp_path):
-    metric = results_json(load_run(write_run(tmp_path, VIDEOS[:2])))["metrics"]["proxy/level"]
-    assert metric["value"] == 0.25 and metric["ci95"] is None and metric["skipped"] is None
 
 
 def test_every_curve_has_its_drift(tmp_path):

@@ -57,7 +57,9 @@ def test_every_video_falls_to_one_process_whatever_their_number(num_prompts, sam
 
 
 def test_what_is_known_before_a_video_is_made():
-    prompts = [Prompt(text="a", extended="a, longer"), Prompt(text="b", changes=(Change(start_s=10.0, text="c"),))]
+    own = ("scene", "background_consistency")
+    change = Change(start_s=10.0, text="c")
+    prompts = [Prompt(text="a", extended="a, longer", dimensions=own), Prompt(text="b", changes=(change,))]
     run = plan_generation(make_protocol(samples=2), prompts, Path("out"))[0]
     lines = {line.id: line for unit in run.units for line in unit.lines}
     assert set(lines) == {"p0000-0", "p0000-1", "p0001-0", "p0001-1"}
@@ -67,6 +69,10 @@ def test_what_is_known_before_a_video_is_made():
     assert [(s.start_s, s.end_s, s.prompt) for s in lines["p0001-0"].segments] == [(0, 10, "b"), (10, 30, "c")]
     hashes = {unit.lines[0].config_hash for unit in run.units}
     assert len(hashes) == 1
+    # Prompts of VBench's list bring their dimensions.
+    line = lines["p0000-0"]
+    assert line.dimensions == own and ManifestLine.from_json(json.loads(json.dumps(line.to_json()))) == line
+    assert "dimensions" not in lines["p0001-0"].to_json()
 
 
 def test_a_unit_is_done_when_these_very_videos_are_measured(tmp_path):
@@ -89,18 +95,9 @@ def test_a_unit_is_done_when_these_very_videos_are_measured(tmp_path):
         unit.is_done(keep_videos=True)
 
 
-@pytest.mark.parametrize(
-    ("stem", "expected"),
-    [
-        ("a cat-3", ("a cat", 3)),
-        ("version-2", ("version", 2)),
-        ("a well-known cat", ("a well-known cat", 0)),
-        ("a cat-12-0", ("a cat-12", 0)),
-        ("-5", ("", 5)),
-    ],
-)
-def test_prompts_of_names_by_vbenchs_rule(stem, expected):
-    assert prompt_of_name(stem) == expected
+def test_prompts_of_names_by_vbenchs_rule():
+    names = {"a cat-3": ("a cat", 3), "a well-known cat": ("a well-known cat", 0), "a cat-12-0": ("a cat-12", 0)}
+    assert {name: prompt_of_name(name) for name in names} == names and prompt_of_name("-5") == ("", 5)
 
 
 def test_one_folder_is_one_run_with_prompts_from_its_names(tmp_path):
@@ -129,11 +126,14 @@ def test_folders_of_policies_are_runs_with_the_same_prompt_numbers(tmp_path):
     assert numbers == [{"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2}]
 
 
-def test_folders_whose_labels_would_be_one_are_refused(tmp_path):
-    for name in ("my run/a-0", "my-run/a-0"):
+def test_folders_without_videos_or_with_one_label_are_refused(tmp_path):
+    for name in ("two/my run/a-0", "two/my-run/a-0"):
         write_video(tmp_path / f"{name}.mp4")
-    with pytest.raises(ValueError, match="would have the same label"):
-        plan_videos(tmp_path, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    refused = {"two": "would have the same label", "none": "no folder of videos", "empty": "holds no videos"}
+    for name, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            plan_videos(tmp_path / name, tmp_path / "out")
 
 
 def test_a_manifest_comes_first_then_a_file_of_prompts(tmp_path):
@@ -156,6 +156,14 @@ def test_a_manifest_comes_first_then_a_file_of_prompts(tmp_path):
     assert [unit.lines[0].prompt for unit in run.units] == ["a text", "another"]
     (run,) = plan_videos(clips / "videos", tmp_path / "out", manifest=clips / "manifest.jsonl")
     assert [unit.lines[0].prompt for unit in run.units] == ["one", "two"]
+    # Prompts beside the videos are found, with and without endings.
+    for name, texts in (
+        ("prompts.json", {"one": "a", "two": "b"}),
+        ("prompt_file.json", {"one.mp4": "c", "two": "d"}),
+    ):
+        (clips / "videos" / name).write_text(json.dumps(texts))
+        (run,) = plan_videos(clips / "videos", tmp_path / "out")
+        assert [unit.lines[0].prompt for unit in run.units] == list(texts.values())
 
 
 def test_folders_of_frames_are_videos(tmp_path):
@@ -201,13 +209,6 @@ def test_videos_and_prompts_that_do_not_match_are_refused(tmp_path, prompts, man
         plan_videos(clips, tmp_path / "out", **paths)
 
 
-@pytest.mark.parametrize(("name", "message"), [("none", "no folder of videos"), ("empty", "holds no videos")])
-def test_a_folder_without_videos_is_refused(tmp_path, name, message):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=message):
-        plan_videos(tmp_path / name, tmp_path / "out")
-
-
 def test_a_manifest_in_the_words_of_others_is_understood(tmp_path):
     write_video(tmp_path / "clips" / "one-0.mp4")
     words = {"id": "one-0", "prompt": "a cat", "n_frames": 5, "fps": 8, "H": 32, "W": 32, "policy": "pack"}
@@ -235,22 +236,6 @@ def test_the_longest_name_is_written(tmp_path):
     """Its temporary file, too."""
     write_json(tmp_path / score_name("猫" * 82 + "-0"), {})
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_prompts_of_vbench_bring_their_dimensions():
-    prompts = [Prompt(text="a", dimensions=("scene", "background_consistency")), Prompt(text="b")]
-    (unit,) = plan_generation(make_protocol(caches={"full": {"policy": "full"}}), prompts, Path("out"))[0].units
-    assert [line.dimensions for line in unit.lines] == [("scene", "background_consistency"), ()]
-    assert ManifestLine.from_json(json.loads(json.dumps(unit.lines[0].to_json()))) == unit.lines[0]
-    assert "dimensions" not in unit.lines[1].to_json()
-
-
-@pytest.mark.parametrize(("name", "key"), [("prompt_file.json", "one-0.mp4"), ("prompts.json", "one-0")])
-def test_prompts_beside_the_videos_are_found_with_and_without_endings(tmp_path, name, key):
-    write_video(tmp_path / "clips" / "one-0.mp4")
-    (tmp_path / "clips" / name).write_text(json.dumps({key: "a cat on a mat"}))
-    (run,) = plan_videos(tmp_path / "clips", tmp_path / "out")
-    assert run.units[0].lines[0].prompt == "a cat on a mat"
 
 
 def test_a_run_has_one_frame_rate_and_readable_videos(tmp_path):
