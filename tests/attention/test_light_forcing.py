@@ -187,13 +187,11 @@ def test_memory_and_text_may_always_be_chosen():
 
 
 def test_where_it_is_dense_and_where_it_is_refused():
-    geometry, q, k = example(num_frames=3)
-    assert policy().plan(q, k, geometry) is None, "there is no past"
-    geometry, q, k = example(block_index=0)
-    assert policy().plan(q, k, geometry) is None, "the schedule begins densely"
-    bidirectional = AttentionGeometry.bidirectional(4, (10, 20))
+    for geometry, q, k in (example(num_frames=3), example(block_index=0)):
+        assert policy().plan(q, k, geometry) is None, "there is no past, or the schedule begins densely"
+    whole = AttentionGeometry.bidirectional(4, (10, 20))
     with pytest.raises(ValueError, match="no bidirectional form: use radial"):
-        policy().plan(*tokens(bidirectional)[:2], bidirectional)
+        policy().plan(*tokens(whole)[:2], whole)
 
 
 @pytest.mark.parametrize(

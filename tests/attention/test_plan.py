@@ -79,23 +79,21 @@ def test_flex_masks_carry_a_function_that_reads_the_plan(plan, block_size):
     found = mask.mask_mod(torch.tensor(0), heads[:, None, None], queries[None, :, None], keys[None, None, :])
     assert torch.equal(found.expand_as(expected), expected)
     # The lists of blocks: full ones hold nothing but kept pairs, and what is in no list is not kept.
-    listed = torch.zeros_like(expected)
-    lists = (
-        (mask.full_kv_num_blocks, mask.full_kv_indices, True),
-        (mask.kv_num_blocks, mask.kv_indices, False),
+    padding = (0, -len(keys) % block_size, 0, -len(queries) % block_size)
+    some, every = (
+        torch.nn.functional.pad(expected, padding, value=fill)
+        .unflatten(2, (-1, block_size))
+        .unflatten(1, (-1, block_size))
+        for fill in (False, True)
     )
-    for counts, index, is_full in lists:
-        for head in range(expected.shape[0]):
-            own = head % counts.shape[1]
-            for row, count in enumerate(counts[0, own].tolist()):
-                for column in index[0, own, row, :count].tolist():
-                    tile = (
-                        slice(row * block_size, (row + 1) * block_size),
-                        slice(column * block_size, (column + 1) * block_size),
-                    )
-                    assert expected[head][tile].all() if is_full else expected[head][tile].any()
-                    listed[head][tile] = True
-    assert not (expected & ~listed).any()
+    some, every = some.any(4).any(2), every.all(4).all(2)
+
+    def listed(counts, index):
+        is_listed = torch.arange(index.shape[-1]) < counts[0, ..., None]
+        return torch.zeros_like(is_listed).scatter_(-1, index[0].long(), is_listed).expand_as(some)
+
+    assert torch.equal(listed(mask.full_kv_num_blocks, mask.full_kv_indices), every)
+    assert torch.equal(listed(mask.kv_num_blocks, mask.kv_indices), some & ~every)
 
 
 def test_blocks_are_aligned_with_frames():
@@ -167,15 +165,15 @@ def _segment(**changes):
 
 
 def _geometry(**changes):
-    settings = {
+    frames = {
         "frame_tokens": 6,
         "grid": (2, 3),
         "frames_per_block": 1,
-        "segments": (_segment(), _segment(frame=1, position=1.0, start=6, role="current")),
         "query_frames": (1,),
         "query_positions": (1.0,),
     }
-    return AttentionGeometry(**{**settings, **changes})
+    segments = (_segment(), _segment(frame=1, position=1.0, start=6, role="current"))
+    return AttentionGeometry(**frames | {"segments": segments} | changes)
 
 
 def test_geometry():

@@ -32,11 +32,6 @@ def test_equals_diffusers_table(head_dim):
     assert (shifted - diffusers_rotation(x, 5, 3, 4)).abs().max() > 0.1
 
 
-def test_wan_split_is_44_42_42():
-    frequencies = axis_frequencies(128)
-    assert [2 * len(f) for f in (frequencies.temporal, frequencies.height, frequencies.width)] == [44, 42, 42]
-
-
 @COMMON
 @given(
     shift=st.floats(0, 1e6), distance=st.floats(0, 30), head_dim=st.sampled_from([24, 32, 128]), seed=st.integers(0, 9)
@@ -58,14 +53,13 @@ def test_bfloat16_keys_rotated_on_read_stay_within_rounding(position, seed):
     k = torch.randn(1, 1, 4, 128, generator=torch.Generator().manual_seed(seed)).bfloat16()
     at = torch.tensor([[position, 1.0, 2.0]], dtype=torch.float64)
     ours = rotate(k, at, frequencies=axis_frequencies(128)).double()
-    exact = torch.view_as_complex(k.double().unflatten(-1, (-1, 2)).contiguous())
+    axes = vars(axis_frequencies(128)).values()
+    assert [2 * len(axis) for axis in axes] == [44, 42, 42], "Wan's split"
     angles = torch.cat(
-        [
-            axis * torch.tensor(f, dtype=torch.float64)
-            for axis, f in zip(at[0], vars(axis_frequencies(128)).values(), strict=True)
-        ]
+        [place * torch.tensor(axis, dtype=torch.float64) for place, axis in zip(at[0], axes, strict=True)]
     )
-    exact = torch.view_as_real(exact * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    pairs = torch.view_as_complex(k.double().unflatten(-1, (-1, 2)).contiguous())
+    exact = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
     assert (ours - exact).norm() / exact.norm() < 2e-3
 
 

@@ -141,11 +141,8 @@ def test_noise_depends_on_seed_block_and_step_alone(seeds, block):
         assert torch.equal(alone.renoise(block, 0, 2, single)[0], together.renoise(block, 0, 2, shape)[index])
         assert not torch.equal(alone.initial(block, 0, single), alone.initial(block + 1, 0, single))
         assert not torch.equal(alone.initial(block, 0, single), alone.renoise(block, 0, 0, single))
-
-
-def test_noise_is_standard_normal():
-    noise = SeededNoise([0]).initial(0, 0, (1, 8, 16, 32, 32))
-    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    noise = SeededNoise([block]).initial(block, 0, (1, 8, 16, 16, 16))
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03, "standard normal"
 
 
 @pytest.mark.parametrize(
