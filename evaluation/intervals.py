@@ -221,7 +221,7 @@ def _cluster_bootstrap(sums: NDArray, weights: NDArray | None = None, *, num_res
     """95 % limits of many means at once, each over the same number of clusters, whole clusters redrawn.
 
     The same on any machine and with any number of threads: the terms are rounded to a grid so fine (1e-12 of the
-    largest) that all sums are exact. Why not ``scipy.stats.bootstrap``: docs/adr/0023.
+    largest) that all sums are exact. Why not ``scipy.stats.bootstrap``: docs/adr/0022.
 
     Args:
         sums: (clusters, measures), a cluster's weighted sum; its mean where all clusters weigh the same.

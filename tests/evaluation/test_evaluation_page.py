@@ -15,7 +15,7 @@ from longtake.evaluation.metric import PREFIXES
 from longtake.evaluation.metrics import GROUPS
 from longtake.evaluation.results import SCALARS
 from longtake.evaluation.running.protocol import load_protocol, resolve_generation
-from longtake.scripts.main import app
+from longtake.scripts.evaluate import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def _commands():
 
 @pytest.mark.parametrize("words", _commands(), ids=lambda words: " ".join(words[2:4]))
 def test_commands_and_options_exist(words):
-    group = typer.main.get_command(app).commands["evaluate"]
+    group = typer.main.get_command(app)
     assert words[:2] == ["longtake", "evaluate"]
     command = group.commands[words[2]]
     known = {option for parameter in command.params for option in parameter.opts}

@@ -21,7 +21,7 @@ from longtake.evaluation.metrics.judge import (
 from longtake.evaluation.mini_world.judge import load_judge
 from longtake.evaluation.mini_world.scenes import describe, held_back_scenes, parse_caption, render
 from longtake.evaluation.report.data import _find_flags
-from longtake.evaluation.running.suites import moving_scenes
+from longtake.evaluation.running.suites import _moving_scenes
 
 SCENES = held_back_scenes(24, seed=64)
 STILL = next(scene for scene in SCENES if scene.camera == "still" and scene.second is None)
@@ -98,7 +98,7 @@ def test_larger_pictures_are_brought_to_the_judges_size():
 
 def test_suite_is_known_by_its_captions():
     known = _suite_scenes()
-    for prompt in moving_scenes(24):
+    for prompt in _moving_scenes(24):
         assert describe(known[prompt.text]) == prompt.text
     assert known[describe(SCENES[0])] == SCENES[0]
 
