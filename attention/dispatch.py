@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -207,24 +207,7 @@ def _usable(request: AttentionRequest) -> Iterator[str]:
 @lru_cache(maxsize=4096)
 def _able(request: AttentionRequest) -> tuple[str, ...]:
     verified = (name for name in preferences(request) if request.device in BACKENDS[name].verified_on)
-    names = tuple(name for name in verified if _verdict(name, request).ok)
-    if names:
-        _log_choice(replace(request.signature, batch=1), names[0])
-    return names
-
-
-@lru_cache(maxsize=256)
-def _log_choice(request: AttentionRequest, name: str) -> None:
-    """Log once for each kind of call."""
-    log.info(
-        "attention: %s for %s, %d queries, %d keys, %s on %s",
-        name,
-        "dense" if request.plan is None else "a block plan",
-        request.num_queries,
-        request.num_keys,
-        str(request.dtype).removeprefix("torch."),
-        request.device,
-    )
+    return tuple(name for name in verified if _verdict(name, request).ok)
 
 
 def _check(name: str, request: AttentionRequest, call: AttentionCall, result: Result) -> str:
@@ -247,6 +230,10 @@ def _check(name: str, request: AttentionRequest, call: AttentionCall, result: Re
             fault = _difference(lse[:, :, queries].to(wide), sums.to(wide), request, BACKENDS[name].exact)
             fault = fault and f"log-sum-exp: {fault}"
     _faults[name, request.signature] = fault
+    dtype, kind = str(q.dtype).removeprefix("torch."), "dense" if call.plan is None else "a block plan"
+    log.info(
+        "attention: %s for %s, %d queries, %d keys, %s on %s", name, kind, q.shape[1], k.shape[1], dtype, q.device
+    )
     return fault
 
 

@@ -50,15 +50,12 @@ def _turns(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
 
 
 def token_phases(coordinates: Tensor, *, frequencies: AxisFrequencies, dtype: torch.dtype = torch.complex64) -> Tensor:
-    """Unit phases of tokens at any float coordinates.
+    """(..., tokens, head_dim / 2) unit phases of tokens at any float coordinates, computed in float64.
 
     Args:
         coordinates: (..., tokens, 3): frame, row, column; any may be fractional, none is bounded.
         frequencies: Frequencies of the three axes.
         dtype: complex64, or complex128 for products in float64.
-
-    Returns:
-        (..., tokens, head_dim / 2) of ``dtype``, computed in float64.
     """
     frame, row, column = coordinates.unbind(-1)
     turns = _turns(frame, frequencies.temporal), _turns(row, frequencies.height), _turns(column, frequencies.width)
@@ -183,15 +180,12 @@ def cell_centres(num_cells: int, size: float) -> tuple[float, ...]:
 def cell_coordinates(
     starts: Sequence[float] | Tensor, *, cells: tuple[int, int, int], size: tuple[float, float, float]
 ) -> Tensor:
-    """Coordinates of entries that are pooled to a few cells.
+    """(..., entries * cells, 3) float64 coordinates of the centres of cells that (..., entries) are pooled to.
 
     Args:
-        starts: First position of each entry, or (..., entries) of them.
+        starts: First position of each entry.
         cells: Cells of an entry: frames, rows, columns.
-        size: What they are spread over, in positions: frames, rows, columns.
-
-    Returns:
-        (..., entries * cells, 3) float64: frame, row, column of every cell's centre.
+        size: Positions that they are spread over: frames, rows, columns.
     """
     starts = torch.as_tensor(starts, dtype=torch.float64)
     centres = [torch.tensor(cell_centres(*axis), dtype=torch.float64) for axis in zip(cells, size, strict=True)]

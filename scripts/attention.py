@@ -109,11 +109,11 @@ class _Call:
         if self.capability is None:
             is_here = self.device == "cuda" and torch.cuda.is_available()
             return torch.cuda.get_device_capability() if is_here else None
-        parts = re.fullmatch(r"(\d+)\.(\d+)", self.capability)
-        if parts is None:
+        major, dot, minor = self.capability.partition(".")
+        if not (dot and major.isdigit() and minor.isdigit()):
             remedy = "give 9.0 for Hopper, 8.9 for Ada, ..."
             raise ValueError(f"--capability={self.capability!r} is not MAJOR.MINOR: {remedy}")
-        return int(parts[1]), int(parts[2])
+        return int(major), int(minor)
 
 
 @app.command("explain")

@@ -85,7 +85,7 @@ class SparsePolicy(ABC):
         v: Tensor | None = None,
         memory: Memory | None = None,
     ) -> BlockPlan | None:
-        """Choose the blocks of keys that every block of queries reads.
+        """Choose the blocks of keys that every block of queries reads, or None: compute this call densely.
 
         Args:
             q: (1, queries, heads, head_dim), rotated; a static policy takes any batch, or None.
@@ -93,9 +93,6 @@ class SparsePolicy(ABC):
             geometry: Frames of the queries and keys.
             v: Values, where ``needs_values``; as k.
             memory: Kept between calls; None: every call is the first.
-
-        Returns:
-            A plan on the CPU, or None: compute this call densely.
 
         Raises:
             ValueError: If the geometry is one the policy has no meaning for, or the tokens do not fit it.
@@ -120,13 +117,11 @@ class SparsePolicy(ABC):
         return {"policy": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _check_least(self, least: int, *names: str) -> None:
-        """Refuse fields that are smaller."""
         for name in names:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
 
     def _check_share(self, name: str) -> None:
-        """Refuse a field that is no share above 0."""
         if not 0 < getattr(self, name) <= 1:
             raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1.")
 
