@@ -192,18 +192,3 @@ def test_where_it_is_dense_and_where_it_is_refused():
     whole = AttentionGeometry.bidirectional(4, (10, 20))
     with pytest.raises(ValueError, match="no bidirectional form: use radial"):
         policy().plan(*tokens(whole)[:2], whole)
-
-
-@pytest.mark.parametrize(
-    ("values", "match"),
-    [
-        ({"sparsity": 1.0}, "sparsity=1.0"),
-        ({"sparsity": 0.9, "base_sparsity": 0.8}, "base_sparsity=0.8"),
-        ({"num_kept_frames": 1}, "use 2 or more"),
-        ({"block_size": 0}, "block_size=0"),
-        ({"query_block_size": 0}, "query_block_size=0"),
-    ],
-)
-def test_bad_settings_are_named(values, match):
-    with pytest.raises(ValueError, match=match):
-        LightForcing(**values)

@@ -167,12 +167,6 @@ def test_files_that_are_no_calibration_are_named(tmp_path):
             Calibration.load(str(wrong))
 
 
-@pytest.mark.parametrize("values", [{"order": "hwt"}, {"density": 0.0}, {"block_size": 0}], ids=str)
-def test_bad_settings_are_named(values):
-    with pytest.raises(ValueError, match=next(iter(values))):
-        Paro(**values)
-
-
 def test_a_map_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"attention_map is \(4, 4\) but must be \(768, 768\)"):
         calibrate(torch.zeros(4, 4), SHAPE)

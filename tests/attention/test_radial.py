@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from sparse import EAGER, with_role
 
-from longtake.attention import AttentionGeometry, make_attention_policy
+from longtake.attention import AttentionGeometry
 from longtake.attention.geometry import make_geometry
 from longtake.attention.policies.radial import Radial
 
@@ -89,35 +89,6 @@ def test_tokens_behind_the_last_whole_block_are_covered(num_frames, tokens, bloc
     assert mask[:, 0].all() and mask.diagonal().all() and mask[-1, :2].all()
     near = tokens // block_size // 2
     assert mask[-1, -near:].all() and mask[-near:, -1].all()
-
-
-@pytest.mark.parametrize("tokens", [256, 1536, 1560, 3840])
-def test_widths_and_thinning_are_the_closed_form(tokens):
-    power = 2 ** (math.floor(math.log2(tokens)) + 1)
-    first = None
-    for distance in range(2, 70):
-        length = power / 2 ** (math.floor(math.log2(distance)) + 1)
-        is_kept = length >= 128 or distance % math.floor(128 / length) == 0
-        width = Radial(decay_factor=0.7).band_width(distance, tokens)
-        assert width == (max(128, 0.7 * length) if is_kept else None)
-        first = distance if first is None and length < 128 else first
-    assert Radial().band_width(0, tokens) == Radial().band_width(1, tokens) == tokens
-    assert Radial(adjacent_width="half").band_width(1, tokens) == tokens // 2
-    assert first == {256: 4, 1536: 16, 1560: 16, 3840: 32}[tokens]
-
-
-@pytest.mark.parametrize("decay_factor", [0.2, 0.33, 0.5, 0.8, 1.0])
-def test_blocks_of_a_band_are_the_closed_form(decay_factor):
-    """With blocks that divide a frame: own block, and those with floor(width) > B (apart - 1/6)."""
-    tokens, size = 1536, 128
-    mask = video_mask(9, tokens, decay_factor=decay_factor)
-    per_frame = tokens // size
-    apart = (torch.arange(per_frame)[:, None] - torch.arange(per_frame)).abs()
-    for distance in range(2, 8):
-        width = math.floor(Radial(decay_factor=decay_factor).band_width(distance, tokens))
-        expected = (apart == 0) | (width > size * (apart - 1 / 6))
-        found = mask[8 * per_frame :, (8 - distance) * per_frame : (9 - distance) * per_frame]
-        assert torch.equal(found, expected), distance
 
 
 @pytest.mark.parametrize(("tokens", "decay_factor"), DENSITIES)
@@ -212,9 +183,3 @@ def test_the_published_mask_is_the_plan_of_a_whole_video():
     plan = active(Radial(decay_factor=0.2)).plan(None, None, geometry)
     assert torch.equal(plan.block_mask[0], video_mask(6, 1560, decay_factor=0.2))
     assert plan.uniform_block_sizes == (128, 128)
-
-
-@pytest.mark.parametrize("values", [{"block_size": 0}, {"decay_factor": 0.0}, {"model": "ltx"}], ids=str)
-def test_bad_settings_are_named(values):
-    with pytest.raises(ValueError, match=next(iter(values))):
-        make_attention_policy({"policy": "radial"} | values)

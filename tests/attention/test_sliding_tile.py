@@ -79,11 +79,3 @@ def test_sinks_memory_and_text_are_read_by_all():
     assert torch.equal(sunk[:, 32:], plain[:, 32:])
     memory = policy((2, 2, 2), (1, 1, 1)).plan(None, None, with_role(geometry, 3, "memory")).to_dense_mask()[0]
     assert memory[:, 48:64].all() and not sunk[:, 48:64].any()
-
-
-@pytest.mark.parametrize(
-    "values", [{"tile": (6, 8)}, {"window": (0, 1, 1)}, {"head_windows": ((1, 1, 1), (1, 1))}], ids=str
-)
-def test_bad_settings_are_named(values):
-    with pytest.raises(ValueError, match=f"{next(iter(values))}=.*three numbers"):
-        SlidingTile(**values)

@@ -180,12 +180,3 @@ def test_svg2_goes_on_from_the_last_centroids_of_the_layer():
     first.plan(q, k, other_layer, memory=memory)
     assert len(memory) == 4
     assert signature(first.plan(q, k, geometry)) == signature(first.plan(q, k, geometry)), "nothing is kept elsewhere"
-
-
-@pytest.mark.parametrize(
-    ("cls", "values"),
-    [(Svg, {"density": 0.0}), (Svg, {"block_size": 0}), (Svg2, {"top_p": 1.5}), (Svg2, {"num_key_clusters": 0})],
-)
-def test_bad_settings_are_named(cls, values):
-    with pytest.raises(ValueError, match=next(iter(values))):
-        cls(**values)
