@@ -54,12 +54,13 @@ class _OpenCvDis(_Classical):
                 f"use {MIN_SIDE} pixels a side or more, or 'torch_lk'."
             )
         pictures = [_grey(image).round_().clamp_(0, 255).byte().numpy() for image in (a, b)]
-        found = _dis().calc(*pictures, None)
+        found = _dis(*pictures[0].shape).calc(*pictures, None)
         return torch.from_numpy(found).permute(2, 0, 1).contiguous()
 
 
 @cache
-def _dis() -> Any:
+def _dis(height: int, width: int) -> Any:
+    """An engine for one size: after frames under 32 pixels it would use their finest level for larger ones, too."""
     import cv2
 
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)

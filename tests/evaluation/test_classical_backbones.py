@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from longtake.evaluation.backbones import classical, classical_backbones
-from longtake.evaluation.backbones.classical import HogHist, _LinearBlend, _OpenCvDis, _TorchLucasKanade
+from longtake.evaluation.backbones.classical import HogHist, _OpenCvDis, _TorchLucasKanade
 from longtake.evaluation.preprocessing import dino_transform
 
 HAS_OPENCV = importlib.util.find_spec("cv2") is not None
@@ -124,6 +124,15 @@ def test_flow_does_not_depend_on_threads(texture, estimator):
     assert torch.equal(*found)
 
 
+def test_flow_does_not_depend_on_frames_of_another_size_before(texture, estimator):
+    views = shifted(texture, 5, 3)
+    classical._dis.cache_clear()
+    first = estimator.flow(*views)
+    classical._dis.cache_clear()
+    estimator.flow(*shifted(texture, 1, 0, 24, 32))
+    assert torch.equal(estimator.flow(*views), first)
+
+
 def test_estimators_travel_between_processes(texture, estimator):
     views = shifted(texture, 2, 1, 64, 64)
     before = estimator.flow(*views)
@@ -194,8 +203,3 @@ def test_features_are_never_empty_and_frames_do_not_mix(scene):
     assert torch.equal(whole, torch.cat([encoder.encode(frame[None]) for frame in frames]))
     with pytest.raises(ValueError, match="height, width"):
         encoder.encode(frames[0])
-
-
-def test_the_blend_is_the_mean():
-    a, b = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
-    torch.testing.assert_close(_LinearBlend().middle(a, b), (a + b) / 2)

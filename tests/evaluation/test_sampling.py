@@ -33,15 +33,6 @@ def test_clips_are_vbench_longs(golden):
         assert clip_ranges(*facts[name]) == [tuple(clip) for clip in clips.values()], name
 
 
-def test_clips_by_hand():
-    assert clip_ranges(70, 16) == [(0, 32), (32, 32), (38, 32)]
-    assert clip_ranges(477, 16)[-2:] == [(416, 32), (445, 32)] and len(clip_ranges(477, 16)) == 15
-    assert clip_ranges(64, 16) == [(0, 32), (32, 32)]
-    assert clip_ranges(20, 16) == [(0, 20)]
-    assert clip_ranges(50, 23.976) == [(0, 46), (4, 46)]  # 23 frames a second, not 24
-    assert clip_ranges(160, 16, seconds=10) == [(0, 160)]
-
-
 @exact
 @given(COUNTS, st.sampled_from([1, 8, 12.5, 16, 23.976, 24, 29.97, 30, 60]), st.sampled_from([1, 2, 10]))
 def test_clips_cover_every_frame_at_one_length(num_frames, fps, seconds):

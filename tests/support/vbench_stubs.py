@@ -83,12 +83,14 @@ def info(frames, fps=4.0, prompt="a red square", name="v", **about):
 
 
 def scores(metrics, frames, cuts=(), **about):
-    """Scores of all metrics, the video pushed in pieces that end at ``cuts``."""
+    """Scores of all metrics, the video pushed in pieces that end at ``cuts`` and are overwritten once pushed."""
     found = {}
     for metric in metrics:
         meter = metric.start(info(frames, **about))
         for piece in np.split(frames, sorted(set(cuts))):
             if len(piece):
-                meter.push(piece)
+                buffer = piece.copy()
+                meter.push(buffer)
+                buffer[:] = 0
         found.update(meter.finish())
     return found

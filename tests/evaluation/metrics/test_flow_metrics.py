@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from vbench_stubs import scores
 
 from longtake.evaluation.backbones import classical_backbones
 from longtake.evaluation.backbones.classical import _TorchLucasKanade
-from longtake.evaluation.metric import VideoInfo
-from longtake.evaluation.metrics.motion import FLOW_SPECS, FlowMetric, _estimate_flow, warp_error
+from longtake.evaluation.metrics.motion import FLOW_SPECS, FlowMetric, warp_error
 
 
 @dataclass
@@ -45,24 +45,15 @@ def panned(num_frames, step, width=80, **options):
 
 
 def measured(video, estimator, fps=16.0):
-    info = VideoInfo(id="v", num_frames=len(video), fps=fps, height=video.shape[1], width=video.shape[2])
     metric = FlowMetric(estimator)
-    meter = metric.start(info)
-    for start in range(0, len(video), 5):
-        meter.push(video[start : start + 5])
-    found = meter.finish()
+    found = scores([metric], video, range(5, len(video), 5), fps=fps)
     assert list(found) == [spec.name for spec in metric.specs]
+    assert list(found) == [f"{spec.name}[flow={estimator.name}]" for spec in FLOW_SPECS]
     return {name.removeprefix("proxy/").partition("[")[0]: score for name, score in found.items()}
 
 
 def tensor(frame):
     return torch.from_numpy(frame).permute(2, 0, 1)[None].float()
-
-
-def test_names_carry_the_estimator():
-    metric = FlowMetric(Known(0.0))
-    assert [spec.name for spec in metric.specs] == [f"{spec.name}[flow=known]" for spec in FLOW_SPECS]
-    assert all(spec.backbone == "known" for spec in metric.specs)
 
 
 @pytest.mark.parametrize(
@@ -141,11 +132,6 @@ def test_motion_kept_of_a_video_that_slows_down():
     assert found["motion_kept"].value == pytest.approx(0.5, abs=0.08)
     still = np.repeat(video[:1], 40, axis=0)
     assert "nothing moves" in measured(still, _TorchLucasKanade())["motion_kept"].skipped
-
-
-def test_padding_is_cut_off_again():
-    first, second = (torch.rand(1, 3, 33, 41) * 255 for _ in range(2))
-    assert _estimate_flow(Known(1.0), first, second).shape == (2, 33, 41)
 
 
 def test_tiny_frames_have_a_reason():

@@ -1,7 +1,5 @@
 """True scenes do not drift; frozen, faded, forgetful and wrong videos do, each in the measure made for it."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,6 @@ from longtake.evaluation.metrics.judge import (
     MAX_PSNR,
     WindowMeter,
     _masked_psnr,
-    _median_background,
-    _motion_share,
     _sampled_scene,
     _truth_levels,
     _with_amnesia,
@@ -145,18 +141,6 @@ def test_meter_holds_one_window_and_one_round_trip_at_most(judge, scenes):
         meter.look_at(_sampled_scene(scene, start + 12, start=start))
     assert len(meter._waiting) < 20
     assert len(meter._first_visits) == 48
-
-
-def test_median_background_ignores_a_passing_object_and_keeps_a_resting_one(still):
-    frames = _sampled_scene(still[0], 80)
-    background = torch.from_numpy(
-        render(replace(still[0], actor=replace(still[0].actor, anchor_x=-999)), np.arange(1))
-    )
-    median, seen = _median_background(frames)
-    error = (median - background[0].permute(2, 0, 1) / 255.0).abs().amax(dim=0)
-    assert error[seen].max() < 0.02
-    assert seen.float().mean() > 0.7
-    assert _motion_share(frames) > 0.0
 
 
 def test_masked_psnr_matches_the_definition_and_is_capped():

@@ -123,17 +123,6 @@ def test_pieces_of_any_length_give_the_same_scores(num_frames, fps, cuts):
     assert scores(metrics, video, cuts, fps=fps) == scores(metrics, video, fps=fps)
 
 
-def test_pieces_may_be_overwritten_once_pushed(video):
-    for metric in all_metrics():
-        meter, buffer = metric.start(info(video)), np.empty((5, *video.shape[1:]), np.uint8)
-        for start in range(0, len(video), 5):
-            piece = video[start : start + 5]
-            buffer[: len(piece)] = piece
-            meter.push(buffer[: len(piece)])
-            buffer[:] = 0
-        assert meter.finish() == scores([metric], video)
-
-
 def test_a_static_video_scores_1_where_stillness_is_the_best():
     measured = short_scores(np.repeat(moving_squares(1), 40, axis=0), fps=8.0)
     for name in ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness"):
