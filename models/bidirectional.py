@@ -378,7 +378,7 @@ class _Meter(DensityMeter):
         return plan
 
 
-def relative_change(velocity: Tensor, before: Tensor, eps: float = 1e-6) -> Tensor:
+def _relative_change(velocity: Tensor, before: Tensor, eps: float = 1e-6) -> Tensor:
     """Change of (batch, tokens, channels) velocities in one step, relative to those before: (tokens,), float32.
 
     The mean over the batch, because one allocation serves all its samples.
@@ -433,7 +433,7 @@ class StepAllocation:
         return self._series(high)
 
     def assign(self, change: Tensor, num_steps: int) -> Tensor:
-        """Give every token its stride, (tokens,) int64, by its ``relative_change``."""
+        """Give every token its stride, (tokens,) int64, by its ``_relative_change``."""
         ends = torch.tensor(self.shares(num_steps), dtype=torch.float64).cumsum(0) * len(change)
         rank = torch.empty_like(change, dtype=torch.long)
         rank[change.argsort(descending=True, stable=True)] = torch.arange(len(change), device=change.device)
@@ -615,7 +615,7 @@ class AllocatedWan(_SelfAttentionChange):
         """Put last velocities where tokens were skipped."""
         before = self._memory.get(_VELOCITY)
         if self._keeps_change and before is not None:
-            self._memory[_CHANGE] = relative_change(velocity, before)
+            self._memory[_CHANGE] = _relative_change(velocity, before)
         if self._active is not None and before is not None:
             whole = before.clone()
             whole[:, self._active] = velocity

@@ -54,8 +54,10 @@ def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     Stock rounds to bfloat16 between product and activation, and reads the widest tensor of the block once more.
     Anything but a plain linear layer (LoRA, a quantised layer, one with hooks) is called as it is.
     """
+    if type(ffn) is not FeedForward or not _can_fuse(x):
+        return ffn(x)
     activation, *rest = ffn.net
-    if not (_can_fuse(x) and isinstance(activation, GELU) and _is_plain(ffn, activation)):
+    if not isinstance(activation, GELU) or not _is_plain(ffn, activation):
         return ffn(x)
     proj = activation.proj
     hidden = torch.ops.mkldnn._linear_pointwise(x, proj.weight, proj.bias, "gelu", [], activation.approximate)
@@ -76,7 +78,7 @@ def _can_fuse(x: Tensor) -> bool:
 
 def _is_plain(ffn: FeedForward, activation: GELU) -> bool:
     proj = activation.proj
-    if (type(ffn), type(activation), type(proj)) != (FeedForward, GELU, nn.Linear):
+    if type(activation) is not GELU or type(proj) is not nn.Linear:
         return False
     return proj.weight.dtype == torch.bfloat16 and not any(_is_hooked(part) for part in (ffn, activation, proj))
 

@@ -192,9 +192,7 @@ def _preset_key(checkpoint: Checkpoint, key: str | None) -> str | None:
 
 def _check_preset(transformer: Transformer, name: str | None, family: ModelFamily | None) -> None:
     if family is not None and family.size is not None and transformer.size != family.size:
-        config = transformer.config
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        found = transformer.size or f"{width} wide with {config['num_layers']} layers"
+        found = transformer.size or f"{transformer.width} wide with {transformer.config['num_layers']} layers"
         raise ValueError(
             f"'{transformer.checkpoint.path}' does not fit the preset {name!r}: it is {found}, the preset is for "
             f"{family.size}. longtake info FILE names presets that fit."
@@ -306,7 +304,10 @@ def _model_rows(checkpoint: Checkpoint, identities: Mapping[str, Identity]) -> _
     if "transformer" not in kinds:
         order = LORA_ORDER if "lora" in kinds else tuple(checkpoint.entries)
         title = identities[choose_entry(checkpoint, order=(*order, *checkpoint.entries))].title
-        presets = _adapter_presets(checkpoint) if "lora" in kinds else []
+        presets = []
+        if "lora" in kinds:
+            files = {name: load_family(name).checkpoint.lora_file for name in family_names()}
+            presets = [name for name, file in files.items() if Path(file or "").name == checkpoint.path.name]
         return [("taken as", title), *_preset_rows(presets)]
     try:
         found = find_transformer(checkpoint)
@@ -327,26 +328,15 @@ def _presets(found: Transformer) -> list[str]:
         family = load_family(name)
         has_entry = (family.checkpoint.key or FLAT) in found.checkpoint.entries
         if has_entry and family.size is not None and family.size == found.size:
-            fitting.append((_file_name(family.checkpoint.file) != found.checkpoint.path.name, name))
+            fitting.append((Path(family.checkpoint.file or "").name != found.checkpoint.path.name, name))
     return [name for _, name in sorted(fitting)]
-
-
-def _adapter_presets(checkpoint: Checkpoint) -> list[str]:
-    return [
-        name for name in family_names() if _file_name(load_family(name).checkpoint.lora_file) == checkpoint.path.name
-    ]
-
-
-def _file_name(path: str | None) -> str:
-    return "" if path is None else Path(path).name
 
 
 def _shape_text(found: Transformer) -> str:
     config = found.config
     task = "image-to-video" if found.is_image_to_video else "text-to-video"
-    width = config["num_attention_heads"] * config["attention_head_dim"]
     return (
-        f"{found.size or 'own size'}, {task}: {config['num_layers']} layers, {width} wide, "
+        f"{found.size or 'own size'}, {task}: {config['num_layers']} layers, {found.width} wide, "
         f"{config['num_attention_heads']} heads of {config['attention_head_dim']}, feed-forward {config['ffn_dim']}, "
         f"channels {config['in_channels']} in, {config['out_channels']} out, text {config['text_dim']}"
     )

@@ -124,7 +124,7 @@ def _transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return what a ``WanTransformer3DModel`` of this configuration holds, name to shape, in the class's order."""
+    """Names and shapes of a ``WanTransformer3DModel`` of this configuration, in the class's order."""
     return _shapes_of(_on_meta(WanTransformer3DModel, **config))
 
 
@@ -176,14 +176,18 @@ class Transformer:
         return {name: info.shape for name, info in self.infos.items()}
 
     @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
+
+    @property
     def size(self) -> str | None:
         """``1.3B``, ``14B``, or None for any other."""
-        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        return _SIZES.get((width, self.config["ffn_dim"], self.config["num_layers"]))
+        return _SIZES.get((self.width, self.config["ffn_dim"], self.config["num_layers"]))
 
     @property
     def is_image_to_video(self) -> bool:
-        """Whether it attends to an image beside the text."""
+        """True if it attends to an image beside the text."""
         return self.config.get("added_kv_proj_dim") is not None
 
     def part(self, *, dtype: torch.dtype | None = None, adapter: Adapter | None = None) -> Part:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from step_allocation_loop import denoise
 from stock_wan import state_of
 
-from longtake.models.bidirectional import StepAllocation, _TokenCache, allocated_wan, relative_change, sparse_wan
+from longtake.models.bidirectional import StepAllocation, _relative_change, _TokenCache, allocated_wan, sparse_wan
 
 NUM_FRAMES, GRID, CHANNELS, PATCH = 3, 4, 4, 2
 NUM_TOKENS = NUM_FRAMES * GRID * GRID
@@ -268,7 +268,7 @@ def test_tokens_that_change_most_have_the_smallest_stride():
 def test_change_is_relative_and_the_mean_of_the_batch():
     before = torch.tensor([[[1.0, -1.0], [2.0, 0.0]], [[1.0, 1.0], [0.0, 4.0]]])
     after = torch.tensor([[[2.0, -1.0], [2.0, 0.0]], [[1.0, 1.0], [0.0, 2.0]]])
-    assert relative_change(after, before).tolist() == pytest.approx([0.25, 0.25], abs=1e-5)
+    assert _relative_change(after, before).tolist() == pytest.approx([0.25, 0.25], abs=1e-5)
 
 
 @pytest.mark.parametrize("target", [0.3, 0.75])

@@ -2,7 +2,7 @@
 
 import torch
 
-from longtake.models.bidirectional import relative_change
+from longtake.models.bidirectional import _relative_change
 
 
 def denoise(velocity, x, sigmas, *, allocation):
@@ -24,7 +24,7 @@ def denoise(velocity, x, sigmas, *, allocation):
         new = velocity(x, float(sigma), active)
         num_computed += new.shape[1]
         if step == allocation.num_warmup_steps - 1:
-            strides = allocation.assign(relative_change(new, last), num_steps)
+            strides = allocation.assign(_relative_change(new, last), num_steps)
         if last is None:
             last = new.clone()
         else:
