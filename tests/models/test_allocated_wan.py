@@ -283,25 +283,3 @@ def test_tokens_at_constant_velocity_lose_nothing(target):
     found, share = denoise(velocity, x, SIGMAS, allocation=StepAllocation(target=target))
     assert share == pytest.approx(target, abs=0.02)
     assert torch.allclose(found, x - speed, atol=1e-5)
-
-
-def test_steps_go_where_tokens_change():
-    """Half of the tokens turn quickly: they are computed in nearly every step, and the result is near the full one."""
-    rate = torch.cat([torch.full((60, 1), 9.0), torch.full((60, 1), 0.01)])
-    calls = torch.zeros(120)
-
-    def velocity(x, sigma, active):
-        chosen = torch.arange(120) if active is None else active
-        calls[chosen] += 1
-        return torch.sin(rate[chosen] * sigma + x[:, chosen])
-
-    x = random(1, 120, 4)
-    allocation = StepAllocation(target=0.5, strides=(1, 8))
-    found, share = denoise(velocity, x, SIGMAS, allocation=allocation)
-    assert calls[:60].mean() > 1.5 * calls[60:].mean() and share == pytest.approx(0.5, abs=0.02)
-    exact = x
-    for sigma, after in pairwise(SIGMAS):
-        exact = exact + (after - sigma) * velocity(exact, sigma, None)
-    error = (found - exact).abs().mean()
-    swapped = torch.cat([found[:, 60:], found[:, :60]], dim=1)
-    assert error < 0.02 < (swapped - exact).abs().mean()

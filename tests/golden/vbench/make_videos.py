@@ -73,12 +73,6 @@ def drift(T=160, h=48, w=80):
     return np.stack(out)
 
 
-def scene_cut(T=64, h=64, w=96):
-    a = moving_squares(T, h, w)[: T // 2]
-    b = 255 - moving_squares(T, h, w)[T // 2 :]
-    return np.concatenate([a, b])
-
-
 def big(T=8, h=360, w=640):
     bg = texture(h, w, 3)
     out = []
@@ -92,12 +86,10 @@ def big(T=8, h=360, w=640):
 SPECS = {  # name: (function, kwargs, fps)
     "static": (static, {}, 16),
     "moving_squares": (moving_squares, {}, 16),
-    "fast_squares_24": (moving_squares, dict(T=48, vy=(4, -5, 3), vx=(7, 6, -8)), 24),
     "slow_squares_8": (moving_squares, dict(T=32, vy=(0, 1, 0), vx=(1, 0, 1)), 8),
     "flicker": (flicker, {}, 16),
     "noise": (noise, {}, 16),
     "drift": (drift, {}, 16),
-    "scene_cut": (scene_cut, {}, 16),
     "odd_len": (moving_squares, dict(T=70, h=75, w=91), 16),
     "short20": (moving_squares, dict(T=20, h=64, w=96), 16),
     "big": (big, {}, 30),
@@ -107,22 +99,9 @@ SPECS = {  # name: (function, kwargs, fps)
 def encode(path, frames, fps):
     import imageio_ffmpeg
 
-    t, h, w, _ = frames.shape
-    cmd = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        "-y",
-        "-v",
-        "error",
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{w}x{h}",
-        "-r",
-        str(fps),
-        "-i",
-        "-",
+    size = f"{frames.shape[2]}x{frames.shape[1]}"
+    read = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+    write = [
         "-c:v",
         "libx264rgb",
         "-crf",
@@ -135,7 +114,8 @@ def encode(path, frames, fps):
         "+faststart",
         path,
     ]
-    subprocess.run(cmd, input=frames.tobytes(), check=True)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *read, *write, path]
+    subprocess.run(command, input=frames.tobytes(), check=True)
 
 
 def build(name):

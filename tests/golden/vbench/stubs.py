@@ -31,9 +31,6 @@ class StubClip(nn.Module):
     def encode_image(self, x):
         return F.adaptive_avg_pool2d(x, (16, 16)).flatten(1)
 
-    def encode_text_768(self, s):
-        return text_vec(s, 768)
-
     def __call__(self, image, text):  # appearance_style: logits are 100 * cosine
         i = F.normalize(self.encode_image(image), dim=-1)
         t = F.normalize(text, dim=-1)
@@ -97,44 +94,3 @@ class StubDreamsim(nn.Module):
 
     def embed(self, x):
         return F.adaptive_avg_pool2d(x, (5, 5)).flatten(1) - 0.4
-
-
-# ---- detection / caption stubs: (H,W,3) uint8/float RGB array -> fixed rules on colour areas -------
-def _boxes(frame):
-    import numpy as np
-
-    f = np.asarray(frame).astype(np.int64)
-    r, g, b = f[..., 0], f[..., 1], f[..., 2]
-    out = []
-    for name, cap, m in (
-        ("car", "a red car", (r > 200) & (g < 90) & (b < 90)),
-        ("dog", "a green dog", (g > 200) & (r < 90) & (b < 110)),
-        ("cat", "a blue cat", (b > 200) & (r < 90) & (g < 110)),
-    ):
-        if m.sum() >= 150:
-            ys, xs = np.nonzero(m)
-            out.append((name, cap, [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]))
-    return out
-
-
-class StubGritDet:
-    """object detection mode: ret[0] = [(label, box, all labels), ...] (ret[0] empty if nothing seen)."""
-
-    def run_caption_tensor(self, frame):
-        bs = _boxes(frame)
-        labels = [b[0] for b in bs]
-        return [(n, box, labels) for n, _, box in bs], None
-
-
-class StubGritCap:
-    """dense caption mode: ret[0] = [(caption, box, [label]), ...]."""
-
-    def run_caption_tensor(self, frame):
-        return [(cap, box, [n]) for n, cap, box in _boxes(frame)], None
-
-
-class StubTag2Text:
-    """caption = 'beach' if mean of the (normalised) tensor > 0 else 'city street'."""
-
-    def generate(self, x, tag_input=None, return_tag_predict=True):
-        return ["a sunny beach" if float(v.mean()) > -0.35 else "a city street" for v in x], None

@@ -17,23 +17,9 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 ALPHA = 8.0  # twice the rank, so that a forgotten scale shows
 
 # The entry that is meant, from the families' own loaders.
-TAKEN = {
-    "wan": "",
-    "self_forcing": "generator_ema",
-    "self_forcing_ode": "generator",
-    "self_forcing_training": "generator_ema",
-    "infinite_forcing": "generator_ema",
-    "rolling_forcing": "generator_ema",
-    "causal_forcing_chunkwise": "generator",
-    "causal_forcing_framewise": "generator",
-    "causal_forcing_long": "generator_ema",
-    "longlive": "generator",
-    "anchor_forcing": "generator",
-    "reward_forcing": "",
-    "causvid": "generator",
-    "krea": "",
-    "diffusers": "",
-}
+AVERAGED = {"self_forcing", "self_forcing_training", "infinite_forcing", "rolling_forcing", "causal_forcing_long"}
+FLAT = {"wan", "reward_forcing", "krea", "diffusers"}
+TAKEN = dict.fromkeys(FAMILIES, "generator") | dict.fromkeys(AVERAGED, "generator_ema") | dict.fromkeys(FLAT, "")
 ADAPTERS = {"longlive": "generator_lora", "anchor_forcing": ""}
 # A name in the file, written by hand.
 NAMES = {
