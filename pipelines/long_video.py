@@ -71,11 +71,8 @@ def to_pixels(video: Tensor) -> Tensor:
 class _PositionUse:
     """Watches the positions of every block's reads, and warns once when they leave the trained range.
 
-    Attention sees distances only, so the largest distance within one read is what counts.
-
-    Args:
-        policy: Name of the cache policy, for the warning.
-        num_trained_frames: Latent frames of the training clips: distances up to one less are known to the model.
+    Attention sees distances only, so the largest distance within one read is what counts; those below the latent
+    frames of the training clips are known to the model.
     """
 
     def __init__(self, policy: str, num_trained_frames: int) -> None:
@@ -118,17 +115,10 @@ class _PositionUse:
 
 
 class VideoRollout:
-    """A video under way: iterate for blocks, save and load between them.
+    """A video under way, made by ``LongVideoPipeline.start``: iterate for blocks, save and load between them.
 
-    Made by ``LongVideoPipeline.start``.
-
-    Args:
-        pipe: Owner of the VAE and the text encoder.
-        rollout: The latents.
-        prompts: One per sample.
-        num_frames: Pixel frames to make; the last block's rest is dropped. Time 0 is where they begin.
-        decode: Whether blocks carry pixels; without, ``frames`` has none.
-        include_start: Whether iterating gives the conditioning frames too, before the rest.
+    ``num_frames`` are the pixel frames to make, the last block's rest dropped; time 0 is where they begin. Iterating
+    gives the conditioning frames first where ``include_start`` is set.
     """
 
     def __init__(
@@ -400,21 +390,14 @@ class LongVideoPipeline(ModelLoading):
         Raises:
             ValueError: For any setting that does not fit, before any forward.
         """
-        s, family = VideoSettings(**settings), self.family
-        block = s.frames_per_block or family.frames_per_block
-        solver = s.solver(family.sampler)
-        height, width = s.height or family.height, s.width or family.width
-        frame_shape = self._frame_shape(height, width)
+        s = VideoSettings(**settings)
+        family = replace(self.family, frames_per_block=s.frames_per_block or self.family.frames_per_block)
+        block, solver = family.frames_per_block, s.solver(family.sampler)
+        size = {"height": s.height or family.height, "width": s.width or family.width}
+        frame_shape = self._frame_shape(**size)
         prompts = s.prompts(prompt)
         batch_size = len(prompts)
-        clips = ClipEncoder(
-            vae=self.vae,
-            processor=self.video_processor,
-            height=height,
-            width=width,
-            batch_size=batch_size,
-            family=replace(family, frames_per_block=block),
-        )
+        clips = ClipEncoder(vae=self.vae, processor=self.video_processor, batch_size=batch_size, family=family, **size)
         conditioning = clips.conditioning({"image": s.image, "video": s.video, "video_latents": s.video_latents})
         num_given = 0 if conditioning is None else conditioning.num_frames
         num_frames = self.num_pixel_frames(seconds=s.seconds, num_frames=s.num_frames, goes_on=num_given > 0)
@@ -435,10 +418,7 @@ class LongVideoPipeline(ModelLoading):
         seeds = s.seeds(batch_size)
         negative_embeds = s.negative_prompt_embeds
         if solver.guidance_scale != 1.0 and negative_embeds is None:
-            negative = s.negative_prompt
-            negatives = [negative] if isinstance(negative, str) else list(negative or [""])
-            negatives = negatives * batch_size if len(negatives) == 1 else negatives
-            negative_embeds = self.embed_text(negatives, is_negative=True)
+            negative_embeds = self.embed_text(s.negatives(batch_size), is_negative=True)
         rollout = LatentRollout(
             self.transformer,
             self.embed_text(prompts) if s.prompt_embeds is None else s.prompt_embeds,

@@ -40,13 +40,10 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 256, 1 << 16
 
 
 class BlockLog:
-    """One JSON line for every finished block, appended as it is finished.
+    """One JSON line for every finished block, appended as it is finished; made if it is missing.
 
     A line that a kill cut short is dropped when the log is opened. A block that is made again, after a resume, must
     come out as its line says.
-
-    Args:
-        path: ``blocks.jsonl``; made if it is missing.
 
     Raises:
         ValueError: If a line is damaged or a block is missing.
@@ -256,16 +253,9 @@ def fork_run(
 ) -> RunFolder:
     """Make a new run that shares the beginning of another one.
 
-    The latest checkpoint at or before the block where ``at`` falls is copied with its part of the video; blocks
-    between that checkpoint and ``at`` are made again, and come out the same.
-
-    Args:
-        source: The run to branch from; may be unfinished.
-        path: The new run's folder; must not exist.
-        config: The new run's configuration: the source's up to ``at``.
-        at: Seconds; the branch begins with the first block that starts at or after it.
-        record: Versions, machine and weights.
-        num_ahead: Blocks that a checkpoint has begun already beyond the next one.
+    The branch begins with the first block that starts at or after ``at`` seconds. The latest checkpoint before it is
+    copied with its part of the video; blocks in between are made again, and come out the same. ``num_ahead`` is how
+    many blocks a checkpoint has begun beyond the next one.
 
     Raises:
         ValueError: If the source has not come that far, or ``path`` exists.

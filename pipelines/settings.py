@@ -40,18 +40,11 @@ def takes_fields_of(schema: type) -> Callable[[Function], Function]:
 
 @dataclass(frozen=True)
 class PromptSwitch:
-    """A change of prompt.
+    """A change of prompt."""
 
-    Attributes:
-        start_frame: It takes effect at the first block that starts here or later.
-        prompt_embeds: (batch, text_len, text_dim).
-        event: Effect on the cache: ``keep`` leaves it as it is; the policy says which others it knows. At the very
-            first block there is nothing to act on.
-    """
-
-    start_frame: int
-    prompt_embeds: Tensor
-    event: Event = "keep"
+    start_frame: int  # it takes effect at the first block that starts here or later
+    prompt_embeds: Tensor  # (batch, text_len, text_dim)
+    event: Event = "keep"  # effect on the cache; at the very first block there is nothing to act on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +289,11 @@ class VideoSettings:
         if len(seeds) != batch_size:
             raise ValueError(f"{len(seeds)} seeds for {batch_size} prompts: give one seed, or one per prompt.")
         return seeds
+
+    def negatives(self, batch_size: int) -> list[str]:
+        """Negative prompts, one per sample; empty ones unless given."""
+        given = [self.negative_prompt] if isinstance(self.negative_prompt, str) else list(self.negative_prompt or [""])
+        return given * batch_size if len(given) == 1 else given
 
     def solver(self, default: Mapping[str, Any]) -> Sampler:
         """The sampler, or the family's (``default``), with the guidance and steps that override its own."""

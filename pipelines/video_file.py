@@ -68,11 +68,8 @@ class VideoFormat:
 class VideoWriter:
     """Write one video, in one go or in several runs of the program; leaving its context closes the file.
 
-    Args:
-        path: The file. Must not exist when ``num_frames`` is 0, and must exist otherwise.
-        video_format: Size, rate and quality; when an earlier video is continued, the same as before.
-        num_frames: Frames of the existing file to keep; the file is cut behind them. Must be a number at which the
-            file was flushed.
+    With ``num_frames`` an existing file of the same format is cut behind so many frames, a number at which it was
+    flushed, and continued.
 
     Raises:
         FileExistsError: If a new video's file exists.

@@ -167,18 +167,10 @@ def plan_request(
     batch: int = 1,
     device: str = "auto",
 ) -> "PlanRequest":
-    """Request of a memory plan.
-
-    Args:
-        name: A model family or a folder.
-        family: Of a folder.
-        overrides: ``key=value``, as of ``generate``.
-        options: Top-level keys of a run, and ``dtype`` of the model.
-        batch: Videos made together.
-        device: auto, cpu or cuda.
+    """Request of a memory plan; ``options`` are top-level keys of a run, and the ``dtype`` of the model.
 
     Raises:
-        ValueError: If the model is unknown or a setting does not fit.
+        ValueError: If the model, a family or a folder, is unknown or a setting does not fit.
     """
     from longtake.pipelines.memory_plan import PlanRequest, device_kind
 

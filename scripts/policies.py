@@ -441,13 +441,7 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_trained_frames: int = 21) -> None:
-    """Draw which frames each block reads, and at which positions, side by side.
-
-    Args:
-        blocks: Of ``play``.
-        path: PNG to write, in a palette of 128 colours to keep it small.
-        title: Above the picture.
-        num_trained_frames: Positions from 0 to here are shaded: what a model has been trained at.
+    """Draw into a PNG which frames each block reads, and at which positions, side by side.
 
     Raises:
         ValueError: If matplotlib is not installed.

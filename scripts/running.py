@@ -140,16 +140,10 @@ def provenance(pipe: LongVideoPipeline, model: ModelConfig) -> dict[str, Any]:
 
 
 def start_rollout(pipe: LongVideoPipeline, config: RunConfig, source: RunFolder | None = None) -> VideoRollout:
-    """Prepare a run's video; refuses what the model does not take.
-
-    Args:
-        pipe: The model.
-        config: The run.
-        source: Its folder, or that of the run it is forked from, if there is one: conditioning latents are then
-            taken from its checkpoints.
+    """Prepare a run's video; ``source`` is its folder, or that of the run it is forked from, if there is one.
 
     Raises:
-        ValueError: With the value, the limit and the remedy.
+        ValueError: If the model does not take a setting.
     """
     encode_and_free(pipe, [config])
     rollout = pipe.start(
@@ -173,16 +167,7 @@ def start_rollout(pipe: LongVideoPipeline, config: RunConfig, source: RunFolder 
 def run_in_folder(
     folder: RunFolder, rollout: VideoRollout, *, should_stop: Callable[[], bool], allow_changes: bool = False
 ) -> str:
-    """Make what a run lacks, with a progress bar, and print where it is and how fast it was.
-
-    Args:
-        folder: The run, opened.
-        rollout: Started with the run's configuration.
-        should_stop: From ``stop_requests``.
-        allow_changes: Take blocks that are made again as they come out.
-
-    Returns:
-        The run's status.
+    """Make what a run lacks, with a progress bar; print where it is and how fast it was; return its status.
 
     Raises:
         ValueError: If a block comes out different, or the disk is full.
@@ -223,16 +208,7 @@ def run_in_folder(
 def resume_run(
     path: Path, pipe: LongVideoPipeline | None, *, should_stop: Callable[[], bool], allow_changes: bool = False
 ) -> str:
-    """Finish a run from its latest checkpoint.
-
-    Args:
-        path: The run's folder.
-        pipe: Its model, when it is loaded already.
-        should_stop: From ``stop_requests``.
-        allow_changes: Take blocks that are made again as they come out.
-
-    Returns:
-        The run's status afterwards.
+    """Finish a run from its latest checkpoint, with its model if that is loaded already; return the run's status.
 
     Raises:
         ValueError: If the weights are not those that the run began with.
