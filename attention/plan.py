@@ -97,10 +97,9 @@ class BlockPlan:
         expected = (q_edges.shape[-1] - 1, k_edges.shape[-1] - 1)
         if mask.dtype != torch.bool or mask.ndim != 3 or tuple(mask.shape[1:]) != expected:
             raise ValueError(f"mask is {_shape(mask)}: give bool (1 or heads, {expected[0]}, {expected[1]}).")
-        counts = mask.sum(-1, dtype=torch.int32)
+        counts, order = block_lists(mask)
         most = max(int(counts.max()), 1)
-        # A stable sort that puts the blocks read first keeps them ascending.
-        order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most].to(torch.int32)
+        order = order[..., :most]
         is_filling = torch.arange(most, device=mask.device) >= counts[..., None]
         index = order.masked_fill(is_filling, -1)
         return cls(q_edges=q_edges, k_edges=k_edges, counts=counts, index=index, q_perm=q_perm, k_perm=k_perm)
@@ -251,6 +250,13 @@ class BlockPlan:
     def uniform_block_sizes(self) -> tuple[int | None, int | None]:
         """Size of all query blocks and of all key blocks, but the last ones, which may be shorter; None: they vary."""
         return _uniform_size(self.q_edges), _uniform_size(self.k_edges)
+
+
+def block_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the blocks read in every row of a map, and list their numbers, ascending, before the others; int32."""
+    # A stable sort that puts the blocks read first keeps them ascending.
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    return mask.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def uniform_edges(length: int, block_size: int) -> Tensor:

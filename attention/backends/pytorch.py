@@ -23,7 +23,7 @@ from longtake.attention.backends.base import (
     Result,
     Verdict,
 )
-from longtake.attention.plan import BlockPlan, Ranges, RowGroup, block_of_tokens
+from longtake.attention.plan import BlockPlan, Ranges, RowGroup, block_lists, block_of_tokens
 
 _MAX_SCORES = 1 << 24  # held at a time where attention is written out: 64 MiB in float32
 _MAX_MASK = 1 << 26  # entries of the mask made at a time: 64 MiB
@@ -378,7 +378,8 @@ def flex_block_mask(plan: BlockPlan, block_size: int = _FLEX_BLOCK) -> Any:
     # Pairs of blocks that a tile touches, and that are read: exact in double precision.
     read = rows @ masks.double() @ columns.transpose(-1, -2)
     there = rows.sum(-1)[..., :, None] * columns.sum(-1)[..., None, :]
-    lists = (*_flex_lists((read > 0) & (read < there)), *_flex_lists(read == there))
+    partly, fully = block_lists((read > 0) & (read < there)), block_lists(read == there)
+    lists = (part[None].contiguous() for part in (*partly, *fully))
     lengths = (plan.num_queries, plan.num_keys)
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block_size, mask_mod=reads, seq_lengths=lengths)
 
@@ -391,10 +392,3 @@ def _shared_tokens(block_of_token: Tensor, num_blocks: int, tile_size: int) -> T
     shared = torch.zeros(heads, -(-num_tokens // tile_size), num_blocks, dtype=torch.float64, device=device)
     shared[torch.arange(heads, device=device)[:, None].expand_as(tiles), tiles, block_of_token] = 1
     return shared
-
-
-def _flex_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and block numbers of every row, (1, heads, rows) and (1, heads, rows, columns), int32."""
-    counts = mask.sum(-1, dtype=torch.int32)
-    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
-    return counts[None].contiguous(), order[None].contiguous()

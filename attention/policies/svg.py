@@ -1,6 +1,7 @@
 """Sparse VideoGen: a head looks around in its frame, or along time at its place; each gets the band that suits it."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,8 +12,7 @@ from longtake.attention.geometry import AttentionGeometry
 from longtake.attention.plan import BlockPlan, uniform_edges
 from longtake.attention.policies.base import Memory, TokenPolicy, Tokens, shared_heads
 
-_BAND_STEP = 128
-"""The source rounds the half width of its band up to a multiple of this many tokens."""
+_BAND_STEP = 128  # tokens: the source rounds the half width of its band up to a multiple of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,7 @@ def _layouts(num_query_frames: int, num_key_frames: int, tokens_per_frame: int) 
     q_turned = queries.view(num_query_frames, tokens_per_frame).T.reshape(-1)
     k_turned = keys.view(num_key_frames, tokens_per_frame).T.reshape(-1)
     own = queries + (num_key_frames - num_query_frames) * tokens_per_frame
-    place = torch.empty_like(k_turned)
-    place[k_turned] = keys
-    return _Layout(queries, keys, own), _Layout(q_turned, k_turned, place[own[q_turned]])
+    return _Layout(queries, keys, own), _Layout(q_turned, k_turned, k_turned.argsort()[own[q_turned]])
 
 
 def _half_width(own: Tensor, num_keys: int, density: float) -> int:
@@ -115,23 +113,16 @@ def _half_width(own: Tensor, num_keys: int, density: float) -> int:
 
     For a square of S tokens it is S (1 - sqrt(1 - density)), as the source has it.
     """
-    low, high = 0, num_keys
-    while low < high:
-        width = (low + high) // 2
-        covered = (own + width).clamp(max=num_keys - 1) - (own - width).clamp(min=0) + 1
-        if int(covered.sum()) >= density * num_keys * len(own):
-            high = width
-        else:
-            low = width + 1
-    return low
+
+    def num_covered(width: int) -> int:
+        return int(((own + width).clamp(max=num_keys - 1) - (own - width).clamp(min=0) + 1).sum())
+
+    return bisect_left(range(num_keys), density * num_keys * len(own), key=num_covered)
 
 
 def _sample_mask(layout: _Layout, rows: Tensor, geometry: AttentionGeometry) -> Tensor:
     """(rows, keys) in the order of the tokens, bool."""
-    places = torch.empty_like(layout.k_perm)
-    places[layout.k_perm] = torch.arange(len(places))
-    own = torch.empty_like(layout.own)
-    own[layout.q_perm] = layout.own
+    places, own = layout.k_perm.argsort(), layout.own[layout.q_perm.argsort()]
     reach = max(1, 2 * geometry.frame_tokens // _BAND_STEP)
     apart = (own[rows][:, None] // _BAND_STEP - places // _BAND_STEP).abs()
     return (apart < reach) | (places < geometry.frame_tokens)

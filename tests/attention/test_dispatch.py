@@ -1,4 +1,4 @@
-"""Which backend a call gets and why: verdicts as pure functions, errors that help, names that are followed."""
+"""Choice of a backend: verdicts as pure functions, errors that help, names that are followed."""
 
 import subprocess
 import sys

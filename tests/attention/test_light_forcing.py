@@ -44,7 +44,7 @@ def test_schedules_are_the_published_ones(options, expected):
     window=st.one_of(st.none(), st.integers(4, 30)),
 )
 def test_the_budget_is_spent_exactly(num_blocks, frames_per_block, sparsity, more, window):
-    """What is read over the video is what a constant sparsity would read, the first block aside."""
+    """As much is read over the video as at a constant sparsity, the first block aside."""
     budget = {"sparsity": sparsity, "base_sparsity": sparsity + more, "num_context_frames": window}
     found = schedule(frames_per_block, num_frames=num_blocks * frames_per_block, **budget)
     lengths = [min((index + 1) * frames_per_block, window or 10**9) for index in range(1, num_blocks)]
@@ -175,7 +175,7 @@ def test_samples_do_not_see_each_other_and_the_choice_is_by_head():
 
 
 def test_memory_and_text_may_always_be_chosen():
-    """What is no whole frame is none of the middle frames that have to be chosen first."""
+    """They are no whole frames, so none of the middle frames that have to be chosen first."""
     geometry, q, k = example()
     marked = with_role(geometry, 4, "memory")
     k[:, 4 * 200 : 5 * 200] = 0

@@ -1,4 +1,4 @@
-"""What every sparse policy has in common: settings, the dense beginning, plans that hold, plans that are shared."""
+"""Properties of every sparse policy: settings, the dense beginning, plans that hold, plans that are shared."""
 
 from dataclasses import fields, replace
 from importlib.resources import files

@@ -34,7 +34,7 @@ class DeepForcingReference:
         return [self.turned(token, *place) for token, place in zip(x, places, strict=True)]
 
     def score(self, key):
-        """What the recent queries think of a key."""
+        """Score of a key by the recent queries."""
         products = [(query * key).sum() for query in self.queries[-self.recent * self.size :]]
         return torch.stack(products).sum() if self.fusion == "sum" else torch.stack(products).max()
 

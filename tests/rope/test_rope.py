@@ -64,7 +64,7 @@ def test_bfloat16_keys_rotated_on_read_stay_within_rounding(position, seed):
 
 
 def test_repeated_in_place_rotation_is_the_wrong_way():
-    """What the released code of Deep Forcing does, in bfloat16: the error that storage without rotation avoids."""
+    """As in the released code of Deep Forcing, in bfloat16: the error that storage without rotation avoids."""
     k = torch.randn(1, 1, 4, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     frequencies = axis_frequencies(128)
     step = token_phases(torch.tensor([[3.0, 0.0, 0.0]]), frequencies=frequencies)
