@@ -8,7 +8,7 @@ import torch
 
 from lab.mini import runtime
 from lab.mini.latents import LATENT_SHAPE
-from lab.mini.optim import Muon, WeightAverage, orthogonalise
+from lab.mini.optim import Muon, orthogonalise
 from lab.mini.runtime import StageLog
 from lab.mini.text import build_tokenizer, tokenize
 from lab.mini.transformer import (
@@ -44,16 +44,6 @@ def test_muon_fits_a_kernel():
         layer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.3 * losses[0]
-
-
-def test_weight_average_follows():
-    layer = torch.nn.Linear(2, 2)
-    average = WeightAverage(layer)
-    before = average.values["weight"].clone()
-    with torch.no_grad():
-        layer.weight.add_(1.0)
-    average.update(layer, 0.75)
-    assert torch.allclose(average.values["weight"], before + 0.25)
 
 
 def test_clock_does_not_count_a_suspension(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The one-pass training forward equals a cached block-by-block rollout of the same weights."""
+"""The one-pass training forward equals a cached rollout of the same weights."""
 
 from itertools import combinations
 
@@ -9,10 +9,11 @@ from lab.mini.teacher_forcing import (
     ContextLayout,
     TeacherForcingPlan,
     predict_flow,
-    rotary_tables,
-    rotate_pairs,
     teacher_forcing,
 )
+from longtake.attention import sdpa
+from longtake.cache import KVCache, Pass, make_policy
+from longtake.models import CausalTransformer, Prompt, Segment
 
 BLOCKS, FRAMES, SIDE = 4, 2, 4
 
@@ -22,7 +23,7 @@ PLAN = {"frames_per_block": FRAMES, "rows": SIDE // 2, "columns": SIDE // 2}
 
 @pytest.fixture
 def transformer(make_transformer):
-    return make_transformer(attention_head_dim=16, text_dim=8).double()
+    return make_transformer(attention_head_dim=16, text_dim=8)
 
 
 def _batch() -> dict[str, torch.Tensor]:
@@ -30,72 +31,48 @@ def _batch() -> dict[str, torch.Tensor]:
     shape = (2, 4, BLOCKS * FRAMES, SIDE, SIDE)
 
     def draw(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+        return torch.randn(*size, generator=generator)
 
     return {
         "clean": draw(*shape),
         "noisy": draw(*shape),
-        "clean_timesteps": 100.0 * torch.rand(2, BLOCKS, generator=generator, dtype=torch.float64),
-        "noisy_timesteps": 1000.0 * torch.rand(2, BLOCKS, generator=generator, dtype=torch.float64),
+        "clean_timesteps": 100.0 * torch.rand(2, BLOCKS, generator=generator),
+        "noisy_timesteps": 1000.0 * torch.rand(2, BLOCKS, generator=generator),
         "prompt_embeds": draw(2, 3, 8),
     }
 
 
-class _CachedProcessor:
-    """The obvious rollout: a list of un-rotated keys and values per block, rotated when read."""
-
-    def __init__(self, layout: ContextLayout) -> None:
-        self.layout, self.stored, self.block = layout, [], 0
-        self.is_commit = False
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        heads = (attn.heads, -1)
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
-        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads)
-        value = attn.to_v(hidden_states).unflatten(2, heads)
-
-        def turn(x, block):
-            frames = torch.arange(FRAMES) + block * FRAMES
-            tables = rotary_tables(frames, rows=SIDE // 2, columns=SIDE // 2, head_dim=x.shape[-1])
-            return rotate_pairs(x, *tables)
-
-        visible = self.layout.visible(self.block)
-        shift = self.layout.shift(self.block)
-        places = [b + shift if b < self.layout.num_sink_blocks and b in visible and shift else b for b in visible]
-        keys = [turn(self.stored[b][0], place) for b, place in zip(visible, places, strict=True)]
-        keys = torch.cat([*keys, turn(key, self.block)], dim=1).transpose(1, 2)
-        values = torch.cat([*(self.stored[b][1] for b in visible), value], dim=1).transpose(1, 2)
-        query = turn(query, self.block).transpose(1, 2)
-        weights = torch.softmax(query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5, dim=-1)
-        if self.is_commit:
-            self.stored.append((key, value))
-        return attn.to_out[0]((weights @ values).transpose(1, 2).flatten(2))
+def _rollout(transformer, batch, policy) -> torch.Tensor:
+    """Each block denoised, then committed, under the product's cache; one sample after the other."""
+    causal = CausalTransformer(transformer)
+    geometry = causal.geometry((4, SIDE, SIDE), frames_per_block=FRAMES)
+    videos = []
+    for row in range(2):
+        cache, outputs = KVCache(make_policy(policy), geometry, attention=sdpa), []
+        prompt = Prompt(batch["prompt_embeds"][row : row + 1])
+        for index in range(BLOCKS):
+            for name, kind in (("noisy", "denoise"), ("clean", "commit")):
+                x = batch[name][row : row + 1].transpose(1, 2).split(FRAMES, dim=1)[index]
+                time = batch[f"{name}_timesteps"][row, index].item()
+                segments = [Segment(Pass(kind, index, index * FRAMES, FRAMES), time)]
+                with causal.installed():
+                    outputs.append(causal.flow(x, segments=segments, cache=cache, prompt=prompt))
+        videos.append(torch.cat(outputs[::2], dim=1))
+    return torch.cat(videos).transpose(1, 2)
 
 
-def _rollout(transformer, batch, layout) -> torch.Tensor:
-    processors = [_CachedProcessor(layout) for _ in transformer.blocks]
-    for block, processor in zip(transformer.blocks, processors, strict=True):
-        block.attn1.set_processor(processor)
-    outputs = []
-    tokens = FRAMES * (SIDE // 2) ** 2
-    for index in range(BLOCKS):
-        part = slice(index * FRAMES, (index + 1) * FRAMES)
-        for name, is_commit in (("noisy", False), ("clean", True)):
-            for processor in processors:
-                processor.block, processor.is_commit = index, is_commit
-            timestep = batch[f"{name}_timesteps"][:, index : index + 1].expand(-1, tokens)
-            output = transformer(batch[name][:, :, part], timestep, batch["prompt_embeds"], return_dict=False)[0]
-            if name == "noisy":
-                outputs.append(output)
-    return torch.cat(outputs, dim=2)
+def _sink(num_blocks, num_sink_blocks=0, positions="absolute"):
+    frames = {"num_context_frames": num_blocks * FRAMES, "num_sink_frames": num_sink_blocks * FRAMES}
+    return {"policy": "attention_sink", **frames, "positions": positions}
 
 
+# What a training context is in a rollout, whose count of blocks has the one that is denoised.
 LAYOUTS = [
-    ContextLayout(),
-    ContextLayout(num_window_blocks=2),
-    ContextLayout(num_window_blocks=1, num_sink_blocks=1),
-    ContextLayout(num_window_blocks=1, num_sink_blocks=1, is_contiguous=True),
-    ContextLayout(num_window_blocks=0, num_sink_blocks=0),
+    (ContextLayout(), "full"),
+    (ContextLayout(num_window_blocks=2), _sink(3)),
+    (ContextLayout(num_window_blocks=1, num_sink_blocks=1), _sink(3, 1)),
+    (ContextLayout(num_window_blocks=1, num_sink_blocks=1, is_contiguous=True), _sink(3, 1, "contiguous")),
+    (ContextLayout(num_window_blocks=0, num_sink_blocks=0), _sink(1)),
 ]
 
 
@@ -106,26 +83,15 @@ def _one_pass(transformer, batch, layout) -> torch.Tensor:
         return predict_flow(transformer, plan, **batch)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_one_pass_equals_cached_rollout(transformer, layout):
-    batch = _batch()
-    one_pass = _one_pass(transformer, batch, layout)
-    with torch.no_grad():
-        reference = _rollout(transformer, batch, layout)
-    # Timestep embeddings and tables are float32 in both, everything else float64.
-    assert torch.allclose(one_pass, reference, atol=2e-6), (one_pass - reference).abs().max()
+@pytest.mark.parametrize(("layout", "policy"), LAYOUTS, ids=str)
+def test_one_pass_equals_a_cached_rollout(transformer, layout, policy):
+    difference = _one_pass(transformer, _batch(), layout) - _rollout(transformer, _batch(), policy)
+    assert difference.abs().max() < 2e-5
 
 
 def test_layouts_differ(transformer):
-    outputs = [_one_pass(transformer, _batch(), layout) for layout in LAYOUTS]
+    outputs = [_one_pass(transformer, _batch(), layout) for layout, _ in LAYOUTS]
     assert all((left - right).abs().max() > 1e-4 for left, right in combinations(outputs, 2))
-
-
-def test_tables_equal_diffusers(transformer):
-    cosines, sines = transformer.float().rope(torch.zeros(1, 4, 9, SIDE, SIDE))
-    ours = rotary_tables(torch.arange(9), rows=SIDE // 2, columns=SIDE // 2, head_dim=16)
-    assert torch.allclose(ours[0], cosines[0, :, 0, 0::2], atol=1e-6)
-    assert torch.allclose(ours[1], sines[0, :, 0, 1::2], atol=1e-6)
 
 
 def test_noisy_blocks_do_not_leak(transformer):
