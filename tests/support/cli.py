@@ -1,4 +1,9 @@
-"""The command line in this process, where torch is imported already, and what its runs made."""
+"""The command line in this process, where torch is imported already, or as a program; and what its runs made."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from longtake.pipelines.run_folder import RunFolder
 from longtake.scripts.console import run_app
@@ -6,12 +11,29 @@ from longtake.scripts.main import app
 
 PROMPT = "a red circle moving left"
 OTHER = "a blue square moving right"
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ("-m", "longtake.scripts.main")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
 def call(capfd, *words, program=app):
     """Run the program; returns (exit code, stdout, stderr)."""
     code = run_app(program, [str(word) for word in words])
     return code, *capfd.readouterr()
+
+
+def start(*words, cwd=ROOT, program=PROGRAM):
+    """Start the program in a process group of its own, without waiting."""
+    command = [sys.executable, *program, *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, start_new_session=True, **pipes)
+
+
+def run(*words, **settings):
+    """Run the program; returns (exit code, stdout, stderr)."""
+    process = start(*words, **settings)
+    stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, stdout, stderr
 
 
 def assert_one_line(result, *messages):
