@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -13,40 +12,33 @@ from statistics import median
 
 import numpy as np
 import pytest
+from command_line import PROGRAM, assert_one_line
+from command_line import run as run_program
+from command_line import start as start_program
 
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
-from longtake.scripts.console import run_app
-from longtake.scripts.main import app
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ("-m", "longtake.scripts.main", "evaluate")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+EVALUATE = (*PROGRAM, "evaluate")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", *EVALUATE[1:])
 PROMPTS = "a red circle moving left\na blue square\na navy circle over\n"
 CACHES = ("sliding_window", "attention_sink")
+WEIGHT_FREE = ("--metrics", "weight_free", "--out", "out")
 
 
-def start(*words, cwd, program=PROGRAM):
-    """Start the program in a process group of its own."""
-    command = [sys.executable, *program, *map(str, words)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+def start(*words, cwd):
+    return start_program("run", *words, cwd=cwd, program=EVALUATE)
 
 
-def run(*words, cwd, program=PROGRAM):
+def run(*words, cwd, program=EVALUATE):
     """Run the program to a good end; returns what it wrote on standard error."""
-    process = start(*words, cwd=cwd, program=program)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    code, _, stderr = run_program("run", *words, cwd=cwd, program=program)
+    assert code == 0, stderr
     return stderr
 
 
-def call(capfd, *words):
-    """The same program in this process: (exit code, standard error)."""
-    code = run_app(app, ["evaluate", *map(str, words)])
-    return code, capfd.readouterr().err
+def read(*parts):
+    """A JSON file."""
+    return json.loads(Path(*parts).read_text())
 
 
 def results(folder):
@@ -85,7 +77,7 @@ def clips(tmp_path_factory):
 def measured(clips, tmp_path_factory):
     """Their results, by one worker."""
     folder = tmp_path_factory.mktemp("measured")
-    run("run", "--videos", clips, "--metrics", "weight_free", "--workers", 1, "--out", "out", cwd=folder)
+    run("--videos", clips, *WEIGHT_FREE, "--workers", 1, cwd=folder)
     return folder / "out"
 
 
@@ -106,7 +98,7 @@ def study(tiny_folder, tmp_path_factory):
         "moments": [1],
     }
     (folder / "study.yaml").write_text(json.dumps(protocol))
-    return folder, ("run", "--protocol", "study.yaml")
+    return folder, ("--protocol", "study.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -118,34 +110,31 @@ def generated(study):
 
 
 def test_generated_videos_are_measured_and_described(generated, study):
-    results_of = {name: json.loads((generated / name / "results.json").read_text()) for name in CACHES}
-    for name, values in results_of.items():
+    for name in CACHES:
+        folder = generated / name
+        values, text = read(folder, "results.json"), (folder / "results.json").read_text()
         assert values["schema"] == 1 and values["run"]["label"] == name and values["run"]["num_videos"] == 3
         assert values["run"]["settings"]["caches"][name]["policy"] == name
         metric = values["metrics"]["proxy/chunk_seam_ratio"]
         assert [video["id"] for video in metric["per_video"]] == ["p0000-0", "p0001-0", "p0002-0"]
         assert values["scores"]["quality7"] is None and "missing" in values["scores"]["reason"]
-        lines = [json.loads(line) for line in (generated / name / "manifest.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
         assert [line["prompt"] for line in lines] == PROMPTS.splitlines()
         assert all(line["num_frames"] == 25 and line["chunk_starts"] == [0, 9, 21] for line in lines)
-        assert all((generated / name / line["file"]).is_file() and line["encoder"]["crf"] == 12 for line in lines)
-        costs = json.loads((generated / name / "costs.json").read_text())
+        assert all((folder / line["file"]).is_file() and line["encoder"]["crf"] == 12 for line in lines)
+        costs, units = read(folder, "costs.json"), [read(path)["costs"] for path in (folder / "units").iterdir()]
         assert costs["ms_per_block"] > 0 and costs["kv_mb"] > 0 and costs["first_frame_s"] > 0
-        units = [json.loads(path.read_text())["costs"] for path in (generated / name / "units").iterdir()]
         assert costs == {key: median(unit[key] for unit in units) for key in units[0]} and len(units) == 2
-        text = (generated / name / "results.json").read_text()
         assert not any(place in text for place in (str(study[0]), "prompts.txt", "tmp"))
-    comparison = json.loads((generated / "comparison.json").read_text())
+    comparison = read(generated, "comparison.json")
     assert comparison["baseline"] == "sliding_window" and comparison["labels"] == list(CACHES)
     assert "<html" in (generated / "report.html").read_text()
 
 
 def test_measured_again_later_the_files_give_the_same_numbers(generated, tmp_path):
-    run("run", "--videos", generated, "--metrics", "weight_free", "--out", "out", cwd=tmp_path)
+    run("--videos", generated, *WEIGHT_FREE, cwd=tmp_path)
     for name in CACHES:
-        old, new = (
-            json.loads((folder / name / "results.json").read_text()) for folder in (generated, tmp_path / "out")
-        )
+        old, new = (read(folder, name, "results.json") for folder in (generated, tmp_path / "out"))
         assert json.dumps(old["metrics"]) == json.dumps(new["metrics"])
 
 
@@ -176,8 +165,8 @@ def test_finished_work_is_not_done_again(generated, study):
     gone.unlink()
     (copy / CACHES[1] / "results.json").unlink()
     # What a protocol is called decides nothing.
-    (folder / "renamed.yaml").write_text(json.dumps(json.loads((folder / "study.yaml").read_text()) | {"name": "b"}))
-    stderr = run("run", "--protocol", "renamed.yaml", "--workers", 1, "--out", "again", cwd=folder)
+    (folder / "renamed.yaml").write_text(json.dumps(read(folder, "study.yaml") | {"name": "b"}))
+    stderr = run("--protocol", "renamed.yaml", "--workers", 1, "--out", "again", cwd=folder)
     assert "6 videos in 2 runs" in stderr and "; 5 are finished" in stderr and "made again" not in stderr
     assert "100 %" in stderr
     assert {path for path, before in files.items() if path.stat().st_mtime_ns != before} == {gone}
@@ -197,11 +186,10 @@ def test_of_videos_that_are_not_kept_those_that_the_report_shows_stay(study):
     assert len(list(videos.iterdir())) == 6
 
 
-def test_another_protocol_does_not_mix(generated, study, capfd, monkeypatch):
+def test_another_protocol_does_not_mix(generated, study, refused, monkeypatch):
     folder, words = study
     monkeypatch.chdir(folder)
-    code, stderr = call(capfd, *words, "--seconds", 2, "--out", "one")
-    assert code == 2 and "seconds: 1.5 -> 2" in stderr and len(stderr.splitlines()) == 1
+    refused(("evaluate", "run", *words, "--seconds", 2, "--out", "one"), "seconds: 1.5 -> 2")
 
 
 SLOW = """
@@ -222,7 +210,7 @@ def raft():
 
 def test_ctrl_c_finishes_the_unit_it_is_in(clips, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
-    words = ("run", "--videos", clips, "--metrics", "vbench", "--backbones", "slow.py", "--workers", 1, "--out", "out")
+    words = ("--videos", clips, "--metrics", "vbench", "--backbones", "slow.py", "--workers", 1, "--out", "out")
     process = start(*words, cwd=tmp_path)
 
     def finished():
@@ -238,39 +226,29 @@ def test_ctrl_c_finishes_the_unit_it_is_in(clips, tmp_path):
     assert not list((tmp_path / "out").glob("*/scores/.*"))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_torchrun_ranks_give_the_same_bytes(measured, clips, tmp_path, num_ranks):
-    words = ("run", "--videos", clips, "--metrics", "weight_free", "--out", "out")
-    program = (*TORCHRUN, f"--nproc-per-node={num_ranks}", "--module", *PROGRAM[1:])
-    run(*words, cwd=tmp_path, program=program)
-    for label in ("still", "moving"):
-        assert results(tmp_path / "out" / label) == results(measured / label)
-
-
-def test_ray_actors_give_the_same_bytes(measured, clips, tmp_path):
-    if find_spec("ray") is None:
+@pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+def test_other_launchers_give_the_same_bytes(measured, clips, tmp_path, launcher):
+    if launcher == "torchrun":
+        run("--videos", clips, *WEIGHT_FREE, cwd=tmp_path, program=TORCHRUN)
+    elif find_spec("ray") is None:
         pytest.skip("the package ray is not installed: pip install 'longtake[cluster]'")
-    words = ("run", "--videos", clips, "--metrics", "weight_free", "--launcher", "ray", "--workers", 2, "--out", "out")
-    run(*words, cwd=tmp_path)
+    else:
+        run("--videos", clips, *WEIGHT_FREE, "--launcher", "ray", "--workers", 2, cwd=tmp_path)
     for label in ("still", "moving"):
         assert results(tmp_path / "out" / label) == results(measured / label)
 
 
-def test_ray_that_is_missing_is_named(clips, tmp_path, capfd, monkeypatch):
+def test_ray_that_is_missing_is_named(clips, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.chdir(tmp_path)
-    code, stderr = call(capfd, "run", "--videos", clips, "--launcher", "ray", "--out", "out")
-    assert code == 2 and "pip install 'longtake[cluster]'" in stderr
+    words = ("evaluate", "run", "--videos", clips, "--launcher", "ray", "--out", tmp_path / "out")
+    refused(words, "pip install 'longtake[cluster]'")
 
 
 def test_folders_of_policies_are_compared(measured):
-    comparison = json.loads((measured / "comparison.json").read_text())
-    assert comparison["labels"] == ["moving", "still"]
-    flicker = {
-        label: json.loads((measured / label / "results.json").read_text())["metrics"] for label in ("still", "moving")
-    }
-    seen = [name for name in flicker["still"] if name.startswith("proxy/flow_magnitude_mean")]
-    assert seen and flicker["still"][seen[0]]["value"] < flicker["moving"][seen[0]]["value"]
+    assert read(measured, "comparison.json")["labels"] == ["moving", "still"]
+    still, moving = (read(measured, label, "results.json")["metrics"] for label in ("still", "moving"))
+    seen = [name for name in still if name.startswith("proxy/flow_magnitude_mean")]
+    assert seen and still[seen[0]]["value"] < moving[seen[0]]["value"]
 
 
 def test_a_changed_video_is_measured_again_and_a_new_one_joins(measured, clips, tmp_path):
@@ -286,35 +264,32 @@ def test_a_changed_video_is_measured_again_and_a_new_one_joins(measured, clips, 
     write_clip(copy / "moving" / "a dog-0.mp4", shift=5)
     write_clip(copy / "still" / "a cow-0.mp4", shift=0)
     before = {path: path.read_text() for path in out.glob("*/scores/*.json")}
-    run("run", "--videos", "clips", "--metrics", "weight_free", "--out", "out", cwd=tmp_path)
+    run("--videos", "clips", *WEIGHT_FREE, cwd=tmp_path)
     changed = {path.relative_to(out).as_posix() for path, text in before.items() if path.read_text() != text}
     assert changed == {"moving/scores/a dog-0.json"}
     assert {path.name for path in (out / "still" / "scores").iterdir()} == {*old, "a cow-0.json"}
-    assert json.loads((out / "still" / "results.json").read_text())["run"]["num_videos"] == 3
+    assert read(out, "still", "results.json")["run"]["num_videos"] == 3
 
 
-def test_runs_are_compared_and_reported_from_their_folders(measured, tmp_path, capfd):
+def test_runs_are_compared_and_reported_from_their_folders(measured, tmp_path, call, refused):
     both = (measured / "still", measured / "moving")
-    code, stderr = call(capfd, "compare", *both, "--baseline", "still", "--moments", "1,2", "--out", tmp_path / "both")
-    assert code == 0, stderr
-    comparison = json.loads((tmp_path / "both" / "comparison.json").read_text())
+    for name, runs in (("both", both), ("again", [folder / "results.json" for folder in both])):
+        words = ("evaluate", "compare", *runs, "--baseline", "still", "--moments", "1,2", "--out", tmp_path / name)
+        code, _, stderr = call(*words)
+        assert code == 0, stderr
+    comparison = read(tmp_path, "both", "comparison.json")
     assert comparison["baseline"] == "still" and comparison["moments"] == [1, 2]
-    results = [folder / "results.json" for folder in both]
-    words = ("compare", *results, "--baseline", "still", "--moments", "1,2", "--out", tmp_path / "again")
-    code, stderr = call(capfd, *words)
-    assert code == 0, stderr
-    assert json.loads((tmp_path / "again" / "comparison.json").read_text()) == comparison
+    assert read(tmp_path, "again", "comparison.json") == comparison
     copy = tmp_path / "copy"
     shutil.copytree(measured, copy)
     before = (copy / "still" / "results.json").read_bytes()
     (copy / "report.html").unlink()
-    assert call(capfd, "report", copy)[0] == 0
+    assert call("evaluate", "report", copy)[0] == 0
     assert (copy / "report.html").is_file() and (copy / "still" / "results.json").read_bytes() == before
-    code, stderr = call(capfd, "compare", *both, "--baseline", "stil", "--out", tmp_path / "x")
-    assert code == 2 and "baseline 'stil' is none of the runs" in stderr
-    for words in (("report", tmp_path), ("compare", tmp_path, "--out", tmp_path / "x")):
-        code, stderr = call(capfd, *words)
-        assert code == 2 and "holds no run of an evaluation" in stderr
+    out = ("--out", tmp_path / "x")
+    refused(("evaluate", "compare", *both, "--baseline", "stil", *out), "baseline 'stil' is none of the runs")
+    for words in (("report", tmp_path), ("compare", tmp_path, *out)):
+        refused(("evaluate", *words), "holds no run of an evaluation")
 
 
 BAD = {
@@ -359,39 +334,34 @@ def bad_inputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(bad_inputs, capfd, monkeypatch, name):
+def test_bad_input_is_one_line_and_leaves_nothing(bad_inputs, refused, monkeypatch, name):
     words, message = BAD[name]
     monkeypatch.chdir(bad_inputs)
-    code, stderr = call(capfd, "run", *words, "--out", "out")
-    assert code == 2 and message in stderr, stderr
-    assert len(stderr.strip().splitlines()) == 1 and stderr.startswith("longtake: ")
+    refused(("evaluate", "run", *words, "--out", "out"), message)
     assert not (bad_inputs / "out").exists()
 
 
 def test_what_a_worker_refuses_is_one_line_too(bad_inputs, tmp_path):
-    words = ("run", "--videos", bad_inputs / "good", "--backbones", bad_inputs / "mine.py", "--out", "out")
-    process = start(*words, "--workers", 1, cwd=tmp_path)
-    _, stderr = process.communicate(timeout=120)
+    words = ("--videos", bad_inputs / "good", "--backbones", bad_inputs / "mine.py", "--out", "out", "--workers", 1)
+    code, stdout, stderr = run_program("run", *words, cwd=tmp_path, program=EVALUATE)
     lines = [line for line in stderr.splitlines() if line.startswith("longtake: ")]
-    assert process.returncode == 2 and len(lines) == 1 and "mine.py" in lines[0], stderr
+    assert_one_line((code, stdout, "\n".join(lines)), "mine.py")
     assert "Traceback" not in stderr and not list((tmp_path / "out").glob("scores/*"))
 
 
-def test_one_process_at_a_time_works_in_a_folder(clips, tmp_path, capfd):
+def test_one_process_at_a_time_works_in_a_folder(clips, tmp_path, refused):
     import fcntl
 
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        code, stderr = call(capfd, "run", "--videos", clips, "--out", tmp_path / "out")
-    assert code == 2 and "another process works in" in stderr
+        refused(("evaluate", "run", "--videos", clips, "--out", tmp_path / "out"), "another process works in")
 
 
-def test_help_teaches_and_list_says_what_is_missing(capfd):
-    assert run_app(app, ["evaluate", "run", "--help"]) == 0
-    text = " ".join(capfd.readouterr().out.split())
-    assert "--videos clips --backbones vbench.py" in text and "torchrun" in text
-    assert run_app(app, ["evaluate", "list"]) == 0
-    text = capfd.readouterr().out
-    assert "vbench/temporal_flickering" in text and "suite:moving_scenes" in text
+def test_help_teaches_and_list_says_what_is_missing(call):
+    code, text, _ = call("evaluate", "run", "--help")
+    text = " ".join(text.split())
+    assert code == 0 and "--videos clips --backbones vbench.py" in text and "torchrun" in text
+    code, text, _ = call("evaluate", "list")
+    assert code == 0 and "vbench/temporal_flickering" in text and "suite:moving_scenes" in text
     assert "musiq: no backbone for 'musiq'" in text and "not computed" in text
