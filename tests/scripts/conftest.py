@@ -9,7 +9,6 @@ import pytest
 @pytest.fixture
 def call(capfd):
     """Runs words; returns (exit code, stdout, stderr)."""
-
     return partial(cli.call, capfd)
 
 

@@ -12,9 +12,9 @@ from statistics import median
 
 import numpy as np
 import pytest
-from command_line import PROGRAM, assert_one_line
-from command_line import run as run_program
-from command_line import start as start_program
+from cli import PROGRAM, assert_one_line
+from cli import run as run_program
+from cli import start as start_program
 
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
@@ -156,7 +156,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(generated, study):
         assert not list((out / name).glob("*/.*"))
 
 
-def test_finished_work_is_not_done_again(generated, study):
+def test_finished_work_is_not_done_again_and_another_protocol_does_not_mix(generated, study, refused, monkeypatch):
     folder, words = study
     copy = folder / "again"
     shutil.copytree(generated, copy)
@@ -171,6 +171,8 @@ def test_finished_work_is_not_done_again(generated, study):
     assert "100 %" in stderr
     assert {path for path, before in files.items() if path.stat().st_mtime_ns != before} == {gone}
     assert results(copy / CACHES[1]) == results(generated / CACHES[1])
+    monkeypatch.chdir(folder)
+    refused(("evaluate", "run", *words, "--seconds", 2, "--out", "again"), "seconds: 1.5 -> 2")
 
 
 def test_of_videos_that_are_not_kept_those_that_the_report_shows_stay(study):
@@ -184,12 +186,6 @@ def test_of_videos_that_are_not_kept_those_that_the_report_shows_stay(study):
     stderr = run(*words, cwd=folder)
     assert "4 were measured and not kept, and are made again: or use --no-keep-videos" in stderr
     assert len(list(videos.iterdir())) == 6
-
-
-def test_another_protocol_does_not_mix(generated, study, refused, monkeypatch):
-    folder, words = study
-    monkeypatch.chdir(folder)
-    refused(("evaluate", "run", *words, "--seconds", 2, "--out", "one"), "seconds: 1.5 -> 2")
 
 
 SLOW = """
@@ -244,13 +240,6 @@ def test_ray_that_is_missing_is_named(clips, tmp_path, refused, monkeypatch):
     refused(words, "pip install 'longtake[cluster]'")
 
 
-def test_folders_of_policies_are_compared(measured):
-    assert read(measured, "comparison.json")["labels"] == ["moving", "still"]
-    still, moving = (read(measured, label, "results.json")["metrics"] for label in ("still", "moving"))
-    seen = [name for name in still if name.startswith("proxy/flow_magnitude_mean")]
-    assert seen and still[seen[0]]["value"] < moving[seen[0]]["value"]
-
-
 def test_a_changed_video_is_measured_again_and_a_new_one_joins(measured, clips, tmp_path):
     copy, out = tmp_path / "clips", tmp_path / "out"
     shutil.copytree(clips, copy)
@@ -273,6 +262,10 @@ def test_a_changed_video_is_measured_again_and_a_new_one_joins(measured, clips, 
 
 def test_runs_are_compared_and_reported_from_their_folders(measured, tmp_path, call, refused):
     both = (measured / "still", measured / "moving")
+    assert read(measured, "comparison.json")["labels"] == ["moving", "still"]
+    still, moving = (read(folder, "results.json")["metrics"] for folder in both)
+    (name,) = (name for name in still if name.startswith("proxy/flow_magnitude_mean"))
+    assert still[name]["value"] < moving[name]["value"]
     for name, runs in (("both", both), ("again", [folder / "results.json" for folder in both])):
         words = ("evaluate", "compare", *runs, "--baseline", "still", "--moments", "1,2", "--out", tmp_path / name)
         code, _, stderr = call(*words)
@@ -292,25 +285,16 @@ def test_runs_are_compared_and_reported_from_their_folders(measured, tmp_path, c
         refused(("evaluate", *words), "holds no run of an evaluation")
 
 
+# One of each place that refuses; its other messages stand with the tests of evaluations.
 BAD = {
     "no folder": (["--videos", "none"], "no folder of videos at none"),
     "no video": (["--videos", "broken"], "broken/a.mp4"),
     "zero frames": (["--videos", "empty"], "empty/a.mp4"),
-    "rates": (["--videos", "rates"], "mixes frame rates"),
-    "prompt file": (["--videos", "good", "--prompt-file", "wrong.json"], "the file of prompts has none for a.mp4"),
     "manifest": (["--videos", "good", "--manifest", "none.jsonl"], "cannot read the manifest none.jsonl"),
-    "backbones": (["--videos", "good", "--backbones", "none.py"], "cannot read the backbones none.py"),
     "hash": (["--protocol", "hash.yaml", "--videos", "good", "--backbones", "mine.py"], "sha256 is"),
-    "baseline": (["--videos", "good", "--baseline", "x"], "baseline 'x' is none of the runs: good"),
-    "twins": (["--prompts", "two.txt", "--extended", "one.txt"], "has 1 extended prompts for the 2 of two.txt"),
-    "prompts": (["--prompts", "none.txt"], "cannot read the prompts none.txt"),
-    "too few prompts": (["--prompts", "two.txt", "--num-prompts", "3"], "has prompts for 2 videos only"),
-    "policy": (["--cache", "full,pak"], "unknown cache policy 'pak'"),
     "launcher": (["--launcher", "slurm"], "unknown launcher 'slurm'; known: local, torchrun, ray"),
     "metrics": (["--metrics", "vbnch"], "Did you mean 'vbench'"),
     "moments": (["--moments", "5,ten"], "'ten' is no number of seconds"),
-    "protocol": (["--protocol", "none.yaml"], "cannot read the protocol none.yaml"),
-    "length": (["--seconds", "-1"], "give a length above 0"),
     "workers": (["--workers", "0"], "--workers"),
 }
 
@@ -319,15 +303,10 @@ BAD = {
 def bad_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     write_clip(folder / "good" / "a.mp4", shift=1)
-    write_clip(folder / "rates" / "a.mp4", shift=1)
-    write_clip(folder / "rates" / "b.mp4", shift=1, fps=16)
     for name in ("broken", "empty"):
         (folder / name).mkdir()
     (folder / "broken" / "a.mp4").write_bytes(b"nothing" * 99)
     (folder / "empty" / "a.mp4").write_bytes(b"")
-    (folder / "wrong.json").write_text('{"b.mp4": "a cat"}')
-    (folder / "two.txt").write_text("one\ntwo\n")
-    (folder / "one.txt").write_text("one\n")
     (folder / "mine.py").write_text("x = 1\n")
     (folder / "hash.yaml").write_text(f"backbones: mine.py\nbackbones_sha256: '{'0' * 64}'\n")
     return folder
