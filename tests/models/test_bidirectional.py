@@ -12,8 +12,6 @@ from diffusers import (
     ContextParallelConfig,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
     WanVideoToVideoPipeline,
 )
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -53,19 +51,6 @@ def seen(monkeypatch):
     return calls
 
 
-def masked(transformer, mask):
-    """The transformer in float64 under a mask, whatever its layers."""
-    transformer = copy.deepcopy(transformer).double()
-    for block in transformer.blocks:
-        block.attn1.set_processor(Masked(mask[None, None]))
-    return transformer
-
-
-def radial_tokens():
-    blocks = reference.block_mask(NUM_FRAMES, 16, block_size=4)
-    return blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)
-
-
 @pytest.fixture
 def inputs():
     generator = torch.Generator().manual_seed(1)
@@ -101,12 +86,14 @@ def test_a_mask_that_leaves_nothing_out_gives_the_stock_pipelines_latents(pipe, 
 @pytest.mark.parametrize(("backend", "is_fused"), [("gather_sdpa", False), ("sdpa_masked", True)])
 def test_a_sparse_forward_is_masked_attention_in_float64(pipe, inputs, backend, is_fused):
     transformer = pipe.transformer
-    wide = {
-        key: value.double() if isinstance(value, torch.Tensor) and key != "timestep" else value
-        for key, value in inputs.items()
-    }
-    expected = forward(masked(transformer, radial_tokens()), wide)
-    wrong = forward(masked(transformer, radial_tokens().flip(0)), wide)
+    mask = reference.block_mask(NUM_FRAMES, 16, block_size=4).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    wide, exact = copy.deepcopy(transformer).double(), []
+    for tokens in (mask, mask.flip(0)):
+        for block in wide.blocks:
+            block.attn1.set_processor(Masked(tokens[None, None]))
+        numbers = {key: inputs[key].double() for key in ("hidden_states", "encoder_hidden_states")}
+        exact.append(forward(wide, inputs | numbers))
+    expected, wrong = exact
     dense = forward(transformer, inputs)
     if is_fused:
         transformer.fuse_qkv_projections()
@@ -169,7 +156,6 @@ def test_dense_steps_and_layers_are_dense(pipe):
 
 
 def test_the_second_video_equals_the_first_also_after_one_that_broke_off(pipe):
-
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -185,9 +171,7 @@ def test_the_second_video_equals_the_first_also_after_one_that_broke_off(pipe):
 
 
 def test_video_to_video_begins_in_the_middle_of_the_schedule(pipe, seen):
-    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
-    other = WanVideoToVideoPipeline(**{name: pipe.components[name] for name in names})
-    other.set_progress_bar_config(disable=True)
+    other = WanVideoToVideoPipeline.from_pipe(pipe)
     options = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 1.0, "max_sequence_length": 8}
     options |= {"height": 64, "width": 64, "output_type": "latent"}
     with sparse_wan(other, SPARSE):
@@ -196,13 +180,12 @@ def test_video_to_video_begins_in_the_middle_of_the_schedule(pipe, seen):
 
 
 def test_both_transformers_of_wan22_share_one_schedule(pipe, seen):
-    second = copy.deepcopy(pipe.transformer)
-    pipe = WanPipeline(**{**pipe.components, "transformer_2": second}, boundary_ratio=0.9)
-    pipe.set_progress_bar_config(disable=True)
+    second = pipe.transformer_2 = copy.deepcopy(pipe.transformer)
+    pipe.register_to_config(boundary_ratio=0.9)
     stock = film(pipe)
     with sparse_wan(pipe, WHOLE):
         assert (film(pipe) - stock).abs().max() < 1e-5
-        assert pipe.transformer_2.blocks[0].attn1.processor.owner is pipe.transformer.blocks[0].attn1.processor.owner
+        assert second.blocks[0].attn1.processor.owner is pipe.transformer.blocks[0].attn1.processor.owner
     assert [g.step_index for g, _ in seen[::4]] == [0, 1, 2]
     # Each network has its own memories.
     assert len({memory for _, memory in seen}) == 4
@@ -221,13 +204,8 @@ def test_timesteps_of_each_token(pipe, inputs, seen):
     assert [g.step_index for g, _ in seen] == [0, 0, 2, 2]
 
 
-def test_image_conditioning_is_cross_attention_and_stays(tiny_folder, inputs, make_transformer):
-    transformer = make_transformer(text_dim=32, image_dim=16, added_kv_proj_dim=48)
-    components = WanPipeline.from_pretrained(tiny_folder).components
-    components = {key: components[key] for key in ("tokenizer", "text_encoder", "vae", "scheduler")}
-    pipe = WanImageToVideoPipeline(
-        **components, transformer=transformer, image_encoder=None, image_processor=None, transformer_2=None
-    )
+def test_image_conditioning_is_cross_attention_and_stays(pipe, inputs, make_transformer):
+    transformer = pipe.transformer = make_transformer(text_dim=32, image_dim=16, added_kv_proj_dim=48)
     inputs["encoder_hidden_states"] = torch.randn(2, 512, 32)
     inputs["encoder_hidden_states_image"] = torch.randn(2, 3, 16)
     stock = forward(transformer, inputs)
