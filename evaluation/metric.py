@@ -17,8 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 PREFIXES = ("vbench/", "vbench_form/", "proxy/", "drift/", "set/", "judge/")
-WINDOW_SECONDS = 2.0
-"""Length of the windows that curves over time are made of."""
+WINDOW_SECONDS = 2.0  # length of the windows that curves over time are made of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +139,7 @@ class Metric(Protocol):
         ...
 
 
-def window_ranges(video: VideoInfo) -> list[tuple[int, int]]:
+def _window_ranges(video: VideoInfo) -> list[tuple[int, int]]:
     """(first frame, one past the last) of a video's windows; a last one under half the length joins the one before."""
     length = max(1, round(video.fps * WINDOW_SECONDS))
     starts = list(range(0, max(video.num_frames, 1), length))
@@ -153,7 +152,7 @@ def curve(video: VideoInfo, value: Callable[[int, int], float | None]) -> tuple[
     """A video's windows with the values of ``value(first frame, one past the last)``."""
     return tuple(
         Window(start_frame=start, num_frames=end - start, value=value(start, end))
-        for start, end in window_ranges(video)
+        for start, end in _window_ranges(video)
     )
 
 
@@ -182,7 +181,7 @@ class WindowMeans:
 
     def windows(self) -> tuple[Window, ...]:
         """The curve."""
-        last = window_ranges(self._video)[-1][0]
+        last = _window_ranges(self._video)[-1][0]
 
         def mean(start: int, _: int) -> float | None:
             index = start // self._length

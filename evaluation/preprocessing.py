@@ -50,8 +50,7 @@ def stride_for_8fps(fps: float) -> int:
     return max(1, round(fps / 8))
 
 
-Loader = Literal["float", "uint8"]
-"""VBench's way to read the video before a transform."""
+Loader = Literal["float", "uint8"]  # VBench's way to read the video before a transform
 MusiqMode = Literal["longer", "shorter", "shorter_centercrop", "None"]
 """VBench's ``imaging_quality_preprocessing_mode``; its default is ``longer``."""
 

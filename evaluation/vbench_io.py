@@ -17,8 +17,7 @@ from longtake.evaluation.records import ManifestLine, RunScores, read_manifest, 
 from longtake.evaluation.scores import DEV_DIMENSIONS, QUALITY, SEMANTIC, Variant, member_name
 
 COMMIT = "45e79ec14e69a2187202c675d2dbce1a71843d53"
-DIMENSIONS = (*QUALITY, *SEMANTIC)
-"""All sixteen, as the official tool spells them."""
+DIMENSIONS = (*QUALITY, *SEMANTIC)  # all sixteen, as the official tool spells them
 CUSTOM_DIMENSIONS = (*QUALITY, "overall_consistency")
 """Scored on videos of one's own: the README's six, and two more that run though it does not list them."""
 PROMPT_DIMENSIONS = ("overall_consistency", "temporal_style", "human_action")
@@ -35,10 +34,8 @@ FOLDERS = {
 """Dimensions that are scored on another dimension's videos; the others have their own name."""
 NUM_SAMPLES = 5
 MAX_NAME_BYTES = 255
-LONG_SECONDS = 5.0
-"""VBench's FAQ: VBench below, VBench-Long from here on."""
-MAX_CRF = 12
-"""Above it the codec shows in flickering and imaging quality; our own default for evaluation."""
+LONG_SECONDS = 5.0  # VBench's FAQ: VBench below, VBench-Long from here on
+MAX_CRF = 12  # above it the codec shows in flickering and imaging quality; our own default for evaluation
 EXPORT_FILE, IMPORTED_FILE = "export.json", "imported.json"
 
 
@@ -85,16 +82,9 @@ def export_long(
 ) -> Export:
     """Lay videos out for VBench-Long, mode ``long_custom_input``: clips of two seconds.
 
-    Args:
-        run: Folder with ``manifest.jsonl``.
-        out: New or empty folder, as for :func:`export_custom` without the prompts, which this mode does not read. The
-            official tool writes its clips into it and uses them again, so it must not have been used before.
-        dimensions: To score.
-        dev_flag: Half clip-to-clip consistency through a quantile table (the tool's ``--dev_flag``) instead of
-            in-clip consistency alone. Papers rarely say which they used.
-
-    Raises:
-        ValueError: As for :func:`export_custom`.
+    Args and errors are those of :func:`export_custom`; this mode reads no prompts. The official tool writes its clips
+    into the folder and uses them again, so it must not have been used before. ``dev_flag`` is the tool's own: half
+    clip-to-clip consistency through a quantile table instead of in-clip alone. Papers rarely say which they used.
     """
     _check_dimensions(dimensions, LONG_DIMENSIONS, mode="long")
     lines = _lines(run)
@@ -341,8 +331,7 @@ def import_results(files: Sequence[Path], *, dev_flag: bool | None = None) -> di
         {metric name: result}, ``vbench/DIMENSION``, ``vbench/long/...`` or ``vbench/long_dev/...``.
 
     Raises:
-        ValueError: If a file cannot be read or is none of the tool's results, a dimension is unknown or comes twice,
-            a value is missing or on a scale that cannot be told, or the flag cannot be.
+        ValueError: If a file is none of the tool's results, or its scale or flag cannot be told.
     """
     results: dict[str, Imported] = {}
     for path in files:
@@ -491,8 +480,7 @@ def _missing_terms(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 PROVENANCE = "imported: official VBench"
 CLIP_SECONDS = 2.0
 NOT_SCORED = "not in the official results that were imported"
-AGREES = 1e-4
-"""Difference up to which a mean of videos is the official score: frames per video may differ a little."""
+AGREES = 1e-4  # difference up to which a mean of videos is the official score: frames per video may differ a little
 
 
 def merge_imported(run: RunScores, results: Mapping[str, Imported]) -> RunScores:

@@ -3,15 +3,16 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from longtake.evaluation.metric import Meter, Metric, Score, VideoInfo
+from longtake.evaluation.metric import Metric, Score, VideoInfo
 from longtake.pipelines.video_file import StreamFacts, probe, read_frames
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
@@ -22,15 +23,9 @@ _Arguments = ParamSpec("_Arguments")
 
 
 class VideoSource:
-    """A video that can be streamed as often as needed.
+    """A video that can be streamed as often as needed: ``num_frames`` at ``fps``, ``height`` by ``width`` pixels.
 
-    Attributes:
-        num_frames: Frames that ``pieces`` gives.
-        fps: Frames per second.
-        height: Pixels.
-        width: Pixels.
-        encoder: Codec and pixel format of a file; empty for others.
-        path: The file or the folder of frames; None for an array.
+    ``encoder`` holds codec and pixel format of a file, and nothing for a folder of frames or an array.
     """
 
     def __init__(
@@ -68,21 +63,12 @@ class VideoSource:
         if path.is_dir():
             paths = _images(path)
             facts = _folder_facts(path, paths, fps)
-            return cls(
-                facts,
-                read=lambda length: _read_images(paths, length),
-                sha256=lambda: _folder_sha256(paths),
-                path=path,
-            )
+            read, sha256 = partial(_read_images, paths), partial(_folder_sha256, paths)
+            return cls(facts, read=read, sha256=sha256, path=path)
         if not path.is_file():
             raise ValueError(f"no video at {path}: give a video file or a folder of frames")
         facts = probe(path) if fps is None else replace(probe(path), fps=fps)
-        return cls(
-            facts,
-            read=lambda length: read_frames(path, facts, length=length),
-            sha256=lambda: _file_sha256(path),
-            path=path,
-        )
+        return cls(facts, read=partial(_read_file, path, facts), sha256=partial(_file_sha256, path), path=path)
 
     @classmethod
     def from_array(cls, frames: np.ndarray, fps: float) -> "VideoSource":
@@ -125,11 +111,6 @@ class VideoSource:
 def measure(source: VideoSource, info: VideoInfo, metrics: Sequence[Metric]) -> dict[str, Score]:
     """Measure a video by all metrics at once: it is decoded a single time.
 
-    Args:
-        source: The video.
-        info: What the metrics are told about it.
-        metrics: With names that are all different.
-
     Returns:
         {name: score}, one for every spec of every metric.
 
@@ -141,11 +122,11 @@ def measure(source: VideoSource, info: VideoInfo, metrics: Sequence[Metric]) -> 
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"metric {repeated[0]!r} is asked for twice: give each once")
-    found = (source.num_frames, source.height, source.width)
-    if found != (info.num_frames, info.height, info.width):
+    if (source.num_frames, source.height, source.width) != (info.num_frames, info.height, info.width):
         raise ValueError(
-            f"video {info.id!r} is said to have {info.num_frames} frames of {info.width}x{info.height}, "
-            f"but has {found[0]} of {found[2]}x{found[1]}: correct its manifest line, or make the video again"
+            f"video {info.id!r} is said to have {info.num_frames} frames of {info.width}x{info.height}, but "
+            f"has {source.num_frames} of {source.width}x{source.height}: correct its manifest line, or make the video "
+            "again"
         )
     meters = [_guarded(metric, info, metric.start, info) for metric in metrics]
     for piece in source.pieces():
@@ -153,7 +134,14 @@ def measure(source: VideoSource, info: VideoInfo, metrics: Sequence[Metric]) -> 
             _guarded(metric, info, meter.push, piece)
     scores: dict[str, Score] = {}
     for metric, meter in zip(metrics, meters, strict=True):
-        scores |= _finished(metric, meter, info)
+        found = _guarded(metric, info, meter.finish)
+        promised = {spec.name for spec in metric.specs}
+        if found.keys() != promised:
+            raise RuntimeError(
+                f"{_names(metric)} on video {info.id!r}: missing {sorted(promised - found.keys())}, "
+                f"not promised {sorted(found.keys() - promised)}"
+            )
+        scores |= found
     return scores
 
 
@@ -180,6 +168,10 @@ def _natural_key(path: Path) -> tuple[list[tuple[int, str]], str]:
     """Sort by name with numbers by their value: frame 2 before frame 10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part.casefold()) for part in parts], path.name
+
+
+def _read_file(path: Path, facts: StreamFacts, length: int) -> Iterator[np.ndarray]:
+    return read_frames(path, facts, length=length)
 
 
 def _file_sha256(path: Path) -> str:
@@ -246,17 +238,6 @@ def _is_video(path: Path) -> bool:
 def _is_frame_folder(path: Path) -> bool:
     """A folder with videos in it is a run with a contact sheet, not a video in frames."""
     return path.is_dir() and bool(_images(path)) and not any(_is_video(entry) for entry in path.iterdir())
-
-
-def _finished(metric: Metric, meter: Meter, info: VideoInfo) -> Mapping[str, Score]:
-    scores = _guarded(metric, info, meter.finish)
-    promised = {spec.name for spec in metric.specs}
-    if scores.keys() != promised:
-        raise RuntimeError(
-            f"{_names(metric)} on video {info.id!r}: missing {sorted(promised - scores.keys())}, "
-            f"not promised {sorted(scores.keys() - promised)}"
-        )
-    return scores
 
 
 def _guarded(

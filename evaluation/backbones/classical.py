@@ -12,8 +12,7 @@ from torch.nn import functional
 from longtake.evaluation.backbones.base import Backbones
 from longtake.evaluation.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
-MIN_SIDE = 16
-"""Pixels: OpenCV's coarsest level needs a patch of 8 at half size."""
+MIN_SIDE = 16  # pixels: OpenCV's coarsest level needs a patch of 8 at half size
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -68,18 +67,13 @@ def _dis(height: int, width: int) -> Any:
 
 COARSEST_SIDE = 8
 """Pixels: the pyramid ends where the shorter side would get smaller; an eighth of the frame is one pixel there."""
-HALVE_FROM = 96
-"""Pixels: from this shorter side on, the finest level is half the size, which costs a quarter."""
-DAMPING = 2.0
-"""Squared grey levels: in what is flatter than sensor noise the motion stays what the coarser level said."""
-MAX_STEP = 2.0
-"""Pixels: a linear model of the picture says nothing about what is further away."""
+HALVE_FROM = 96  # pixels: from this shorter side on, the finest level is half the size, which costs a quarter
+DAMPING = 2.0  # squared grey levels: in what is flatter than sensor noise the motion stays what the coarser level said
+MAX_STEP = 2.0  # pixels: a linear model of the picture says nothing about what is further away
 
 
-WINDOW = 7
-"""Pixels: side of the square window at every level."""
-ITERATIONS = 3
-"""Steps per level."""
+WINDOW = 7  # pixels: side of the square window at every level
+ITERATIONS = 3  # steps per level
 
 
 class _TorchLucasKanade(_Classical):
@@ -187,8 +181,7 @@ def _enlarge(flow: Tensor, factor: int) -> Tensor:
     return functional.interpolate(flow, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-GRID = 64
-"""Pixels a side of the reduced picture that layout and gradients are taken from: 8 x 8 cells of 8 x 8 pixels."""
+GRID = 64  # pixels a side of the reduced picture that layout and gradients are taken from: 8 x 8 cells of 8 x 8 pixels
 NUM_COLOURS = 16
 NUM_ORIENTATIONS = 9
 NUM_CELLS = 8

@@ -53,8 +53,7 @@ from longtake.evaluation.backbones.base import (
     check_role,
 )
 
-RAFT_ITERATIONS = 20
-"""Refinement steps of RAFT in VBench's dynamic degree."""
+RAFT_ITERATIONS = 20  # refinement steps of RAFT in VBench's dynamic degree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,18 +253,14 @@ def _takes(function: Callable, option: str) -> bool:
 
 
 def load_backbones(path: Path, *, device: str = "cpu") -> Backbones:
-    """Load the backbones a file offers.
+    """Load the backbones that a ``.py`` file of factories or a ``.yaml`` file offers.
 
-    Args:
-        path: A ``.py`` file of factories, or a ``.yaml`` file; see the module's docstring. It is code, or names code,
-            that is run: only use files you trust.
-        device: Where networks run.
+    It is code, or names code, that is run: only use files you trust.
 
     Raises:
         ValueError: If the file cannot be read or run, offers nothing, offers two for one role, a file it names is
             missing or has another hash, a factory fails, or what it gives cannot be used.
     """
-    path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file of backbones at {path}: give a .py file of factories or a .yaml file")
     if path.suffix == ".py":

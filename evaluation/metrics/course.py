@@ -11,11 +11,9 @@ import numpy as np
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, WindowMeans, curve
 
 LUMA_GRID = 32
-MIN_CELL = 4
-"""Pixels a side of a cell of brightness, at least: smaller ones hold mostly grain and the codec's errors."""
+MIN_CELL = 4  # pixels a side of a cell of brightness, at least: smaller ones hold mostly grain and the codec's errors
 COLOUR_GRID = 8
-LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-"""ITU-R BT.601."""
+LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,17 +163,13 @@ def mean_difference(first: np.ndarray, second: np.ndarray) -> float:
 
 UNLIKE = 0.35
 """Of a scale on which equal layouts are 0 and unrelated ones about 1. Motion between two frames stays below 0.1."""
-JUMP = 30.0
-"""Grey levels (root mean square over the cells) that count as a cut where the layout stays: another light."""
+JUMP = 30.0  # grey levels (root mean square over the cells) that count as a cut where the layout stays: another light
 MOST = 6.0
 """Grey levels that at least half of the cells change by: things that jump about in front of a scene are no cut."""
-ISOLATION = 3.0
-"""A cut stands out from every other change nearby by this factor: fast motion and flicker come in rows."""
+ISOLATION = 3.0  # a cut stands out from every other change nearby by this factor: fast motion and flicker come in rows
 NEARBY_SECONDS = 0.5
-NEARBY_SECONDS_OF_JUMPS = 1.0
-"""Slow flicker jumps twice a second."""
-LASTING_SECONDS = 0.25
-"""Means over this long before and after have to differ as well: a single bad frame is no cut."""
+NEARBY_SECONDS_OF_JUMPS = 1.0  # slow flicker jumps twice a second
+LASTING_SECONDS = 0.25  # means over this long before and after have to differ as well: a single bad frame is no cut
 FLAT = 3.0
 """Grey levels of layout (root mean square) below which a picture is taken for empty, and its layout for grain."""
 
@@ -276,8 +270,7 @@ def _flicker(track: Track) -> list[Score]:
     return [Score(value=float(swings[known].mean()), windows=windows, details=details)]
 
 
-REFERENCE_SECONDS = 5.0
-"""Reference of drifts: what the model makes within its training length."""
+REFERENCE_SECONDS = 5.0  # reference of drifts: what the model makes within its training length
 STEP_SECONDS = 0.25
 MIN_SHOT_SECONDS = 2.0
 FEATURES = ("red", "green", "blue", "saturation", "contrast")
@@ -387,10 +380,8 @@ def _seams(track: Track) -> list[Score]:
 
 
 MIN_FRAMES = 8
-MIN_CHANGE = 0.05
-"""Grey levels: a colour cell that changes less in a window has no spectrum."""
-OFFSET = 1e-6
-"""Added to amplitudes before the logarithm, as STREAM does."""
+MIN_CHANGE = 0.05  # grey levels: a colour cell that changes less in a window has no spectrum
+OFFSET = 1e-6  # added to amplitudes before the logarithm, as STREAM does
 
 
 def _spectral_slope(series: np.ndarray) -> float | None:

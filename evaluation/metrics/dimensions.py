@@ -14,8 +14,7 @@ from torch.nn.functional import cosine_similarity
 from longtake.evaluation.backbones import Backbone
 from longtake.evaluation.metric import MetricSpec, Score
 
-CLIP_SECONDS = 2
-"""Length of VBench-Long's clips in its mode for custom videos."""
+CLIP_SECONDS = 2  # length of VBench-Long's clips in its mode for custom videos
 VBENCH = "vbench@45e79ec"
 Variant = Literal["short", "long", "long_dev"]
 """Of a dimension: on the whole video; on VBench-Long's clips; the same with its ``--dev_flag``."""
@@ -162,8 +161,7 @@ def of_own_prompts(scores: Mapping[str, Score], dimensions: Sequence[str]) -> di
 
 
 TABLES = Path(__file__).with_name("vbench_long_tables.json")
-WEIGHT_IN_CLIP, WEIGHT_CLIP_TO_CLIP = 0.5, 0.5
-"""With the development flag; without it 1 and 0."""
+WEIGHT_IN_CLIP, WEIGHT_CLIP_TO_CLIP = 0.5, 0.5  # with the development flag; without it 1 and 0
 
 
 @cache

@@ -188,13 +188,8 @@ def _sampled_scene(scene: Scene, num_frames: int, *, start: int = 0) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
 
 
-class WindowMeter:
-    """Measures a video window by window as its frames arrive.
-
-    Args:
-        judge: Of :func:`longtake.evaluation.mini_world.judge.load_judge`.
-        scene: The video was made from its caption; its motion in the first minute is the unit of motion.
-    """
+class _WindowMeter:
+    """Measures a video made from a scene's caption; the scene's motion in the first minute is the unit of motion."""
 
     def __init__(self, judge: ClipJudge, scene: Scene) -> None:
         self._judge = judge
@@ -207,13 +202,9 @@ class WindowMeter:
         self._waiting: list[Tensor] = []
 
     def push(self, frames: Tensor) -> list[dict[str, float]]:
-        """Take the next frames; return the measures of every window they complete.
+        """Take the next (F, 3, H, W) in [0, 1], 16 a second; return {measure: value} of every window they complete.
 
-        Args:
-            frames: (F, 3, H, W) in [0, 1], F >= 0, in order and without gaps, 16 per second.
-
-        Returns:
-            Per completed window {measure: value}; NaN where a measure does not apply.
+        NaN stands where a measure does not apply.
         """
         skipped = -self._num_frames % FRAME_STRIDE
         self._num_frames += len(frames)
@@ -374,7 +365,7 @@ class _JudgeMeter:
 
     def __init__(self, video: VideoInfo, scene: Scene | None, *, is_given: bool = False, reason: str = "") -> None:
         self._video, self._is_given, self._reason = video, is_given, reason
-        self._meter = WindowMeter(_judge(), scene) if scene is not None else None
+        self._meter = _WindowMeter(_judge(), scene) if scene is not None else None
         self._rows: list[dict[str, float]] = []
 
     def push(self, frames: np.ndarray) -> None:
@@ -441,9 +432,9 @@ def _truth_levels(judge: ClipJudge, scenes: Sequence[Scene]) -> dict[str, dict[s
     true: list[dict[str, float]] = []
     lost: list[dict[str, float]] = []
     for scene in scenes:
-        true += WindowMeter(judge, scene).look_at(_sampled_scene(scene, num_frames))
+        true += _WindowMeter(judge, scene).look_at(_sampled_scene(scene, num_frames))
         video, change = _with_amnesia(scene, num_frames=num_frames)
-        lost += WindowMeter(judge, scene).look_at(video)[change:]
+        lost += _WindowMeter(judge, scene).look_at(video)[change:]
     return {"true scene": _means(true, MEASURES), "forgotten": _means(lost, MEMORIES)}
 
 

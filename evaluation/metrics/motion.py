@@ -16,24 +16,19 @@ from longtake.evaluation.preprocessing import pad_to_multiple, stride_for_8fps, 
 
 STEP_SECONDS = 0.25
 """Frames are averaged over this long before they are compared, which halves the grain at 16 frames a second."""
-LOOK_BACK = 8
-"""Steps: slow motion shows within two seconds."""
+LOOK_BACK = 8  # steps: slow motion shows within two seconds
 QUANTILE = 0.99
 """Of the cells. Motion shows in the cells it touches: in one of a hundred at least, a tenth of the width squared."""
-FLOOR = 3.0
-"""Grey levels that a few cells of a still picture may change by where the rest does not."""
+FLOOR = 3.0  # grey levels that a few cells of a still picture may change by where the rest does not
 NUM_SIGMAS = 4.5
 """Grain and the codec's errors are everywhere and leave no cell behind: 99 in 100 stay within 2.9 to 3.6 deviations.
 A moving object reaches 12 and more."""
-MAX_GRAIN = 4.0
-"""Grey levels (deviation): cells that change more than this are not grainy, they move."""
+MAX_GRAIN = 4.0  # grey levels (deviation): cells that change more than this are not grainy, they move
 EXPLAINED = 0.12
 """Share of the change that a shift, zoom or turn of the whole picture explains, from which on it moves. It explains a
 hundredth of grain, up to 0.07 of a coarse codec's errors, and half of a pan by a pixel a second under grain."""
-NO_CHANGE = 0.1
-"""Grey levels (deviation): a picture that changes less does not move, whatever its slopes say."""
-MIN_MOVING_SECONDS = 0.5
-"""A tail is frozen only if something moved before it, for so long."""
+NO_CHANGE = 0.1  # grey levels (deviation): a picture that changes less does not move, whatever its slopes say
+MIN_MOVING_SECONDS = 0.5  # a tail is frozen only if something moved before it, for so long
 
 
 @dataclass(frozen=True)
@@ -182,19 +177,15 @@ GRID = 16
 MIN_PERIOD_SECONDS = 1.0
 MAX_PERIOD_SECONDS = 120.0
 PERIOD_MARGIN_SECONDS = 0.25
-MIN_RUN_SECONDS = 1.5
-"""A loop has to be followed for this long, and for a whole period, before it counts."""
+MIN_RUN_SECONDS = 1.5  # a loop has to be followed for this long, and for a whole period, before it counts
 MOTION_SECONDS = 2.0
 """How far the picture gets within this time is the motion that a repeated frame has to have undone."""
 MIN_MOTION = 1.0
 """Squared grey levels of that motion (mean over the cells) below which nothing moves and nothing can repeat."""
-SAME = 0.05
-"""Share of the motion (squared) that may be left between a frame and its repetition."""
-MAX_GRAIN_SHARE = 0.3
-"""Of the motion: more change between neighbouring frames is fast motion, not grain."""
+SAME = 0.05  # share of the motion (squared) that may be left between a frame and its repetition
+MAX_GRAIN_SHARE = 0.3  # of the motion: more change between neighbouring frames is fast motion, not grain
 
-BLOCK = 512
-"""Frames that are compared with all others at a time."""
+BLOCK = 512  # frames that are compared with all others at a time
 
 FEATURE_SECONDS = 0.25
 COLOUR_CELLS = 8
@@ -390,10 +381,8 @@ MIN_SIDE = 16
 PADDING_MULTIPLE = 8
 SECONDS = 1.0 / 8.0
 TOP_SHARE = 0.05
-WARP_EVERY = 2
-"""Pairs. The way back doubles the cost of a pair, and four a second say as much as eight."""
-LEAST_MOTION = 0.05
-"""Pixels per eighth of a second: flow estimates of a still picture reach it."""
+WARP_EVERY = 2  # pairs. The way back doubles the cost of a pair, and four a second say as much as eight.
+LEAST_MOTION = 0.05  # pixels per eighth of a second: flow estimates of a still picture reach it
 MISMATCH_SHARE, MISMATCH_FLOOR = 0.01, 0.5
 """There and back may miss by this share of both squared lengths plus this, squared pixels, before a point is taken for
 occluded (Sundaram, Brox and Keutzer 2010)."""

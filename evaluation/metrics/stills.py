@@ -12,8 +12,7 @@ from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, WindowMeans
 from longtake.evaluation.metrics.course import LUMA_WEIGHTS, Pooling, mean_difference, reference_frames
 from longtake.evaluation.preprocessing import stride_for_8fps
 
-SHORT_SIDE = 256
-"""Pixels, about: larger pictures are averaged down to it by a whole factor."""
+SHORT_SIDE = 256  # pixels, about: larger pictures are averaged down to it by a whole factor
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Still:
     luma: np.ndarray  # (h, w) float32 of ``colour``
 
 
-class StillMeter(ABC):
+class _StillMeter(ABC):
     """Measures the stills of one video."""
 
     specs: tuple[MetricSpec, ...]
@@ -46,7 +45,7 @@ class StillMeter(ABC):
 class StillsMetric:
     """Hands every still, about eight a second, to a meter of each kind."""
 
-    def __init__(self, kinds: Sequence[type[StillMeter]]) -> None:
+    def __init__(self, kinds: Sequence[type[_StillMeter]]) -> None:
         self.kinds = kinds
         self.specs = tuple(spec for kind in kinds for spec in kind.specs)
 
@@ -58,7 +57,7 @@ class StillsMetric:
 class _StillsMeter:
     """Picks the stills from the frames that are pushed."""
 
-    def __init__(self, video: VideoInfo, meters: Sequence[StillMeter]) -> None:
+    def __init__(self, video: VideoInfo, meters: Sequence[_StillMeter]) -> None:
         self._stride = stride_for_8fps(video.fps)
         self._factor = reduction(video.height, video.width, SHORT_SIDE)
         self._meters = meters
@@ -97,14 +96,10 @@ def shrink(frame: np.ndarray, factor: int) -> np.ndarray:
     return total.astype(np.float32) * np.float32(1.0 / factor**2)
 
 
-BLOCK = 8
-"""Pixels a side of the blocks that codecs and latents decode to."""
-DARKEST, LIGHTEST = 1, 254
-"""Values of a channel from which on it is clipped."""
-LEAST_STEP = 0.25
-"""Grey levels added to both sides of a ratio of steps, so that flat pictures give 1."""
-LEAST_SHARPNESS = 1.0
-"""Variance of the Laplacian of a picture of nothing but rounding."""
+BLOCK = 8  # pixels a side of the blocks that codecs and latents decode to
+DARKEST, LIGHTEST = 1, 254  # values of a channel from which on it is clipped
+LEAST_STEP = 0.25  # grey levels added to both sides of a ratio of steps, so that flat pictures give 1
+LEAST_SHARPNESS = 1.0  # variance of the Laplacian of a picture of nothing but rounding
 
 
 def _statistic(name: str, unit: str, description: str, *, top: float | None = None) -> MetricSpec:
@@ -200,7 +195,7 @@ def _step(picture: np.ndarray, first: int) -> float:
     return mean_difference(before, after)
 
 
-class Classical(StillMeter):
+class Classical(_StillMeter):
     """The classical statistics and the drift of the sharpness."""
 
     specs = (*STATISTICS, SHARPNESS_DRIFT)
@@ -247,10 +242,8 @@ def _octaves(sharpness: np.ndarray) -> float:
 
 
 PATCH = 32
-SMALL_PATCH = 16
-"""Pixels a side, in pictures of less than four patches a side."""
-EVERY = 2
-"""Of the stills; the statistics of neighbouring frames hardly differ."""
+SMALL_PATCH = 16  # pixels a side, in pictures of less than four patches a side
+EVERY = 2  # of the stills; the statistics of neighbouring frames hardly differ
 REACH = 3
 SIGMA = 7.0 / 6.0
 """Reach and width, in pixels, of the Gaussian that local means and deviations are taken with, as in NIQE."""
@@ -269,7 +262,7 @@ NSS_DRIFT_SELF = MetricSpec.proxy(
 )
 
 
-class NaturalStatistics(StillMeter):
+class NaturalStatistics(_StillMeter):
     """The drift of natural scene statistics: of patch features, their distribution at first, means per frame later."""
 
     specs = (NSS_DRIFT_SELF,)

@@ -47,8 +47,7 @@ from longtake.evaluation.preprocessing import (
 )
 
 Specs = Mapping[Variant, MetricSpec]
-BATCH = 8
-"""Frames per call of a network. Fixed, so that a number does not depend on how the frames were read."""
+BATCH = 8  # frames per call of a network. Fixed, so that a number does not depend on how the frames were read.
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,7 @@ class _SpanMeter(_BatchMeter):
     """
 
     reason = "needs at least 2 frames"
+    is_difference = False
 
     def __init__(self, video: VideoInfo, specs: Specs) -> None:
         super().__init__(video)
@@ -168,8 +168,8 @@ class _SpanMeter(_BatchMeter):
         return self.long(is_dev=variant == "long_dev")
 
     def value(self, mean: float | None) -> float | None:
-        """From the mean of a span's terms to its value."""
-        return mean
+        """From the mean of a span's terms to its value; of differences: one less them, in units of white."""
+        return None if mean is None else (255.0 - mean) / 255.0 if self.is_difference else mean
 
     def short(self) -> Score:
         weight = float(self.whole.count) if self.specs["short"].grouping == "frame" else 1.0
@@ -191,13 +191,7 @@ class _SpanMeter(_BatchMeter):
     ) -> Score:
         """The score of a video as the mean over its clips; it weighs as many clips as have a value.
 
-        Args:
-            values: Of each clip; None where it has none.
-            per_clip: What stands behind each clip's value.
-            details: What else stands behind the score.
-
-        Returns:
-            The score; its windows are the clips, the last of which may overlap the one before.
+        Its windows are the clips, the last of which may overlap the one before; ``per_clip`` stands behind each.
         """
         kept = [value for value in values if value is not None]
         if not kept:
@@ -218,11 +212,7 @@ class _SpanMeter(_BatchMeter):
 class _ConsistencyMeter(_SpanMeter):
     """Mean over frames of ``(max(0, cos to the frame before) + max(0, cos to the span's first)) / 2``.
 
-    Args:
-        video: To be measured.
-        specs: One per variant.
-        encoder: Of all frames: DINO or CLIP.
-        first_encoder: Of each clip's first frame for the development branch: DINOv2 or DreamSim.
+    The first encoder is DINOv2 or DreamSim, for each clip's first frame in the development branch.
     """
 
     transform: Any
@@ -294,6 +284,8 @@ class _BackgroundMeter(_ConsistencyMeter):
 class _FlickeringMeter(_SpanMeter):
     """``(255 - mean |I[t+1] - I[t]|) / 255``; identical to VBench's, without its static filter."""
 
+    is_difference = True
+
     def __init__(self, video: VideoInfo, specs: Specs) -> None:
         super().__init__(video, specs)
         self._last: np.ndarray | None = None
@@ -308,24 +300,15 @@ class _FlickeringMeter(_SpanMeter):
             self._last = frame
         self._last = frames[-1].copy()
 
-    def value(self, mean: float | None) -> float | None:
-        return None if mean is None else (255.0 - mean) / 255.0
 
-
-AMT_MULTIPLE, RAFT_MULTIPLE = 16, 8
-"""Sides of the images that the two networks take, in pixels."""
+AMT_MULTIPLE, RAFT_MULTIPLE = 16, 8  # sides of the images that the two networks take, in pixels
 
 
 class _SmoothnessMeter(_SpanMeter):
-    """``(255 - mean |I[2k+1] - middle(I[2k], I[2k+2])|) / 255``, frames counted from the start of the span.
-
-    Args:
-        video: To be measured.
-        specs: One per variant.
-        interpolator: Two images (1, 3, H, W) in 0..1 to the one in the middle.
-    """
+    """``(255 - mean |I[2k+1] - middle(I[2k], I[2k+2])|) / 255``, frames counted from the start of the span."""
 
     reason = "needs at least 3 frames"
+    is_difference = True
 
     def __init__(self, video: VideoInfo, specs: Specs, interpolator: Any) -> None:
         super().__init__(video, specs)
@@ -349,9 +332,6 @@ class _SmoothnessMeter(_SpanMeter):
                     self.windows.add(index - 1, 1.0 - error / 255.0)
         self._recent = [frame.copy() for frame in self._recent[-2:]]
 
-    def value(self, mean: float | None) -> float | None:
-        return None if mean is None else (255.0 - mean) / 255.0
-
     def _error(self, index: int) -> float:
         """Mean absolute error of the frame before ``index``, interpolated from its neighbours."""
         before, frame, after = self._recent
@@ -372,8 +352,7 @@ class _SmoothnessMeter(_SpanMeter):
         return self._inputs[index], self._padding
 
 
-MOVING_SHARE = 0.05
-"""The flow of a pair is the mean over the fastest so many pixels."""
+MOVING_SHARE = 0.05  # the flow of a pair is the mean over the fastest so many pixels
 PIXELS_PER_256 = 6.0
 """A pair moves above this flow on a video whose shorter side has 256 pixels, and in proportion on others."""
 
@@ -383,11 +362,6 @@ class _DynamicMeter(_SpanMeter):
 
     Frames are sampled from the start of each span, at about eight a second. The number of pairs needed is rounded
     half to even: two or three sampled frames need none, so one pair of any kind makes them dynamic.
-
-    Args:
-        video: To be measured.
-        specs: One per variant.
-        estimator: Two images (1, 3, H, W) in 0..255 to their flow (2, H, W) in pixels.
     """
 
     reason = "needs at least 1 frame"
@@ -497,8 +471,7 @@ class _ImagingMeter(_FrameQualityMeter):
         return [self._scorer.score(musiq_transform(frame[None], mode=self._mode)) for frame in frames]
 
 
-NUM_FRAMES = 8
-"""Frames that ViCLIP looks at."""
+NUM_FRAMES = 8  # frames that ViCLIP looks at
 
 
 class _SampledClips:
@@ -561,7 +534,7 @@ class _AgreementMeter(_SpanMeter):
         return self.clips_score([self._values.get(clip.span) for clip in self.clips])
 
 
-class SegmentAlignment:
+class _SegmentAlignment:
     """``proxy/segment_alignment``: where the prompt changes, each prompt against the frames while it held.
 
     One window per segment, so that the curve shows which prompts a rollout followed; the value is their mean. The
@@ -682,7 +655,7 @@ def vbench_metrics(backbones: Backbones, *, short: bool, long: bool) -> tuple[li
         if why:
             skipped["proxy/segment_alignment"] = why
         else:
-            metrics.append(SegmentAlignment(*networks))
+            metrics.append(_SegmentAlignment(*networks))
         for name, needs in LEFT_TO_VBENCH.items():
             skipped[f"vbench/{name}"] = (
                 f"left to the official tool ({needs}): see evaluate export-vbench and import-vbench"

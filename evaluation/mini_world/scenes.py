@@ -163,7 +163,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def is_held_back(scene: Scene) -> bool:
+def _is_held_back(scene: Scene) -> bool:
     """Tell whether the scene's combination of prompted attributes is kept out of the training set."""
     first = (scene.actor.shape, scene.actor.colour, scene.actor.motion, scene.background, scene.texture)
     return zlib.crc32(" ".join(first).encode()) % HELD_BACK_SHARE == 0
@@ -172,7 +172,7 @@ def is_held_back(scene: Scene) -> bool:
 def draw_scene(seed: int, stream: int, index: int, *, held_back: bool) -> Scene:
     """First scene of a stream of random numbers that is held back from training, or that is not."""
     rng = np.random.default_rng([seed, stream, index])
-    while is_held_back(scene := sample_scene(rng)) != held_back:
+    while _is_held_back(scene := sample_scene(rng)) != held_back:
         pass
     return scene
 
@@ -364,25 +364,12 @@ def _backdrop(scene: Scene, frame_indices: np.ndarray, size: int) -> np.ndarray:
     position = offsets[:, None] * (size / SIZE) * columns_per_pixel + np.arange(size)[None, :] * columns_per_pixel
     left = np.floor(position).astype(np.int64)
     weight = (position - left).astype(np.float32)[..., None]
-    return np.stack(
-        [
-            strip[:, columns] * (1.0 - share) + strip[:, columns + 1] * share
-            for columns, share in zip(left, weight, strict=True)
-        ]
-    )
+    views = zip(left, weight, strict=True)
+    return np.stack([strip[:, at] * (1.0 - share) + strip[:, at + 1] * share for at, share in views])
 
 
 def render(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE) -> np.ndarray:
-    """Render frames of a scene; a pure function, defined for every frame index.
-
-    Args:
-        scene: What to draw.
-        frame_indices: (F,) integers, any order, unbounded; 16 a second.
-        size: Height and width, pixels, at least 8.
-
-    Returns:
-        (F, size, size, 3) uint8 RGB.
-    """
+    """Render frames of a scene, (F, size, size, 3) uint8 RGB; a pure function of (F,) indices, 16 a second."""
     frame_indices = np.asarray(frame_indices)
     if frame_indices.ndim != 1:
         raise ValueError(

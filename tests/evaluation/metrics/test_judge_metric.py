@@ -12,11 +12,11 @@ from longtake.evaluation.metrics.judge import (
     SPECS,
     WINDOW_FRAMES,
     JudgeMetric,
-    WindowMeter,
     _is_caption,
     _middling_scene,
     _scene_periods,
     _suite_scenes,
+    _WindowMeter,
 )
 from longtake.evaluation.mini_world.judge import load_judge
 from longtake.evaluation.mini_world.scenes import describe, held_back_scenes, parse_caption, render
@@ -38,7 +38,7 @@ def test_equals_the_drift_study(scene):
     video[100:] //= 2
     found = measured(video, prompt=describe(scene))
     frames = torch.from_numpy(video).permute(0, 3, 1, 2).float() / 255
-    rows = WindowMeter(load_judge(), scene).push(frames)
+    rows = _WindowMeter(load_judge(), scene).push(frames)
     assert len(rows) == 2
     for measure in MEASURES:
         score = found[f"judge/{measure}"]

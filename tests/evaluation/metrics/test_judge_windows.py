@@ -7,10 +7,10 @@ import torch
 from lab.judge.training import without_object
 from longtake.evaluation.metrics.judge import (
     MAX_PSNR,
-    WindowMeter,
     _masked_psnr,
     _sampled_scene,
     _truth_levels,
+    _WindowMeter,
     _with_amnesia,
 )
 from longtake.evaluation.mini_world.judge import load_judge
@@ -101,7 +101,7 @@ def test_forgetting_what_the_caption_does_not_say_costs_revisits_and_nothing_els
     panned = [scene for scene in scenes if scene.camera != "still"][:4]
     for scene in panned:
         video, change = _with_amnesia(scene, num_frames=NUM_FRAMES)
-        rows, true = WindowMeter(judge, scene).look_at(video), _measure(judge, scene, _video(scene))
+        rows, true = _WindowMeter(judge, scene).look_at(video), _measure(judge, scene, _video(scene))
         for row, before in list(zip(rows, true, strict=True))[change:]:
             assert row["revisit_psnr"] < 30.0 < before["revisit_psnr"] == MAX_PSNR
             assert (row["background"], row["colour"]) == (before["background"], before["colour"])
@@ -127,7 +127,7 @@ def test_a_swapped_prompt_scores_low(judge, scenes, true_rows):
 
 def test_uneven_chunks_and_larger_frames_measure_the_same(judge, scenes, true_rows):
     large = torch.nn.functional.interpolate(_video(scenes[0]), scale_factor=2)
-    meter = WindowMeter(judge, scenes[0])
+    meter = _WindowMeter(judge, scenes[0])
     cuts = [0, 1, 10, 10, 99, 250, NUM_FRAMES]
     rows = [row for a, b in zip(cuts, cuts[1:], strict=False) for row in meter.push(large[a:b])]
     for row, expected in zip(rows, true_rows[0], strict=True):
@@ -136,7 +136,7 @@ def test_uneven_chunks_and_larger_frames_measure_the_same(judge, scenes, true_ro
 
 def test_meter_holds_one_window_and_one_round_trip_at_most(judge, scenes):
     scene = next(s for s in scenes if s.camera == "panning slowly")
-    meter = WindowMeter(judge, scene)
+    meter = _WindowMeter(judge, scene)
     for start in range(0, 16 * 60, 12):
         meter.look_at(_sampled_scene(scene, start + 12, start=start))
     assert len(meter._waiting) < 20
@@ -169,7 +169,7 @@ def _video(scene):
 
 
 def _measure(judge, scene, video):
-    meter = WindowMeter(judge, scene)
+    meter = _WindowMeter(judge, scene)
     return [row for piece in video.split(50) for row in meter.push(piece)]
 
 

@@ -12,8 +12,8 @@ from longtake.evaluation.metrics.stills import (
     STATISTICS,
     Classical,
     Still,
-    StillMeter,
     StillsMetric,
+    _StillMeter,
     blockiness,
     colorfulness,
     reduction,
@@ -122,7 +122,7 @@ def test_statistics_of_a_known_frame():
 def test_only_eight_frames_a_second_are_looked_at(textured):
     seen = []
 
-    class Recorder(StillMeter):
+    class Recorder(_StillMeter):
         specs = ()
 
         def take(self, still):

@@ -13,7 +13,7 @@ from longtake.evaluation.golden_check import _golden_scores
 from longtake.evaluation.metric import Score, Segment
 from longtake.evaluation.metrics import GROUPS, make_metrics
 from longtake.evaluation.metrics.dimensions import DYNAMIC, FLICKERING, of_own_prompts
-from longtake.evaluation.metrics.vbench import SegmentAlignment, SpanMetric
+from longtake.evaluation.metrics.vbench import SpanMetric, _SegmentAlignment
 from longtake.evaluation.preprocessing import clip_transform, dino_transform, musiq_transform
 
 BOTH = ("vbench", "long")
@@ -22,7 +22,7 @@ BOTH_VARIANTS = ("short", "long")
 
 def all_metrics(**kwargs):
     """VBench's own."""
-    return [m for m in make_metrics(stubs(**kwargs), groups=BOTH)[0] if not isinstance(m, SegmentAlignment)]
+    return [m for m in make_metrics(stubs(**kwargs), groups=BOTH)[0] if not isinstance(m, _SegmentAlignment)]
 
 
 def short_scores(frames, **about):
@@ -279,8 +279,8 @@ def test_prompts_that_change_are_each_held_against_their_own_frames():
     frames = np.concatenate([moving_squares(9, seed=seed) for seed in range(3)])
     texts = ("a red square", "a green square", "a blue square")
     segments = tuple(Segment(start_s=9 * i / 4, end_s=9 * (i + 1) / 4, prompt=text) for i, text in enumerate(texts))
-    metrics = [SegmentAlignment(Stub("s"))]
-    assert any(isinstance(metric, SegmentAlignment) for metric in make_metrics(stubs(), groups=("vbench",))[0])
+    metrics = [_SegmentAlignment(Stub("s"))]
+    assert any(isinstance(metric, _SegmentAlignment) for metric in make_metrics(stubs(), groups=("vbench",))[0])
     (score,) = scores(metrics, frames, segments=segments).values()
     # Each stretch as a video of its own, with its own prompt.
     alone = [

@@ -14,9 +14,9 @@ from longtake.evaluation.mini_world.scenes import (
     COLOURS,
     FPS,
     _camera_offset,
+    _is_held_back,
     describe,
     held_back_scenes,
-    is_held_back,
     parse_caption,
     render,
     sample_scene,
@@ -77,9 +77,9 @@ def test_plain_background_has_its_colour():
 
 
 def test_training_and_held_back_prompts_are_disjoint():
-    assert not any(is_held_back(training_scene(index)) for index in range(200))
+    assert not any(_is_held_back(training_scene(index)) for index in range(200))
     held_back = held_back_scenes(50)
-    assert all(is_held_back(scene) for scene in held_back)
+    assert all(_is_held_back(scene) for scene in held_back)
     assert training_scene(7) == training_scene(7)
     assert training_scene(7) != training_scene(7, seed=1)
 
