@@ -1,14 +1,18 @@
-"""The streamed VAE equals diffusers' own, whole or in tiles, bit for bit in any chunking, and continues when saved."""
+"""Streamed VAEs, diffusers' whole or in tiles and TAEHV's, equal whole-video ones in any chunking, also when saved."""
 
 import copy
 import json
+import pickle
+from pathlib import Path
 
 import pytest
+import tiny_vae as reference
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, WanUpsample
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 
+from longtake.models import StreamingTinyDecoder, TinyVae, load_tiny_vae
 from longtake.models.streaming_vae import (
     StreamingDecoder,
     StreamingEncoder,
@@ -17,6 +21,7 @@ from longtake.models.streaming_vae import (
     streaming_decoder,
     use_fast_kernels,
 )
+from longtake.models.tiny_vae import TinyLayout
 
 PATCHED = {"patch_size": 2, "in_channels": 12, "out_channels": 12}
 CONFIGS = {
@@ -30,6 +35,11 @@ CONFIGS = {
         "scale_factor_spatial": 16,
     },
 }
+LAYOUTS = {
+    "wan21": TinyLayout(latent_channels=4, widths=(12, 8, 6, 6)),
+    "patched": TinyLayout(latent_channels=4, widths=(8, 6, 6, 4), patch_size=2),
+    "grows first": TinyLayout(latent_channels=4, widths=(8, 6, 6, 4), growths=(2, 2, 1)),
+}
 # Tiles of 5x6 latent positions that overlap by 1 and 2; the last ones of a 12x14 frame are narrower.
 TILES = {"height": (40, 32), "width": (48, 32)}
 
@@ -37,6 +47,32 @@ TILES = {"height": (40, 32), "width": (48, 32)}
 def build(name):
     torch.manual_seed(0)
     return AutoencoderKLWan(**CONFIGS[name], base_dim=4, z_dim=4, num_res_blocks=1).eval()
+
+
+def build_tiny(name="wan21"):
+    torch.manual_seed(0)
+    vae = TinyVae(LAYOUTS[name]).eval().requires_grad_(False)
+    for name, weight in vae.named_parameters():
+        # Wide enough that frames differ, around the middle of [0, 1] so that clamping does not hide it.
+        weight.mul_(1.5 if weight.ndim > 1 else 1.0)
+        if name == "decoder.22.bias":
+            weight.fill_(0.5)
+    return vae
+
+
+def decode_slowly(vae, latents, **variant):
+    """A whole video by a tiny decoder, layer by layer."""
+    return reference.decode(vae.state_dict(), latents.transpose(1, 2), **variant).transpose(1, 2) * 2 - 1
+
+
+@pytest.fixture(scope="module", params=[*CONFIGS, *(f"tiny {name}" for name in LAYOUTS)])
+def decoder(request):
+    """Makes a decoder, decodes a whole video, and how far the two may be apart."""
+    if request.param in CONFIGS:
+        vae = build(request.param)
+        return lambda: StreamingDecoder(vae), lambda z: vae.decode(z, return_dict=False)[0].detach(), 0.0
+    tiny = build_tiny(request.param.removeprefix("tiny "))
+    return lambda: StreamingTinyDecoder(tiny), lambda z: decode_slowly(tiny, z), 1e-5
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
@@ -63,18 +99,47 @@ def continued(stream, fresh):
     return fresh
 
 
-def stored_numbers(stream):
-    return sum(tensor.numel() for tensor in stream.state_dict()[0].values())
+def stored_bytes(stream):
+    return sum(tensor.untyped_storage().nbytes() for tensor in stream.state_dict()[0].values())
 
 
-def test_streamed_decode_equals_offline_decode(vae):
+def test_streamed_decode_equals_offline_decode(decoder):
+    make, offline, tolerance = decoder
     latents = random_latents(8)
-    offline = vae.decode(latents, return_dict=False)[0].detach()
+    whole, outputs = offline(latents), []
+    assert whole.shape[:3] == (2, 3, 29) and whole.std() > 0.02
     for sizes in ([1] * 8, [3, 3, 2], [8]):
-        decoder = StreamingDecoder(vae)
-        parts = [decoder.decode(part) for part in latents.split(sizes, dim=2)]
+        stream = make()
+        parts = [stream.decode(part) for part in latents.split(sizes, dim=2)]
         assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(sizes)]
-        assert torch.equal(torch.cat(parts, dim=2), offline), sizes
+        outputs.append(torch.cat(parts, dim=2))
+    assert (outputs[0] - whole).abs().max() <= tolerance
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5])
+def test_saved_decoder_continues_bit_identically(decoder, stop):
+    make, latents = decoder[0], random_latents(8, size=(4, 4))
+    whole = make()
+    if stop:
+        whole.decode(latents[:, :, :stop])
+    again, rest = continued(whole, make()), latents[:, :, stop:]
+    expected = whole.decode(rest)
+    assert torch.equal(again.decode(rest), expected)
+    assert stop == 0 or make().decode(rest).shape != expected.shape, "without the state it is another video"
+
+
+def test_two_streams_share_one_vae_and_their_states_do_not_grow(decoder):
+    make, offline, tolerance = decoder
+    videos = random_latents(6, size=(4, 4)).split(1)
+    streams, parts, sizes = [make(), make()], ([], []), set()
+    for start in (0, 2, 4):
+        for stream, video, out in zip(streams, videos, parts, strict=True):
+            out.append(stream.decode(video[:, :, start : start + 2]))
+            sizes.add(stored_bytes(stream))
+    for out, video in zip(parts, videos, strict=True):
+        assert (torch.cat(out, dim=2) - offline(video)).abs().max() <= tolerance
+    assert len(sizes) == 1
 
 
 def test_streamed_encode_equals_offline_encode(vae):
@@ -93,36 +158,11 @@ def test_frames_short_of_a_latent_frame_wait(vae):
     assert counts == [1, 0, 1]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5])
-def test_saved_decoder_continues_bit_identically(vae, stop):
-    latents, whole = random_latents(8, size=(4, 4)), StreamingDecoder(vae)
-    if stop:
-        whole.decode(latents[:, :, :stop])
-    again = continued(whole, StreamingDecoder(vae))
-    expected = whole.decode(latents[:, :, stop:])
-    assert torch.equal(again.decode(latents[:, :, stop:]), expected)
-    if stop:
-        fresh = StreamingDecoder(vae).decode(latents[:, :, stop:])
-        assert fresh.shape != expected.shape, "a decoder without the state must not pass for a continued one"
-
-
 def test_saved_encoder_continues_bit_identically(vae):
     frames, whole = random_frames(21, 32, batch=1), StreamingEncoder(vae)
     whole.encode(frames[:, :, :11])
     again = continued(whole, StreamingEncoder(vae))
     assert torch.equal(again.encode(frames[:, :, 11:]), whole.encode(frames[:, :, 11:]))
-
-
-def test_two_streams_share_one_vae_and_their_states_do_not_grow(vae):
-    videos = random_latents(6, size=(4, 4)).split(1)
-    streams, parts, sizes = [StreamingDecoder(vae), StreamingDecoder(vae)], ([], []), set()
-    for start in (0, 2, 4):
-        for stream, video, out in zip(streams, videos, parts, strict=True):
-            out.append(stream.decode(video[:, :, start : start + 2]))
-            sizes.add(stored_numbers(stream))
-    for out, video in zip(parts, videos, strict=True):
-        assert torch.equal(torch.cat(out, dim=2), vae.decode(video, return_dict=False)[0])
-    assert len(sizes) == 1
 
 
 def test_bad_input_is_refused(vae):
@@ -299,8 +339,102 @@ def test_tiles_rest_in_host_memory_and_never_grow(tiled, latents, monkeypatch):
     sizes = []
     for start in (0, 2, 3):
         decoder.decode(latents[:, :, start : start + 2])
-        sizes.append(stored_numbers(decoder))
+        sizes.append(stored_bytes(decoder))
     assert sizes[0] == sizes[1] == sizes[2]
     # A tile comes, is decoded and goes before the next one comes.
     assert len(moves) == 2 * 12 * 3
     assert all(a[0] == b[0] and b[1] == "cpu" for a, b in zip(moves[::2], moves[1::2], strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_tiny_decoder_remembers_the_frame_before(name):
+    vae, z = build_tiny(name), random_latents(6)
+    assert (decode_slowly(vae, z, with_memory=False) - StreamingTinyDecoder(vae).decode(z)).abs().max() > 1e-2
+
+
+def test_half_precision_of_a_tiny_decoder_is_half_precision():
+    vae, z = build_tiny(), random_latents(6)
+    exact = StreamingTinyDecoder(vae).decode(z)
+    half = build_tiny().bfloat16()
+    frames = StreamingTinyDecoder(half).decode(half.denormalise(z.transpose(1, 2)))
+    assert frames.dtype == torch.bfloat16 and (frames.float() - exact).abs().max() < 0.1
+
+
+def published():
+    """Names and shapes of the decoder in ``taew2_1``, written out."""
+    shapes = {"1.weight": (256, 16, 3, 3), "1.bias": (256,), "22.weight": (3, 64, 3, 3), "22.bias": (3,)}
+    for width, places in ((256, (3, 4, 5)), (128, (9, 10, 11)), (64, (15, 16, 17))):
+        for place in places:
+            for layer, inputs in ((0, 2 * width), (2, width), (4, width)):
+                shapes[f"{place}.conv.{layer}.weight"] = (width, inputs, 3, 3)
+                shapes[f"{place}.conv.{layer}.bias"] = (width,)
+    shapes |= {"7.conv.weight": (256, 256, 1, 1), "8.weight": (128, 256, 3, 3)}
+    shapes |= {"13.conv.weight": (256, 128, 1, 1), "14.weight": (64, 128, 3, 3)}
+    shapes |= {"19.conv.weight": (128, 64, 1, 1), "20.weight": (64, 64, 3, 3)}
+    return {f"decoder.{name}": shape for name, shape in shapes.items()}
+
+
+def test_published_layout():
+    with torch.device("meta"):
+        vae = TinyVae()
+    assert {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()} == published()
+    assert len(published()) == 64
+    assert sum(tensor.numel() for tensor in vae.state_dict().values()) == 9_844_611
+    assert TinyLayout.of(published()) == TinyLayout()
+    assert (vae.layout.frames_per_latent, vae.layout.pixels_per_latent) == (4, 8)
+
+
+def test_files_load_strictly(tmp_path):
+    vae = build_tiny()
+    tensors = {name: tensor.half() for name, tensor in vae.state_dict().items()}
+    encoder = {"encoder.0.weight": torch.zeros(64, 3, 3, 3)}
+    torch.save(tensors | encoder, tmp_path / "tiny.pth")
+    save_file(tensors | encoder, tmp_path / "tiny.safetensors")
+    for name in ("tiny.pth", "tiny.safetensors"):
+        loaded = load_tiny_vae(tmp_path / name)
+        assert loaded.layout == vae.layout and not loaded.training
+        for key, tensor in loaded.state_dict().items():
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, tensors[key].float()), key
+
+    rest = {name: tensor for name, tensor in tensors.items() if name != "decoder.9.conv.2.bias"}
+    for changed, message in (
+        (rest, r"missing: 1 \(decoder.9.conv.2.bias\)"),
+        (tensors | {"decoder.23.weight": torch.zeros(1)}, r"extra: 1 \(decoder.23.weight\)"),
+        (tensors | {"decoder.4.conv.2.bias": torch.zeros(5)}, r"1 misshapen: decoder.4.conv.2.bias is \[5\], should"),
+        (tensors | {"decoder.1.weight": torch.zeros(3)}, "misshapen"),
+        ({"blocks.0.weight": torch.zeros(())}, r"missing: 64 \(decoder.1.bias.* and 59 more.*extra: 1 \(blocks.0"),
+    ):
+        save_file(changed, tmp_path / "bad.safetensors")
+        with pytest.raises(ValueError, match=f"is no TAEHV decoder.*{message}"):
+            load_tiny_vae(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("none.pth", lambda path: None, "does not exist"),
+        ("text.pth", lambda path: path.write_text("not weights"), "cannot read the fast VAE"),
+        ("text.safetensors", lambda path: path.write_text("not weights"), "cannot read the fast VAE"),
+        ("list.pth", lambda path: torch.save([1, 2], path), "no mapping"),
+        ("code.pth", lambda path: path.write_bytes(pickle.dumps({"a": Path("x")}, 2)), "cannot read the fast VAE"),
+    ],
+)
+def test_files_that_are_none_are_refused(name, write, message, tmp_path):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        load_tiny_vae(tmp_path / name)
+
+
+def test_bad_input_of_a_tiny_decoder_is_refused():
+    stream = StreamingTinyDecoder(build_tiny())
+    for shape in ((1, 4, 0, 3, 4), (4, 2, 3, 4), (1, 12, 1, 3, 4)):
+        with pytest.raises(ValueError, match="latents have shape"):
+            stream.decode(torch.zeros(shape))
+    tensors, numbers = stream.state_dict()
+    for state, message in (
+        (({}, {}), "lacks 'num_frames'"),
+        ((tensors | {"slot_000": torch.zeros(1, 4, 1, 2, 2)}, numbers), "not written by this fast VAE"),
+        (({}, {"num_frames": 3, "slots": ["empty"]}), "not written by this fast VAE"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.load_state_dict(*state)
