@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -101,10 +101,10 @@ def _step_of(timestep: float, schedule: tuple[float, ...]) -> int:
 class _SelfAttentionChange:
     """Other self-attention in the transformers of a pipeline, as long as ``installed`` lasts.
 
-    Args:
-        pipe: Of diffusers.
-        name: Of the function that changes it, for errors.
+    ``name`` is that of the function that changes it, for errors.
     """
+
+    _processor_class: ClassVar[type[AttentionProcessor]]
 
     def __init__(self, pipe: Any, name: str) -> None:
         self._name = name
@@ -117,16 +117,16 @@ class _SelfAttentionChange:
         with ExitStack() as undo:
             undo.callback(self._reset)
             for transformer in self._transformers:
-                blocks = blocks_of(transformer)
-                processors = [self._processor(layer, block.attn1) for layer, block in enumerate(blocks)]
                 for handle in self._hook(transformer):
                     undo.callback(handle.remove)
-                attentions = [block.attn1 for block in blocks]
-                undo.enter_context(processors_set(zip(attentions, processors, strict=True)))
+                blocks = enumerate(blocks_of(transformer))
+                undo.enter_context(processors_set(self._processor(layer, block.attn1) for layer, block in blocks))
             yield
 
-    def _processor(self, layer: int, attn: WanAttention) -> AttentionProcessor:
-        raise NotImplementedError
+    def _processor(self, layer: int, attn: Any) -> tuple[Any, AttentionProcessor]:
+        processor = self._processor_class(self, layer)
+        processor._attention_backend = attn.processor._attention_backend
+        return attn, processor
 
     def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
         raise NotImplementedError
@@ -249,8 +249,26 @@ def sparse_wan(
         yield sparse
 
 
+class SparseWanProcessor(AttentionProcessor["SparseWan"]):
+    """Self-attention of ``WanAttnProcessor`` over the blocks that a policy picks."""
+
+    # Plans are made by ordinary Python from the step, so a compiled block breaks its graph here.
+    @torch.compiler.disable
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        """(batch, tokens, dim) to the same shape."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError(
+                "sparse attention was given a mask or tokens of its own to attend to, which stock Wan self-attention "
+                "never is: use the transformer as diffusers has it."
+            )
+        q, k, v = _rotated_qkv(attn, hidden_states, rotary_emb)
+        return project_out(attn, self.owner._attend(q, k, v, self.layer))
+
+
 class SparseWan(_SelfAttentionChange):
     """Sparse attention of one pipeline, and a count of what it has computed; made by ``sparse_wan``."""
+
+    _processor_class = SparseWanProcessor
 
     def __init__(self, pipe: DiffusionPipeline, setting: AttentionSetting) -> None:
         super().__init__(pipe, "sparse_wan")
@@ -298,9 +316,6 @@ class SparseWan(_SelfAttentionChange):
             f"calls dense{f'; {kinds}' if kinds else ''}"
         )
 
-    def _processor(self, layer: int, attn: WanAttention) -> "SparseWanProcessor":
-        return SparseWanProcessor(self, layer)
-
     def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
         return [transformer.register_forward_pre_hook(_uncompiled(self._begin), with_kwargs=True)]
 
@@ -337,22 +352,6 @@ class SparseWan(_SelfAttentionChange):
             raise ValueError("self-attention was called by itself: call the transformer, whose input says the grid.")
         geometry = self._geometry.at(step_index=self._geometry.step_index, layer=layer, kind="denoise")
         return sparse_attention(q, k, v, geometry, policy=self._meter, memory=self._memory, backend=self.backend)
-
-
-class SparseWanProcessor(AttentionProcessor[SparseWan]):
-    """Self-attention of ``WanAttnProcessor`` over the blocks that a policy picks."""
-
-    # Plans are made by ordinary Python from the step, so a compiled block breaks its graph here.
-    @torch.compiler.disable
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """(batch, tokens, dim) to the same shape."""
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError(
-                "sparse attention was given a mask or tokens of its own to attend to, which stock Wan self-attention "
-                "never is: use the transformer as diffusers has it."
-            )
-        q, k, v = _rotated_qkv(attn, hidden_states, rotary_emb)
-        return project_out(attn, self.owner._attend(q, k, v, self.layer))
 
 
 class _Meter(DensityMeter):
@@ -520,6 +519,21 @@ def allocated_wan(
         yield allocated
 
 
+class _ActiveTokens(AttentionProcessor["AllocatedWan"]):
+    """Self-attention of ``WanAttnProcessor`` in which active tokens ask and all tokens are read."""
+
+    @torch.compiler.disable
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        """``hidden_states`` and the result are (batch, active tokens, dim), ``rotary_emb`` is of all tokens."""
+        active, memory = self.owner._active, self.owner._memory
+        if active is not None and rotary_emb is not None:
+            rotary_emb = (rotary_emb[0][:, active], rotary_emb[1][:, active])
+        q, k, v = _rotated_qkv(attn, hidden_states, rotary_emb)
+        k, v = memory.setdefault(_CACHE, _TokenCache()).update(self.layer, k, v, active)
+        out = dispatch_attention_fn(q, k, v, attn_mask=attention_mask, backend=self._attention_backend)
+        return project_out(attn, out.type_as(q))
+
+
 class AllocatedWan(_SelfAttentionChange):
     """Step allocation of one pipeline, and a count of what it has computed; made by ``allocated_wan``.
 
@@ -528,6 +542,8 @@ class AllocatedWan(_SelfAttentionChange):
         num_computed: Token evaluations of a network so far: tokens x samples x forwards.
         num_tokens: Token evaluations of a stock pipeline.
     """
+
+    _processor_class = _ActiveTokens
 
     def __init__(self, pipe: DiffusionPipeline, allocation: StepAllocation) -> None:
         super().__init__(pipe, "allocated_wan")
@@ -547,11 +563,6 @@ class AllocatedWan(_SelfAttentionChange):
 
     def __str__(self) -> str:
         return f"step allocation: {self.share:.3f} of {self.num_tokens} token evaluations computed"
-
-    def _processor(self, layer: int, attn: WanAttention) -> "_ActiveTokens":
-        processor, own = _ActiveTokens(self, layer), cast(Any, attn.processor)
-        processor._attention_backend = own._attention_backend
-        return processor
 
     def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
         return [
@@ -622,21 +633,6 @@ class AllocatedWan(_SelfAttentionChange):
             velocity = whole
         self._memory[_VELOCITY] = velocity
         return velocity
-
-
-class _ActiveTokens(AttentionProcessor[AllocatedWan]):
-    """Self-attention of ``WanAttnProcessor`` in which active tokens ask and all tokens are read."""
-
-    @torch.compiler.disable
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """``hidden_states`` and the result are (batch, active tokens, dim), ``rotary_emb`` is of all tokens."""
-        active, memory = self.owner._active, self.owner._memory
-        if active is not None and rotary_emb is not None:
-            rotary_emb = (rotary_emb[0][:, active], rotary_emb[1][:, active])
-        q, k, v = _rotated_qkv(attn, hidden_states, rotary_emb)
-        k, v = memory.setdefault(_CACHE, _TokenCache()).update(self.layer, k, v, active)
-        out = dispatch_attention_fn(q, k, v, attn_mask=attention_mask, backend=self._attention_backend)
-        return project_out(attn, out.type_as(q))
 
 
 def _check_scheduler(pipe: Any) -> None:
