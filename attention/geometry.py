@@ -129,10 +129,10 @@ class AttentionGeometry:
         return own
 
     @cached_property
-    def layout(self) -> "Layout":
+    def layout(self) -> "_Layout":
         """Everything but step, layer and pass: all that a plan made without looking at q and k depends on."""
         frames = (self.frame_tokens, self.grid, self.frames_per_block, self.segments)
-        return Layout((*frames, self.query_frames, self.query_positions))
+        return _Layout((*frames, self.query_frames, self.query_positions))
 
     def at(self, *, step_index: int, layer: int, kind: Kind) -> "AttentionGeometry":
         """The same frames in another step, layer or pass of the block, not checked anew."""
@@ -141,7 +141,7 @@ class AttentionGeometry:
         return other
 
 
-class Layout(tuple):
+class _Layout(tuple):
     """A layout whose hash is computed once: every attention call of a block looks its plan up by the same one."""
 
     @cached_property

@@ -348,7 +348,7 @@ def _flex(kernel: Any, call: AttentionCall) -> Result:
     q, k, v = (x.transpose(1, 2) for x in call[:3])
     kept, key = call.blocks.kept, ("flex", q.device)
     if key not in kept:
-        kept[key] = flex_block_mask(call.blocks.to(q.device))
+        kept[key] = _flex_block_mask(call.blocks.to(q.device))
     options = {"block_mask": kept[key], "scale": call.factor, "enable_gqa": q.shape[1] != k.shape[1]}
     if not call.return_lse:
         return kernel(q, k, v, **options).transpose(1, 2), None
@@ -356,7 +356,7 @@ def _flex(kernel: Any, call: AttentionCall) -> Result:
     return out.transpose(1, 2), extra.lse
 
 
-def flex_block_mask(plan: BlockPlan, block_size: int = _FLEX_BLOCK) -> Any:
+def _flex_block_mask(plan: BlockPlan, block_size: int = _FLEX_BLOCK) -> Any:
     """Make a ``BlockMask`` of a plan without an order, always with a mask function.
 
     Without a mask function the eager kernel ignores the lists of blocks and computes dense attention. Blocks of other

@@ -107,7 +107,7 @@ class Paro(TokenPolicy):
             keys = block_means(shared_heads(tokens.k, q.shape[1])[k_perm.T.to(q.device), heads], k_edges)
             scores = torch.einsum("qhd,khd->hqk", queries, keys) / q.shape[2] ** 0.5
             sizes = k_edges.diff().to(scores)
-            mask = mask_from_sums((scores + sizes.log()).softmax(-1), self.density).cpu()
+            mask = _mask_from_sums((scores + sizes.log()).softmax(-1), self.density).cpu()
         return BlockPlan.from_dense_block_mask(mask, q_edges, k_edges, q_perm=q_perm, k_perm=k_perm)
 
     def _orders(self, geometry: AttentionGeometry, num_heads: int, calibration: Calibration | None) -> list[str]:
@@ -193,7 +193,7 @@ def calibrate(
     return ORDERS[int((alpha * occupied + (1 - alpha) * uneven).argmin())]
 
 
-def mask_from_sums(sums: Tensor, density: float) -> Tensor:
+def _mask_from_sums(sums: Tensor, density: float) -> Tensor:
     """Keep the blocks with the largest (..., rows, columns) sums of weights, and of every row the largest.
 
     At least the share of blocks that ``density`` says is kept, rounded, and more if rows would be empty.
@@ -210,4 +210,4 @@ def mask_from_map(attention_map: Tensor, density: float, *, block_size: int = 64
     block = torch.arange(len(attention_map), device=attention_map.device) // block_size
     count = int(block[-1]) + 1
     rows = attention_map.new_zeros(count, len(attention_map)).index_add_(0, block, attention_map)
-    return mask_from_sums(attention_map.new_zeros(count, count).index_add_(1, block, rows), density)
+    return _mask_from_sums(attention_map.new_zeros(count, count).index_add_(1, block, rows), density)

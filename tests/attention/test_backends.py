@@ -15,7 +15,7 @@ from longtake.attention import BlockPlan, fastest, sdpa, zentorch
 from longtake.attention.backends import BACKENDS, AttentionCall, find_backend, packages, pytorch
 from longtake.attention.backends.base import AttentionRequest, BackendUnavailable
 from longtake.attention.backends.packages import zentorch_fault
-from longtake.attention.backends.pytorch import Flex, flex_block_mask
+from longtake.attention.backends.pytorch import Flex, _flex_block_mask
 from longtake.attention.plan import split_runs
 
 FRAME = 200
@@ -172,7 +172,7 @@ def test_flex_ignores_lists_without_a_function_and_ours_has_one():
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tokens, plan = _tokens(CASES["square"]), _plan(CASES["square"])
-    ours = flex_block_mask(plan)
+    ours = _flex_block_mask(plan)
     lists = (ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices)
     bare = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=128)
     heads_first = [x.transpose(1, 2) for x in tokens]

@@ -14,9 +14,9 @@ from longtake.attention.policies.paro import (
     ORDERS,
     Calibration,
     Paro,
+    _mask_from_sums,
     calibrate,
     mask_from_map,
-    mask_from_sums,
     permutation,
 )
 
@@ -75,7 +75,7 @@ def test_masks_keep_the_heaviest_blocks():
     ragged = mask_from_map(turned[:700, :700], 0.2)
     assert ragged.shape == (11, 11) and ragged.any(1).all()
     sums = torch.tensor([[9.0, 8.0, 7.0], [0.1, 0.3, 0.2]])
-    assert mask_from_sums(sums, 0.5).tolist() == [[True] * 3, [False, True, False]], "no row is left empty"
+    assert _mask_from_sums(sums, 0.5).tolist() == [[True] * 3, [False, True, False]], "no row is left empty"
 
 
 def tokens_for(geometry, heads=3):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.attention import AttentionGeometry, BlockPlan, Segment
-from longtake.attention.backends.pytorch import flex_block_mask
+from longtake.attention.backends.pytorch import _flex_block_mask
 from longtake.attention.plan import split_runs, uniform_edges
 
 FRAME = 200
@@ -74,7 +74,7 @@ def test_groups_cover_the_plan_once(plan):
 def test_flex_masks_carry_a_function_that_reads_the_plan(plan, block_size):
     plan = plan.without_order()
     expected = reference.token_mask(plan, plan.num_heads)
-    mask = flex_block_mask(plan, block_size)
+    mask = _flex_block_mask(plan, block_size)
     heads, queries, keys = (torch.arange(size) for size in expected.shape)
     found = mask.mask_mod(torch.tensor(0), heads[:, None, None], queries[None, :, None], keys[None, None, :])
     assert torch.equal(found.expand_as(expected), expected)
