@@ -27,7 +27,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """How much higher a measure is than the baseline's, over the videos that both have.
+    """Difference of a measure to the baseline's, over the videos that both have.
 
     Attributes:
         difference: Mean over prompts of the mean over seeds; NaN without a common video.

@@ -1,4 +1,4 @@
-"""What an evaluation writes: a manifest line and a score file per video, and the results of a run (schema 1)."""
+"""Records of an evaluation: a manifest line and a score file per video, and the results of a run (schema 1)."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ class ManifestLine:
 
     @property
     def is_shown(self) -> bool:
-        """Whether the report of a whole evaluation has frames of it."""
+        """True if the report of a whole evaluation has frames of it."""
         return self.prompt_index < NUM_SHOWN_PROMPTS and self.seed_index == 0
 
     def to_json(self) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def _git_commit() -> str | None:
 
 
 def _score_files(folder: Path) -> list[Any]:
-    """What the files of scores hold, in the order of the manifest, else of prompts and seeds."""
+    """Contents of the files of scores, in the order of the manifest, else of prompts and seeds."""
     manifest = folder / MANIFEST
     if manifest.is_file():
         paths = [folder / SCORES / score_name(line.id) for line in read_manifest(manifest)]
@@ -329,7 +329,7 @@ def _skipped(run: RunScores, name: str, reason: str) -> dict[str, Any]:
 
 
 def _unit(spec: MetricSpec) -> str:
-    """Of the mean; a metric whose mean is on another scale than its videos says both in numbers."""
+    """Unit of the mean; a metric whose mean is on another scale than its videos says both in numbers."""
     low, high = spec.range
     if spec.scale == 1 or low is None or high is None:
         return spec.unit
@@ -337,7 +337,7 @@ def _unit(spec: MetricSpec) -> str:
 
 
 def _provenance(run: RunScores, spec: MetricSpec) -> dict[str, Any]:
-    """Where a number comes from. ``formula`` is a commit of VBench's or ``ours``, ``source`` says more."""
+    """Provenance of a number. ``formula`` is a commit of VBench's or ``ours``, ``source`` says more."""
     _, _, stem = spec.name.removeprefix("drift/").partition("/")
     is_vbench, is_long = spec.name.startswith(("vbench/", "vbench_form/")), stem.startswith(("long/", "long_dev/"))
     return {
@@ -363,7 +363,7 @@ def _per_video(name: str, score: Score) -> dict[str, Any]:
 
 
 def _codec(run: RunScores) -> Mapping[str, Any]:
-    """What the measured files were encoded with; where they differ, every way that occurs."""
+    """Encoder settings of the measured files; where they differ, every way that occurs."""
     known = {json.dumps(video.video.encoder, sort_keys=True) for video in run.videos}
     encoders = [json.loads(text) for text in sorted(known)]
     return encoders[0] if len(encoders) == 1 else {"mixed": encoders} if encoders else {}

@@ -180,18 +180,16 @@ def _compare(
     `longtake evaluate compare first second --baseline sliding_window --moments 5,60,120 --out all`
     """
     from longtake.evaluation.results import load_run
-    from longtake.evaluation.running.runner import check_baseline, run_folders, write_comparison
+    from longtake.evaluation.running.runner import choose_baseline, run_folders, write_comparison
 
     places = [place for folder in folders for place in run_folders(folder)]
     runs = [load_run(place) for place in places]
-    labels = [run.label for run in runs]
-    check_baseline(baseline, labels)
     write_comparison(
         out_folder,
         runs,
-        baseline=baseline or labels[0],
+        baseline=choose_baseline(runs, baseline),
         moments=_seconds(moments),
-        videos=dict(zip(labels, places, strict=True)),
+        videos={run.label: place for run, place in zip(runs, places, strict=True)},
         commands=[f"longtake evaluate compare {' '.join(map(str, folders))} --out {out_folder}"],
     )
     _show_summary(out_folder)
@@ -253,7 +251,7 @@ def _table(
     `longtake evaluate table study more --moments 5,60,120 --page docs/results.md --section policies`
     """
     from longtake.evaluation.report.tables import choose_columns, moment_tables, replace_section, write_curves
-    from longtake.evaluation.running.runner import check_baseline, ordered_runs, settled_protocol
+    from longtake.evaluation.running.runner import choose_baseline, ordered_runs, settled_protocol
 
     if page is not None and section is not None:
         replace_section(page, section, None)
@@ -261,9 +259,7 @@ def _table(
         raise ValueError("--page and --section go together: name the page and the section of it that is written")
     protocol = settled_protocol(folders[0])
     runs = _measured_runs([place for folder in folders for place in ordered_runs(folder)])
-    labels = [run.label for run in runs]
-    check_baseline(baseline, labels)
-    chosen = baseline or (protocol.baseline if protocol.baseline in labels else labels[0])
+    chosen = choose_baseline(runs, baseline, protocol.baseline)
     columns = choose_columns(runs, None if metrics is None else _words(metrics))
     levels = _reference(folders[0], runs, columns) if reference else {}
     times = protocol.moments if moments is None else _seconds(moments)

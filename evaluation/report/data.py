@@ -322,7 +322,7 @@ class ReportData:
         return None
 
     @cached_property
-    def flags(self) -> list[tuple[str, str, str, str, float, float, str]]:
+    def flags(self) -> list[tuple[Any, ...]]:
         """(label, video id, prompt, *flag) of flagged videos, in the order of the runs and their manifests."""
         return [
             (run.label, video.video.id, video.video.prompt, *flag)
@@ -461,7 +461,7 @@ def _loop(value: float, details: Mapping[str, Any], scores: Mapping[str, Score])
 
 
 def _repeats_truly(period: float, scores: Mapping[str, Score]) -> bool:
-    """Whether the prompt itself asks for what repeats so: the bundled world's scenes are periodic."""
+    """True if the prompt itself asks for what repeats so: the bundled world's scenes are periodic."""
     judged = scores.get("judge/motion_magnitude")
     true_periods = judged.details.get("scene_periods_s", ()) if judged is not None else ()
     plays = [period / true_period for true_period in true_periods]
@@ -478,7 +478,7 @@ def _cut(value: float, details: Mapping[str, Any], scores: Mapping[str, Score]) 
 
 
 def _begins_again(time: float, loop: Mapping[str, Any], cuts: Sequence[float]) -> bool:
-    """Whether a cut comes after a loop's first play, or once more a period later."""
+    """True for a cut after a loop's first play, or once more a period later."""
     period = loop["period_s"]
     is_repeated = any(abs(other - time - period) <= _LOOP_MARGIN_S for other in cuts)
     first = loop["start_s"] if is_repeated else loop["start_s"] + period - _LOOP_MARGIN_S

@@ -64,7 +64,7 @@ class Evaluation:
         protocol = resolve_backbones(protocol)
         if protocol.videos is not None:
             self.protocol, self.runs = protocol, self._existing(protocol, protocol.videos)
-            check_baseline(protocol.baseline, self.labels)
+            choose_baseline(self.runs, protocol.baseline)
         else:
             self.protocol, self.runs = self._generated(protocol)
         self.units = interleaved(self.runs)
@@ -186,10 +186,16 @@ def ordered_runs(out: Path) -> list[Path]:
     )
 
 
-def check_baseline(baseline: str | None, labels: Sequence[str]) -> None:
-    """Refuse a baseline that is none of the runs."""
-    if baseline is not None and baseline not in labels:
-        raise ValueError(f"baseline {baseline!r} is none of the runs: {', '.join(labels)}")
+def choose_baseline(runs: Sequence[RunScores | RunPlan], wanted: str | None, *others: str | None) -> str:
+    """Label of the run that the others are compared with: the wanted one, else one of ``others``, else the first.
+
+    Raises:
+        ValueError: If the wanted one is none of the runs.
+    """
+    labels = [run.label for run in runs]
+    if wanted is not None and wanted not in labels:
+        raise ValueError(f"baseline {wanted!r} is none of the runs: {', '.join(labels)}")
+    return next(label for label in (wanted, *others, labels[0]) if label in labels)
 
 
 def write_results(out: Path) -> list[RunScores]:
@@ -205,7 +211,7 @@ def write_results(out: Path) -> list[RunScores]:
             videos[run.label] = folder
     if not runs:
         raise ValueError(f"no video of {out} has been measured: run `longtake evaluate run --out {out}` first")
-    baseline = next((run.label for run in runs if run.label == protocol.baseline), runs[0].label)
+    baseline = choose_baseline(runs, None, protocol.baseline)
     command = shlex.join(("longtake", "evaluate", "run", "--protocol", PROTOCOL_FILE, "--out", "OUT"))
     write_comparison(
         out, runs, baseline=baseline, moments=protocol.moments, protocol=protocol, videos=videos, commands=[command]

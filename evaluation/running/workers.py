@@ -49,16 +49,11 @@ _LONGEST_WAIT = timedelta(days=365)
 
 
 class _Watcher(typing.Protocol):
-    """Display of an evaluation's progress."""
+    """Display of progress: a worker has loaded everything, part of a unit is done, a unit is finished and on disk."""
 
-    def ready(self) -> None:
-        """Note that a worker has loaded everything."""
-
-    def steps(self, unit: Unit, steps: float) -> None:
-        """Note how many steps of a unit are done."""
-
-    def done(self, unit: Unit) -> None:
-        """Note that a unit is finished and on disk."""
+    def ready(self) -> None: ...
+    def steps(self, unit: Unit, steps: float) -> None: ...
+    def done(self, unit: Unit) -> None: ...
 
 
 def run_here(
@@ -127,11 +122,7 @@ def _do_units(
     watcher: _Watcher,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Do units; whoever is free takes the next.
-
-    Raises:
-        ValueError: The failures, after the other workers have finished the units they are in.
-    """
+    """Do units; whoever is free takes the next. After a failure the others finish the units they are in."""
     setup, left, failures = evaluation.setup(units), iter(units), []
     running: dict[Future[Any], tuple[_LocalWorker | _RayWorker, Unit | None]] = {}
     for worker in workers:
@@ -300,19 +291,10 @@ def is_rank() -> bool:
 
 
 def start_ranks(arguments: Sequence[str], *, num_ranks: int, should_stop: Callable[[], bool]) -> bool:
-    """Start ``longtake evaluate run ARGUMENTS`` on this machine under ``torchrun``; False where it was stopped.
-
-    Raises:
-        ValueError: If a rank fails; it has said why on the standard error stream.
-    """
+    """Start ``longtake evaluate run ARGUMENTS`` on this machine under ``torchrun``; False where it was stopped."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     command += ["--module", "longtake.scripts.main", "evaluate", "run", *arguments]
-    with subprocess.Popen(command) as process:
-        try:
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            raise
+    code = subprocess.run(command).returncode
     if code == 0 or should_stop():
         return code == 0
     raise ValueError("a rank of torchrun failed, see above: finished work is kept; run the same command again")
@@ -375,9 +357,9 @@ class _Worker:
             self.generator.check(to_make)
 
     @cached_property
-    def generator(self) -> "Generator":
+    def generator(self) -> "_Generator":
         """The model, loaded when the first video is missing."""
-        return Generator(self.setup.protocol, device=self.device)
+        return _Generator(self.setup.protocol, device=self.device)
 
     def describe(self) -> dict[str, Any]:
         """``specs``, ``skipped`` and ``files`` of what is measured."""
@@ -385,14 +367,7 @@ class _Worker:
         return {"specs": specs, "skipped": dict(self.skipped), "files": self.files}
 
     def do(self, unit: Unit, *, on_steps: Callable[[float], None]) -> None:
-        """Make what a unit lacks: its videos, if they are generated and not whole, then missing scores.
-
-        ``on_steps`` is called with the steps that are done, of ``unit.num_steps``.
-
-        Raises:
-            ValueError: If a video cannot be read.
-            OSError: If the disk is full.
-        """
+        """Make what a unit lacks: its videos, if they are generated and not whole, then missing scores."""
         lines, steps = unit.finished_lines(), 0.0
         is_measured = bool(lines) and all(unit.is_measured(line) for line in lines)
         if unit.is_generated:
@@ -425,7 +400,7 @@ class _Worker:
         return VideoScores(video=line, scores=of_own_prompts(scores, line.dimensions))
 
 
-class Generator:
+class _Generator:
     """The model of a resolved protocol, which makes the videos of units."""
 
     def __init__(self, protocol: Protocol, *, device: str) -> None:
@@ -434,11 +409,7 @@ class Generator:
         self._has_sparse_runs = any(ATTENTION in entry for entry in (protocol.caches or {}).values())
 
     def check(self, units: Sequence[Unit]) -> None:
-        """Refuse, before any work, what would fail in the middle of it.
-
-        Raises:
-            ValueError: If a prompt is too long for the model, or a policy cannot make videos of this length.
-        """
+        """Refuse, before any work, a prompt that is too long for the model, and a policy that cannot start."""
         limit = self.pipe.family.max_sequence_length
         prompts = [part for unit in units for prompt in unit.prompts for part in (prompt, *prompt.changes)]
         for text in dict.fromkeys(prompt.generated_from for prompt in prompts):
@@ -457,10 +428,7 @@ class Generator:
     def make(self, unit: Unit, *, on_share: Callable[[float], None]) -> tuple[ManifestLine, ...]:
         """Make a unit's videos and write down that they are whole, and what they cost; returns their complete lines.
 
-        ``on_share`` is called with the share that is finished, 0 to 1.
-
-        Raises:
-            OSError: If the disk is full; no half video is left under its name.
+        ``on_share`` is called with the share that is finished. An error leaves no half video under its name.
         """
         paths = [unit.folder / line.file for line in unit.lines]
         begin, begin_busy = time.perf_counter(), time.process_time()
@@ -543,13 +511,7 @@ def _start_process(steps: "connection.Connection") -> None:
 
 
 def _set_up(setup: Setup, slot: int) -> dict[str, Any]:
-    """Load networks and model in a worker, and refuse what would fail later; returns :meth:`Worker.describe`.
-
-    ``slot`` is the worker's number on this machine and chooses its GPU.
-
-    Raises:
-        ValueError: If a backbone, the model, a prompt or a policy does not fit.
-    """
+    """Load networks and model in a worker, and refuse what would fail later; ``slot`` chooses the GPU."""
     global _worker
     with _plain_errors("the setup"):
         torch.set_num_threads(setup.protocol.threads)
@@ -565,12 +527,7 @@ def _set_up(setup: Setup, slot: int) -> dict[str, Any]:
 
 
 def _do_unit(unit: Unit) -> None:
-    """Make and measure what a unit lacks, in a worker that is set up.
-
-    Raises:
-        ValueError: If it cannot be done; says what to do about it.
-        RuntimeError: If the program is at fault; with the traceback.
-    """
+    """Make and measure what a unit lacks, in a worker that is set up."""
     with _plain_errors(unit.title):
         if _worker is None:
             raise RuntimeError("the worker is not set up")

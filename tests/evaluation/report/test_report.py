@@ -301,14 +301,6 @@ def test_a_window_that_repeats_the_one_before_is_not_drawn():
     assert [time for time, _ in curve_points(measure, ["full"])["full"]] == [1.0, 3.0]
 
 
-def test_clips_are_preferred_to_whole_videos_and_official_numbers_to_both():
-    names = ["vbench_form/dynamic_degree[flow=a]", "vbench_form/long/dynamic_degree[flow=a]", "vbench/dynamic_degree"]
-    for count, expected in ((1, names[0]), (2, names[1]), (3, names[2])):
-        entries = {name: {"runs": {"full": {"mean": 0.5}}} for name in names[:count]}
-        data = ReportData(runs=(), comparison={"labels": ["full"], "metrics": entries})
-        assert [measure.name for measure in data.headlines] == [expected]
-
-
 @pytest.mark.parametrize(("num_compared", "needed"), [(1, 6), (3, 7), (15, 10)])
 def test_so_few_prompts_cannot_show_a_difference(num_compared, needed):
     """Even if every prompt agrees: the smallest p of the sign test, times Holm's factor, is above 5 %."""

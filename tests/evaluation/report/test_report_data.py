@@ -12,6 +12,7 @@ from longtake.evaluation.report.data import (
     LIGHT_PAGE,
     Estimate,
     Measure,
+    ReportData,
     digits_for,
     interval,
     number,
@@ -67,6 +68,14 @@ def test_what_is_not_a_number_is_not_measured(cell):
 def test_titles_say_what_names_say(name, title, place, backbone):
     measure = Measure(name, {})
     assert (measure.title, measure.place, measure.backbone) == (title, place, backbone)
+
+
+def test_clips_are_preferred_to_whole_videos_and_official_numbers_to_both():
+    names = ["vbench_form/dynamic_degree[flow=a]", "vbench_form/long/dynamic_degree[flow=a]", "vbench/dynamic_degree"]
+    for count in (1, 2, 3):
+        entries = {name: {"runs": {"full": {"mean": 0.5}}} for name in names[:count]}
+        data = ReportData(runs=(), comparison={"labels": ["full"], "metrics": entries})
+        assert [measure.name for measure in data.headlines] == names[count - 1 : count]
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.

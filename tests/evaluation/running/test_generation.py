@@ -11,7 +11,7 @@ from longtake.evaluation.running import workers
 from longtake.evaluation.running.plan import plan_generation
 from longtake.evaluation.running.protocol import Protocol, resolve_generation
 from longtake.evaluation.running.suites import Change, Prompt
-from longtake.evaluation.running.workers import Generator
+from longtake.evaluation.running.workers import _Generator
 from longtake.pipelines.video_file import VideoWriter
 
 CACHES = {"window": {"policy": "sliding_window"}, "long": {"policy": "longlive"}}
@@ -28,7 +28,7 @@ def make_generator(tiny_folder):
             **{"model": str(tiny_folder), "family": "mini", "caches": CACHES, "seconds": 1.5, "sampler": SAMPLER}
             | settings
         )
-        return Generator(resolve_generation(protocol), device="cpu")
+        return _Generator(resolve_generation(protocol), device="cpu")
 
     return make
 
@@ -149,4 +149,4 @@ def test_bfloat16_is_another_precision(make_generator, tmp_path):
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
-        Generator(Protocol(model=str(tmp_path / "nowhere"), family="mini", caches=CACHES), device="cpu")
+        _Generator(Protocol(model=str(tmp_path / "nowhere"), family="mini", caches=CACHES), device="cpu")

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+from clips import write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,21 +14,12 @@ from longtake.evaluation.running.plan import Unit, interleaved, plan_generation,
 from longtake.evaluation.running.protocol import Protocol
 from longtake.evaluation.running.runner import Evaluation
 from longtake.evaluation.running.suites import Change, Prompt
-from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
 CACHES = {"full": {"policy": "full"}, "pack": {"policy": "pack"}, "other": {"policy": "pack"}}
 
 
 def make_protocol(**settings):
     return Protocol(**{"caches": CACHES, "family": "mini", "model_sha256": "0" * 64, "seconds": 30.0} | settings)
-
-
-def write_video(path, *, num_frames=5, fps=8, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = np.random.default_rng(seed).integers(0, 256, (num_frames, 32, 32, 3)).astype(np.uint8)
-    with VideoWriter(path, video_format=VideoFormat(height=32, width=32, fps=fps, threads=1)) as writer:
-        writer.write(frames)
-    return path
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
@@ -102,7 +93,7 @@ def test_prompts_of_names_by_vbenchs_rule():
 
 def test_one_folder_is_one_run_with_prompts_from_its_names(tmp_path):
     for name in ("a cat-1", "a cat-0", "a dog-0"):
-        write_video(tmp_path / "clips" / f"{name}.mp4")
+        write_clip(tmp_path / "clips" / f"{name}.mp4")
     (run,) = plan_videos(tmp_path / "clips", tmp_path / "out")
     assert run.label == "clips" and run.folder == tmp_path / "out"
     lines = [unit.lines[0] for unit in run.units]
@@ -119,7 +110,7 @@ def test_one_folder_is_one_run_with_prompts_from_its_names(tmp_path):
 
 def test_folders_of_policies_are_runs_with_the_same_prompt_numbers(tmp_path):
     for name in ("full/b-0", "full/a-0", "pack/a-0", "pack/b-0", "pack/c-0"):
-        write_video(tmp_path / f"{name}.mp4")
+        write_clip(tmp_path / f"{name}.mp4")
     runs = plan_videos(tmp_path, tmp_path / "out")
     assert [(run.label, run.folder) for run in runs] == [(n, tmp_path / "out" / n) for n in ("full", "pack")]
     numbers = [{unit.lines[0].prompt: unit.lines[0].prompt_index for unit in run.units} for run in runs]
@@ -128,7 +119,7 @@ def test_folders_of_policies_are_runs_with_the_same_prompt_numbers(tmp_path):
 
 def test_folders_without_videos_or_with_one_label_are_refused(tmp_path):
     for name in ("two/my run/a-0", "two/my-run/a-0"):
-        write_video(tmp_path / f"{name}.mp4")
+        write_clip(tmp_path / f"{name}.mp4")
     (tmp_path / "empty").mkdir()
     refused = {"two": "would have the same label", "none": "no folder of videos", "empty": "holds no videos"}
     for name, message in refused.items():
@@ -139,7 +130,7 @@ def test_folders_without_videos_or_with_one_label_are_refused(tmp_path):
 def test_a_manifest_comes_first_then_a_file_of_prompts(tmp_path):
     clips = tmp_path / "clips"
     for name in ("one", "two"):
-        write_video(clips / "videos" / f"{name}.mp4")
+        write_clip(clips / "videos" / f"{name}.mp4")
     lines = [
         ManifestLine(
             id=f"p000{i}-0", file=f"videos/{name}.mp4", prompt=name, prompt_index=i, seed=7, chunk_starts=(0, 3)
@@ -198,7 +189,7 @@ def test_folders_of_frames_are_videos(tmp_path):
 def test_videos_and_prompts_that_do_not_match_are_refused(tmp_path, prompts, manifest, message):
     clips, paths = tmp_path / "clips", {}
     for name in ("one", "two"):
-        write_video(clips / f"{name}.mp4")
+        write_clip(clips / f"{name}.mp4")
     if prompts is not None:
         paths["prompt_file"] = tmp_path / "prompts.json"
         paths["prompt_file"].write_text(prompts)
@@ -210,7 +201,7 @@ def test_videos_and_prompts_that_do_not_match_are_refused(tmp_path, prompts, man
 
 
 def test_a_manifest_in_the_words_of_others_is_understood(tmp_path):
-    write_video(tmp_path / "clips" / "one-0.mp4")
+    write_clip(tmp_path / "clips" / "one-0.mp4")
     words = {"id": "one-0", "prompt": "a cat", "n_frames": 5, "fps": 8, "H": 32, "W": 32, "policy": "pack"}
     manifest = tmp_path / "clips" / "manifest.jsonl"
     manifest.write_text(json.dumps(words))
@@ -239,8 +230,8 @@ def test_the_longest_name_is_written(tmp_path):
 
 
 def test_a_run_has_one_frame_rate_and_readable_videos(tmp_path):
-    write_video(tmp_path / "clips" / "one.mp4", fps=8)
-    write_video(tmp_path / "clips" / "two.mp4", fps=16)
+    write_clip(tmp_path / "clips" / "one.mp4", fps=8)
+    write_clip(tmp_path / "clips" / "two.mp4", fps=16)
     with pytest.raises(ValueError, match="mixes frame rates: one has 8 frames per second, two 16"):
         plan_videos(tmp_path / "clips", tmp_path / "out")
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from clips import write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,6 @@ from longtake.evaluation.sets import (
     measure_sets,
     set_scores,
 )
-from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.scripts.console import run_app
 from longtake.scripts.main import app
 
@@ -224,11 +224,7 @@ def test_folders_of_videos_are_measured_as_sets(tmp_path, capfd):
     """The command, in this process: the file says what the terminal does, and two equal folders are at distance 0."""
     for name, seeds in (("run", range(6)), ("same", range(6)), ("other", range(9, 15))):
         for seed in seeds:
-            frames = np.random.default_rng(seed).integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
-            path = tmp_path / name / f"clip-{seed}.mp4"
-            path.parent.mkdir(exist_ok=True)
-            with VideoWriter(path, video_format=VideoFormat(height=32, width=32, threads=1)) as writer:
-                writer.write(frames)
+            write_clip(tmp_path / name / f"clip-{seed}.mp4", seed=seed, num_frames=6)
     words = ("--num-frames", "4", "--allow-small")
 
     def call(reference, *more):
