@@ -200,9 +200,9 @@ def choose_baseline(runs: Sequence[RunScores | RunPlan], wanted: str | None, *ot
 
 def write_results(out: Path) -> list[RunScores]:
     """Write results, comparison and report of what has been measured so far; refuses a folder without a video."""
-    protocol = load_protocol(out / PROTOCOL_FILE)
+    folders, protocol = ordered_runs(out), load_protocol(out / PROTOCOL_FILE)
     runs, videos = [], {}
-    for folder in ordered_runs(out):
+    for folder in folders:
         _write_costs(folder)
         run = load_run(folder)
         if run.videos:
