@@ -9,7 +9,7 @@ import upstream_wan as reference
 from longtake.attention import sdpa
 from longtake.cache import KVCache, Pass, make_policy
 from longtake.models import CausalTransformer, Prompt, Segment, causal
-from longtake.pipelines import LatentRollout, PromptSwitch
+from longtake.pipelines import LatentRollout, rollout_latents
 
 SHAPE = (4, 6, 4)
 SIGMAS = (1.0, 0.9375, 2.5 / 3, 0.625)
@@ -60,7 +60,7 @@ def one_attention(monkeypatch):
 
 def roll(model, numerics, *, merge=False, **settings):
     settings = {"num_frames": 9, "frame_shape": SHAPE, "cache": "full", "noise": NOISE} | settings
-    rollout = LatentRollout(model, NOISE.embeds, merge_commit=merge, numerics=numerics, **settings)
+    rollout = rollout_latents(model, NOISE.embeds, merge_commit=merge, numerics=numerics, **settings)
     return torch.cat([block.latents for block in rollout], dim=1)
 
 
@@ -115,7 +115,7 @@ def test_rolling_windows_and_prompt_switches_run_in_half_precision(build):
     sampler = {"name": "rolling_window", "timesteps": [1000, 600, 200]}
     for settings in (
         {"sampler": sampler, "cache": "rolling_forcing"},
-        {"cache": "longlive", "schedule": [PromptSwitch(3, NOISE.embeds.flip(0), "recache")]},
+        {"cache": "longlive", "schedule": [(3, NOISE.embeds.flip(0), "recache")]},
     ):
         latents = roll(loaded, "upstream", **settings)
         assert latents.dtype == torch.bfloat16 and latents.isfinite().all()
