@@ -17,7 +17,7 @@ from longtake.cache.base import (
 from longtake.cache.frames import FramePlan, FramePolicy
 from longtake.cache.kv_cache import Call, KVCache, Run, SparseAttention
 from longtake.cache.registry import DEFAULT_POLICY, EXACT_POLICY, POLICIES, make_policy
-from longtake.cache.storage import KeysValues, PlainStorage, Storage, Stored, TokenBuffer
+from longtake.cache.storage import KeysValues, Storage, Stored, TokenBuffer
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -37,7 +37,6 @@ __all__ = [
     "KVCache",
     "KeysValues",
     "Pass",
-    "PlainStorage",
     "PolicyState",
     "Read",
     "Run",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longtake.cache.base import CacheStats, Context, Geometry, Number, Pass, Read
 from longtake.cache.frames import FramePolicy, FrameState
-from longtake.cache.storage import KeysValues, PlainBuffer, Stored
+from longtake.cache.storage import KeysValues, Storage, Stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class AveragingPolicy(FramePolicy):
         """
 
     @abstractmethod
-    def update(self, averages: "FrameAverages", layer: int, frames: tuple[int, ...], tokens: list[Stored]) -> None:
+    def update(self, averages: "FrameAverages", layer: int, frames: tuple[int, ...], tokens: list[KeysValues]) -> None:
         """Take released frames into the averages of one layer.
 
         Args:
@@ -51,7 +51,6 @@ class AveragingPolicy(FramePolicy):
         """
 
     def start(self, geometry: Geometry) -> "AveragingState":
-        """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
         return AveragingState(self, geometry)
 
@@ -70,7 +69,7 @@ class FrameAverages:
     def __init__(self, geometry: Geometry, num_frames: int) -> None:
         self.dtype = geometry.dtype
         self.size = geometry.tokens_per_frame
-        self.buffer = PlainBuffer(replace(geometry, dtype=torch.float32), num_frames * self.size)
+        self.buffer = Storage().buffer(replace(geometry, dtype=torch.float32), num_frames * self.size)
 
     def put(self, layer: int, place: int, new: Stored) -> None:
         """Begin an average with a frame."""
@@ -88,7 +87,7 @@ class FrameAverages:
         return KeysValues(stored.keys.to(self.dtype), stored.values.to(self.dtype))
 
 
-class AveragingState(FrameState):
+class AveragingState(FrameState[AveragingPolicy]):
     """Frames, and averages of those that were let go of. Averages of a layer change when that layer commits."""
 
     def __init__(self, policy: AveragingPolicy, geometry: Geometry) -> None:
@@ -110,21 +109,26 @@ class AveragingState(FrameState):
         capacity = context.capacity + self.policy.num_averages * self.averages.size
         return replace(context, reads=reads, capacity=capacity)
 
-    def release(self, layer: int, frames: tuple[int, ...]) -> None:
+    def release(self, layer: int, pass_: Pass, frames: tuple[int, ...], own: KeysValues) -> None:
         """Take the frames into the averages."""
-        size, tokens = self.averages.size, []
-        for count, stored in self.stored(layer, frames):
-            k, v = stored.keys, stored.values
-            tokens += [KeysValues(k[:, i : i + size], v[:, i : i + size]) for i in range(0, count * size, size)]
-        self.policy.update(self.averages, layer, frames, tokens)
+        slots = [self._before[frame] for frame in frames if frame in self._before]
+        starts = [frame - pass_.start_frame for frame in frames if frame not in self._before]
+        parts = [stored for _, stored in self.store.read(layer, slots)]
+        tokens = [one for stored in parts for one in self._frames_of(stored)]
+        new = self._frames_of(own)
+        self.policy.update(self.averages, layer, frames, [*tokens, *(new[start] for start in starts)])
+
+    def _frames_of(self, stored: Stored) -> list[KeysValues]:
+        size = self.averages.size
+        return [
+            KeysValues(k, v) for k, v in zip(stored.keys.split(size, 1), stored.values.split(size, 1), strict=True)
+        ]
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keep the block's frames, and average those that have to go."""
         super().commit(layer, pass_, q, k, v)
         self._end = pass_.start_frame + pass_.num_frames
 
     def stats(self) -> CacheStats:
-        """Tokens and bytes of frames and averages."""
         stats, role = super().stats(), self.policy.average_role
         tokens, bytes_, positions = dict(stats.tokens), dict(stats.bytes), stats.positions
         num_tokens = len(self.policy.averages(self._end, self.geometry.frames_per_block)[0]) * self.averages.size
@@ -137,7 +141,6 @@ class AveragingState(FrameState):
         return CacheStats(tokens, bytes_, positions)
 
     def state_dict(self) -> dict[str, Tensor | Number]:
-        """Frames and averages."""
         state = super().state_dict() | {"end": self._end}
         buffer = self.averages.buffer
         for layer in range(self.geometry.num_layers if self._end else 0):
@@ -146,11 +149,6 @@ class AveragingState(FrameState):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
         super().load_state_dict(state)
         self._end, self._seen = int(state["end"]), None
         for layer in range(self.geometry.num_layers if self._end else 0):

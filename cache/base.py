@@ -7,7 +7,7 @@ speaks of positions only in ``select``.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from torch import Tensor
 
@@ -61,6 +61,11 @@ class Read:
     frames: tuple[int, ...] = ()
     role: str = "recent"
     bias: Tensor | None = None
+
+    @classmethod
+    def of_frames(cls, stored: Stored, frames: range, role: str, *, shift: int = 0) -> "Read":
+        """Consecutive whole frames, at their own positions or so many behind them."""
+        return cls(stored, tuple(float(frame + shift) for frame in frames), tuple(frames), role)
 
     @property
     def keys(self) -> Tensor:
@@ -218,6 +223,22 @@ class CachePolicy(ABC):
     published_block: ClassVar[int] = 3
     published_window: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, known = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in known:
+                raise ValueError(f"{field.name}={value!r} is unknown: use {' or '.join(map(repr, known))}.")
+
+    def at_least(self, least: int, *names: str, note: str = "") -> None:
+        """Refuse fields below a limit.
+
+        Raises:
+            ValueError: With the value, the limit, and the note behind them.
+        """
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more{note}.")
+
     @abstractmethod
     def start(self, geometry: Geometry) -> "PolicyState":
         """Make the empty state of one rollout.
@@ -249,6 +270,24 @@ class CachePolicy(ABC):
     def settings(self) -> dict[str, Any]:
         """The policy as its YAML mapping: name and fields."""
         return {"policy": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def check_room(num_context_frames: int, needed: int, what: str, *, remedy: str = "") -> None:
+    """Refuse a context that is too short.
+
+    Args:
+        num_context_frames: Frames attended.
+        needed: Least of them.
+        what: Content that has to fit into it.
+        remedy: Another way out than a longer context.
+
+    Raises:
+        ValueError: With all of these.
+    """
+    if num_context_frames < needed:
+        raise ValueError(
+            f"num_context_frames={num_context_frames} leaves no room for {what}: use {needed} or more{remedy}."
+        )
 
 
 class PolicyState(ABC):

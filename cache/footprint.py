@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import CachePolicy, Context, Geometry, HeadGroup, Pass, Read
-from longtake.cache.coded import CodedTokens
 from longtake.cache.simulation import SimulatedBlock, simulate
-from longtake.cache.storage import TokenBuffer
+from longtake.cache.storage import PlacedTokens, TokenBuffer
 
 MAX_BLOCKS = 600  # of a rollout of unknown length: at 4 frames a block ten minutes of video
 STEADY_BLOCKS = 12  # without a change: the rest is alike
@@ -179,8 +178,7 @@ class _Buffers:
     def _copied(self, read: Read) -> int:
         """Bytes of one head while a read is rotated: wide copies, and decoded numbers before they are rounded."""
         g, stored = self.geometry, read.stored
-        plain = self.head_bytes * g.num_heads * g.num_layers
-        is_decoded = isinstance(stored, CodedTokens) and stored.buffer.bytes_per_token < plain
+        is_decoded = isinstance(stored, PlacedTokens) and stored.buffer.is_encoded
         itemsize = (4 if self.is_wide else 0) + (2 * g.dtype.itemsize if is_decoded else 0)
         return stored.num_tokens * g.batch_size * g.head_dim * itemsize
 

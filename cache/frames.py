@@ -6,10 +6,10 @@ tested without a model.
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ from longtake.cache.base import (
     Pass,
     PolicyState,
     Read,
+    check_room,
 )
-from longtake.cache.storage import KeysValues, Stored
+from longtake.cache.storage import DerivedTokens, KeysValues, Stored, saved_part
+
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,23 @@ class FramePlan:
         return cls(frames, tuple(map(float, frames)), tuple(map(float, own)))
 
     @classmethod
-    def contiguous(cls, frames: tuple[int, ...], num_frames: int) -> "FramePlan":
-        """Every frame at its place in the reading order: 0, 1, 2, ..."""
-        return cls.with_gap(frames, num_frames, first=0, gap=0)
-
-    @classmethod
-    def with_gap(cls, frames: tuple[int, ...], num_frames: int, *, first: int, gap: int) -> "FramePlan":
-        """Every frame at its place in the reading order, where ``gap`` places stay free behind the first frames."""
+    def contiguous(cls, frames: tuple[int, ...], num_frames: int, *, first: int = 0, gap: int = 0) -> "FramePlan":
+        """Every frame at its place in the reading order, 0, 1, 2, ...; behind the first ones a gap may stay free."""
         places = [*range(first), *range(first + gap, len(frames) + gap + num_frames)]
         positions = tuple(map(float, places))
         return cls(frames, positions[: len(frames)], positions[len(frames) :])
+
+    @classmethod
+    def placed(cls, positions: str, frames: tuple[int, ...], start_frame: int, num_frames: int) -> "FramePlan":
+        """One of the two by its name."""
+        if positions == "absolute":
+            return cls.absolute(frames, start_frame, num_frames)
+        return cls.contiguous(frames, num_frames)
+
+
+def ends(frames: tuple[int, ...], num_first: int, num_last: int) -> tuple[int, ...]:
+    """The first and the last of some frames, each once."""
+    return frames[:num_first] + frames[max(len(frames) - num_last, num_first) :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +119,68 @@ class FramePolicy(CachePolicy):
         roles = self.roles(stored)
         return tuple(f for f, role in zip(stored, roles, strict=True) if role == "sink" or f == stored[-1])
 
-    def start(self, geometry: Geometry) -> "FrameState":
+    def start(self, geometry: Geometry) -> "FrameState[Any]":
         """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
         return FrameState(self, geometry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkWindow(FramePolicy):
+    """First frames and the last ones, side by side unless a policy says otherwise."""
+
+    num_context_frames: int = 12  # everything attended: sinks, history and the block itself
+    num_sink_frames: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(0, "num_sink_frames")
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse a context without room for the sinks and a block."""
+        content = f"num_sink_frames={self.num_sink_frames} and a block of {frames_per_block} frames"
+        needed = self.num_sink_frames + frames_per_block
+        check_room(self.num_context_frames, needed, content, remedy=", or fewer sinks")
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """What one block reads beside itself."""
+        return self.num_context_frames - frames_per_block
+
+    def num_read_frames(self, frames_per_block: int) -> int | None:
+        """What one block reads beside itself."""
+        return self.num_context_frames - frames_per_block
+
+    def num_sinks(self, stored: tuple[int, ...]) -> int:
+        """Number of sinks among the stored frames: those before ``num_sink_frames``."""
+        return sum(frame < self.num_sink_frames for frame in stored)
+
+    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
+        """Sinks, then the recent past."""
+        num_sinks = self.num_sinks(frames)
+        return ("sink",) * num_sinks + ("recent",) * (len(frames) - num_sinks)
+
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the sinks and the last frames that fit beside them and the block."""
+        num_sinks = self.num_sinks(stored)
+        return ends(stored, num_sinks, self.num_context_frames - num_frames - num_sinks)
+
+
+P = TypeVar("P", bound=FramePolicy)
+
+
+def assign_places(places: Mapping[T, int], wanted: Iterable[T], num_places: int) -> dict[T, int]:
+    """Let whoever has a place keep it, and give the others places that nobody wanted has.
+
+    Args:
+        places: Of what is stored now.
+        wanted: What is to be stored, in order.
+        num_places: Places in all.
+    """
+    wanted = list(wanted)
+    kept = {item: places[item] for item in wanted if item in places}
+    taken = set(kept.values())
+    free = iter([place for place in range(num_places) if place not in taken])
+    return kept | {item: next(free) for item in wanted if item not in kept}
 
 
 class FrameStore:
@@ -122,10 +190,13 @@ class FrameStore:
         geometry: Shapes of the rollout.
         num_slots: Frames to make room for; None grows by half again whenever it is full.
         num_extra: Frames' worth of places in ``buffer`` behind the slots, in bounded stores.
+        frame_size: Tokens of a slot, where they are not a frame's.
     """
 
-    def __init__(self, geometry: Geometry, num_slots: int | None, num_extra: int = 0) -> None:
-        self.frame_size = geometry.tokens_per_frame
+    def __init__(
+        self, geometry: Geometry, num_slots: int | None, *, num_extra: int = 0, frame_size: int | None = None
+    ) -> None:
+        self.frame_size = frame_size or geometry.tokens_per_frame
         self.is_bounded = num_slots is not None
         self.num_slots = num_slots if num_slots is not None else geometry.max_frames or 4 * geometry.frames_per_block
         self.buffer = geometry.storage.buffer(geometry, (self.num_slots + num_extra) * self.frame_size)
@@ -158,6 +229,17 @@ class FrameStore:
             parts.append((count, _Backwards(stored, size) if is_backwards else stored))
         return parts
 
+    def reads(
+        self, layer: int, slots: Sequence[int], frames: Sequence[int], positions: Sequence[float], *, role: str
+    ) -> list[Read]:
+        """Frames of ``slots`` at their positions, neighbours as one read."""
+        reads, start = [], 0
+        for count, stored in self.read(layer, slots):
+            part = slice(start, start + count)
+            reads.append(Read(stored, tuple(positions[part]), frames=tuple(frames[part]), role=role))
+            start += count
+        return reads
+
     def save(self, layer: int, slots: Sequence[int]) -> dict[str, Tensor]:
         """Frames of ``slots`` in order, as they are encoded."""
         size = self.frame_size
@@ -189,48 +271,32 @@ def _walks(slots: Sequence[int]) -> list[tuple[int, int, bool]]:
 
 
 @dataclass(frozen=True)
-class _Backwards:
-    """Frames in the reverse of the order in which they are stored, turned round when they are read."""
+class _Backwards(DerivedTokens):
+    """Frames in the reverse of the order in which they are stored."""
 
-    stored: Stored
     frame_size: int
 
-    @property
-    def num_tokens(self) -> int:
-        """How many, per sample."""
-        return self.stored.num_tokens
-
-    @property
-    def keys(self) -> Tensor:
-        """(batch, tokens, heads, head_dim), un-rotated."""
-        return self._turned(self.stored.keys)
-
-    @property
-    def values(self) -> Tensor:
-        """(batch, tokens, heads, head_dim)."""
-        return self._turned(self.stored.values)
-
-    def _turned(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(1, (-1, self.frame_size)).flip(1).flatten(1, 2)
+    def derive(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(1, (-1, self.frame_size)).flip(1).flatten(1, 2)
 
 
-class FrameState(PolicyState):
+class FrameState(PolicyState, Generic[P]):
     """The state of any ``FramePolicy``: which frame lies in which slot.
 
     Slots are handed over once per block. Until the last layer has committed, passes of the committed block still
     see the map from before, and passes of the next block the map after.
     """
 
-    def __init__(self, policy: FramePolicy, geometry: Geometry) -> None:
+    def __init__(self, policy: P, geometry: Geometry) -> None:
         self.policy = policy
         self.geometry = geometry
         block = geometry.frames_per_block
-        self.store = FrameStore(geometry, policy.num_stored_frames(block), policy.num_extra_frames(block))
+        num_extra = policy.num_extra_frames(block)
+        self.store = FrameStore(geometry, policy.num_stored_frames(block), num_extra=num_extra)
         self._before: dict[int, int] = {}
         self._after: dict[int, int] = {}
         self._committed = -1
         self._plan: tuple[tuple, FramePlan] | None = None
-        self._committing: tuple[Pass, KeysValues] | None = None
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
         """Read the frames that the policy plans for this block."""
@@ -244,15 +310,13 @@ class FrameState(PolicyState):
         return self._before if pass_.start_frame <= self._committed else self._after
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keep the block's frames in the slots of those that the next block no longer reads."""
+        """Keep the block's frames in the slots of those that are gone."""
         if pass_.start_frame != self._committed:
             self._hand_over(pass_)
         new = range(pass_.start_frame, pass_.start_frame + pass_.num_frames)
         gone = tuple(sorted({*self._before, *new} - self._after.keys()))
         if gone:
-            self._committing = pass_, KeysValues(k, v)
-            self.release(layer, gone)
-            self._committing = None
+            self.release(layer, pass_, gone, KeysValues(k, v))
         self.store.write(layer, [self._after.get(f, -1) for f in new], k, v)
 
     def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
@@ -275,31 +339,21 @@ class FrameState(PolicyState):
 
     def assign(self, frames: tuple[int, ...]) -> None:
         """Make these the frames at hand: stored ones stay where they are, others get a place to be written to."""
-        kept = set(frames)
-        after = {frame: slot for frame, slot in self._after.items() if frame in kept}
-        taken = set(after.values())
-        free = iter([slot for slot in range(self.store.num_slots) if slot not in taken])
-        self._after = after | {frame: next(free) for frame in frames if frame not in after}
+        self._after = assign_places(self._after, frames, self.store.num_slots)
 
-    def release(self, layer: int, frames: tuple[int, ...]) -> None:
+    def release(self, layer: int, pass_: Pass, frames: tuple[int, ...], own: KeysValues) -> None:
         """Take leave of frames that no later block reads, before their slots are written over.
 
-        ``self.stored(layer, frames)`` still has them, those of the block being committed too. Called once per layer
-        and block; does nothing by itself.
+        Called once per layer and block; does nothing by itself.
+
+        Args:
+            layer: Self-attention layer.
+            pass_: The commit pass.
+            frames: Ascending; still in the slots that ``self._before`` says, but for those of the pass.
+            own: Tokens of the pass.
         """
 
-    def stored(self, layer: int, frames: Sequence[int]) -> list[tuple[int, Stored]]:
-        """Tokens of ascending frames that are being released: (number of frames, tokens) each."""
-        parts = self.store.read(layer, [self._before[frame] for frame in frames if frame in self._before])
-        if self._committing is not None:
-            pass_, own = self._committing
-            size = self.store.frame_size
-            starts = [(frame - pass_.start_frame) * size for frame in frames if frame not in self._before]
-            parts += [(1, KeysValues(own.keys[:, i : i + size], own.values[:, i : i + size])) for i in starts]
-        return parts
-
     def stats(self) -> CacheStats:
-        """Tokens and bytes of the frames at hand."""
         plan = self._plan[1] if self._plan else None
         roles = Counter(self.roles(tuple(sorted(self._after))))
         span = (*plan.positions, *plan.query_positions) if plan else ()
@@ -319,11 +373,6 @@ class FrameState(PolicyState):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
         frames = state["frames"].tolist()
         if len(frames) > self.store.num_slots:
             if self.store.is_bounded:
@@ -335,8 +384,7 @@ class FrameState(PolicyState):
         self._committed = int(state["committed"])
         self._before, self._after, self._plan = {}, {frame: slot for slot, frame in enumerate(frames)}, None
         for layer in range(self.geometry.num_layers if frames else 0):
-            saved = {key.split(".")[0]: state[key] for key in state if key.endswith(f".{layer}")}
-            self.store.buffer.load(layer, 0, saved)
+            self.store.buffer.load(layer, 0, saved_part(state, "", f".{layer}"))
 
     def _reads(self, layer: int, plan: FramePlan, slots: Mapping[int, int]) -> tuple[Read, ...]:
         """Neighbouring slots of one role are one read."""
@@ -344,10 +392,9 @@ class FrameState(PolicyState):
         start = 0
         for role, group in groupby(plan.roles or self.roles(plan.frames)):
             end = start + len(list(group))
-            for count, stored in self.store.read(layer, [slots[f] for f in plan.frames[start:end]]):
-                part = slice(start, start + count)
-                reads.append(Read(stored, plan.positions[part], frames=plan.frames[part], role=role))
-                start += count
+            frames, positions = plan.frames[start:end], plan.positions[start:end]
+            reads += self.store.reads(layer, [slots[frame] for frame in frames], frames, positions, role=role)
+            start = end
         return tuple(reads)
 
     def _planned(self, stored: tuple[int, ...], pass_: Pass) -> FramePlan:
@@ -364,13 +411,3 @@ class FrameState(PolicyState):
             self.store.grow(len(kept))
         self._before, self._committed = self._after, pass_.start_frame
         self.assign(kept)
-
-
-def check_positions(positions: str) -> None:
-    """Refuse an unknown position mode.
-
-    Raises:
-        ValueError: If it is neither ``absolute`` nor ``contiguous``.
-    """
-    if positions not in ("absolute", "contiguous"):
-        raise ValueError(f"positions={positions!r} is unknown: use 'absolute' or 'contiguous'.")

@@ -195,7 +195,7 @@ class KVCache:
         else:
             out = torch.empty_like(q)
             for part in read_set.parts:
-                heads = list(part.heads)
+                heads = list(part.heads or ())
                 own_kv = k[:, own, heads], v[:, own, heads]
                 out[:, :, heads] = self._attend(part, rotated[:, :, heads], *own_kv, phases[..., own, :], call)
         if pass_.kind != "denoise":
@@ -237,7 +237,7 @@ class KVCache:
         end = start + k.shape[1]
         apply_phases(k, phases, out=part.keys[:, start:end])
         part.values[:, start:end] = v
-        if call is not None:
+        if call is not None and self.sparse is not None:
             bias = None if part.bias is None else part.bias[..., :end]
             call = replace(call, runs=part.runs, heads=part.heads)
             return self.sparse(q, part.keys[:, :end], part.values[:, :end], call, bias)
@@ -247,16 +247,18 @@ class KVCache:
 
     def _assemble(self, layer: int, q: Tensor, pass_: Pass) -> _ReadSet:
         known = self._read_sets.get(layer)
-        is_known = known is not None and known.serves(pass_)
-        if is_known and known.context is None:
-            return known
-        context = known.context if is_known else self.state.select(layer, pass_, q)
+        context = None
+        if known is not None and known.serves(pass_):
+            if known.context is None:
+                return known
+            context = known.context
+        context = context or self.state.select(layer, pass_, q)
         # Encode passes are rare and large: all layers share one read set, so that none of it stays.
         stays = self.state.keeps_read_sets and pass_.kind != "encode"
-        groups = context.groups or (None,)
+        groups = context.groups or (context,)
         old = (known.parts if known is not None else []) if stays else self._shared
-        old = old if len(old) == len(groups) else [None] * len(groups)
-        parts = [self._part(scratch, context, group, q.shape[1]) for scratch, group in zip(old, groups, strict=True)]
+        scratches: list[_Scratch | None] = [*old] if len(old) == len(groups) else [None] * len(groups)
+        parts = [self._part(scratch, group, q.shape[1]) for scratch, group in zip(scratches, groups, strict=True)]
         read_set = _ReadSet(
             parts,
             context.query_positions,
@@ -274,9 +276,9 @@ class KVCache:
                 self._read_sets[layer] = replace(read_set, parts=[], context=context)
         return read_set
 
-    def _part(self, scratch: _Scratch | None, context: Context, group: HeadGroup | None, num_own: int) -> _Scratch:
+    def _part(self, scratch: _Scratch | None, source: Context | HeadGroup, num_own: int) -> _Scratch:
         """Gather one group's reads, into the buffers of the last time if they are large enough."""
-        heads, source = (None, context) if group is None else (group.heads, group)
+        heads = source.heads if isinstance(source, HeadGroup) else None
         num_context = sum(read.stored.num_tokens for read in source.reads)
         num_tokens = num_context + num_own
         if scratch is None or scratch.keys.shape[1] < num_tokens or scratch.heads != heads:
@@ -284,7 +286,8 @@ class KVCache:
             # the whole video.
             bound = source.capacity + num_own if source.capacity else self._doubled(scratch)
             num_heads = self.geometry.num_heads if heads is None else len(heads)
-            scratch = _Scratch(*(self._empty(max(num_tokens, bound), num_heads) for _ in range(2)), heads)
+            num_places = max(num_tokens, bound)
+            scratch = _Scratch(self._empty(num_places, num_heads), self._empty(num_places, num_heads), heads)
         scratch.num_context_tokens = num_context
         scratch.bias = self._bias(scratch, source)
         scratch.runs = tuple(Run.of(read) for read in source.reads) if self.sparse is not None else ()

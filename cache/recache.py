@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import BlockTrace, Context, EncodeJob, Geometry, Number, Pass
-from longtake.cache.frames import FramePlan, FramePolicy, FrameState
+from longtake.cache.frames import FramePlan, FrameState, P
 
 
-class RecacheState(FrameState):
+class RecacheState(FrameState[P]):
     """Whole frames, and the clean latents of the last ones, so that a new prompt can encode them again.
 
     As released by LongLive: one forward over the last ``num_frames`` clean frames, at the timestep of commit passes,
@@ -29,7 +29,7 @@ class RecacheState(FrameState):
 
     def __init__(
         self,
-        policy: FramePolicy,
+        policy: P,
         geometry: Geometry,
         *,
         num_frames: int,
@@ -52,7 +52,7 @@ class RecacheState(FrameState):
         self._latents = latents[:, -self.num_frames :]
         if trace.event != "recache":
             return []
-        return self._recache(trace.start_frame + trace.latents.shape[1])
+        return self._recache(self._latents, trace.start_frame + trace.latents.shape[1])
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
         """Read what the block reads; in a re-cache, what outlives it."""
@@ -83,19 +83,13 @@ class RecacheState(FrameState):
         return state if self._latents is None else state | {"latents": self._latents.contiguous()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
         super().load_state_dict(state)
         latents = state.get("latents")
         self._latents = None if latents is None else latents.to(self.geometry.device)
 
-    def _recache(self, end: int) -> list[EncodeJob]:
+    def _recache(self, latents: Tensor, end: int) -> list[EncodeJob]:
         """Let go of what does not outlive the re-cache, and ask for the forwards that fill its place."""
-        latents, stored = self._latents, tuple(sorted(self._after))
-        num_frames = latents.shape[1]
+        num_frames, stored = latents.shape[1], tuple(sorted(self._after))
         protects = self.protects_sinks and num_frames < end
         self._num_encoded = min(num_frames, self.num_frames - self.num_sink_frames * protects)
         first = end - self._num_encoded

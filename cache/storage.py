@@ -1,9 +1,9 @@
-"""Where tokens lie: fixed places in every layer, and how a codec or another memory takes their place."""
+"""Storage of tokens: fixed places in every layer, under a codec, on the rollout's device or in the host's memory."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Stored(Protocol):
 
     @property
     def values(self) -> Tensor:
-        """(batch, tokens, heads, head_dim)."""
+        """Same shape."""
         ...
 
 
@@ -41,115 +41,207 @@ class KeysValues:
         return self.keys.shape[1]
 
 
-class TokenBuffer(ABC):
-    """Keys and values in a fixed number of places, in every layer. A token is encoded once, when it is written.
+@dataclass(frozen=True)
+class DerivedTokens(ABC):
+    """Tokens made of ``stored`` ones, when they are asked for."""
+
+    stored: Stored
+
+    @property
+    def num_tokens(self) -> int:
+        """How many, per sample."""
+        return self.stored.num_tokens
+
+    @property
+    def keys(self) -> Tensor:
+        """(batch, tokens, heads, head_dim), un-rotated."""
+        return self.derive(self.stored.keys)
+
+    @property
+    def values(self) -> Tensor:
+        """(batch, tokens, heads, head_dim)."""
+        return self.derive(self.stored.values)
+
+    @abstractmethod
+    def derive(self, tensor: Tensor) -> Tensor:
+        """Make keys of stored keys, values of stored values."""
+
+
+@dataclass(frozen=True)
+class ChosenTokens(DerivedTokens):
+    """Some of ``stored``, on the device of ``index``: (tokens,) or (batch, tokens), int64."""
+
+    index: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """How many, per sample."""
+        return self.index.shape[-1]
+
+    def derive(self, tensor: Tensor) -> Tensor:
+        """Take them where they lie."""
+        return take_tokens(tensor, self.index.to(tensor.device)).to(self.index.device, non_blocking=True)
+
+
+class Codec(Protocol):
+    """Encodes every token and head by itself, so that a token can be moved without touching its neighbours."""
+
+    def planes(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
+        """What is kept per token and head: suffix to (channels, dtype)."""
+        ...
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """(batch, tokens, heads, head_dim) to its planes."""
+        ...
+
+    def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Planes back to (batch, tokens, heads, head_dim)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Raw(Codec):
+    """Tokens as they are."""
+
+    def planes(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
+        return {"": (head_dim, dtype)}
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        return {"": x}
+
+    def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return planes[""]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Maker of buffers.
+
+    Attributes:
+        keys: Codec of the keys.
+        values: Codec of the values.
+        is_on_host: Keep the codes in the host's memory; they are decoded on the rollout's device.
+    """
+
+    keys: Codec = Raw()
+    values: Codec = Raw()
+    is_on_host: bool = False
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether a codec makes other numbers of keys or values."""
+        return self.keys != Raw() or self.values != Raw()
+
+    def buffer(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> "TokenBuffer":
+        """Make an empty buffer."""
+        return TokenBuffer(geometry, num_tokens, num_heads=num_heads, storage=self)
+
+
+@dataclass(frozen=True)
+class PlacedTokens(Stored):
+    """Places of a buffer, decoded when they are asked for."""
+
+    buffer: "TokenBuffer"
+    layer: int
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def keys(self) -> Tensor:
+        return self.buffer.decode("keys", self.layer, self.start, self.end)
+
+    @property
+    def values(self) -> Tensor:
+        return self.buffer.decode("values", self.layer, self.start, self.end)
+
+
+_Places = tuple[str, int, int, int]
+"""``keys`` or ``values``, layer, first place, place behind the last."""
+
+
+class TokenBuffer:
+    """Keys and values in a fixed number of places, in every layer; a layer is allocated when it is first written.
+
+    A token is encoded once, when it is written: ``move``, ``save`` and ``load`` handle codes. Where the codes lie in
+    host memory and the rollout runs on CUDA, they are pinned, and reading some places of a layer starts the copy of
+    the same places of the next layer on a stream of its own.
 
     Args:
         geometry: Shapes of the rollout.
         num_tokens: Places per layer and sample.
         num_heads: Heads that are kept; None keeps all.
+        storage: Codecs and memory.
 
     Attributes:
         is_on_host: Whether places are kept in the host's memory wherever the rollout runs.
+        is_encoded: Whether a codec makes other numbers of them.
     """
 
-    is_on_host: bool = False
-
-    def __init__(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> None:
-        self.geometry = geometry
-        self.num_tokens = num_tokens
+    def __init__(
+        self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None, storage: Storage
+    ) -> None:
+        self.geometry, self.num_tokens = geometry, num_tokens
         self.num_heads = geometry.num_heads if num_heads is None else num_heads
-
-    @property
-    @abstractmethod
-    def bytes_per_token(self) -> int:
-        """Bytes of one place over all layers and the batch."""
-
-    @abstractmethod
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Store (batch, tokens, heads, head_dim) keys and values from place ``start`` on."""
-
-    @abstractmethod
-    def read(self, layer: int, start: int, end: int) -> Stored:
-        """Tokens of places ``start`` to ``end``."""
-
-    @abstractmethod
-    def move(self, layer: int, index: Tensor, start: int) -> None:
-        """Copy places ``index``, (tokens,) or (batch, tokens), to ``start`` and on, exactly as they are encoded."""
-
-    @abstractmethod
-    def grow(self, num_tokens: int) -> None:
-        """Make room for more places, keeping what is stored."""
-
-    @abstractmethod
-    def save(self, layer: int, start: int, end: int) -> dict[str, Tensor]:
-        """Places ``start`` to ``end`` as they are encoded, by name."""
-
-    @abstractmethod
-    def load(self, layer: int, start: int, saved: Mapping[str, Tensor]) -> None:
-        """Put saved places back, from ``start`` on.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
-
-
-class Storage(Protocol):
-    """Makes buffers."""
-
-    def buffer(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> TokenBuffer:
-        """Make an empty buffer."""
-        ...
-
-
-class PlainStorage:
-    """Keys and values in the rollout's dtype, on its device."""
-
-    def buffer(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> "PlainBuffer":
-        """Make an empty buffer."""
-        return PlainBuffer(geometry, num_tokens, num_heads=num_heads)
-
-
-class PlainBuffer(TokenBuffer):
-    """Two tensors per layer, allocated when the layer is first written."""
-
-    def __init__(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> None:
-        super().__init__(geometry, num_tokens, num_heads=num_heads)
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._codecs: dict[str, Codec] = {"keys": storage.keys, "values": storage.values}
+        self.is_encoded = storage.is_encoded
+        self.is_on_host = storage.is_on_host
+        is_far = storage.is_on_host and geometry.device.type == "cuda"
+        self._stream = torch.cuda.Stream(geometry.device) if is_far else None
+        self._staged: dict[_Places, tuple[dict[str, Tensor], torch.cuda.Event]] = {}
+        self._layers: dict[int, dict[str, Tensor]] = {}
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one place over all layers and the batch."""
         g = self.geometry
-        return 2 * g.num_layers * g.batch_size * self.num_heads * g.head_dim * g.dtype.itemsize
+        per_head = sum(channels * dtype.itemsize for channels, dtype in self._planes().values())
+        return g.num_layers * g.batch_size * self.num_heads * per_head
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Store tokens from place ``start`` on."""
-        for tensor, new in zip(self._of(layer), (k, v), strict=True):
-            tensor[:, start : start + new.shape[1]] = new
+        """Store (batch, tokens, heads, head_dim) keys and values from place ``start`` on."""
+        if self.geometry.device.type == "meta":
+            return  # there is nothing to encode, and memory tables ask for thousands of blocks
+        planes = self._of(layer)
+        for side, x in (("keys", k), ("values", v)):
+            for suffix, plane in self._codecs[side].encode(x).items():
+                self._copy(plane, planes[side + suffix][:, start : start + x.shape[1]])
+        self._forget(layer)
 
-    def read(self, layer: int, start: int, end: int) -> KeysValues:
-        """Views of places ``start`` to ``end``."""
-        keys, values = self._of(layer)
-        return KeysValues(keys[:, start:end], values[:, start:end])
+    def read(self, layer: int, start: int, end: int) -> PlacedTokens:
+        """Tokens of places ``start`` to ``end``."""
+        return PlacedTokens(self, layer, start, end)
+
+    def decode(self, side: str, layer: int, start: int, end: int) -> Tensor:
+        """Keys or values of places ``start`` to ``end``, in the rollout's dtype and on its device."""
+        places = (side, layer, start, end)
+        planes = self._cut(*places) if self._stream is None else self._fetch(places, self._stream)
+        return self._codecs[side].decode(planes, self.geometry.dtype)
 
     def move(self, layer: int, index: Tensor, start: int) -> None:
-        """Copy places ``index`` to ``start`` and on."""
-        for tensor in self._of(layer):
-            tensor[:, start : start + index.shape[-1]] = take_tokens(tensor, index)
+        """Copy places ``index``, (tokens,) or (batch, tokens), to ``start`` and on, exactly as they are encoded."""
+        self._settle()
+        for plane in self._of(layer).values():
+            plane[:, start : start + index.shape[-1]] = take_tokens(plane, index.to(plane.device))
+        self._forget(layer)
 
     def grow(self, num_tokens: int) -> None:
         """Make room for more places, keeping what is stored."""
+        self._settle()
         self.num_tokens = num_tokens
         for layer, old in self._layers.items():
             self._layers[layer] = self._empty()
-            for tensor, kept in zip(self._layers[layer], old, strict=True):
-                tensor[:, : kept.shape[1]] = kept
+            for name, plane in old.items():
+                self._layers[layer][name][:, : plane.shape[1]] = plane
+            self._forget(layer)
 
     def save(self, layer: int, start: int, end: int) -> dict[str, Tensor]:
-        """Places ``start`` to ``end``."""
-        stored = self.read(layer, start, end)
-        return {"keys": stored.keys.contiguous(), "values": stored.values.contiguous()}
+        """Places ``start`` to ``end`` as they are encoded, by name."""
+        self._settle()
+        return {name: plane[:, start:end].contiguous() for name, plane in self._of(layer).items()}
 
     def load(self, layer: int, start: int, saved: Mapping[str, Tensor]) -> None:
         """Put saved places back, from ``start`` on.
@@ -157,26 +249,89 @@ class PlainBuffer(TokenBuffer):
         Raises:
             ValueError: If the saved shapes are not this rollout's.
         """
-        k, v = (saved[name].to(self.geometry.device) for name in ("keys", "values"))
+        self._settle()
         g = self.geometry
-        shape = (g.batch_size, k.shape[1], self.num_heads, g.head_dim)
-        if tuple(k.shape) != shape or k.dtype != g.dtype:
-            raise ValueError(
-                f"saved keys have shape {tuple(k.shape)} and {k.dtype}, this rollout needs {shape} and {g.dtype}: "
-                "resume with the model, size and batch it was saved with."
-            )
-        self.write(layer, start, k, v)
+        for name, (channels, dtype) in self._planes().items():
+            shape = (g.batch_size, *saved[name].shape[1:2], self.num_heads, channels) if name in saved else ()
+            if not shape or tuple(saved[name].shape) != shape or saved[name].dtype != dtype:
+                found = f"{tuple(saved[name].shape)} and {saved[name].dtype}" if name in saved else "missing"
+                raise ValueError(
+                    f"saved {name} are {found}, this rollout needs {shape} and {dtype}: resume with the model, size, "
+                    "batch and storage it was saved with."
+                )
+            plane = self._of(layer)[name]
+            plane[:, start : start + saved[name].shape[1]] = saved[name].to(plane.device)
+        self._forget(layer)
 
-    def _of(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _planes(self) -> dict[str, tuple[int, torch.dtype]]:
+        g = self.geometry
+        return {
+            side + suffix: plane
+            for side, codec in self._codecs.items()
+            for suffix, plane in codec.planes(g.head_dim, g.dtype).items()
+        }
+
+    def _of(self, layer: int) -> dict[str, Tensor]:
         if layer not in self._layers:
             self._layers[layer] = self._empty()
         return self._layers[layer]
 
-    def _empty(self) -> tuple[Tensor, Tensor]:
+    def _empty(self) -> dict[str, Tensor]:
         g = self.geometry
-        shape = (g.batch_size, self.num_tokens, self.num_heads, g.head_dim)
-        # Two calls, two tensors: zeros are handed out by the system only when they are written over.
-        return tuple(torch.zeros(shape, dtype=g.dtype, device=g.device) for _ in range(2))
+        where: dict[str, Any] = {"device": g.device} if self._stream is None else {"device": "cpu", "pin_memory": True}
+        shape = (g.batch_size, self.num_tokens, self.num_heads)
+        planes = self._planes().items()
+        return {name: torch.zeros((*shape, channels), dtype=dtype, **where) for name, (channels, dtype) in planes}
+
+    def _cut(self, side: str, layer: int, start: int, end: int) -> dict[str, Tensor]:
+        planes = self._of(layer)
+        suffixes = self._codecs[side].planes(self.geometry.head_dim, self.geometry.dtype)
+        return {suffix: planes[side + suffix][:, start:end] for suffix in suffixes}
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        if self._stream is None:
+            target.copy_(source)
+            return
+        for one, other in zip(source, target, strict=True):  # a sample's places are one piece: no staging copy
+            other.copy_(one, non_blocking=True)
+
+    def _fetch(self, wanted: _Places, stream: torch.cuda.Stream) -> dict[str, Tensor]:
+        """Codes on the device, and the next layer's on their way."""
+        side, layer, start, end = wanted
+        current = torch.cuda.current_stream(self.geometry.device)
+        following = (side, (layer + 1) % self.geometry.num_layers, start, end)
+        if wanted in self._staged:
+            planes, arrived = self._staged.pop(wanted)
+            current.wait_event(arrived)
+            for plane in planes.values():
+                plane.record_stream(current)
+        else:
+            planes = self._arrive(wanted)
+        near = (layer, following[1])
+        self._staged = {key: staged for key, staged in self._staged.items() if key[1] in near}
+        if following not in self._staged and following[1] in self._layers:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                arriving, arrived = self._arrive(following), torch.cuda.Event()
+                arrived.record(stream)
+            self._staged[following] = arriving, arrived
+        return planes
+
+    def _arrive(self, wanted: _Places) -> dict[str, Tensor]:
+        cut = self._cut(*wanted)
+        device = self.geometry.device
+        planes = {suffix: torch.empty(t.shape, dtype=t.dtype, device=device) for suffix, t in cut.items()}
+        for suffix, plane in planes.items():
+            self._copy(cut[suffix], plane)
+        return planes
+
+    def _forget(self, layer: int) -> None:
+        self._staged = {key: staged for key, staged in self._staged.items() if key[1] != layer}
+
+    def _settle(self) -> None:
+        """Before the processor touches the codes: copies under way have to arrive."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self.geometry.device)
 
 
 def take_tokens(tensor: Tensor, index: Tensor) -> Tensor:
@@ -211,7 +366,7 @@ class Geometry:
         max_frames: Length of the rollout, when it is known.
         dtype: Of the stored keys and values.
         device: Of the stored keys and values.
-        storage: How a policy's tokens are kept: plain, quantised, in host memory.
+        storage: Codecs and memory of the stored tokens.
     """
 
     num_layers: int
@@ -224,9 +379,40 @@ class Geometry:
     max_frames: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
-    storage: Storage = field(default_factory=PlainStorage, compare=False)
+    storage: Storage = field(default=Storage(), compare=False)
 
     @property
     def tokens_per_frame(self) -> int:
         """Tokens of one latent frame."""
         return self.num_rows * self.num_columns
+
+
+def token_numbers(geometry: Geometry, start_frame: int, num_frames: int) -> Tensor:
+    """Number the tokens of consecutive frames, from the video's first token on: (batch, tokens), int64."""
+    size = geometry.tokens_per_frame
+    numbers = torch.arange(start_frame * size, (start_frame + num_frames) * size, device=geometry.device)
+    return numbers.expand(geometry.batch_size, -1)
+
+
+def coordinates(numbers: Tensor, geometry: Geometry) -> Tensor:
+    """Locate tokens in the video.
+
+    Args:
+        numbers: (batch, tokens), as ``token_numbers`` counts them.
+        geometry: Shapes of the rollout.
+
+    Returns:
+        (batch, tokens, 3), float64: frame, row, column.
+    """
+    if numbers.device.type == "meta":
+        # Played for sizes alone, where PyTorch's arithmetic is Python: milliseconds for each operation.
+        return numbers.new_empty((*numbers.shape, 3), dtype=torch.float64)
+    cells = numbers % geometry.tokens_per_frame
+    axes = (numbers // geometry.tokens_per_frame, cells // geometry.num_columns, cells % geometry.num_columns)
+    return torch.stack(axes, dim=-1).double()
+
+
+def saved_part(state: Mapping[str, Any], prefix: str, suffix: str = "") -> dict[str, Any]:
+    """Entries of a saved state with this prefix and suffix, by what stands between them."""
+    keys = [key for key in state if key.startswith(prefix) and key.endswith(suffix)]
+    return {key.removeprefix(prefix).removesuffix(suffix): state[key] for key in keys}

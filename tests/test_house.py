@@ -236,7 +236,8 @@ def _classes() -> dict[str, list[ast.ClassDef]]:
 
 def _is_documented_by_base(owner: ast.ClassDef, method: str, classes: dict[str, list[ast.ClassDef]]) -> bool:
     """An override says nothing new: its contract stands at a base class of ours."""
-    names = [base.id if isinstance(base, ast.Name) else base.attr for base in owner.bases if not _is_generic(base)]
+    plain = [base.value if isinstance(base, ast.Subscript) else base for base in owner.bases]  # of FrameState[Anchor]
+    names = [base.id if isinstance(base, ast.Name) else base.attr for base in plain if not _is_generic(base)]
     bases = [candidate for name in names for candidate in classes.get(name, [])]
     return any(
         any(function.name == method and ast.get_docstring(function) for function in _functions(base))

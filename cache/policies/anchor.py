@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longtake.cache.base import BlockTrace, EncodeJob, Event, Geometry, Number
-from longtake.cache.frames import FramePlan
-from longtake.cache.policies.attention_sink import SinkWindow
+from longtake.cache.base import BlockTrace, EncodeJob, Event, Geometry, Number, check_room
+from longtake.cache.frames import FramePlan, SinkWindow
 from longtake.cache.recache import RecacheState
 
 
@@ -41,9 +40,7 @@ class Anchor(SinkWindow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.num_junction_frames, self.num_refresh_blocks) < 0:
-            counts = f"num_junction_frames={self.num_junction_frames}, num_refresh_blocks={self.num_refresh_blocks}"
-            raise ValueError(f"{counts}: both must be 0 or more.")
+        self.at_least(0, "num_junction_frames", "num_refresh_blocks")
         needed = self.num_context_frames + self.num_sink_frames
         if self.num_position_frames < needed:
             raise ValueError(
@@ -59,17 +56,15 @@ class Anchor(SinkWindow):
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse a context without room for sinks, junction, a block and one frame before it."""
         needed = self.num_sink_frames + self.num_junction_frames + frames_per_block + 1
-        if self.num_context_frames < needed:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for num_sink_frames="
-                f"{self.num_sink_frames}, num_junction_frames={self.num_junction_frames}, a block of "
-                f"{frames_per_block} frames and one before it: use {needed} or more, or fewer sinks."
-            )
+        content = (
+            f"num_sink_frames={self.num_sink_frames}, num_junction_frames={self.num_junction_frames}, a block of "
+            f"{frames_per_block} frames and one before it"
+        )
+        check_room(self.num_context_frames, needed, content, remedy=", or fewer sinks")
 
     def start(self, geometry: Geometry) -> "AnchorState":
-        """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
-        return AnchorState(self, geometry, num_frames=self.num_window_frames, num_sink_frames=self.num_sink_frames)
+        return AnchorState(self, geometry)
 
     def oldest(self, start_frame: int, num_frames: int) -> int:
         """First frame of the window that a block sees."""
@@ -109,13 +104,12 @@ class Anchor(SinkWindow):
         return FramePlan(kept, tuple(map(float, positions)), tuple(map(float, queries)), roles)
 
 
-class AnchorState(RecacheState):
+class AnchorState(RecacheState[Anchor]):
     """Whole frames, and where junctions start."""
 
-    policy: Anchor
-
-    def __init__(self, policy: Anchor, geometry: Geometry, **window: int) -> None:
-        super().__init__(policy, geometry, **window)
+    def __init__(self, policy: Anchor, geometry: Geometry) -> None:
+        sinks, window = policy.num_sink_frames, policy.num_window_frames
+        super().__init__(policy, geometry, num_frames=window, num_sink_frames=sinks)
         self._anchors: tuple[int, ...] = ()
         self._has_switched = False
 
@@ -144,15 +138,9 @@ class AnchorState(RecacheState):
         return self.plan(frames, frames[-1] + 1, self.geometry.frames_per_block).roles if frames else ()
 
     def state_dict(self) -> dict[str, Tensor | Number]:
-        """Frames at hand, the last clean latents and the junctions."""
         junctions = {"anchors": torch.tensor(self._anchors).long(), "has_switched": self._has_switched}
         return super().state_dict() | junctions
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
         super().load_state_dict(state)
         self._anchors, self._has_switched = tuple(state["anchors"].tolist()), bool(state["has_switched"])

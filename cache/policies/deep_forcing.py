@@ -2,284 +2,29 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from longtake.cache.base import CachePolicy, CacheStats, Context, Geometry, Number, Pass, PolicyState, Read, Traits
-from longtake.cache.frames import FramePlan, FramePolicy, FrameState
-from longtake.cache.storage import take_tokens
-from longtake.cache.tokens import ChosenTokens, coordinates, token_numbers
+from longtake.cache.base import (
+    CachePolicy,
+    CacheStats,
+    Context,
+    Geometry,
+    Number,
+    Pass,
+    PolicyState,
+    Read,
+    Traits,
+    check_room,
+)
+from longtake.cache.frames import FramePlan, FramePolicy, FrameState, ends
+from longtake.cache.storage import ChosenTokens, coordinates, saved_part, take_tokens, token_numbers
 from longtake.rope import GridRotary, apply_phases, axis_frequencies
 
-NUM_STARTS = 16  # compressions that are looked back on to say where kept tokens come from, where reuse has no limit
-CHUNK_QUERIES = 256  # scored at a time, where every query has its own say
-
-
-class Settings(Protocol):
-    """What the state has to know of its policy; as the fields of ``DeepForcing``."""
-
-    num_context_frames: int
-    num_sink_frames: int
-    num_kept_frames: int
-    num_recent_frames: int
-    unify_top: bool
-    fusion: str
-    max_reuse: int
-
-    def sink_shift(self, elapsed: int, num_frames: int) -> int:
-        """How far the sink moves for a block that does not fit any more."""
-        ...
-
-
-@dataclass
-class _Layer:
-    """One layer's tokens. Numbers are the same in all layers once a block has committed in all of them.
-
-    Attributes:
-        origin: First frame of the video.
-        end: Frame after the last stored one.
-        num_frames: Frames' worth of stored tokens.
-        num_kept: Of these the kept tokens, frames' worth.
-        shift: What the sink's positions are ahead of its frames.
-        top: Position of the first kept token, where they are laid out anew.
-        starts: First whole frame that was up for compression, each of the last times.
-        numbers: (batch, kept tokens), which ones they are.
-        uses: Same shape, how often each was kept.
-        queries: Of the last committed frames, rotated: (batch, frames, heads, head_dim) sums in float32, or
-            (batch, frames * tokens, heads, head_dim) where every query has its own say.
-        choice: (batch, kept tokens) among the candidates, for the block at ``chosen_for``.
-        is_guess: The choice was made without queries.
-    """
-
-    origin: int = 0
-    end: int = 0
-    num_frames: int = 0
-    num_kept: int = 0
-    shift: int = 0
-    top: int = 0
-    starts: tuple[int, ...] = ()
-    numbers: Tensor | None = None
-    uses: Tensor | None = None
-    queries: Tensor | None = None
-    choice: Tensor | None = None
-    chosen_for: int = -1
-    is_guess: bool = False
-
-
-NUMBERS = ("origin", "end", "num_frames", "num_kept", "shift", "top", "chosen_for", "is_guess")
-TENSORS = ("numbers", "uses", "queries", "choice")
-
-
-class _ParticipativeState(PolicyState):
-    """What one rollout keeps."""
-
-    def __init__(self, settings: Settings, geometry: Geometry) -> None:
-        self.settings = settings
-        self.geometry = geometry
-        self.size = geometry.tokens_per_frame
-        self.buffer = geometry.storage.buffer(geometry, settings.num_context_frames * self.size)
-        self.num_top = settings.num_kept_frames
-        self._layers = [_Layer() for _ in range(geometry.num_layers)]
-        self._rotary = GridRotary(
-            axis_frequencies(geometry.head_dim),
-            num_rows=geometry.num_rows,
-            num_columns=geometry.num_columns,
-            device=geometry.device,
-        )
-        self._span: tuple[float, float] | None = None
-
-    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
-        """Read everything that is stored; or, where that and the block no longer fit, what compression leaves."""
-        held, start, size = self._layers[layer], pass_.start_frame, self.size
-        after = range(start, start + pass_.num_frames)
-        num_sinks = min(self.settings.num_sink_frames, held.num_frames)
-        shift, top, num_kept = held.shift, held.top, held.num_kept
-        first = num_sinks + num_kept  # of the recent frames, among the stored ones
-        numbers, index = held.numbers, None
-        if self._overflows(held, pass_):
-            index = self._choice(layer, pass_, q)
-            shift = self.settings.sink_shift(start - held.origin, pass_.num_frames)
-            top, num_kept = self._top(after.stop), self.num_top
-            first = held.num_frames - self._num_staying(pass_)
-            numbers = take_tokens(self._candidates(held, pass_), index) if num_kept else None
-        reads = []
-        if num_sinks:
-            frames = tuple(range(held.origin, held.origin + num_sinks))
-            positions = tuple(float(frame + shift) for frame in frames)
-            reads.append(Read(self.buffer.read(layer, 0, num_sinks * size), positions, frames=frames, role="sink"))
-        if num_kept:
-            stored = self.buffer.read(layer, num_sinks * size, first * size)
-            if index is not None:
-                stored = ChosenTokens(stored, index)
-            newest = start - (held.num_frames - first)
-            frames = tuple(range(min(held.starts, default=held.origin + num_sinks), newest))
-            reads.append(Read(stored, self._kept_positions(numbers, top), frames=frames, role="mid"))
-        if first < held.num_frames:
-            frames = tuple(range(start - (held.num_frames - first), start))
-            stored = self.buffer.read(layer, first * size, held.num_frames * size)
-            reads.append(Read(stored, tuple(map(float, frames)), frames=frames, role="recent"))
-        lowest = min((held.origin + shift, *(read.frames[0] for read in reads if read.role != "sink"), start))
-        self._span = (float(lowest), float(after.stop - 1))
-        capacity = (self.settings.num_context_frames - pass_.num_frames) * size
-        return Context(tuple(reads), tuple(map(float, after)), capacity=capacity)
-
-    def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Drop what the block did not read, and store the block behind the rest."""
-        held, start = self._layers[layer], pass_.start_frame
-        if held.num_frames == 0:
-            held.origin = start
-        if self._overflows(held, pass_):
-            self._compress(layer, pass_, q)
-        self.buffer.write(layer, held.num_frames * self.size, k, v)
-        held.num_frames += pass_.num_frames
-        held.end = start + pass_.num_frames
-        held.choice, held.chosen_for, held.is_guess = None, -1, False
-        num_needed = self.settings.num_recent_frames - self.geometry.frames_per_block
-        if num_needed > 0:
-            new = self._rotated(q, pass_)
-            if self.settings.fusion == "sum":
-                new = new.float().unflatten(1, (pass_.num_frames, self.size)).sum(dim=2)
-            known = new if held.queries is None else torch.cat((held.queries, new), dim=1)
-            num_rows = num_needed * (1 if self.settings.fusion == "sum" else self.size)
-            held.queries = known[:, max(known.shape[1] - num_rows, 0) :].clone()
-
-    def stats(self) -> CacheStats:
-        """Tokens and bytes of sink, kept tokens and recent frames; the queries that are remembered come on top."""
-        held = self._layers[-1]
-        num_sinks = min(self.settings.num_sink_frames, held.num_frames)
-        counts = {"sink": num_sinks, "mid": held.num_kept, "recent": held.num_frames - num_sinks - held.num_kept}
-        tokens = {role: count * self.size for role, count in counts.items() if count}
-        bytes_ = {role: count * self.buffer.bytes_per_token for role, count in tokens.items()}
-        return CacheStats(tokens=tokens, bytes=bytes_, positions=self._span)
-
-    def state_dict(self) -> dict[str, Tensor | Number]:
-        """Tokens, what is known of them, and what the block that is not committed yet has chosen."""
-        held = self._layers[0]
-        state: dict[str, Tensor | Number] = {name: getattr(held, name) for name in NUMBERS}
-        state["starts"] = torch.tensor(held.starts).long()
-        for layer, held in enumerate(self._layers):
-            state |= {f"{name}.{layer}": getattr(held, name) for name in TENSORS if getattr(held, name) is not None}
-            if held.num_frames:
-                saved = self.buffer.save(layer, 0, held.num_frames * self.size)
-                state |= {f"stored.{name}.{layer}": tensor for name, tensor in saved.items()}
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
-        if state["num_frames"] > self.settings.num_context_frames:
-            raise ValueError(
-                f"the saved cache holds {state['num_frames']} frames, this policy stores "
-                f"{self.settings.num_context_frames}: resume with the cache settings it was saved with."
-            )
-        numbers = {name: state[name] for name in NUMBERS} | {"starts": tuple(state["starts"].tolist())}
-        for layer in range(self.geometry.num_layers):
-            tensors = {name: state[f"{name}.{layer}"] for name in TENSORS if f"{name}.{layer}" in state}
-            tensors = {name: tensor.to(self.geometry.device) for name, tensor in tensors.items()}
-            self._layers[layer] = _Layer(**numbers, **tensors)
-            ending = f".{layer}"
-            saved = {k.split(".")[1]: v for k, v in state.items() if k.startswith("stored.") and k.endswith(ending)}
-            if saved:
-                self.buffer.load(layer, 0, saved)
-
-    def _overflows(self, held: _Layer, pass_: Pass) -> bool:
-        return held.num_frames + pass_.num_frames > self.settings.num_context_frames
-
-    def _num_staying(self, pass_: Pass) -> int:
-        """Recent frames that are stored already."""
-        return self.settings.num_recent_frames - pass_.num_frames
-
-    def _top(self, end: int) -> int:
-        return end - self.settings.num_recent_frames - self.num_top
-
-    def _kept_positions(self, numbers: Tensor, top: int) -> Tensor:
-        positions = coordinates(numbers, self.geometry)
-        if self.settings.unify_top:
-            places = torch.arange(numbers.shape[1], device=numbers.device)
-            positions[..., 0] = top + (places // self.size).double()
-        return positions
-
-    def _fresh(self, held: _Layer, pass_: Pass) -> range:
-        """Whole frames that may be dropped: those behind the kept tokens, without the recent ones."""
-        first = held.end - (held.num_frames - self.settings.num_sink_frames - held.num_kept)
-        return range(first, held.end - self._num_staying(pass_))
-
-    def _candidates(self, held: _Layer, pass_: Pass) -> Tensor:
-        """Numbers of what may be dropped: the kept tokens and the older of the whole frames."""
-        frames = self._fresh(held, pass_)
-        fresh = token_numbers(self.geometry, frames.start, len(frames))
-        return fresh if held.numbers is None else torch.cat((held.numbers, fresh), dim=1)
-
-    def _choice(self, layer: int, pass_: Pass, q: Tensor | None) -> Tensor:
-        """Which candidates stay: (batch, tokens), ascending. Made once per block."""
-        held = self._layers[layer]
-        if held.chosen_for == pass_.start_frame and (q is None or not held.is_guess):
-            return held.choice
-        numbers = self._candidates(held, pass_)
-        if q is None:
-            scores = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers).float()
-        else:
-            scores = self._scores(layer, pass_, q, numbers)
-        if self.settings.max_reuse and held.uses is not None:
-            num_kept = held.uses.shape[1]
-            scores[:, :num_kept].masked_fill_(held.uses >= self.settings.max_reuse, torch.finfo(scores.dtype).min)
-        held.choice = scores.topk(self.num_top * self.size, dim=1).indices.sort(dim=1).values
-        held.chosen_for, held.is_guess = pass_.start_frame, q is None
-        return held.choice
-
-    def _scores(self, layer: int, pass_: Pass, q: Tensor, numbers: Tensor) -> Tensor:
-        """(batch, candidates), float32: what the recent queries think of each, heads summed."""
-        held, size = self._layers[layer], self.size
-        first = self.settings.num_sink_frames
-        keys = self.buffer.read(layer, first * size, first * size + numbers.shape[1]).keys.float()
-        phases = self._rotary.phases(tuple(map(float, self._fresh(held, pass_)))).expand(numbers.shape[0], -1, -1)
-        if held.numbers is not None:
-            known = self._rotary.phases(coordinates(held.numbers, self.geometry))
-            phases = torch.cat((known, phases), dim=1)
-        queries = self._rotated(q, pass_).float()
-        num_rows = self._num_staying(pass_) * (1 if self.settings.fusion == "sum" else size)
-        known = None if held.queries is None else held.queries[:, max(held.queries.shape[1] - num_rows, 0) :].float()
-        if self.settings.fusion == "sum":
-            total = queries.sum(dim=1) if known is None else queries.sum(dim=1) + known.sum(dim=1)
-            # q . R k = Re(conj(q) k phase) per pair of channels: heads are summed before anything is rotated.
-            pairs = torch.view_as_complex(keys.unflatten(-1, (-1, 2)))
-            asked = torch.view_as_complex(total.unflatten(-1, (-1, 2))).conj()
-            return (torch.einsum("bnhp,bhp->bnp", pairs, asked) * phases).real.sum(dim=-1)
-        queries = queries if known is None else torch.cat((known, queries), dim=1)
-        rotated = apply_phases(keys, phases).flatten(2).mT
-        best = [part.flatten(2).matmul(rotated).amax(dim=1) for part in queries.split(CHUNK_QUERIES, dim=1)]
-        return torch.stack(best).amax(dim=0)
-
-    def _rotated(self, q: Tensor, pass_: Pass) -> Tensor:
-        frames = range(pass_.start_frame, pass_.start_frame + pass_.num_frames)
-        return apply_phases(q, self._rotary.phases(tuple(map(float, frames))))
-
-    def _compress(self, layer: int, pass_: Pass, q: Tensor) -> None:
-        """Put the kept tokens and the recent frames behind the sink."""
-        held, size = self._layers[layer], self.size
-        staying, num_sinks = self._num_staying(pass_), self.settings.num_sink_frames
-        fresh = self._fresh(held, pass_).start
-        if self.num_top:
-            index = self._choice(layer, pass_, q)
-            numbers = self._candidates(held, pass_)
-            uses = torch.zeros_like(numbers)
-            if held.uses is not None:
-                uses[:, : held.uses.shape[1]] = held.uses
-            self.buffer.move(layer, index + num_sinks * size, num_sinks * size)
-            held.numbers, held.uses = take_tokens(numbers, index), take_tokens(uses, index) + 1
-        if staying:
-            places = range((held.num_frames - staying) * size, held.num_frames * size)
-            last = torch.arange(places.start, places.stop, device=self.geometry.device)
-            self.buffer.move(layer, last, (num_sinks + self.num_top) * size)
-        held.shift = self.settings.sink_shift(pass_.start_frame - held.origin, pass_.num_frames)
-        held.top = self._top(pass_.start_frame + pass_.num_frames)
-        held.starts = (*held.starts, fresh)[-(self.settings.max_reuse or NUM_STARTS) :]
-        held.num_kept, held.num_frames = self.num_top, num_sinks + self.num_top + staying
+_NUM_STARTS = 16  # compressions that are looked back on to say where kept tokens come from, where reuse has no limit
+_CHUNK_QUERIES = 256  # scored at a time, where every query has its own say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,13 +63,8 @@ class DeepForcing(CachePolicy):
     max_reuse: int = 7  # compressions that a token can survive; 0: any number
 
     def __post_init__(self) -> None:
-        known = {"compression": "participative none", "positions": "released contiguous", "fusion": "sum max"}
-        for field, words in known.items():
-            if getattr(self, field) not in (values := words.split()):
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown: use {values[0]!r} or {values[1]!r}.")
-        for field in ("num_sink_frames", "max_reuse"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field}={getattr(self, field)} must be 0 or more.")
+        super().__post_init__()
+        self.at_least(0, "num_sink_frames", "max_reuse")
         if self.compression == "none":
             return
         if self.num_budget_frames > self.num_context_frames:
@@ -332,12 +72,8 @@ class DeepForcing(CachePolicy):
                 f"num_budget_frames={self.num_budget_frames} is what compression leaves of "
                 f"num_context_frames={self.num_context_frames}: use {self.num_context_frames} or fewer."
             )
-        needed = self.num_sink_frames + self.num_recent_frames
-        if self.num_context_frames < needed:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for num_sink_frames="
-                f"{self.num_sink_frames} and num_recent_frames={self.num_recent_frames}: use {needed} or more."
-            )
+        content = f"num_sink_frames={self.num_sink_frames} and num_recent_frames={self.num_recent_frames}"
+        check_room(self.num_context_frames, self.num_sink_frames + self.num_recent_frames, content)
 
     @property
     def num_kept_frames(self) -> int:
@@ -356,15 +92,10 @@ class DeepForcing(CachePolicy):
                 f"num_recent_frames={self.num_recent_frames} counts the block itself, which has {frames_per_block} "
                 f"frames: use {frames_per_block} or more."
             )
-        needed = self.num_sink_frames + frames_per_block
-        if self.num_context_frames < needed:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for num_sink_frames="
-                f"{self.num_sink_frames} and a block of {frames_per_block} frames: use {needed} or more."
-            )
+        content = f"num_sink_frames={self.num_sink_frames} and a block of {frames_per_block} frames"
+        check_room(self.num_context_frames, self.num_sink_frames + frames_per_block, content)
 
     def start(self, geometry: Geometry) -> PolicyState:
-        """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
         if self.compression == "none":
             return FrameState(_DeepSink(own=self), geometry)
@@ -398,7 +129,6 @@ class _DeepSink(FramePolicy):
     own: DeepForcing
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """As the whole policy."""
         self.own.check(frames_per_block, num_frames)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
@@ -412,9 +142,8 @@ class _DeepSink(FramePolicy):
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
         """Keep the sink and the last frames that fit beside it and the block."""
-        sinks, window = stored[: self.own.num_sink_frames], stored[self.own.num_sink_frames :]
-        room = self.own.num_context_frames - num_frames - len(sinks)
-        return sinks + window[max(len(window) - room, 0) :]
+        num_sinks = min(self.own.num_sink_frames, len(stored))
+        return ends(stored, num_sinks, self.own.num_context_frames - num_frames - num_sinks)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read all, with the sink moved up once something has been dropped."""
@@ -425,3 +154,244 @@ class _DeepSink(FramePolicy):
         num_sinks, shift = self.own.num_sink_frames, self.own.sink_shift(elapsed, num_frames)
         moved = tuple(position + shift for position in plan.positions[:num_sinks])
         return replace(plan, positions=moved + plan.positions[num_sinks:])
+
+
+@dataclass
+class _Layer:
+    """One layer's tokens. Numbers are the same in all layers once a block has committed in all of them.
+
+    Attributes:
+        origin: First frame of the video.
+        end: Frame after the last stored one.
+        num_frames: Frames' worth of stored tokens.
+        num_kept: Of these the kept tokens, frames' worth.
+        shift: What the sink's positions are ahead of its frames.
+        top: Position of the first kept token, where they are laid out anew.
+        starts: First whole frame that was up for compression, each of the last times.
+        numbers: (batch, kept tokens), which ones they are.
+        uses: Same shape, how often each was kept.
+        queries: Of the last committed frames, rotated: (batch, frames, heads, head_dim) sums in float32, or
+            (batch, frames * tokens, heads, head_dim) where every query has its own say.
+        choice: (batch, kept tokens) among the candidates, for the block at ``chosen_for``.
+        is_guess: The choice was made without queries.
+    """
+
+    origin: int = 0
+    end: int = 0
+    num_frames: int = 0
+    num_kept: int = 0
+    shift: int = 0
+    top: int = 0
+    starts: tuple[int, ...] = ()
+    numbers: Tensor | None = None
+    uses: Tensor | None = None
+    queries: Tensor | None = None
+    choice: Tensor | None = None
+    chosen_for: int = -1
+    is_guess: bool = False
+
+
+_NUMBERS = ("origin", "end", "num_frames", "num_kept", "shift", "top", "chosen_for", "is_guess")
+_TENSORS = ("numbers", "uses", "queries", "choice")
+
+
+class _ParticipativeState(PolicyState):
+    """What one rollout keeps."""
+
+    def __init__(self, policy: DeepForcing, geometry: Geometry) -> None:
+        self.policy = policy
+        self.geometry = geometry
+        self.size = geometry.tokens_per_frame
+        self.buffer = geometry.storage.buffer(geometry, policy.num_context_frames * self.size)
+        self.num_top = policy.num_kept_frames
+        self._layers = [_Layer() for _ in range(geometry.num_layers)]
+        self._rotary = GridRotary(
+            axis_frequencies(geometry.head_dim),
+            num_rows=geometry.num_rows,
+            num_columns=geometry.num_columns,
+            device=geometry.device,
+        )
+        self._span: tuple[float, float] | None = None
+
+    def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
+        """Read everything that is stored; or, where that and the block no longer fit, what compression leaves."""
+        held, start, size = self._layers[layer], pass_.start_frame, self.size
+        after = range(start, start + pass_.num_frames)
+        num_sinks = min(self.policy.num_sink_frames, held.num_frames)
+        shift, top, num_kept = held.shift, held.top, held.num_kept
+        first = num_sinks + num_kept  # of the recent frames, among the stored ones
+        numbers, index = held.numbers, None
+        if self._overflows(held, pass_):
+            index = self._choice(layer, pass_, q)
+            shift = self.policy.sink_shift(start - held.origin, pass_.num_frames)
+            top, num_kept = self._top(after.stop), self.num_top
+            first = held.num_frames - self._num_staying(pass_)
+            numbers = take_tokens(self._candidates(held, pass_), index) if num_kept else None
+        reads = []
+        if num_sinks:
+            stored = self.buffer.read(layer, 0, num_sinks * size)
+            reads.append(Read.of_frames(stored, range(held.origin, held.origin + num_sinks), "sink", shift=shift))
+        if num_kept and numbers is not None:
+            stored = self.buffer.read(layer, num_sinks * size, first * size)
+            if index is not None:
+                stored = ChosenTokens(stored, index)
+            newest = start - (held.num_frames - first)
+            frames = tuple(range(min(held.starts, default=held.origin + num_sinks), newest))
+            reads.append(Read(stored, self._kept_positions(numbers, top), frames=frames, role="mid"))
+        if first < held.num_frames:
+            stored = self.buffer.read(layer, first * size, held.num_frames * size)
+            reads.append(Read.of_frames(stored, range(start - (held.num_frames - first), start), "recent"))
+        lowest = min((held.origin + shift, *(read.frames[0] for read in reads if read.role != "sink"), start))
+        self._span = (float(lowest), float(after.stop - 1))
+        capacity = (self.policy.num_context_frames - pass_.num_frames) * size
+        return Context(tuple(reads), tuple(map(float, after)), capacity=capacity)
+
+    def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Drop what the block did not read, store the block behind the rest, and remember its queries."""
+        held, start = self._layers[layer], pass_.start_frame
+        if held.num_frames == 0:
+            held.origin = start
+        if self._overflows(held, pass_):
+            self._compress(layer, pass_, q)
+        self.buffer.write(layer, held.num_frames * self.size, k, v)
+        held.num_frames += pass_.num_frames
+        held.end = start + pass_.num_frames
+        held.choice, held.chosen_for, held.is_guess = None, -1, False
+        num_needed = self.policy.num_recent_frames - self.geometry.frames_per_block
+        if num_needed > 0:
+            new = self._rotated(q, pass_)
+            if self.policy.fusion == "sum":
+                new = new.float().unflatten(1, (pass_.num_frames, self.size)).sum(dim=2)
+            known = new if held.queries is None else torch.cat((held.queries, new), dim=1)
+            num_rows = num_needed * (1 if self.policy.fusion == "sum" else self.size)
+            held.queries = known[:, max(known.shape[1] - num_rows, 0) :].clone()
+
+    def stats(self) -> CacheStats:
+        """Tokens and bytes of sink, kept tokens and recent frames; the queries that are remembered come on top."""
+        held = self._layers[-1]
+        num_sinks = min(self.policy.num_sink_frames, held.num_frames)
+        counts = {"sink": num_sinks, "mid": held.num_kept, "recent": held.num_frames - num_sinks - held.num_kept}
+        tokens = {role: count * self.size for role, count in counts.items() if count}
+        bytes_ = {role: count * self.buffer.bytes_per_token for role, count in tokens.items()}
+        return CacheStats(tokens=tokens, bytes=bytes_, positions=self._span)
+
+    def state_dict(self) -> dict[str, Tensor | Number]:
+        held = self._layers[0]
+        state: dict[str, Tensor | Number] = {name: getattr(held, name) for name in _NUMBERS}
+        state["starts"] = torch.tensor(held.starts).long()
+        for layer, held in enumerate(self._layers):
+            state |= {f"{name}.{layer}": getattr(held, name) for name in _TENSORS if getattr(held, name) is not None}
+            if held.num_frames:
+                saved = self.buffer.save(layer, 0, held.num_frames * self.size)
+                state |= {f"stored.{name}.{layer}": tensor for name, tensor in saved.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["num_frames"] > self.policy.num_context_frames:
+            raise ValueError(
+                f"the saved cache holds {state['num_frames']} frames, this policy stores "
+                f"{self.policy.num_context_frames}: resume with the cache settings it was saved with."
+            )
+        numbers: dict[str, Any] = {name: state[name] for name in _NUMBERS} | {
+            "starts": tuple(state["starts"].tolist())
+        }
+        for layer in range(self.geometry.num_layers):
+            tensors = {name: state[f"{name}.{layer}"] for name in _TENSORS if f"{name}.{layer}" in state}
+            tensors = {name: tensor.to(self.geometry.device) for name, tensor in tensors.items()}
+            self._layers[layer] = _Layer(**numbers, **tensors)
+            if saved := saved_part(state, "stored.", f".{layer}"):
+                self.buffer.load(layer, 0, saved)
+
+    def _overflows(self, held: _Layer, pass_: Pass) -> bool:
+        return held.num_frames + pass_.num_frames > self.policy.num_context_frames
+
+    def _num_staying(self, pass_: Pass) -> int:
+        """Recent frames that are stored already."""
+        return self.policy.num_recent_frames - pass_.num_frames
+
+    def _top(self, end: int) -> int:
+        return end - self.policy.num_recent_frames - self.num_top
+
+    def _kept_positions(self, numbers: Tensor, top: int) -> Tensor:
+        positions = coordinates(numbers, self.geometry)
+        if self.policy.unify_top:
+            places = torch.arange(numbers.shape[1], device=numbers.device)
+            positions[..., 0] = top + (places // self.size).double()
+        return positions
+
+    def _fresh(self, held: _Layer, pass_: Pass) -> range:
+        """Whole frames that may be dropped: those behind the kept tokens, without the recent ones."""
+        first = held.end - (held.num_frames - self.policy.num_sink_frames - held.num_kept)
+        return range(first, held.end - self._num_staying(pass_))
+
+    def _candidates(self, held: _Layer, pass_: Pass) -> Tensor:
+        """Numbers of what may be dropped: the kept tokens and the older of the whole frames."""
+        frames = self._fresh(held, pass_)
+        fresh = token_numbers(self.geometry, frames.start, len(frames))
+        return fresh if held.numbers is None else torch.cat((held.numbers, fresh), dim=1)
+
+    def _choice(self, layer: int, pass_: Pass, q: Tensor | None) -> Tensor:
+        """Which candidates stay: (batch, tokens), ascending. Made once per block."""
+        held = self._layers[layer]
+        if held.choice is not None and held.chosen_for == pass_.start_frame and (q is None or not held.is_guess):
+            return held.choice
+        numbers = self._candidates(held, pass_)
+        if q is None:
+            scores = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers).float()
+        else:
+            scores = self._scores(layer, pass_, q, numbers)
+        if self.policy.max_reuse and held.uses is not None:
+            num_kept = held.uses.shape[1]
+            scores[:, :num_kept].masked_fill_(held.uses >= self.policy.max_reuse, torch.finfo(scores.dtype).min)
+        held.choice = scores.topk(self.num_top * self.size, dim=1).indices.sort(dim=1).values
+        held.chosen_for, held.is_guess = pass_.start_frame, q is None
+        return held.choice
+
+    def _scores(self, layer: int, pass_: Pass, q: Tensor, numbers: Tensor) -> Tensor:
+        """(batch, candidates), float32: what the recent queries think of each, heads summed."""
+        held, size = self._layers[layer], self.size
+        first = self.policy.num_sink_frames
+        keys = self.buffer.read(layer, first * size, first * size + numbers.shape[1]).keys.float()
+        phases = self._rotary.phases(tuple(map(float, self._fresh(held, pass_)))).expand(numbers.shape[0], -1, -1)
+        if held.numbers is not None:
+            known = self._rotary.phases(coordinates(held.numbers, self.geometry))
+            phases = torch.cat((known, phases), dim=1)
+        queries = self._rotated(q, pass_).float()
+        num_rows = self._num_staying(pass_) * (1 if self.policy.fusion == "sum" else size)
+        known = None if held.queries is None else held.queries[:, max(held.queries.shape[1] - num_rows, 0) :].float()
+        if self.policy.fusion == "sum":
+            total = queries.sum(dim=1) if known is None else queries.sum(dim=1) + known.sum(dim=1)
+            # q . R k = Re(conj(q) k phase) per pair of channels: heads are summed before anything is rotated.
+            pairs = torch.view_as_complex(keys.unflatten(-1, (-1, 2)))
+            asked = torch.view_as_complex(total.unflatten(-1, (-1, 2))).conj()
+            return (torch.einsum("bnhp,bhp->bnp", pairs, asked) * phases).real.sum(dim=-1)
+        queries = queries if known is None else torch.cat((known, queries), dim=1)
+        rotated = apply_phases(keys, phases).flatten(2).mT
+        best = [part.flatten(2).matmul(rotated).amax(dim=1) for part in queries.split(_CHUNK_QUERIES, dim=1)]
+        return torch.stack(best).amax(dim=0)
+
+    def _rotated(self, q: Tensor, pass_: Pass) -> Tensor:
+        frames = range(pass_.start_frame, pass_.start_frame + pass_.num_frames)
+        return apply_phases(q, self._rotary.phases(tuple(map(float, frames))))
+
+    def _compress(self, layer: int, pass_: Pass, q: Tensor) -> None:
+        """Put the kept tokens and the recent frames behind the sink."""
+        held, size = self._layers[layer], self.size
+        staying, num_sinks = self._num_staying(pass_), self.policy.num_sink_frames
+        fresh = self._fresh(held, pass_).start
+        if self.num_top:
+            index = self._choice(layer, pass_, q)
+            numbers = self._candidates(held, pass_)
+            uses = torch.zeros_like(numbers)
+            if held.uses is not None:
+                uses[:, : held.uses.shape[1]] = held.uses
+            self.buffer.move(layer, index + num_sinks * size, num_sinks * size)
+            held.numbers, held.uses = take_tokens(numbers, index), take_tokens(uses, index) + 1
+        if staying:
+            places = range((held.num_frames - staying) * size, held.num_frames * size)
+            last = torch.arange(places.start, places.stop, device=self.geometry.device)
+            self.buffer.move(layer, last, (num_sinks + self.num_top) * size)
+        held.shift = self.policy.sink_shift(pass_.start_frame - held.origin, pass_.num_frames)
+        held.top = self._top(pass_.start_frame + pass_.num_frames)
+        held.starts = (*held.starts, fresh)[-(self.policy.max_reuse or _NUM_STARTS) :]
+        held.num_kept, held.num_frames = self.num_top, num_sinks + self.num_top + staying

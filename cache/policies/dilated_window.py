@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from longtake.cache.frames import FramePlan, FramePolicy, check_positions
+from longtake.cache.base import check_room
+from longtake.cache.frames import FramePlan, FramePolicy, ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +31,14 @@ class DilatedWindow(FramePolicy):
     positions: Literal["absolute", "contiguous"] = "contiguous"
 
     def __post_init__(self) -> None:
-        check_positions(self.positions)
-        if self.num_dilated_frames < 0 or self.dilation < 1:
-            raise ValueError(
-                f"num_dilated_frames={self.num_dilated_frames} must be 0 or more, dilation={self.dilation} 1 or more."
-            )
+        super().__post_init__()
+        self.at_least(0, "num_dilated_frames")
+        self.at_least(1, "dilation")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse a context without room for the dilated part and a block."""
-        needed = self.num_dilated_frames + frames_per_block
-        if self.num_context_frames < needed:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for num_dilated_frames="
-                f"{self.num_dilated_frames} and a block of {frames_per_block} frames: use {needed} or more."
-            )
+        content = f"num_dilated_frames={self.num_dilated_frames} and a block of {frames_per_block} frames"
+        check_room(self.num_context_frames, self.num_dilated_frames + frames_per_block, content)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """What one block reads beside itself."""
@@ -62,10 +57,8 @@ class DilatedWindow(FramePolicy):
         oldest = start_frame - (self.num_context_frames - num_frames - self.num_dilated_frames)
         grid = tuple(frame for frame in stored if frame < oldest and frame % self.dilation == 0)
         window = tuple(frame for frame in stored if frame >= oldest)
-        return grid[max(len(grid) - self.num_dilated_frames, 0) :] + window
+        return ends(grid, 0, self.num_dilated_frames) + window
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read all, where ``positions`` says."""
-        if self.positions == "absolute":
-            return FramePlan.absolute(kept, start_frame, num_frames)
-        return FramePlan.contiguous(kept, num_frames)
+        return FramePlan.placed(self.positions, kept, start_frame, num_frames)

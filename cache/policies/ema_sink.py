@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from longtake.cache.averages import AveragingPolicy, FrameAverages
-from longtake.cache.frames import FramePlan
-from longtake.cache.storage import Stored
+from longtake.cache.frames import FramePlan, SinkWindow, ends
+from longtake.cache.storage import KeysValues
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmaSink(AveragingPolicy):
+class EmaSink(SinkWindow, AveragingPolicy):
     """EMA sink of Reward-Forcing (arXiv:2512.04678; released settings: 9 frames, 3 of them sinks, alpha 0.999).
 
     The sinks begin as the first frames. Whatever leaves the window is averaged into them, frame i of the leaving
@@ -30,19 +30,14 @@ class EmaSink(AveragingPolicy):
     source: ClassVar[str] = "Reward-Forcing, arXiv:2512.04678"
 
     num_context_frames: int = 9  # everything attended: sinks, window and the block itself
-    num_sink_frames: int = 3
     alpha: float = 0.999  # share of a sink that survives a leaving frame; 1: sinks never change
     uneven: Literal["average", "replace"] = "average"  # when other than num_sink_frames leave at once
 
     def __post_init__(self) -> None:
-        if self.num_sink_frames < 1:
-            raise ValueError(
-                f"num_sink_frames={self.num_sink_frames} must be 1 or more: without sinks use sliding_window."
-            )
+        super().__post_init__()
+        self.at_least(1, "num_sink_frames", note=": without sinks use sliding_window")
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha={self.alpha} must lie between 0 (sinks are replaced) and 1 (sinks never change).")
-        if self.uneven not in ("average", "replace"):
-            raise ValueError(f"uneven={self.uneven!r} is unknown: use 'average' or 'replace'.")
 
     @property
     def num_averages(self) -> int:
@@ -54,36 +49,28 @@ class EmaSink(AveragingPolicy):
         """Averages take the place of sinks."""
         return "sink"
 
-    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a context without room for the sinks and a block."""
-        needed = self.num_sink_frames + frames_per_block
-        if self.num_context_frames < needed:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for "
-                f"num_sink_frames={self.num_sink_frames} and a block of {frames_per_block} frames: "
-                f"use {needed} or more, or fewer sinks."
-            )
-
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """The window; sinks are kept apart."""
         return self.num_context_frames - frames_per_block - self.num_sink_frames
 
+    def num_read_frames(self, frames_per_block: int) -> int | None:
+        return self.num_stored_frames(frames_per_block)
+
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
         """Keep the last frames that fit beside the sinks and the block."""
         window = tuple(frame for frame in stored if frame >= self.num_sink_frames)
-        room = self.num_context_frames - num_frames - self.num_sink_frames
-        return window[max(len(window) - room, 0) :]
+        return ends(window, 0, self.num_context_frames - num_frames - self.num_sink_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read the window behind the sinks that there are."""
-        return FramePlan.with_gap(kept, num_frames, first=0, gap=min(self.num_sink_frames, start_frame))
+        return FramePlan.contiguous(kept, num_frames, gap=min(self.num_sink_frames, start_frame))
 
     def averages(self, start_frame: int, num_frames: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The sinks that are there, at 0 and up."""
         sinks = tuple(range(min(self.num_sink_frames, start_frame)))
         return sinks, tuple(map(float, sinks))
 
-    def update(self, averages: FrameAverages, layer: int, frames: tuple[int, ...], tokens: list[Stored]) -> None:
+    def update(self, averages: FrameAverages, layer: int, frames: tuple[int, ...], tokens: list[KeysValues]) -> None:
         """Let the first frames be the sinks, and average later ones into them."""
         leaving = [frame for frame in frames if frame >= self.num_sink_frames]
         is_even = len(leaving) == self.num_sink_frames

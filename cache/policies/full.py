@@ -22,6 +22,7 @@ class Full(FramePolicy):
     num_context_frames: int | None = None  # longest rollout allowed; null: no limit
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_context_frames is not None and self.num_context_frames < 1:
             raise ValueError(f"num_context_frames={self.num_context_frames} must be 1 or more, or null for no limit.")
 
@@ -35,7 +36,6 @@ class Full(FramePolicy):
             )
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """Unbounded."""
         return None
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:

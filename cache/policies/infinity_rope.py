@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from longtake.cache.base import BlockTrace, EncodeJob, Event, Geometry, Number
-from longtake.cache.frames import FramePlan, FrameState
-from longtake.cache.policies.attention_sink import SinkWindow
+from longtake.cache.frames import FramePlan, FrameState, SinkWindow, ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +41,15 @@ class InfinityRope(SinkWindow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("num_flush_frames", self.num_flush_frames), ("onset", self.onset), ("cut", self.cut)):
-            if value < 0:
-                raise ValueError(f"{name}={value} must be 0 or more.")
-        if self.placement not in ("released", "paper"):
-            raise ValueError(f"placement={self.placement!r} is unknown: use 'released' or 'paper'.")
+        self.at_least(0, "num_flush_frames", "onset", "cut")
 
     def start(self, geometry: Geometry) -> "InfinityRopeState":
-        """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
         return InfinityRopeState(self, geometry)
 
     def after_flush(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The sinks and the newest frames."""
-        num_sinks = self.num_sinks(stored)
-        return stored[:num_sinks] + stored[max(len(stored) - self.num_flush_frames, num_sinks) :]
+        return ends(stored, self.num_sinks(stored), self.num_flush_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read the sinks and the window, at positions that do not grow."""
@@ -67,10 +60,8 @@ class InfinityRope(SinkWindow):
         return FramePlan(kept, positions, tuple(map(float, range(first, first + num_frames))))
 
 
-class InfinityRopeState(FrameState):
+class InfinityRopeState(FrameState[InfinityRope]):
     """Whole frames, and which block a cut has moved."""
-
-    policy: InfinityRope
 
     def __init__(self, policy: InfinityRope, geometry: Geometry) -> None:
         super().__init__(policy, geometry)
@@ -91,14 +82,8 @@ class InfinityRopeState(FrameState):
         return replace(plan, query_positions=tuple(map(float, cut)))
 
     def state_dict(self) -> dict[str, Tensor | Number]:
-        """Frames at hand and the block of the last cut."""
         return super().state_dict() | {"cut_frame": self._cut_frame}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
         super().load_state_dict(state)
         self._cut_frame = int(state["cut_frame"])

@@ -31,13 +31,7 @@ class LongLive(AttentionSink):
     global_sink: bool = True  # the sinks outlive a re-cache; false: they move to the oldest frame encoded anew
     recache: Literal["bidirectional", "causal"] = "bidirectional"  # what frames see of each other in a re-cache
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.recache not in ("bidirectional", "causal"):
-            raise ValueError(f"recache={self.recache!r} is unknown: use 'bidirectional' or 'causal'.")
-
-    def start(self, geometry: Geometry) -> RecacheState:
-        """Make the empty state of one rollout."""
+    def start(self, geometry: Geometry) -> RecacheState[AttentionSink]:
         self.check(geometry.frames_per_block, geometry.max_frames)
         return RecacheState(
             self,

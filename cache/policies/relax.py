@@ -2,37 +2,119 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from longtake.cache.base import Context, Geometry, Pass, Read
-from longtake.cache.frames import FramePlan, FramePolicy, FrameState, check_positions
+from longtake.cache.base import Context, Geometry, Pass, Read, check_room
+from longtake.cache.frames import FramePlan, FrameState, SinkWindow, ends
 from longtake.cache.storage import Stored
 
 
-class _HistoryPolicy(Protocol):
-    """What a ``FramePolicy`` has to say beside, to have history chosen."""
+@dataclass(frozen=True, kw_only=True)
+class Relax(SinkWindow):
+    """Sink, selected history and tail (Relax Forcing, arXiv:2603.21366; released: 2 + 1 + 1 + 3 frames of 120 kept).
 
-    num_sink_frames: int
-    num_recent_frames: int
-    redundancy: float
-    positions: str
+    A frame stands for the mean of its raw keys in the first layer, scaled to length 1. When a block starts,
+    ``num_candidates`` frames, evenly spaced over the newer half of what lies between sinks and tail, are scored by
+
+        cos(candidate, sinks) - redundancy * cos(candidate, tail)
+
+    and the best are read, in all layers and steps of the block: like the beginning, unlike what was just seen.
+    Of ``num_context_frames``, history is what sinks, tail and block leave. Until a video has outgrown
+    ``num_context_frames``, all of it is read.
+
+    ``positions: contiguous`` equals the released "hybrid" positions but for a shift that attention does not see: the
+    block and the tail at their own places, history and sinks right before. ``absolute`` is its ablation, every frame
+    at its own index.
+
+    Differs: every video of a batch chooses for itself, where the released code asks the first one; where fewer
+    candidates than history frames are left after rounding, the whole newer half stands for election.
+    """
+
+    name: ClassVar[str] = "relax"
+    source: ClassVar[str] = "Relax Forcing, arXiv:2603.21366"
+
+    num_context_frames: int = 7  # everything attended: sinks, history, tail and the block itself
+    num_sink_frames: int = 2
+    num_recent_frames: int = 1  # the tail: last frames before the block
+    num_budget_frames: int = 120  # everything kept to choose from, the block itself included
+    num_candidates: int = 4
+    redundancy: float = 2.0  # how much likeness to the tail counts against a candidate
+    positions: Literal["absolute", "contiguous"] = "contiguous"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("num_sink_frames", "num_recent_frames", "num_candidates")
+        self.at_least(1, *counts, note=": history is chosen by comparison")
+        if self.num_budget_frames < self.num_context_frames:
+            raise ValueError(
+                f"num_budget_frames={self.num_budget_frames} is less than num_context_frames="
+                f"{self.num_context_frames}: keep at least what is attended."
+            )
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse a context without room for sinks, history, tail and a block."""
+        content = (
+            f"num_sink_frames={self.num_sink_frames}, a frame of history, num_recent_frames={self.num_recent_frames} "
+            f"and a block of {frames_per_block} frames"
+        )
+        needed = self.num_sink_frames + 1 + self.num_recent_frames + frames_per_block
+        check_room(self.num_context_frames, needed, content)
+
+    def start(self, geometry: Geometry) -> "_HistoryState":
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return _HistoryState(self, geometry)
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """Everything to choose from."""
+        return self.num_budget_frames - frames_per_block
+
+    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
+        """Sinks come first, the tail last, and what may be chosen in between."""
+        last = len(frames) - self.num_recent_frames
+        roles = ("recent" if index >= last else "mid" for index in range(len(frames)))
+        return tuple("sink" if f < self.num_sink_frames else role for f, role in zip(frames, roles, strict=True))
+
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the sinks and the last frames that fit into the budget."""
+        first = start_frame - (self.num_budget_frames - num_frames - self.num_sink_frames)
+        return tuple(frame for frame in stored if frame < self.num_sink_frames or frame >= first)
 
     def num_history(self, start_frame: int, num_frames: int) -> int:
-        """Frames that the block at ``start_frame`` chooses."""
-        ...
+        """Frames that the block at ``start_frame`` chooses; 0 while all fit."""
+        if start_frame + num_frames <= self.num_context_frames:
+            return 0
+        return self.num_context_frames - num_frames - self.num_sink_frames - self.num_recent_frames
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all while all fits; then sinks and tail, with a gap for history."""
+        gap = self.num_history(start_frame, num_frames)
+        frames = ends(kept, self.num_sink_frames, self.num_recent_frames) if gap else kept
+        if self.positions == "absolute":
+            return replace(FramePlan.absolute(frames, start_frame, num_frames), roles=self.roles(frames))
+        plan = FramePlan.contiguous(frames, num_frames, first=self.num_sink_frames if gap else 0, gap=gap)
+        return replace(plan, roles=self.roles(frames))
 
     def candidates(self, stored: tuple[int, ...], num_history: int) -> tuple[int, ...]:
-        """Frames that stand for election, ascending, at least ``num_history``."""
-        ...
+        """Frames that stand for election, evenly spaced over the newer half of the middle."""
+        middle = stored[self.num_sink_frames : len(stored) - self.num_recent_frames]
+        first = len(middle) // 2
+        count = min(self.num_candidates, len(middle) - first)
+        if count > 1:
+            places = torch.linspace(first, len(middle) - 1, count + 1).long().unique()[:-1].tolist()
+        else:
+            places = [first]
+        if len(places) < num_history:
+            places = range(min(first, len(middle) - num_history), len(middle))
+        return tuple(middle[place] for place in places)
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Some of several frames, each sample its own; gathered when it is read.
+    """Some of several frames, each sample its own, gathered when they are read.
 
     Attributes:
         candidates: One frame each.
@@ -60,18 +142,17 @@ class _Chosen:
         return self._gathered([candidate.values for candidate in self.candidates])
 
     def _gathered(self, frames: Sequence[Tensor]) -> Tensor:
-        return torch.take_along_dim(torch.stack(frames, dim=1), self.index[:, :, None, None, None], dim=1).flatten(
-            1, 2
-        )
+        chosen = torch.take_along_dim(torch.stack(list(frames), dim=1), self.index[:, :, None, None, None], dim=1)
+        return chosen.flatten(1, 2)
 
 
-class HistoryState(FrameState):
+class _HistoryState(FrameState[Relax]):
     """Frames to choose from, and the choices of the block being made and the one before it.
 
     A choice is a tensor on the device: nothing waits for it. It follows from what is stored, so it is not saved.
     """
 
-    def __init__(self, policy: _HistoryPolicy, geometry: Geometry) -> None:
+    def __init__(self, policy: Relax, geometry: Geometry) -> None:
         super().__init__(policy, geometry)
         self._choices: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
@@ -85,11 +166,6 @@ class HistoryState(FrameState):
         return replace(context, reads=(*sinks, history, *context.reads[len(sinks) :]))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
         super().load_state_dict(state)
         self._choices = {}
 
@@ -144,109 +220,3 @@ class HistoryState(FrameState):
         rows = torch.arange(g.num_rows, **kind)[:, None].expand(shape)
         columns = torch.arange(g.num_columns, **kind).expand(shape)
         return torch.stack([temporal[:, :, None, None].expand(shape), rows, columns], dim=-1).flatten(1, 3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Relax(FramePolicy):
-    """Sink, selected history and tail (Relax Forcing, arXiv:2603.21366; released: 2 + 1 + 1 + 3 frames of 120 kept).
-
-    A frame stands for the mean of its raw keys in the first layer, scaled to length 1. When a block starts,
-    ``num_candidates`` frames, evenly spaced over the newer half of what lies between sinks and tail, are scored by
-
-        cos(candidate, sinks) - redundancy * cos(candidate, tail)
-
-    and the best are read, in all layers and steps of the block: like the beginning, unlike what was just seen.
-    Of ``num_context_frames``, history is what sinks, tail and block leave. Until a video has outgrown
-    ``num_context_frames``, all of it is read.
-
-    ``positions: contiguous`` equals the released "hybrid" positions but for a shift that attention does not see: the
-    block and the tail at their own places, history and sinks right before. ``absolute`` is its ablation, every frame
-    at its own index.
-
-    Differs: every video of a batch chooses for itself, where the released code asks the first one; where fewer
-    candidates than history frames are left after rounding, the whole newer half stands for election.
-    """
-
-    name: ClassVar[str] = "relax"
-    source: ClassVar[str] = "Relax Forcing, arXiv:2603.21366"
-
-    num_context_frames: int = 7  # everything attended: sinks, history, tail and the block itself
-    num_sink_frames: int = 2
-    num_recent_frames: int = 1  # the tail: last frames before the block
-    num_budget_frames: int = 120  # everything kept to choose from, the block itself included
-    num_candidates: int = 4
-    redundancy: float = 2.0  # how much likeness to the tail counts against a candidate
-    positions: Literal["absolute", "contiguous"] = "contiguous"
-
-    def __post_init__(self) -> None:
-        for name in ("num_sink_frames", "num_recent_frames", "num_candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more: history is chosen by comparison.")
-        if self.num_budget_frames < self.num_context_frames:
-            raise ValueError(
-                f"num_budget_frames={self.num_budget_frames} is less than num_context_frames="
-                f"{self.num_context_frames}: keep at least what is attended."
-            )
-        check_positions(self.positions)
-
-    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a context without room for sinks, history, tail and a block."""
-        needed = self.num_sink_frames + 1 + self.num_recent_frames + frames_per_block
-        if self.num_context_frames < needed:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for num_sink_frames="
-                f"{self.num_sink_frames}, a frame of history, num_recent_frames={self.num_recent_frames} and a block "
-                f"of {frames_per_block} frames: use {needed} or more."
-            )
-
-    def start(self, geometry: Geometry) -> "HistoryState":
-        """Make the empty state of one rollout."""
-        self.check(geometry.frames_per_block, geometry.max_frames)
-        return HistoryState(self, geometry)
-
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """Everything to choose from."""
-        return self.num_budget_frames - frames_per_block
-
-    def num_read_frames(self, frames_per_block: int) -> int | None:
-        """What one block reads beside itself."""
-        return self.num_context_frames - frames_per_block
-
-    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
-        """Sinks come first, the tail last, and what may be chosen in between."""
-        last = len(frames) - self.num_recent_frames
-        roles = ("recent" if index >= last else "mid" for index in range(len(frames)))
-        return tuple("sink" if f < self.num_sink_frames else role for f, role in zip(frames, roles, strict=True))
-
-    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the sinks and the last frames that fit into the budget."""
-        first = start_frame - (self.num_budget_frames - num_frames - self.num_sink_frames)
-        return tuple(frame for frame in stored if frame < self.num_sink_frames or frame >= first)
-
-    def num_history(self, start_frame: int, num_frames: int) -> int:
-        """Frames that the block at ``start_frame`` chooses; 0 while all fit."""
-        if start_frame + num_frames <= self.num_context_frames:
-            return 0
-        return self.num_context_frames - num_frames - self.num_sink_frames - self.num_recent_frames
-
-    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all while all fits; then sinks and tail, with a gap for history."""
-        gap = self.num_history(start_frame, num_frames)
-        frames = kept[: self.num_sink_frames] + kept[-self.num_recent_frames :] if gap else kept
-        if self.positions == "absolute":
-            return replace(FramePlan.absolute(frames, start_frame, num_frames), roles=self.roles(frames))
-        plan = FramePlan.with_gap(frames, num_frames, first=self.num_sink_frames if gap else 0, gap=gap)
-        return replace(plan, roles=self.roles(frames))
-
-    def candidates(self, stored: tuple[int, ...], num_history: int) -> tuple[int, ...]:
-        """Frames that stand for election, evenly spaced over the newer half of the middle."""
-        middle = stored[self.num_sink_frames : len(stored) - self.num_recent_frames]
-        first = len(middle) // 2
-        count = min(self.num_candidates, len(middle) - first)
-        if count > 1:
-            places = torch.linspace(first, len(middle) - 1, count + 1).long().unique()[:-1].tolist()
-        else:
-            places = [first]
-        if len(places) < num_history:
-            places = range(min(first, len(middle) - num_history), len(middle))
-        return tuple(middle[place] for place in places)

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from longtake.cache.base import Context, Geometry, Pass, Traits
-from longtake.cache.frames import FramePlan, FrameState
-from longtake.cache.policies.attention_sink import SinkWindow
+from longtake.cache.frames import FramePlan, FrameState, SinkWindow, ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +36,9 @@ class RollingForcing(SinkWindow):
     num_sink_frames: int = 3
     commit: Literal["released", "keep_sinks"] = "released"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.commit not in ("released", "keep_sinks"):
-            raise ValueError(f"commit={self.commit!r} is unknown: use 'released' or 'keep_sinks'.")
-
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """Sinks and working frames of a commit, which has no window to make room for."""
         return self.num_context_frames
-
-    def num_read_frames(self, frames_per_block: int) -> int | None:
-        """What a single block reads beside itself; a window reads less."""
-        return self.num_context_frames - frames_per_block
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
         """Keep the sinks, and as many of the last frames as fit beside them."""
@@ -67,19 +57,16 @@ class RollingForcing(SinkWindow):
         """Read what the released code commits with, or what the block itself would read."""
         if self.commit == "keep_sinks":
             return self.read(stored, start_frame, num_frames)
-        room = self.num_context_frames - num_frames
-        return FramePlan.absolute(stored[max(len(stored) - room, 0) :], start_frame, num_frames)
+        recent = ends(stored, 0, self.num_context_frames - num_frames)
+        return FramePlan.absolute(recent, start_frame, num_frames)
 
     def start(self, geometry: Geometry) -> "RollingForcingState":
-        """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
         return RollingForcingState(self, geometry)
 
 
-class RollingForcingState(FrameState):
+class RollingForcingState(FrameState[RollingForcing]):
     """Whole frames; commits read by a plan of their own."""
-
-    policy: RollingForcing
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
         """Read what the policy plans for a window, or for a commit."""

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from longtake.cache.frames import FramePlan, FramePolicy, check_positions
+from longtake.cache.base import check_room
+from longtake.cache.frames import FramePlan, FramePolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +30,10 @@ class RollingSink(FramePolicy):
     num_context_frames: int = 21  # everything attended: replayed frames, last block and the block itself
     positions: Literal["absolute", "contiguous"] = "absolute"  # contiguous: the same distances, from 0
 
-    def __post_init__(self) -> None:
-        check_positions(self.positions)
-
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse a context without room for a block and the one before it."""
-        if self.num_context_frames < 2 * frames_per_block:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for a block of {frames_per_block} "
-                f"frames and the one before it: use {2 * frames_per_block} or more."
-            )
+        content = f"a block of {frames_per_block} frames and the one before it"
+        check_room(self.num_context_frames, 2 * frames_per_block, content)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """The first frames and the last block."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from longtake.cache.base import Event, Geometry, Traits
-from longtake.cache.frames import FramePlan, FramePolicy, check_positions
+from longtake.cache.base import Event, Geometry, Traits, check_room
+from longtake.cache.frames import FramePlan, FramePolicy, ends
 from longtake.cache.recache import RecacheState
 
 
@@ -25,20 +25,14 @@ class SlidingWindow(FramePolicy):
     positions: Literal["absolute", "contiguous"] = "absolute"
 
     def __post_init__(self) -> None:
-        if self.num_context_frames < 1:
-            raise ValueError(f"num_context_frames={self.num_context_frames} must be 1 or more.")
-        check_positions(self.positions)
+        super().__post_init__()
+        self.at_least(1, "num_context_frames")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Refuse a window smaller than a block."""
-        if self.num_context_frames < frames_per_block:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for a block of {frames_per_block} "
-                f"frames: use {frames_per_block} or more."
-            )
+        check_room(self.num_context_frames, frames_per_block, f"a block of {frames_per_block} frames")
 
-    def start(self, geometry: Geometry) -> RecacheState:
-        """Make the empty state of one rollout."""
+    def start(self, geometry: Geometry) -> "RecacheState[SlidingWindow]":
         self.check(geometry.frames_per_block, geometry.max_frames)
         return RecacheState(self, geometry, num_frames=self.num_context_frames)
 
@@ -48,11 +42,8 @@ class SlidingWindow(FramePolicy):
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
         """Keep the last frames that fit beside the block."""
-        room = self.num_context_frames - num_frames
-        return stored[max(len(stored) - room, 0) :]
+        return ends(stored, 0, self.num_context_frames - num_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
         """Read all, where ``positions`` says."""
-        if self.positions == "absolute":
-            return FramePlan.absolute(kept, start_frame, num_frames)
-        return FramePlan.contiguous(kept, num_frames)
+        return FramePlan.placed(self.positions, kept, start_frame, num_frames)

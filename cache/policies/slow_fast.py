@@ -2,39 +2,101 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from longtake.cache.base import CacheStats, Context, Geometry, Number, Pass, Read, Traits
-from longtake.cache.frames import FramePlan, FramePolicy, FrameState
+from longtake.cache.base import CacheStats, Context, Geometry, Number, Pass, Read, Traits, check_room
+from longtake.cache.frames import FramePlan, FrameState, SinkWindow, ends
+from longtake.cache.storage import KeysValues, saved_part
 
 
-class _SlowMemoryPolicy(Protocol):
-    """What a ``FramePolicy`` has to say beside, to have a slow memory."""
+@dataclass(frozen=True, kw_only=True)
+class SlowFast(SinkWindow):
+    """Slow-fast memory of Context Forcing (arXiv:2602.06028; published: 3 sinks, 12 slow, 6 fast, threshold 0.95).
 
-    num_sink_frames: int
-    num_slow_frames: int
-    threshold: float
-    num_blocks_per_update: int
-    similarity: str
-    decided_by: str
+    The fast memory is a queue: the last ``num_recent_frames``, the block included. A block whose keys resemble those
+    before it less than ``threshold`` brings something new: when it leaves the queue its first frame enters the slow
+    memory, and the oldest one there makes room. Only every ``num_blocks_per_update``-th block is looked at. Positions
+    are sinks, slow, fast and block one after the other, so none ever leaves 0 to ``num_context_frames`` - 1.
+
+    The paper leaves open, and here is an option or a choice: how alike two frames are (``similarity``: mean cosine of
+    the raw keys at each place of the grid with all heads side by side, or cosine of the frames' mean keys), and which
+    layers say so (``decided_by``). Compared are the first frame of a block and the one before it. A frame enters the
+    slow memory when it leaves the fast one, not while it is in both. Until the slow memory is full, everything that
+    leaves the queue enters it, so that a short video is read whole and the number of tokens does not depend on what
+    is in them. Every video of a batch decides for itself.
+    """
+
+    name: ClassVar[str] = "slow_fast"
+    source: ClassVar[str] = "Context Forcing, arXiv:2602.06028"
+    traits: ClassVar[Traits] = Traits(breaks_frames=True)  # slow frames are read as one memory
+
+    num_context_frames: int = 21  # everything attended: sinks, slow, fast and the block itself
+    num_recent_frames: int = 6  # the fast memory, the block itself included
+    threshold: float = 0.95  # a block that is less alike than this brings something new
+    num_blocks_per_update: int = 2
+    similarity: Literal["places", "means"] = "places"
+    decided_by: Literal["first_layer", "each_layer"] = "first_layer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "num_sink_frames", "num_blocks_per_update")
+        content = (
+            f"num_sink_frames={self.num_sink_frames}, num_recent_frames={self.num_recent_frames} and a slow frame"
+        )
+        check_room(self.num_context_frames, self.num_sink_frames + self.num_recent_frames + 1, content)
+
+    @property
+    def num_slow_frames(self) -> int:
+        """What sinks and fast memory leave."""
+        return self.num_context_frames - self.num_sink_frames - self.num_recent_frames
+
+    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
+        """Refuse a fast memory that does not hold a block and the one before it."""
+        if self.num_recent_frames < 2 * frames_per_block:
+            raise ValueError(
+                f"num_recent_frames={self.num_recent_frames} does not hold a block of {frames_per_block} frames and "
+                f"the one before it: use {2 * frames_per_block} or more."
+            )
+
+    def start(self, geometry: Geometry) -> "_SlowMemoryState":
+        self.check(geometry.frames_per_block, geometry.max_frames)
+        return _SlowMemoryState(self, geometry)
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """Sinks and the fast memory without the block."""
+        return self.num_sink_frames + self.num_recent_frames - frames_per_block
+
+    def num_extra_frames(self, frames_per_block: int) -> int:
+        """The slow memory."""
+        return self.num_slow_frames
 
     def num_slow(self, start_frame: int, num_frames: int) -> int:
         """Frames in the slow memory for the block at ``start_frame``."""
-        ...
+        gone = start_frame - (self.num_recent_frames - num_frames) - self.num_sink_frames
+        return min(max(gone, 0), self.num_slow_frames)
+
+    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
+        """Keep the sinks and the fast memory."""
+        return ends(stored, self.num_sinks(stored), self.num_recent_frames - num_frames)
+
+    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
+        """Read all, with a gap behind the sinks for the slow memory."""
+        gap = self.num_slow(start_frame, num_frames)
+        return FramePlan.contiguous(kept, num_frames, first=self.num_sinks(kept), gap=gap)
 
 
-class _SlowMemoryState(FrameState):
+class _SlowMemoryState(FrameState[SlowFast]):
     """Sinks and a queue of last frames, and behind their slots the slow memory, oldest first.
 
     Whether a frame enters the slow memory is a tensor on the device, one decision per sample: the memory moves up by
     one or stays, by an index, so that nothing waits for a decision and tokens are moved as they are encoded.
     """
 
-    def __init__(self, policy: _SlowMemoryPolicy, geometry: Geometry) -> None:
+    def __init__(self, policy: SlowFast, geometry: Geometry) -> None:
         super().__init__(policy, geometry)
         rows = geometry.num_layers if policy.decided_by == "each_layer" else 1
         self._is_shared = rows == 1
@@ -67,9 +129,8 @@ class _SlowMemoryState(FrameState):
         super().commit(layer, pass_, q, k, v)
         self._end = pass_.start_frame + pass_.num_frames
 
-    def release(self, layer: int, frames: tuple[int, ...]) -> None:
+    def release(self, layer: int, pass_: Pass, frames: tuple[int, ...], own: KeysValues) -> None:
         """Take frames that leave the queue into the slow memory while it has room; then those with something new."""
-        pass_, _ = self._committing
         size, row = self.store.frame_size, 0 if self._is_shared else layer
         for frame in frames:
             slot, place = self._before[frame], frame - self.policy.num_sink_frames
@@ -82,7 +143,6 @@ class _SlowMemoryState(FrameState):
                 self._offer(layer, row, frame, slot)
 
     def stats(self) -> CacheStats:
-        """Tokens and bytes of sinks, queue and slow memory."""
         stats = super().stats()
         count = self.policy.num_slow(self._end, self.geometry.frames_per_block)
         if not count:
@@ -100,11 +160,6 @@ class _SlowMemoryState(FrameState):
         return state | {f"alike.{frame}.": alike.clone() for frame, alike in self._alike.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
         if state["slow.frames"].shape != self._frames.shape:
             raise ValueError(
                 f"the saved cache decided for {tuple(state['slow.frames'].shape)} (layers, videos, slow frames), this "
@@ -113,12 +168,10 @@ class _SlowMemoryState(FrameState):
         super().load_state_dict(state)
         self._end = int(state["end"])
         self._frames.copy_(state["slow.frames"])
-        device = self._frames.device
-        self._alike = {int(k.split(".")[1]): v.to(device) for k, v in state.items() if k.startswith("alike.")}
+        alike = saved_part(state, "alike.", ".")
+        self._alike = {int(frame): tensor.to(self._frames.device) for frame, tensor in alike.items()}
         for layer in range(self.geometry.num_layers):
-            prefix = f"slow.{layer}."
-            saved = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-            if saved:
+            if saved := saved_part(state, f"slow.{layer}."):
                 self.store.buffer.load(layer, self._first_place, saved)
 
     @property
@@ -157,98 +210,3 @@ class _SlowMemoryState(FrameState):
         if self._decides(layer):
             newest = torch.full((index.shape[0], 1), frame, device=device)
             self._frames[row] = torch.cat([self._frames[row], newest], dim=1).gather(1, index)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlowFast(FramePolicy):
-    """Slow-fast memory of Context Forcing (arXiv:2602.06028; published: 3 sinks, 12 slow, 6 fast, threshold 0.95).
-
-    The fast memory is a queue: the last ``num_recent_frames``, the block included. A block whose keys resemble those
-    before it less than ``threshold`` brings something new: when it leaves the queue its first frame enters the slow
-    memory, and the oldest one there makes room. Only every ``num_blocks_per_update``-th block is looked at. Positions
-    are sinks, slow, fast and block one after the other, so none ever leaves 0 to ``num_context_frames`` - 1.
-
-    The paper leaves open, and here is an option or a choice: how alike two frames are (``similarity``: mean cosine of
-    the raw keys at each place of the grid with all heads side by side, or cosine of the frames' mean keys), and which
-    layers say so (``decided_by``). Compared are the first frame of a block and the one before it. A frame enters the
-    slow memory when it leaves the fast one, not while it is in both. Until the slow memory is full, everything that
-    leaves the queue enters it, so that a short video is read whole and the number of tokens does not depend on what
-    is in them. Every video of a batch decides for itself.
-    """
-
-    name: ClassVar[str] = "slow_fast"
-    source: ClassVar[str] = "Context Forcing, arXiv:2602.06028"
-    traits: ClassVar[Traits] = Traits(breaks_frames=True)  # slow frames are read as one memory
-
-    num_context_frames: int = 21  # everything attended: sinks, slow, fast and the block itself
-    num_sink_frames: int = 3
-    num_recent_frames: int = 6  # the fast memory, the block itself included
-    threshold: float = 0.95  # a block that is less alike than this brings something new
-    num_blocks_per_update: int = 2
-    similarity: Literal["places", "means"] = "places"
-    decided_by: Literal["first_layer", "each_layer"] = "first_layer"
-
-    def __post_init__(self) -> None:
-        for name in ("num_sink_frames", "num_blocks_per_update"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        if self.num_slow_frames < 1:
-            raise ValueError(
-                f"num_context_frames={self.num_context_frames} leaves no room for num_sink_frames="
-                f"{self.num_sink_frames}, num_recent_frames={self.num_recent_frames} and a slow frame: "
-                f"use {self.num_sink_frames + self.num_recent_frames + 1} or more."
-            )
-        options = {"similarity": ("places", "means"), "decided_by": ("first_layer", "each_layer")}
-        for name, known in options.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use {known[0]!r} or {known[1]!r}.")
-
-    @property
-    def num_slow_frames(self) -> int:
-        """What sinks and fast memory leave."""
-        return self.num_context_frames - self.num_sink_frames - self.num_recent_frames
-
-    def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a fast memory that does not hold a block and the one before it."""
-        if self.num_recent_frames < 2 * frames_per_block:
-            raise ValueError(
-                f"num_recent_frames={self.num_recent_frames} does not hold a block of {frames_per_block} frames and "
-                f"the one before it: use {2 * frames_per_block} or more."
-            )
-
-    def start(self, geometry: Geometry) -> _SlowMemoryState:
-        """Make the empty state of one rollout."""
-        self.check(geometry.frames_per_block, geometry.max_frames)
-        return _SlowMemoryState(self, geometry)
-
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """Sinks and the fast memory without the block."""
-        return self.num_sink_frames + self.num_recent_frames - frames_per_block
-
-    def num_extra_frames(self, frames_per_block: int) -> int:
-        """The slow memory."""
-        return self.num_slow_frames
-
-    def num_read_frames(self, frames_per_block: int) -> int | None:
-        """What one block reads beside itself."""
-        return self.num_context_frames - frames_per_block
-
-    def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
-        """Sinks are the frames before ``num_sink_frames``."""
-        return tuple("sink" if frame < self.num_sink_frames else "recent" for frame in frames)
-
-    def num_slow(self, start_frame: int, num_frames: int) -> int:
-        """Frames in the slow memory for the block at ``start_frame``."""
-        gone = start_frame - (self.num_recent_frames - num_frames) - self.num_sink_frames
-        return min(max(gone, 0), self.num_slow_frames)
-
-    def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the sinks and the fast memory."""
-        sinks = tuple(frame for frame in stored if frame < self.num_sink_frames)
-        window = stored[len(sinks) :]
-        return sinks + window[max(len(window) - (self.num_recent_frames - num_frames), 0) :]
-
-    def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all, with a gap behind the sinks for the slow memory."""
-        first = sum(frame < self.num_sink_frames for frame in kept)
-        return FramePlan.with_gap(kept, num_frames, first=first, gap=self.num_slow(start_frame, num_frames))

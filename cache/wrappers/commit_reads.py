@@ -17,7 +17,7 @@ from longtake.cache.base import (
     PolicyState,
     Read,
 )
-from longtake.cache.storage import Stored
+from longtake.cache.storage import DerivedTokens
 from longtake.cache.wrappers.wrapper import Wrapper
 
 
@@ -38,8 +38,7 @@ class CommitReads(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_recent_frames < 0:
-            raise ValueError(f"num_recent_frames={self.num_recent_frames} must be 0 or more.")
+        self.at_least(0, "num_recent_frames")
 
     def start(self, geometry: Geometry) -> PolicyState:
         """Make the inner policy's empty state, with other reads for commits."""
@@ -47,27 +46,18 @@ class CommitReads(Wrapper):
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some of stored tokens, cut when they are asked for."""
+class _Part(DerivedTokens):
+    """Consecutive ones of stored tokens."""
 
-    stored: Stored
     start: int
     end: int
 
     @property
     def num_tokens(self) -> int:
-        """How many, per sample."""
         return self.end - self.start
 
-    @property
-    def keys(self) -> Tensor:
-        """(batch, tokens, heads, head_dim), un-rotated."""
-        return self.stored.keys[:, self.start : self.end]
-
-    @property
-    def values(self) -> Tensor:
-        """(batch, tokens, heads, head_dim)."""
-        return self.stored.values[:, self.start : self.end]
+    def derive(self, tensor: Tensor) -> Tensor:
+        return tensor[:, self.start : self.end]
 
 
 class _CommitReadsState(PolicyState):
@@ -90,23 +80,18 @@ class _CommitReadsState(PolicyState):
         return replace(context, reads=self._recent(context.reads, pass_), groups=groups)
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store what the inner policy stores."""
         self.inner.commit(layer, pass_, q, k, v)
 
     def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
-        """Do what the inner policy does."""
         return self.inner.end_block(trace)
 
     def stats(self) -> CacheStats:
-        """The inner policy's."""
         return self.inner.stats()
 
     def state_dict(self) -> dict[str, Tensor | Number]:
-        """The inner policy's."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the inner policy's saved state."""
         self.inner.load_state_dict(state)
 
     def _recent(self, reads: tuple[Read, ...], pass_: Pass) -> tuple[Read, ...]:

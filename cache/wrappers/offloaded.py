@@ -21,9 +21,4 @@ class Offloaded(Wrapper):
     source: ClassVar[str] = "LightX2V, github.com/ModelTC/lightx2v"
 
     def start(self, geometry: Geometry) -> PolicyState:
-        """Make the inner policy's empty state on host storage.
-
-        Raises:
-            ValueError: If the inner policy refuses the geometry.
-        """
-        return start_coded(self, geometry, lambda storage: replace(storage, is_on_host=True))
+        return start_coded(self, geometry, replace(geometry.storage, is_on_host=True))

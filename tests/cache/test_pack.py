@@ -69,7 +69,8 @@ def test_published_sizes(compressor):
 def test_sizes_of_other_blocks():
     for block, cells in ((1, (1, 7, 13)), (3, (1, 7, 13)), (4, (2, 7, 13)), (6, (3, 7, 13))):
         policy = make_policy("pack")
-        assert policy.cells(wan(block)) == cells and policy.factors(wan(block)) == (2, 4, 4)
+        size = (block, 30, 52)
+        assert policy.factors(size) == (2, 4, 4) and num_cells(size, policy.factors(size)) == cells
     assert cell_factors((3, 4, 4), (2, 4, 4)) == (2, 2, 2) and num_cells((3, 4, 4), (2, 4, 4)) == (1, 2, 2)
     assert cell_factors((3, 1, 2), (2, 4, 4)) == (2, 1, 1)
 
@@ -163,7 +164,7 @@ def compare(settings, *, block, span=None, wrong=False):
     geometry = make_geometry(block, grid=(4, 5), batch=2, layers=1)
     player = Player(SMALL | settings, geometry, samples=(0, 1))
     policy = player.cache.policy
-    cells = policy.cells(geometry)
+    cells = num_cells((block, 4, 5), policy.factors((block, 4, 5)))
     references = [
         Reference(sinks=4, recents=4, chosen=2, size=(block, 4, 5), cells=cells, span=span or block) for _ in range(2)
     ]
@@ -220,7 +221,7 @@ def filled_bank(num_blocks=6, tokens=5, on_host=False):
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(2, num_blocks, 2, tokens, 2, 16, generator=generator)
     for start, k, v in zip(starts, *kv, strict=True):
-        bank.write(0, start, k, v)
+        bank.put(0, start, k, v)
     return bank, starts, kv[0]
 
 

@@ -8,9 +8,10 @@ import torch
 from policy_driver import Player, make_geometry, spans
 
 from longtake.attention import sdpa
-from longtake.cache import Geometry, KVCache, Pass, PlainStorage, make_policy
-from longtake.cache.coded import CodedStorage, Raw, _Int4, _Int8, codec_of
+from longtake.cache import Geometry, KVCache, Pass, Storage, make_policy
 from longtake.cache.footprint import footprint
+from longtake.cache.storage import Raw
+from longtake.cache.wrappers.quantized import _Int4, _Int8, codec_of
 from longtake.rope import axis_frequencies, rotate
 
 SINK = {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3}
@@ -94,7 +95,7 @@ def test_phase_updates_in_place_would_not_be():
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_buffer_moves_saves_and_loads_codes(codec):
     geometry = make_geometry(3, batch=2)
-    storage = CodedStorage(codec, codec)
+    storage = Storage(codec, codec)
     buffer, other = (storage.buffer(geometry, 8, num_heads=1) for _ in range(2))
     k, v = tokens(2, 8, 1, 16), tokens(2, 8, 1, 16, seed=1)
     buffer.write(1, 0, k, v)
@@ -119,7 +120,7 @@ def test_a_buffer_moves_saves_and_loads_codes(codec):
 
 
 def test_plain_and_offloaded_states_are_interchangeable():
-    plain, far = (PlainStorage().buffer(make_geometry(3), 4), CodedStorage().buffer(make_geometry(3), 4))
+    plain, far = (Storage().buffer(make_geometry(3), 4), Storage(is_on_host=True).buffer(make_geometry(3), 4))
     plain.write(0, 0, tokens(1, 4, 2, 16), tokens(1, 4, 2, 16, seed=1))
     far.load(0, 0, plain.save(0, 0, 4))
     assert torch.equal(far.read(0, 0, 4).keys, plain.read(0, 0, 4).keys)
