@@ -15,7 +15,7 @@ from longtake.cache.storage import Geometry, Stored
 
 Number = int | float | str | bool | None
 Event = Literal["keep", "recache", "flush", "cut"]
-"""What a change of prompt does to the cache."""
+"""Effect of a change of prompt on the cache."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Read:
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """What some heads of a layer read, where heads differ.
+    """Reads of some heads of a layer, where heads differ.
 
     Attributes:
         heads: Which heads.
@@ -95,7 +95,7 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass attends to beside itself.
+    """Everything that a pass attends to beside itself.
 
     Attributes:
         reads: In the order in which they are laid out.
@@ -117,7 +117,7 @@ class Context:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache holds now.
+    """Contents of a cache.
 
     Attributes:
         tokens: Stored tokens per layer and sample, by role (sink, mid, recent, memory).
@@ -230,11 +230,7 @@ class CachePolicy(ABC):
                 raise ValueError(f"{field.name}={value!r} is unknown: use {' or '.join(map(repr, known))}.")
 
     def at_least(self, least: int, *names: str, note: str = "") -> None:
-        """Refuse fields below a limit.
-
-        Raises:
-            ValueError: With the value, the limit, and the note behind them.
-        """
+        """Refuse fields below a limit; the error ends with the note."""
         for name in names:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more{note}.")
@@ -260,11 +256,7 @@ class CachePolicy(ABC):
         """
 
     def chosen(self, geometry: "Geometry") -> "CachePolicy":
-        """The policy that a rollout runs: itself, unless it is a budget that has to choose one.
-
-        Raises:
-            ValueError: If nothing fits the budget.
-        """
+        """The policy that a rollout runs: itself, unless it is a budget, which chooses one or refuses."""
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -273,17 +265,7 @@ class CachePolicy(ABC):
 
 
 def check_room(num_context_frames: int, needed: int, what: str, *, remedy: str = "") -> None:
-    """Refuse a context that is too short.
-
-    Args:
-        num_context_frames: Frames attended.
-        needed: Least of them.
-        what: Content that has to fit into it.
-        remedy: Another way out than a longer context.
-
-    Raises:
-        ValueError: With all of these.
-    """
+    """Refuse a context of fewer frames than ``needed``; the error says what has to fit into it, and the remedies."""
     if num_context_frames < needed:
         raise ValueError(
             f"num_context_frames={num_context_frames} leaves no room for {what}: use {needed} or more{remedy}."
@@ -291,7 +273,7 @@ def check_room(num_context_frames: int, needed: int, what: str, *, remedy: str =
 
 
 class PolicyState(ABC):
-    """What one rollout keeps. Four methods, and a state that can be saved.
+    """State of one rollout: four methods, and a state that can be saved.
 
     Attributes:
         merges_commit: Whether a block's commit may share one forward with the next block's first denoising pass.

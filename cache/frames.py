@@ -78,6 +78,8 @@ def ends(frames: tuple[int, ...], num_first: int, num_last: int) -> tuple[int, .
 class FramePolicy(CachePolicy):
     """A policy that keeps or drops whole frames, the same in every layer."""
 
+    num_context_frames: int | None = None  # everything attended, the block itself included; null: no limit
+
     @abstractmethod
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
         """Choose the frames that stay stored for a block and later ones; the others are gone for good.
@@ -98,13 +100,13 @@ class FramePolicy(CachePolicy):
         """
         return FramePlan.contiguous(kept, num_frames)
 
-    @abstractmethod
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """Most frames that are stored between blocks; None when unbounded."""
-
     def num_read_frames(self, frames_per_block: int) -> int | None:
-        """Most stored frames that a block reads; as many as are stored unless a policy says otherwise."""
-        return self.num_stored_frames(frames_per_block)
+        """Most stored frames that a block reads: what the context holds beside it; None when unbounded."""
+        return None if self.num_context_frames is None else self.num_context_frames - frames_per_block
+
+    def num_stored_frames(self, frames_per_block: int) -> int | None:
+        """Most frames that are stored between blocks: as many as are read unless a policy says otherwise."""
+        return self.num_read_frames(frames_per_block)
 
     def num_extra_frames(self, frames_per_block: int) -> int:
         """Places for whole frames that a state of its own fills, behind those of ``FrameState``."""
@@ -137,18 +139,9 @@ class SinkWindow(FramePolicy):
         self.at_least(0, "num_sink_frames")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a context without room for the sinks and a block."""
         content = f"num_sink_frames={self.num_sink_frames} and a block of {frames_per_block} frames"
         needed = self.num_sink_frames + frames_per_block
         check_room(self.num_context_frames, needed, content, remedy=", or fewer sinks")
-
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """What one block reads beside itself."""
-        return self.num_context_frames - frames_per_block
-
-    def num_read_frames(self, frames_per_block: int) -> int | None:
-        """What one block reads beside itself."""
-        return self.num_context_frames - frames_per_block
 
     def num_sinks(self, stored: tuple[int, ...]) -> int:
         """Number of sinks among the stored frames: those before ``num_sink_frames``."""
@@ -306,7 +299,7 @@ class FrameState(PolicyState, Generic[P]):
         return Context(self._reads(layer, plan, slots), plan.query_positions, capacity=capacity)
 
     def slots(self, pass_: Pass) -> Mapping[int, int]:
-        """Where the frames lie that are at hand for a pass: frame to slot."""
+        """Slots of the frames at hand for a pass."""
         return self._before if pass_.start_frame <= self._committed else self._after
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -330,7 +323,7 @@ class FrameState(PolicyState, Generic[P]):
         return self.policy.keep(stored, start_frame, num_frames)
 
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """What a block reads; a state for which that depends on more than counters adds it here."""
+        """Frames and positions that a block reads; likewise."""
         return self.policy.read(self.kept(stored, start_frame, num_frames), start_frame, num_frames)
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:

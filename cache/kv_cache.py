@@ -111,23 +111,24 @@ class _Scratch:
 
 @dataclass
 class _ReadSet:
-    """What a layer has assembled, and for which passes it holds."""
+    """The assembled reads of a layer, for the passes that share them.
+
+    Attributes:
+        parts: One for every group of heads; none where read sets do not stay.
+        pass_: The pass that asked.
+        context: What the policy selected; without its reads where ``parts`` stay.
+    """
 
     parts: list[_Scratch]
-    query_positions: tuple[float, ...] | Tensor
-    num_own_frames: int | None
-    block_index: int
-    kind: str
-    holds: str
-    num_frames: int
-    context: Context | None = None
-    """What ``parts`` are built from, where they do not stay."""
+    pass_: Pass
+    context: Context
 
     def serves(self, pass_: Pass) -> bool:
-        """Whether a pass reads just this."""
-        if (self.block_index, self.num_frames) != (pass_.block_index, pass_.num_frames) or pass_.kind == "encode":
+        """Tell whether a pass reads just this."""
+        own, holds = self.pass_, self.context.holds
+        if (own.block_index, own.num_frames) != (pass_.block_index, pass_.num_frames) or pass_.kind == "encode":
             return False
-        return self.holds == "block" or (self.holds == "kind" and self.kind == pass_.kind)
+        return holds == "block" or (holds == "kind" and own.kind == pass_.kind)
 
 
 class KVCache:
@@ -167,7 +168,7 @@ class KVCache:
 
     @property
     def merges_commit(self) -> bool:
-        """Whether a commit may share a forward with the next block's first denoising pass."""
+        """True where a commit may share a forward with the next block's first denoising pass."""
         return self.state.merges_commit
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pass_: Pass) -> Tensor:
@@ -184,12 +185,13 @@ class KVCache:
             Same shape as ``q``.
         """
         read_set = self._assemble(layer, q, pass_)
-        phases = self._rotary.phases(read_set.query_positions)
+        context = read_set.context
+        phases = self._rotary.phases(context.query_positions)
         rotated = apply_phases(q, phases)
         own = slice(None)
-        if read_set.num_own_frames is not None:
-            own = slice(q.shape[1] // pass_.num_frames * (pass_.num_frames - read_set.num_own_frames), None)
-        call = self._call(layer, pass_, read_set)
+        if context.num_own_frames is not None:
+            own = slice(q.shape[1] // pass_.num_frames * (pass_.num_frames - context.num_own_frames), None)
+        call = self._call(layer, pass_, context)
         if len(read_set.parts) == 1 and read_set.parts[0].heads is None:
             out = self._attend(read_set.parts[0], rotated, k[:, own], v[:, own], phases[..., own, :], call)
         else:
@@ -207,7 +209,7 @@ class KVCache:
         return self.state.end_block(trace)
 
     def stats(self) -> CacheStats:
-        """What is stored now."""
+        """Contents by role."""
         return self.state.stats()
 
     @property
@@ -225,12 +227,12 @@ class KVCache:
         self._read_sets.clear()
         self.state.load_state_dict(state)
 
-    def _call(self, layer: int, pass_: Pass, read_set: _ReadSet) -> Call | None:
-        """What sparse attention is told, where a pass is one of whole frames that all see each other."""
-        is_plain = read_set.num_own_frames is None and pass_.kind != "encode" and pass_.grid is None
-        if self.sparse is None or not is_plain or isinstance(read_set.query_positions, Tensor):
+    def _call(self, layer: int, pass_: Pass, context: Context) -> Call | None:
+        """Describe a pass to sparse attention, where it is one of whole frames that all see each other."""
+        is_plain = context.num_own_frames is None and pass_.kind != "encode" and pass_.grid is None
+        if self.sparse is None or not is_plain or isinstance(context.query_positions, Tensor):
             return None
-        return Call(layer, pass_, (), read_set.query_positions)
+        return Call(layer, pass_, (), context.query_positions)
 
     def _attend(self, part: _Scratch, q: Tensor, k: Tensor, v: Tensor, phases: Tensor, call: Call | None) -> Tensor:
         start = part.num_context_tokens
@@ -247,33 +249,23 @@ class KVCache:
 
     def _assemble(self, layer: int, q: Tensor, pass_: Pass) -> _ReadSet:
         known = self._read_sets.get(layer)
-        context = None
-        if known is not None and known.serves(pass_):
-            if known.context is None:
-                return known
-            context = known.context
-        context = context or self.state.select(layer, pass_, q)
+        fitting = known if known is not None and known.serves(pass_) else None
+        if fitting is not None and fitting.parts:
+            return fitting
+        context = self.state.select(layer, pass_, q) if fitting is None else fitting.context
         # Encode passes are rare and large: all layers share one read set, so that none of it stays.
         stays = self.state.keeps_read_sets and pass_.kind != "encode"
         groups = context.groups or (context,)
         old = (known.parts if known is not None else []) if stays else self._shared
         scratches: list[_Scratch | None] = [*old] if len(old) == len(groups) else [None] * len(groups)
         parts = [self._part(scratch, group, q.shape[1]) for scratch, group in zip(scratches, groups, strict=True)]
-        read_set = _ReadSet(
-            parts,
-            context.query_positions,
-            context.num_own_frames,
-            pass_.block_index,
-            pass_.kind,
-            context.holds,
-            pass_.num_frames,
-        )
+        read_set = _ReadSet(parts, pass_, replace(context, reads=(), groups=()))
         if stays:
             self._read_sets[layer] = read_set
         else:
             self._shared = parts
             if pass_.kind != "encode":
-                self._read_sets[layer] = replace(read_set, parts=[], context=context)
+                self._read_sets[layer] = _ReadSet([], pass_, context)
         return read_set
 
     def _part(self, scratch: _Scratch | None, source: Context | HeadGroup, num_own: int) -> _Scratch:

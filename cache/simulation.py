@@ -1,4 +1,4 @@
-"""What a policy does in a rollout, without a model: its passes are played on made-up or meta tensors.
+"""Simulation of a policy without a model: a rollout's passes are played on made-up or meta tensors.
 
 Made-up keys change slowly from frame to frame, as a scene does, so that policies that choose by similarity have
 something to choose by. On the meta device only sizes are known, and nothing is computed.
@@ -56,7 +56,7 @@ class Span:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass reads; spans and positions are those of one layer.
+    """Reads of one pass; spans and positions are those of one layer.
 
     Attributes:
         pass_: Which pass.
@@ -248,7 +248,7 @@ def job_shape(job: EncodeJob, geometry: Geometry) -> tuple[int, tuple[int, int] 
 
 
 def _spans(context: Context, geometry: Geometry) -> Iterator[tuple[Span, float]]:
-    """What a layer reads, each with the share of the heads that read it."""
+    """Spans that a layer reads, each with the share of the heads that read it."""
     for read in context.reads:
         yield _span(read, geometry.tokens_per_frame), 1.0
     for group in context.groups:
@@ -274,7 +274,7 @@ def _span(read: Read, tokens_per_frame: int) -> Span:
 
 
 def _are_groups(frames: tuple[int, ...], positions: tuple[float, ...]) -> bool:
-    """Whether each position is the middle of several frames, as those of averages are."""
+    """Tell whether each position is the middle of several frames, as those of averages are."""
     size, rest = divmod(len(frames), len(positions))
     return (
         size > 1
@@ -287,7 +287,7 @@ def _are_groups(frames: tuple[int, ...], positions: tuple[float, ...]) -> bool:
 
 
 def _positions(positions: tuple[float, ...] | Tensor) -> tuple[float, ...]:
-    """Of whole frames as they are; of tokens the distinct ones of the first sample."""
+    """Positions of whole frames as they are; of tokens the distinct ones of the first sample."""
     if not isinstance(positions, Tensor):
         return tuple(positions)
     return tuple(_times(positions).unique().tolist())

@@ -14,7 +14,7 @@ class Stored(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """How many, per sample."""
+        """Number of tokens, per sample."""
         ...
 
     @property
@@ -37,7 +37,7 @@ class KeysValues:
 
     @property
     def num_tokens(self) -> int:
-        """How many, per sample."""
+        """Number of tokens, per sample."""
         return self.keys.shape[1]
 
 
@@ -49,7 +49,7 @@ class DerivedTokens(ABC):
 
     @property
     def num_tokens(self) -> int:
-        """How many, per sample."""
+        """Number of tokens, per sample."""
         return self.stored.num_tokens
 
     @property
@@ -75,7 +75,7 @@ class ChosenTokens(DerivedTokens):
 
     @property
     def num_tokens(self) -> int:
-        """How many, per sample."""
+        """Number of tokens, per sample."""
         return self.index.shape[-1]
 
     def derive(self, tensor: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Codec(Protocol):
     """Encodes every token and head by itself, so that a token can be moved without touching its neighbours."""
 
     def planes(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
-        """What is kept per token and head: suffix to (channels, dtype)."""
+        """Tensors kept per token and head: suffix to (channels, dtype)."""
         ...
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class Storage:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether a codec makes other numbers of keys or values."""
+        """True where a codec makes other numbers of keys or values."""
         return self.keys != Raw() or self.values != Raw()
 
     def buffer(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> "TokenBuffer":
@@ -241,7 +241,7 @@ class TokenBuffer:
     def save(self, layer: int, start: int, end: int) -> dict[str, Tensor]:
         """Places ``start`` to ``end`` as they are encoded, by name."""
         self._settle()
-        return {name: plane[:, start:end].contiguous() for name, plane in self._of(layer).items()}
+        return {name: plane[:, start:end].clone() for name, plane in self._of(layer).items()}
 
     def load(self, layer: int, start: int, saved: Mapping[str, Tensor]) -> None:
         """Put saved places back, from ``start`` on.

@@ -125,7 +125,7 @@ def _from_mapping(values: Mapping[str, Any]) -> RunConfig:
 
 
 def is_override(text: str) -> bool:
-    """Whether a command line word is ``key=value``."""
+    """Tell whether a command line word is ``key=value``."""
     return _OVERRIDE.fullmatch(text) is not None
 
 

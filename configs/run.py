@@ -17,7 +17,7 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which weights, and how they run.
+    """Weights, and the way they run.
 
     Attributes:
         family: Preset under ``configs/model``: step list, block size, resolution, frame rate.
@@ -55,7 +55,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _OutputConfig:
-    """Where the video goes, and how much is kept to go on from.
+    """Files of a run, and the checkpoints that are kept.
 
     Attributes:
         folder: Run folder; None makes one under ``runs``.

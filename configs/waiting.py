@@ -1,4 +1,4 @@
-"""How idle threads wait. Imports nothing but the standard library: to be called before torch is loaded."""
+"""Waiting of idle threads. Imports nothing but the standard library: to be called before torch is loaded."""
 
 import os
 
@@ -17,7 +17,7 @@ def wait_briefly() -> None:
 
 
 def threads_sleep() -> bool:
-    """Whether idle threads go to sleep at once, going by the OpenMP settings of this process."""
+    """Tell whether idle threads go to sleep at once, going by the OpenMP settings of this process."""
     spins = os.environ.get("GOMP_SPINCOUNT", "")
     if spins.isdigit():
         return int(spins) < SPIN_COUNT // 2

@@ -54,7 +54,6 @@ class Anchor(SinkWindow):
         return self.num_context_frames - self.num_junction_frames
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a context without room for sinks, junction, a block and one frame before it."""
         needed = self.num_sink_frames + self.num_junction_frames + frames_per_block + 1
         content = (
             f"num_sink_frames={self.num_sink_frames}, num_junction_frames={self.num_junction_frames}, a block of "
@@ -125,11 +124,11 @@ class AnchorState(RecacheState[Anchor]):
         return super().end_block(trace)
 
     def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """What the policy keeps, with this rollout's junctions."""
+        """Keep what the policy does, with this rollout's junctions."""
         return self.policy.keep(stored, start_frame, num_frames, anchors=self._anchors)
 
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """What the policy reads, with this rollout's junctions."""
+        """Read what the policy does, with this rollout's junctions."""
         kept = self.kept(stored, start_frame, num_frames)
         return self.policy.read(kept, start_frame, num_frames, anchors=self._anchors)
 

@@ -86,7 +86,6 @@ class DeepForcing(CachePolicy):
         return Traits(breaks_frames=self.compression == "participative")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse blocks that do not fit behind the sink, or are longer than what is recent."""
         if self.compression == "participative" and self.num_recent_frames < frames_per_block:
             raise ValueError(
                 f"num_recent_frames={self.num_recent_frames} counts the block itself, which has {frames_per_block} "
@@ -102,15 +101,7 @@ class DeepForcing(CachePolicy):
         return _ParticipativeState(self, geometry)
 
     def sink_shift(self, elapsed: int, num_frames: int) -> int:
-        """How far the sink moves for a block that does not fit any more.
-
-        Args:
-            elapsed: Frames of the video before the block.
-            num_frames: Frames of the block.
-
-        Returns:
-            Frames to add to the sink's own.
-        """
+        """Frames by which the sink moves for a block that does not fit any more, ``elapsed`` frames into the video."""
         left = self.num_context_frames if self.compression == "none" else self.num_budget_frames
         if self.positions == "contiguous":
             least = 0 if self.compression == "none" else self.num_sink_frames + self.num_recent_frames
@@ -131,8 +122,7 @@ class _DeepSink(FramePolicy):
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         self.own.check(frames_per_block, num_frames)
 
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """What one block reads beside itself."""
+    def num_read_frames(self, frames_per_block: int) -> int | None:
         return self.own.num_context_frames - frames_per_block
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
@@ -196,7 +186,7 @@ _TENSORS = ("numbers", "uses", "queries", "choice")
 
 
 class _ParticipativeState(PolicyState):
-    """What one rollout keeps."""
+    """The buffer of sink, kept tokens and recent frames, and what is known of the tokens."""
 
     def __init__(self, policy: DeepForcing, geometry: Geometry) -> None:
         self.policy = policy
@@ -331,7 +321,7 @@ class _ParticipativeState(PolicyState):
         return fresh if held.numbers is None else torch.cat((held.numbers, fresh), dim=1)
 
     def _choice(self, layer: int, pass_: Pass, q: Tensor | None) -> Tensor:
-        """Which candidates stay: (batch, tokens), ascending. Made once per block."""
+        """Choose the candidates that stay: (batch, tokens), ascending. Made once per block."""
         held = self._layers[layer]
         if held.choice is not None and held.chosen_for == pass_.start_frame and (q is None or not held.is_guess):
             return held.choice

@@ -36,13 +36,8 @@ class DilatedWindow(FramePolicy):
         self.at_least(1, "dilation")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a context without room for the dilated part and a block."""
         content = f"num_dilated_frames={self.num_dilated_frames} and a block of {frames_per_block} frames"
         check_room(self.num_context_frames, self.num_dilated_frames + frames_per_block, content)
-
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """What one block reads beside itself."""
-        return self.num_context_frames - frames_per_block
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
         """Everything before the last gap is the dilated part."""

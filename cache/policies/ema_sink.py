@@ -49,12 +49,9 @@ class EmaSink(SinkWindow, AveragingPolicy):
         """Averages take the place of sinks."""
         return "sink"
 
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
+    def num_read_frames(self, frames_per_block: int) -> int | None:
         """The window; sinks are kept apart."""
         return self.num_context_frames - frames_per_block - self.num_sink_frames
-
-    def num_read_frames(self, frames_per_block: int) -> int | None:
-        return self.num_stored_frames(frames_per_block)
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
         """Keep the last frames that fit beside the sinks and the block."""

@@ -71,7 +71,6 @@ class ForcingKV(CachePolicy):
         return Traits(breaks_frames=True, splits_heads=True, needs_weights=not self.heads)
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse blocks that give dynamic heads fewer frames to choose from than they are to keep."""
         if self.num_dynamic_frames > frames_per_block:
             raise ValueError(
                 f"num_dynamic_frames={self.num_dynamic_frames} are chosen from as many frames as a block has, which "
@@ -119,7 +118,7 @@ class _Group:
 
 
 class _HeadGroupState(PolicyState):
-    """What one rollout keeps."""
+    """Groups of heads of every layer, each with a buffer of its own."""
 
     def __init__(self, policy: ForcingKV, geometry: Geometry, head_map: "HeadMap") -> None:
         self.policy, self.geometry, self.size = policy, geometry, geometry.tokens_per_frame

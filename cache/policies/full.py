@@ -27,7 +27,6 @@ class Full(FramePolicy):
             raise ValueError(f"num_context_frames={self.num_context_frames} must be 1 or more, or null for no limit.")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a rollout longer than the limit."""
         needed = max(frames_per_block, num_frames or 0)
         if self.num_context_frames is not None and needed > self.num_context_frames:
             raise ValueError(
@@ -35,8 +34,8 @@ class Full(FramePolicy):
                 "use a shorter video, null for no limit, or a bounded policy such as attention_sink."
             )
 
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
-        return None
+    def num_read_frames(self, frames_per_block: int) -> int | None:
+        return None  # places grow with the video, up to the limit
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
         """Keep all."""

@@ -74,7 +74,7 @@ class InfinityRopeState(FrameState[InfinityRope]):
         return super().end_block(trace)
 
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """What the policy plans; the first block after a cut stands apart from what it reads."""
+        """Read what the policy does; the first block after a cut stands apart from what it reads."""
         plan = super().plan(stored, start_frame, num_frames)
         if start_frame != self._cut_frame:
             return plan

@@ -57,7 +57,6 @@ class MemRoPE(SinkWindow, AveragingPolicy):
         return "memory"
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a context without room for the sinks, the memories and a block."""
         content = f"num_sink_frames={self.num_sink_frames}, two memories and a block of {frames_per_block} frames"
         needed = self.num_sink_frames + self.num_averages + frames_per_block
         check_room(self.num_context_frames, needed, content, remedy=", or fewer sinks")

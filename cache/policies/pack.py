@@ -1,11 +1,11 @@
 """Sinks in full, the middle compressed and chosen from, the last frames in full."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -110,7 +110,7 @@ class Pack(CachePolicy):
 
     @property
     def is_encoded(self) -> bool:
-        """Whether compressed blocks run through the transformer."""
+        """Compressed blocks run through the transformer."""
         return self.compressor in ("lr", "hr", "hr+lr")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
@@ -132,20 +132,8 @@ class Pack(CachePolicy):
         return _PackState(self, geometry, network)
 
 
-class _Block(NamedTuple):
-    """A committed block of the video."""
-
-    start: int
-    num_frames: int
-
-    @property
-    def frames(self) -> range:
-        """Its latent frames."""
-        return range(self.start, self.start + self.num_frames)
-
-
-def _frames(blocks: Sequence[_Block]) -> list[int]:
-    return [frame for block in blocks for frame in block.frames]
+def _frames(blocks: Iterable[range]) -> list[int]:
+    return [frame for block in blocks for frame in block]
 
 
 @dataclass(frozen=True)
@@ -158,11 +146,11 @@ class _Partitions:
         recents: Last blocks, in full; their small versions are ready and wait.
     """
 
-    sinks: tuple[_Block, ...] = ()
-    mids: tuple[_Block, ...] = ()
-    recents: tuple[_Block, ...] = ()
+    sinks: tuple[range, ...] = ()
+    mids: tuple[range, ...] = ()
+    recents: tuple[range, ...] = ()
 
-    def advance(self, block: _Block, policy: Pack, block_size: int) -> "_Partitions":
+    def advance(self, block: range, policy: Pack, block_size: int) -> "_Partitions":
         """Take a new block in: a sink while sinks are wanted, else recent; the oldest recents move to the archive.
 
         Blocks stay whole, so that counts of frames are rounded up. The archive is first in, first out. Its places
@@ -171,10 +159,10 @@ class _Partitions:
         if block.start < policy.num_sink_frames:
             return _Partitions((*self.sinks, block), self.mids, self.recents)
         mids, recents = self.mids, (*self.recents, block)
-        while recents and sum(b.num_frames for b in recents[1:]) >= policy.num_recent_frames:
+        while recents and sum(map(len, recents[1:])) >= policy.num_recent_frames:
             oldest, *rest = recents
             recents = tuple(rest)
-            mids += (oldest,) if oldest.num_frames == block_size else ()
+            mids += (oldest,) if len(oldest) == block_size else ()
         return _Partitions(self.sinks, mids[max(len(mids) - policy.num_archive_blocks, 0) :], recents)
 
     def without(self, start: int) -> "_Partitions":
@@ -188,7 +176,7 @@ class _Partitions:
 
     def small_blocks(self, block_size: int) -> list[int]:
         """First frames of the blocks that are kept in small: archived, or recent and to be archived."""
-        return [b.start for b in (*self.mids, *self.recents) if b.num_frames == block_size]
+        return [b.start for b in (*self.mids, *self.recents) if len(b) == block_size]
 
 
 _PARTS = ("sinks", "mids", "recents")
@@ -213,6 +201,7 @@ class _PackState(PolicyState):
         self.store = FrameStore(geometry, (math.ceil(policy.num_sink_frames / size) + num_recents) * size)
         tokens, on_host = math.prod(self.cells), policy.archive == "host"
         self.bank = _Bank(geometry, num_places=num_places, block_tokens=tokens, on_host=on_host)
+        self._mid_span = min(policy.mid_span or math.inf, float(size))
         self._slots: dict[int, int] = {}
         self._before, self._after, self._committed = _Partitions(), _Partitions(), -1
         self._query_sums: dict[int, dict[int, Tensor]] = {}
@@ -240,8 +229,8 @@ class _PackState(PolicyState):
             *self._full(layer, recents, starts[middle.stop :], "recent"),
         )
         if pass_.kind == "encode":
-            own = _Block(pass_.start_frame, self.size[0])
-            return Context(reads, self._placed((float(own.start),), span=own.num_frames), capacity=self._capacity)
+            placed = self._placed((float(pass_.start_frame),), span=self.size[0])
+            return Context(reads, placed, capacity=self._capacity)
         own = tuple(map(float, range(pass_.start_frame, pass_.start_frame + pass_.num_frames)))
         self._note_span(parts, starts, own)
         return Context(reads, own, capacity=self._capacity)
@@ -253,7 +242,7 @@ class _PackState(PolicyState):
             self.bank.put(layer, start, k, v)
             return
         if start != self._committed:
-            self._hand_over(_Block(start, pass_.num_frames))
+            self._hand_over(range(start, start + pass_.num_frames))
         kept = set(self._after.full_frames())
         frames = range(start, start + pass_.num_frames)
         self.store.write(layer, [self._slots[f] if f in kept else -1 for f in frames], k, v)
@@ -296,7 +285,8 @@ class _PackState(PolicyState):
     def state_dict(self) -> dict[str, Tensor | Number]:
         state: dict[str, Tensor | Number] = {"committed": self._committed, "chosen_for": -1}
         for name in _PARTS:
-            state[name] = torch.tensor(getattr(self._after, name)).long().reshape(-1, 2)
+            rows = [(block.start, len(block)) for block in getattr(self._after, name)]
+            state[name] = torch.tensor(rows).long().reshape(-1, 2)
         full, small = self._after.full_frames(), self._after.small_blocks(self.size[0])
         for layer in range(self.geometry.num_layers if self._committed >= 0 else 0):
             saved = {
@@ -310,7 +300,7 @@ class _PackState(PolicyState):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        parts = (tuple(_Block(*row) for row in state[name].tolist()) for name in _PARTS)
+        parts = (tuple(range(start, start + n) for start, n in state[name].tolist()) for name in _PARTS)
         self._after, self._before, self._committed = _Partitions(*parts), _Partitions(), int(state["committed"])
         full, small = self._after.full_frames(), self._after.small_blocks(self.size[0])
         if len(small) > self.bank.num_slots:
@@ -335,21 +325,17 @@ class _PackState(PolicyState):
                 self._chosen[layer] = int(state["chosen_for"]), state[f"chosen.{layer}"].to(device)
 
     @property
-    def _mid_span(self) -> float:
-        own = float(self.size[0])
-        return own if self.policy.mid_span is None else min(self.policy.mid_span, own)
-
-    @property
     def _capacity(self) -> int:
         chosen = self.policy.num_selected_blocks * self.bank.frame_size
         return self.store.num_slots * self.geometry.tokens_per_frame + chosen
 
-    def _hand_over(self, block: _Block) -> None:
+    def _hand_over(self, block: range) -> None:
         size, before, after = self.size[0], self._after, self._after.advance(block, self.policy, self.size[0])
         self._before, self._after, self._committed = before, after, block.start
         self.store.grow(len(after.full_frames()))
         self._slots = _hand_over(self._slots, before.full_frames(), after.full_frames(), self.store.num_slots)
-        self.bank.hand_over(before.small_blocks(size), after.small_blocks(size))
+        small = before.small_blocks(size), after.small_blocks(size)
+        self.bank.places = _hand_over(self.bank.places, *small, self.bank.num_slots)
 
     def _choose(self, layer: int, pass_: Pass, parts: _Partitions, q: Tensor | None) -> _Ranks:
         """Rank candidates by this block's first queries; later passes of the block keep the choice."""
@@ -375,7 +361,7 @@ class _PackState(PolicyState):
         slots = [self._slots[frame] for frame in frames]
         return self.store.reads(layer, slots, frames, positions, role=role)
 
-    def _middle(self, layer: int, mids: Sequence[_Block], ranks: _Ranks, starts: Sequence[float]) -> list[Read]:
+    def _middle(self, layer: int, mids: Sequence[range], ranks: _Ranks, starts: Sequence[float]) -> list[Read]:
         """Compressed blocks; where each sample has its own, ``frames`` are the first sample's, or all candidates'."""
         if isinstance(ranks, tuple):
             chosen = [mids[rank] for rank in ranks]
@@ -394,7 +380,7 @@ class _PackState(PolicyState):
         chosen = [mids[rank] for rank in ranks[0].tolist()] if is_known else mids
         return [self._read(self.bank.pick(layer, names, ranks), own, chosen)]
 
-    def _read(self, stored: Stored, starts: Sequence[float] | Tensor, blocks: Sequence[_Block]) -> Read:
+    def _read(self, stored: Stored, starts: Sequence[float] | Tensor, blocks: Sequence[range]) -> Read:
         frames = tuple(_frames(blocks))
         bias = None
         if self.policy.is_count_biased:
@@ -447,19 +433,11 @@ class _Bank(FrameStore):
         super().__init__(replace(geometry, device=device), num_places, frame_size=block_tokens)
         self.buffer.is_on_host |= on_host
         self.geometry = geometry
-        self.places: dict[int, int] = {}
+        self.places: dict[int, int] = {}  # of blocks, by their first frame
         self._key_sums: dict[int, Tensor] = {}
 
-    def hand_over(self, before: Sequence[int], after: Sequence[int]) -> None:
-        """Give places to blocks, named by their first frame."""
-        self.places = _hand_over(self.places, before, after, self.num_slots)
-
     def put(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Store a block.
-
-        Raises:
-            ValueError: If it has not as many tokens as a place.
-        """
+        """Store a block; refuse one that has not as many tokens as a place."""
         if k.shape[1] != self.frame_size:
             raise ValueError(
                 f"a compressed block has {k.shape[1]} tokens, its place {self.frame_size}: the pixels were not "
@@ -492,8 +470,7 @@ class _Bank(FrameStore):
             num_heads: First heads that are scored.
 
         Returns:
-            (batch, candidates), mean over heads. PackForcing's eq. 11 averages over the batch as well; here a video
-            does not depend on its neighbours.
+            (batch, candidates), mean over heads; PackForcing's eq. 11 averages over the batch as well.
         """
         places = torch.tensor([self.places[start] for start in starts], device=query_sum.device)
         keys = self._sums(layer).index_select(1, places)[:, :, :num_heads]
@@ -574,11 +551,8 @@ def pool_tokens(x: Tensor, size: Size, cells: Size) -> Tensor:
 
     Args:
         x: (batch, frames * rows * columns, heads, head_dim), un-rotated: rotated keys would cancel.
-        size: Frames, rows, columns.
-        cells: Frames, rows, columns afterwards.
-
-    Returns:
-        (batch, cells, heads, head_dim), dtype of ``x``; the means are float32.
+        size: Of ``x``.
+        cells: Size of the result, (batch, cells, heads, head_dim); the means are float32.
     """
     grid = x.flatten(2).transpose(1, 2).unflatten(2, size).float()
     pooled = functional.adaptive_avg_pool3d(grid, cells).flatten(2).transpose(1, 2)
@@ -596,11 +570,6 @@ class LatentCompressor(nn.Module):
     large is averaged (60 rows become 30, 15, 8, and 7). So one set of kernels serves any geometry. Kernels are 3x3x3,
     then 1x3x3: the published figure does not give them. The projection starts at zero.
 
-    Args:
-        in_channels: Of the latents.
-        width: Of the transformer.
-        channels: Of the stages; the published ones by default.
-
     Source: PackForcing, arXiv:2603.25730.
     """
 
@@ -614,15 +583,7 @@ class LatentCompressor(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, latents: Tensor, cells: Size) -> Tensor:
-        """Compress a block.
-
-        Args:
-            latents: (batch, frames, channels, height, width), clean.
-            cells: Frames, rows and columns wanted.
-
-        Returns:
-            (batch, width, *cells).
-        """
+        """Compress clean latents, (batch, frames, channels, height, width), to (batch, width, *cells)."""
         x = latents.transpose(1, 2).to(self.projection.weight)
         for index, stage in enumerate(cast(list[nn.Conv3d], self.stages)):
             axes = (0,) if index == 0 else (1, 2)
@@ -633,13 +594,7 @@ class LatentCompressor(nn.Module):
 
 
 def load_compressor(weights: str, kind: str, device: torch.device) -> LatentCompressor:
-    """Read trained weights; the sizes of the network are theirs.
-
-    Args:
-        weights: Name of a bundled model, or a .safetensors file.
-        kind: Which of a bundled model's: ``hr`` stands alone, ``hr+lr`` is added to the other branch; so far both
-            are one file, trained as ``hr+lr``.
-        device: Where it will run.
+    """Read trained weights, whose sizes are the network's: those of a kind of a bundled model, or of a file.
 
     Raises:
         ValueError: If there is no such model or file, or it holds something else.
@@ -654,15 +609,10 @@ def load_compressor(weights: str, kind: str, device: torch.device) -> LatentComp
         )
     try:
         state = load_file(path)
-        network = _shaped_like(state)
+        kernels = [state[f"stages.{i}.weight"] for i in range(sum(name.startswith("stages.") for name in state) // 2)]
+        channels = tuple(kernel.shape[0] for kernel in kernels)
+        network = LatentCompressor(kernels[0].shape[1], state["projection.weight"].shape[0], channels)
         network.load_state_dict({name: value.float() for name, value in state.items()})
     except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"compressor_weights={weights!r}: {path} holds no compressor ({error}).") from error
     return network.eval().requires_grad_(False).to(device)
-
-
-def _shaped_like(state: Mapping[str, Tensor]) -> LatentCompressor:
-    num_stages = sum(name.startswith("stages.") and name.endswith(".weight") for name in state)
-    kernels = [state[f"stages.{index}.weight"] for index in range(num_stages)]
-    channels = tuple(kernel.shape[0] for kernel in kernels)
-    return LatentCompressor(kernels[0].shape[1], state["projection.weight"].shape[0], channels)

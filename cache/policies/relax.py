@@ -56,7 +56,6 @@ class Relax(SinkWindow):
             )
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a context without room for sinks, history, tail and a block."""
         content = (
             f"num_sink_frames={self.num_sink_frames}, a frame of history, num_recent_frames={self.num_recent_frames} "
             f"and a block of {frames_per_block} frames"
@@ -113,7 +112,7 @@ class Relax(SinkWindow):
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class _Chosen(Stored):
     """Some of several frames, each sample its own, gathered when they are read.
 
     Attributes:
@@ -128,17 +127,14 @@ class _Chosen:
 
     @property
     def num_tokens(self) -> int:
-        """How many, per sample."""
         return self.index.shape[1] * self.frame_size
 
     @property
     def keys(self) -> Tensor:
-        """(batch, chosen * frame_size, heads, head_dim), un-rotated."""
         return self._gathered([candidate.keys for candidate in self.candidates])
 
     @property
     def values(self) -> Tensor:
-        """Same shape."""
         return self._gathered([candidate.values for candidate in self.candidates])
 
     def _gathered(self, frames: Sequence[Tensor]) -> Tensor:

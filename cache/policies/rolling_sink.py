@@ -31,17 +31,12 @@ class RollingSink(FramePolicy):
     positions: Literal["absolute", "contiguous"] = "absolute"  # contiguous: the same distances, from 0
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a context without room for a block and the one before it."""
         content = f"a block of {frames_per_block} frames and the one before it"
         check_room(self.num_context_frames, 2 * frames_per_block, content)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
         """The first frames and the last block."""
         return self.num_context_frames
-
-    def num_read_frames(self, frames_per_block: int) -> int | None:
-        """What one block reads beside itself."""
-        return self.num_context_frames - frames_per_block
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
         """First frames are sinks, those behind a gap are the last block's."""
@@ -65,6 +60,6 @@ class RollingSink(FramePolicy):
 
 
 def shown(place: int, num_first: int) -> int:
-    """Which of the first ``num_first`` frames stands at a place: 0, 1, ..., then back, and forth again."""
+    """The one of the first ``num_first`` frames at a place: 0, 1, ..., then back, and forth again."""
     cycle, frame = divmod(place, num_first)
     return num_first - 1 - frame if cycle % 2 else frame

@@ -29,16 +29,11 @@ class SlidingWindow(FramePolicy):
         self.at_least(1, "num_context_frames")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a window smaller than a block."""
         check_room(self.num_context_frames, frames_per_block, f"a block of {frames_per_block} frames")
 
     def start(self, geometry: Geometry) -> "RecacheState[SlidingWindow]":
         self.check(geometry.frames_per_block, geometry.max_frames)
         return RecacheState(self, geometry, num_frames=self.num_context_frames)
-
-    def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """What one block reads beside itself."""
-        return self.num_context_frames - frames_per_block
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
         """Keep the last frames that fit beside the block."""

@@ -51,11 +51,10 @@ class SlowFast(SinkWindow):
 
     @property
     def num_slow_frames(self) -> int:
-        """What sinks and fast memory leave."""
+        """Frames that sinks and fast memory leave of the context."""
         return self.num_context_frames - self.num_sink_frames - self.num_recent_frames
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a fast memory that does not hold a block and the one before it."""
         if self.num_recent_frames < 2 * frames_per_block:
             raise ValueError(
                 f"num_recent_frames={self.num_recent_frames} does not hold a block of {frames_per_block} frames and "

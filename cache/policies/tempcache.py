@@ -62,7 +62,6 @@ class TempCache(CachePolicy):
             raise ValueError(f"min_similarity={self.min_similarity} must be more than 0; above 1 nothing is merged.")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
-        """Refuse a cache smaller than a block."""
         check_room(self.num_context_frames, frames_per_block, f"a block of {frames_per_block} frames")
 
     def start(self, geometry: Geometry) -> "TempCacheState":
@@ -161,12 +160,7 @@ def _random_projection(num_channels: int, num_projections: int, like: Tensor) ->
 
 
 def directions(keys: Tensor, projection: Tensor | None) -> Tensor:
-    """What neighbours are looked for in: (batch, tokens, channels), the mean cosine of heads as a product of two.
-
-    Args:
-        keys: (batch, tokens, heads, head_dim), un-rotated.
-        projection: From ``_random_projection``; None: all channels.
-    """
+    """Vectors (batch, tokens, channels) of un-rotated keys; the product of two is the mean cosine of their heads."""
     unit = _unit(keys)
     return unit if projection is None else normalize(unit @ projection, dim=-1)
 
@@ -239,7 +233,7 @@ def _take(old: Tensor, new: Tensor, index: Tensor) -> Tensor:
 
 
 def _nearest(similarity: Tensor, counts: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every new token the nearest known one, and whether it is the nearest of that one, too.
+    """Find every new token's nearest known one, and whether it is the nearest of that one, too.
 
     Args:
         similarity: (batch, new tokens, known tokens); changed in place.

@@ -1,4 +1,4 @@
-"""What all policies that take a policy have in common."""
+"""Base of the policies that take a policy."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any

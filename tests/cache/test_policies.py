@@ -136,7 +136,7 @@ class LosesItsSink(AttentionSink):
 class Grows(SlidingWindow):
     """Its window gets a frame longer every hundred frames."""
 
-    def num_stored_frames(self, frames_per_block):
+    def num_read_frames(self, frames_per_block):
         return None
 
     def keep(self, stored, start_frame, num_frames):
@@ -172,9 +172,6 @@ class WithState(FramePolicy):
 
     def check(self, frames_per_block, num_frames=None):
         pass
-
-    def num_stored_frames(self, frames_per_block):
-        return self.num_context_frames - frames_per_block
 
     def keep(self, stored, start_frame, num_frames):
         room = self.num_context_frames - num_frames
@@ -277,17 +274,6 @@ def test_a_broken_policy_fails_the_matrix(check, policy, block):
         CHECKS[check](row, block)
 
 
-def test_unknown_names_offer_the_nearest():
-    with pytest.raises(ValueError, match="unknown cache policy 'sink_windw'; known: full, sliding_window"):
-        make_policy("sink_windw")
-    with pytest.raises(ValueError, match="Did you mean 'num_context_frames'"):
-        make_policy({"policy": "sliding_window", "num_contxt_frames": 3})
-    with pytest.raises(ValueError, match="need a key 'policy'"):
-        make_policy({"num_context_frames": 3})
-    with pytest.raises(ValueError, match="positions"):
-        make_policy({"policy": "attention_sink", "positions": "relative"})
-
-
 def test_a_state_of_another_size_is_refused():
     sink = POLICY_ROWS["attention_sink"].settings
     player = Player(sink, make_geometry(3))
@@ -297,5 +283,5 @@ def test_a_state_of_another_size_is_refused():
     other = make_policy({"policy": "attention_sink", "num_context_frames": 9}).start(make_geometry(3))
     with pytest.raises(ValueError, match="holds 9 frames, this policy stores 6"):
         other.load_state_dict(state.state_dict())
-    with pytest.raises(ValueError, match="saved keys have shape"):
+    with pytest.raises(ValueError, match="saved keys are"):
         make_policy(sink).start(make_geometry(3, batch=2)).load_state_dict(state.state_dict())

@@ -375,22 +375,3 @@ def test_an_event_changes_what_follows(name):
         outputs.append([player.block(s, event=event if s.index == at else "keep") for s in spans(9, 3)])
     same = [all(map(torch.equal, a, b)) for a, b in zip(*outputs, strict=True)]
     assert all(same[:7]) and not same[7]
-
-
-def test_settings_without_room_are_refused():
-    with pytest.raises(ValueError, match="use 6 or more"):
-        make_policy(longlive(num_context_frames=5)).check(3)
-    with pytest.raises(ValueError, match="recache"):
-        make_policy(longlive(recache="twice"))
-    with pytest.raises(ValueError, match="positions"):
-        make_policy(longlive(positions="slot"))
-    with pytest.raises(ValueError, match="placement"):
-        make_policy(infinity(placement="elsewhere"))
-    with pytest.raises(ValueError, match="num_flush_frames=-1 must be 0 or more"):
-        make_policy(infinity(num_flush_frames=-1))
-    with pytest.raises(ValueError, match="use 10 or more"):
-        make_policy(anchor(num_context_frames=9)).check(3)
-    with pytest.raises(ValueError, match="num_refresh_blocks=-1 must be 0 or more"):
-        make_policy(anchor(num_refresh_blocks=-1))
-    with pytest.raises(ValueError, match="num_position_frames=17 leaves no room"):
-        make_policy(anchor(num_position_frames=17))

@@ -69,12 +69,3 @@ def test_any_sizes(block, levels, context, sinks):
         assert len(plan.frames) + count <= context and len(commit.frames) + block <= context
         assert plan.frames[: min(sinks, start)] == tuple(range(min(sinks, start)))
         assert plan.positions == tuple(map(float, range(start - len(plan.frames), start)))
-
-
-def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="commit='all' is unknown: use 'released' or 'keep_sinks'"):
-        RollingForcing(commit="all")
-    with pytest.raises(ValueError, match="num_sink_frames=-1"):
-        RollingForcing(num_sink_frames=-1)
-    with pytest.raises(ValueError, match="a block of 15 frames: use 18 or more"):
-        RollingForcing(num_context_frames=17).check(15)

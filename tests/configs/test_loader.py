@@ -85,8 +85,6 @@ def test_the_policy_in_a_wrapper_is_a_preset_too():
 def test_a_value_may_be_of_one_type_or_another():
     assert make_policy({"policy": "budget", "max_bytes": 10**9}).num_bytes == 10**9
     assert make_policy({"policy": "budget", "max_bytes": "1.5 GiB"}).num_bytes == 3 * 2**29
-    with pytest.raises(ValueError, match="max_bytes of cache policy 'budget'"):
-        make_policy({"policy": "budget", "max_bytes": [1]})
 
 
 @pytest.mark.parametrize("switch", ["cache=sliding_window", "cache.policy=sliding_window"])

@@ -62,72 +62,61 @@ class Row:
         return limit if self.full_until is None else self.full_until
 
 
+def policy(name: str, **values: Any) -> dict[str, Any]:
+    """Settings of a policy."""
+    return {"policy": name} | values
+
+
 SMALL_PACK = {"num_sink_frames": 4, "num_recent_frames": 4, "num_selected_blocks": 2, "num_archive_blocks": 5}
 
 POLICY_ROWS = {
-    "full": Row(settings={"policy": "full"}, limit=None),
-    "sliding_window": Row(settings={"policy": "sliding_window", "num_context_frames": 12}, limit=12),
+    "full": Row(settings=policy("full"), limit=None),
+    "sliding_window": Row(settings=policy("sliding_window", num_context_frames=12), limit=12),
     "sliding_window.contiguous": Row(
-        settings={"policy": "sliding_window", "num_context_frames": 10, "positions": "contiguous"},
-        limit=10,
-        positions=(0, 9),
+        settings=policy("sliding_window", num_context_frames=10, positions="contiguous"), limit=10, positions=(0, 9)
     ),
     "attention_sink": Row(
-        settings={"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3},
+        settings=policy("attention_sink", num_context_frames=12, num_sink_frames=3),
         limit=12,
         sinks=3,
         positions=(0, 11),
     ),
     "attention_sink.absolute": Row(
-        settings={
-            "policy": "attention_sink",
-            "num_context_frames": 11,
-            "num_sink_frames": 4,
-            "positions": "absolute",
-        },
+        settings=policy("attention_sink", num_context_frames=11, num_sink_frames=4, positions="absolute"),
         limit=11,
         sinks=4,
     ),
     "deep_forcing": Row(
-        settings={
-            "policy": "deep_forcing",
-            "num_context_frames": 12,
-            "num_sink_frames": 4,
-            "num_budget_frames": 10,
-            "num_recent_frames": 4,
-        },
+        settings=policy(
+            "deep_forcing", num_context_frames=12, num_sink_frames=4, num_budget_frames=10, num_recent_frames=4
+        ),
         limit=12,
         sinks=4,
         recent=0,
     ),
     "deep_forcing.paper": Row(
-        settings={
-            "policy": "deep_forcing",
-            "num_context_frames": 12,
-            "num_sink_frames": 3,
-            "num_budget_frames": 10,
-            "num_recent_frames": 5,
-            "positions": "contiguous",
-            "unify_top": True,
-            "fusion": "max",
-            "max_reuse": 0,
-        },
+        settings=policy(
+            "deep_forcing",
+            num_context_frames=12,
+            num_sink_frames=3,
+            num_budget_frames=10,
+            num_recent_frames=5,
+            positions="contiguous",
+            unify_top=True,
+            fusion="max",
+            max_reuse=0,
+        ),
         limit=12,
         sinks=3,
         recent=1,
     ),
     "deep_forcing.none": Row(
-        settings={
-            "policy": "deep_forcing",
-            "compression": "none",
-            "num_context_frames": 12,
-            "num_sink_frames": 5,
-        },
+        settings=policy("deep_forcing", compression="none", num_context_frames=12, num_sink_frames=5),
         limit=12,
         sinks=5,
     ),
     "pack": Row(
-        settings={"policy": "pack", **SMALL_PACK},
+        settings=policy("pack", **SMALL_PACK),
         limit=16,
         sinks=4,
         recent=4,
@@ -136,7 +125,7 @@ POLICY_ROWS = {
         grid=(4, 4),
     ),
     "pack.lr": Row(
-        settings={"policy": "pack", **SMALL_PACK, "compressor": "lr", "num_recent_frames": 2, "mid_span": 2.0},
+        settings=policy("pack", **SMALL_PACK | {"num_recent_frames": 2, "compressor": "lr", "mid_span": 2.0}),
         limit=14,
         sinks=4,
         recent=2,
@@ -145,82 +134,60 @@ POLICY_ROWS = {
         grid=(4, 4),
     ),
     "pack.softmax_mass": Row(
-        settings={
-            "policy": "pack",
-            **SMALL_PACK,
-            "compressor": "none",
-            "selection": "softmax_mass",
-            "positions": "absolute",
-            "archive": "host",
-        },
+        settings=policy(
+            "pack", **SMALL_PACK, compressor="none", selection="softmax_mass", positions="absolute", archive="host"
+        ),
         limit=22,
         sinks=4,
         recent=4,
         full_until=11,
     ),
-    "longlive": Row(
-        settings={"policy": "longlive", "num_context_frames": 12, "num_sink_frames": 3},
-        limit=12,
-        sinks=3,
-    ),
+    "longlive": Row(settings=policy("longlive", num_context_frames=12, num_sink_frames=3), limit=12, sinks=3),
     "longlive.infinity": Row(
-        settings={
-            "policy": "longlive",
-            "num_context_frames": 11,
-            "num_sink_frames": 2,
-            "positions": "contiguous",
-            "global_sink": False,
-            "recache": "causal",
-        },
+        settings=policy(
+            "longlive",
+            num_context_frames=11,
+            num_sink_frames=2,
+            positions="contiguous",
+            global_sink=False,
+            recache="causal",
+        ),
         limit=11,
         sinks=2,
         positions=(0, 10),
     ),
     "infinity_rope": Row(
-        settings={"policy": "infinity_rope", "num_context_frames": 7, "num_sink_frames": 1},
-        limit=7,
-        sinks=1,
-        positions=(0, 48),
+        settings=policy("infinity_rope", num_context_frames=7, num_sink_frames=1), limit=7, sinks=1, positions=(0, 48)
     ),
     "infinity_rope.paper": Row(
-        settings={
-            "policy": "infinity_rope",
-            "num_context_frames": 9,
-            "num_sink_frames": 2,
-            "num_flush_frames": 1,
-            "placement": "paper",
-        },
+        settings=policy(
+            "infinity_rope", num_context_frames=9, num_sink_frames=2, num_flush_frames=1, placement="paper"
+        ),
         limit=9,
         sinks=2,
         positions=(0, 48),
     ),
     "anchor": Row(
-        settings={"policy": "anchor", "num_context_frames": 14, "num_sink_frames": 3},
+        settings=policy("anchor", num_context_frames=14, num_sink_frames=3),
         limit=14,
-        full_until=11,
         sinks=3,
         recent=4,
+        full_until=11,
         positions=(0, 20),
     ),
-    "tempcache": Row(
-        settings={"policy": "tempcache", "num_context_frames": 12},
-        limit=12,
-        exact_roles=(),
-    ),
+    "tempcache": Row(settings=policy("tempcache", num_context_frames=12), limit=12, exact_roles=()),
     "tempcache.absolute": Row(
-        settings={"policy": "tempcache", "num_context_frames": 10, "positions": "absolute"},
-        limit=10,
-        exact_roles=(),
+        settings=policy("tempcache", num_context_frames=10, positions="absolute"), limit=10, exact_roles=()
     ),
     "ema_sink": Row(
-        settings={"policy": "ema_sink", "num_context_frames": 12, "num_sink_frames": 3, "alpha": 0.9},
+        settings=policy("ema_sink", num_context_frames=12, num_sink_frames=3, alpha=0.9),
         limit=12,
         recent=5,
         exact_roles=("recent",),
         positions=(0, 11),
     ),
     "memrope": Row(
-        settings={"policy": "memrope", "num_context_frames": 12, "num_sink_frames": 3},
+        settings=policy("memrope", num_context_frames=12, num_sink_frames=3),
         limit=12,
         sinks=3,
         recent=3,
@@ -228,67 +195,59 @@ POLICY_ROWS = {
         positions=(0, 11),
     ),
     "rolling_sink": Row(
-        settings={"policy": "rolling_sink", "num_context_frames": 13},
-        limit=13,
-        recent=1,
-        exact_roles=("recent",),
+        settings=policy("rolling_sink", num_context_frames=13), limit=13, recent=1, exact_roles=("recent",)
     ),
     "relax": Row(
-        settings={"policy": "relax", "num_context_frames": 9, "num_budget_frames": 24},
+        settings=policy("relax", num_context_frames=9, num_budget_frames=24),
         limit=9,
         sinks=2,
         recent=1,
         positions=(0, 8),
     ),
     "relax.absolute": Row(
-        settings={
-            "policy": "relax",
-            "num_context_frames": 12,
-            "num_sink_frames": 1,
-            "num_recent_frames": 4,
-            "num_budget_frames": 15,
-            "num_candidates": 2,
-            "positions": "absolute",
-        },
+        settings=policy(
+            "relax",
+            num_context_frames=12,
+            num_sink_frames=1,
+            num_recent_frames=4,
+            num_budget_frames=15,
+            num_candidates=2,
+            positions="absolute",
+        ),
         limit=12,
         sinks=1,
         recent=4,
     ),
     "slow_fast": Row(
-        settings={"policy": "slow_fast", "num_context_frames": 15, "num_sink_frames": 2, "num_recent_frames": 8},
+        settings=policy("slow_fast", num_context_frames=15, num_sink_frames=2, num_recent_frames=8),
         limit=15,
         sinks=2,
         recent=4,
         positions=(0, 14),
     ),
     "commit_reads": Row(
-        settings={
-            "policy": "commit_reads",
-            "num_recent_frames": 2,
-            "inner": {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3},
-        },
+        settings=policy(
+            "commit_reads",
+            num_recent_frames=2,
+            inner=policy("attention_sink", num_context_frames=12, num_sink_frames=3),
+        ),
         limit=12,
         sinks=3,
         positions=(0, 11),
         is_same_in_commits=False,
     ),
     "forcing_kv": Row(
-        settings={"policy": "forcing_kv", "heads": [[], [1]]},
-        limit=7,
-        sinks=1,
-        recent=1,
-        full_until=3,
-        layers=2,
+        settings=policy("forcing_kv", heads=[[], [1]]), limit=7, sinks=1, recent=1, full_until=3, layers=2
     ),
     "forcing_kv.contiguous": Row(
-        settings={
-            "policy": "forcing_kv",
-            "heads": [[0], []],
-            "num_sink_frames": 2,
-            "num_recent_frames": 2,
-            "num_plain_layers": 0,
-            "positions": "contiguous",
-        },
+        settings=policy(
+            "forcing_kv",
+            heads=[[0], []],
+            num_sink_frames=2,
+            num_recent_frames=2,
+            num_plain_layers=0,
+            positions="contiguous",
+        ),
         limit=9,
         sinks=2,
         recent=2,
@@ -296,34 +255,24 @@ POLICY_ROWS = {
         layers=2,
     ),
     "rolling_forcing": Row(
-        settings={"policy": "rolling_forcing", "num_context_frames": 12, "num_sink_frames": 3},
+        settings=policy("rolling_forcing", num_context_frames=12, num_sink_frames=3),
         limit=12,
         sinks=3,
         is_same_in_commits=False,
     ),
     "rolling_forcing.keep_sinks": Row(
-        settings={
-            "policy": "rolling_forcing",
-            "num_context_frames": 11,
-            "num_sink_frames": 2,
-            "commit": "keep_sinks",
-        },
+        settings=policy("rolling_forcing", num_context_frames=11, num_sink_frames=2, commit="keep_sinks"),
         limit=11,
         sinks=2,
     ),
     "dilated_window": Row(
-        settings={"policy": "dilated_window", "num_context_frames": 12, "num_dilated_frames": 3, "dilation": 4},
+        settings=policy("dilated_window", num_context_frames=12, num_dilated_frames=3, dilation=4),
         limit=12,
         recent=5,
         positions=(0, 11),
     ),
     "dilated_window.absolute": Row(
-        settings={
-            "policy": "dilated_window",
-            "num_context_frames": 12,
-            "num_dilated_frames": 4,
-            "positions": "absolute",
-        },
+        settings=policy("dilated_window", num_context_frames=12, num_dilated_frames=4, positions="absolute"),
         limit=12,
         recent=4,
     ),
