@@ -20,46 +20,31 @@ Event = Literal["keep", "recache", "flush", "cut"]
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of some frames through the transformer.
+    """One forward of some frames through the transformer."""
 
-    Attributes:
-        kind: ``denoise`` never changes storage; ``commit`` stores what it produced; ``encode`` is a forward that a
-            policy asked for with an ``EncodeJob``, and stores it too.
-        block_index: Which block of the rollout, from 0; the block before it for an ``encode``.
-        start_frame: First latent frame of the pass.
-        num_frames: Latent frames of the pass.
-        step_index: Denoising step, from 0; 0 in a commit.
-        label: The ``EncodeJob``'s.
-        grid: (rows, columns) of tokens per frame, where they differ from the rollout's.
-    """
-
+    # ``denoise`` never changes storage; ``commit`` stores what it produced; ``encode`` is a forward that a policy
+    # asked for with an ``EncodeJob``, and stores it too
     kind: Literal["denoise", "commit", "encode"]
-    block_index: int
-    start_frame: int
+    block_index: int  # which block of the rollout, from 0; the block before it for an ``encode``
+    start_frame: int  # first latent frame of the pass
     num_frames: int
-    step_index: int = 0
-    label: str = ""
-    grid: tuple[int, int] | None = None
+    step_index: int = 0  # denoising step, from 0; 0 in a commit
+    label: str = ""  # the ``EncodeJob``'s
+    grid: tuple[int, int] | None = None  # (rows, columns) of tokens per frame, where they differ from the rollout's
 
 
 @dataclass(frozen=True)
 class Read:
-    """Stored tokens that a pass attends to.
+    """Stored tokens that a pass attends to."""
 
-    Attributes:
-        stored: ``keys`` and ``values``, both (batch, tokens, heads, head_dim), keys un-rotated.
-        positions: Temporal position of each whole frame, or (tokens, 3) or (batch, tokens, 3) float64 coordinates
-            (frame, row, column) of every token.
-        frames: Frames of the video that the tokens come from, for tools that show what is read.
-        role: sink, recent, mid, memory, ...
-        bias: Added to the tokens' scores: (tokens,) or (batch, heads, tokens). The logarithm of how many tokens one
-            stands for, say.
-    """
-
-    stored: Stored
+    stored: Stored  # ``keys`` and ``values``, both (batch, tokens, heads, head_dim), keys un-rotated
+    # Temporal position of each whole frame, or (tokens, 3) or (batch, tokens, 3) float64 coordinates (frame, row,
+    # column) of every token
     positions: tuple[float, ...] | Tensor
-    frames: tuple[int, ...] = ()
-    role: str = "recent"
+    frames: tuple[int, ...] = ()  # frames of the video that the tokens come from, for tools that show what is read
+    role: str = "recent"  # sink, recent, mid, memory, ...
+    # Added to the tokens' scores: (tokens,) or (batch, heads, tokens). The logarithm of how many tokens one stands
+    # for, say.
     bias: Tensor | None = None
 
     @classmethod
@@ -80,53 +65,36 @@ class Read:
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Reads of some heads of a layer, where heads differ.
-
-    Attributes:
-        heads: Which heads.
-        reads: Of these heads alone: (batch, tokens, len(heads), head_dim).
-        capacity: As of ``Context``.
-    """
+    """Reads of some heads of a layer, where heads differ."""
 
     heads: tuple[int, ...]
-    reads: tuple[Read, ...]
-    capacity: int = 0
+    reads: tuple[Read, ...]  # of these heads alone: (batch, tokens, len(heads), head_dim)
+    capacity: int = 0  # as of ``Context``
 
 
 @dataclass(frozen=True)
 class Context:
-    """Everything that a pass attends to beside itself.
+    """Everything that a pass attends to beside itself."""
 
-    Attributes:
-        reads: In the order in which they are laid out.
-        query_positions: Temporal position of each frame of the pass itself, or its tokens' coordinates as in ``Read``.
-        holds: ``block``: all passes of the block read the same; ``kind``: all its denoising passes do, and its commit
-            reads something else; ``pass``: ask again at the next pass.
-        capacity: Most tokens that ``reads`` can ever have, so that buffers are allocated once; 0: unbounded.
-        num_own_frames: The pass attends to this many of its own last frames only; None: to all of them.
-        groups: Reads by heads, in the place of ``reads``; every head is in exactly one group.
-    """
-
-    reads: tuple[Read, ...]
+    reads: tuple[Read, ...]  # in the order in which they are laid out
+    # Temporal position of each frame of the pass itself, or its tokens' coordinates as in ``Read``
     query_positions: tuple[float, ...] | Tensor
+    # ``block``: all passes of the block read the same; ``kind``: all its denoising passes do, and its commit reads
+    # something else; ``pass``: ask again at the next pass
     holds: Literal["block", "kind", "pass"] = "block"
-    capacity: int = 0
+    capacity: int = 0  # most tokens that ``reads`` can ever have, so that buffers are allocated once; 0: unbounded
+    # The pass attends to this many of its own last frames only; None: to all of them
     num_own_frames: int | None = None
-    groups: tuple[HeadGroup, ...] = ()
+    groups: tuple[HeadGroup, ...] = ()  # reads by heads, in the place of ``reads``; every head is in exactly one group
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Contents of a cache.
+    """Contents of a cache."""
 
-    Attributes:
-        tokens: Stored tokens per layer and sample, by role (sink, mid, recent, memory).
-        bytes: Stored bytes over layers and batch, by role.
-        positions: Lowest and highest temporal position of the last read, or None before the first.
-    """
-
-    tokens: Mapping[str, int]
-    bytes: Mapping[str, int]
+    tokens: Mapping[str, int]  # stored tokens per layer and sample, by role (sink, mid, recent, memory)
+    bytes: Mapping[str, int]  # stored bytes over layers and batch, by role
+    # Lowest and highest temporal position of the last read, or None before the first
     positions: tuple[float, float] | None = None
 
     @property
@@ -142,18 +110,12 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """A block that has been denoised and committed, as ``end_block`` sees it.
-
-    Attributes:
-        block_index: Which block of the rollout.
-        start_frame: Its first latent frame.
-        latents: (batch, frames, channels, height, width), clean.
-        event: What the next block's prompt does to the cache: ``keep`` unless it is a new prompt that asks for more.
-    """
+    """A block that has been denoised and committed, as ``end_block`` sees it."""
 
     block_index: int
     start_frame: int
-    latents: Tensor
+    latents: Tensor  # (batch, frames, channels, height, width), clean
+    # What the next block's prompt does to the cache: ``keep`` unless it is a new prompt that asks for more
     event: Event = "keep"
 
 
@@ -162,66 +124,44 @@ class EncodeJob:
     """A forward that only fills cache entries: its passes have the kind ``encode``, and ``commit`` stores them.
 
     It runs under the prompt of the next block, sees what ``select`` says, and its output is dropped.
-
-    Attributes:
-        latents: (batch, frames, channels, height, width), fed at ``timestep``.
-        start_frame: First latent frame of the job.
-        timestep: Network timestep, 0 to 1000; None: that of the rollout's commit passes.
-        label: Comes back in the pass, so that a policy knows its jobs.
-        pooling: Decode the latents, average over (frames, rows, columns) of pixels, and encode the smaller clip again
-            before it is fed. Needs a VAE.
-        tokens: (batch, channels, frames, rows, columns) added to the patch embedding of the latents.
     """
 
-    latents: Tensor
-    start_frame: int
-    timestep: float | None = 0.0
-    label: str = ""
+    latents: Tensor  # (batch, frames, channels, height, width), fed at ``timestep``
+    start_frame: int  # first latent frame of the job
+    timestep: float | None = 0.0  # network timestep, 0 to 1000; None: that of the rollout's commit passes
+    label: str = ""  # comes back in the pass, so that a policy knows its jobs
+    # Decode the latents, average over (frames, rows, columns) of pixels, and encode the smaller clip again before it
+    # is fed. Needs a VAE.
     pooling: tuple[int, int, int] | None = None
+    # (batch, channels, frames, rows, columns) added to the patch embedding of the latents
     tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """Properties of a policy that decide what it can be combined with.
+    """Properties of a policy that decide what it can be combined with."""
 
-    Attributes:
-        takes_windows: Denoising passes may span several blocks that are committed one by one, as samplers with a
-            joint window make them.
-        needs_vae: A rollout has to have a VAE, for jobs with ``pooling``.
-        needs_weights: It works with something trained or measured for a model: a compressor, a map of heads.
-        weighs_tokens: Reads have a bias, which sparse attention does not take.
-        splits_heads: Heads of a layer read different tokens, which sparse attention over all heads does not take.
-        breaks_frames: Reads hold tokens that are no frame's: chosen, averaged or compressed ones.
-    """
-
+    # Denoising passes may span several blocks that are committed one by one, as samplers with a joint window make them
     takes_windows: bool = False
-    needs_vae: bool = False
+    needs_vae: bool = False  # a rollout has to have a VAE, for jobs with ``pooling``
+    # It works with something trained or measured for a model: a compressor, a map of heads
     needs_weights: bool = False
-    weighs_tokens: bool = False
+    weighs_tokens: bool = False  # reads have a bias, which sparse attention does not take
+    # Heads of a layer read different tokens, which sparse attention over all heads does not take
     splits_heads: bool = False
-    breaks_frames: bool = False
+    breaks_frames: bool = False  # reads hold tokens that are no frame's: chosen, averaged or compressed ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePolicy(ABC):
-    """Validated settings of a policy; ``start`` makes the state of one rollout.
+    """Validated settings of a policy; ``start`` makes the state of one rollout."""
 
-    Class attributes:
-        name: Key in YAML and on the command line.
-        source: Paper or repository.
-        events: What a change of prompt may do to its cache.
-        traits: What it can be combined with; a property where that depends on settings.
-        published_block: Latent frames per block that the source's sizes are meant for.
-        published_window: Blocks that the source denoises together.
-    """
-
-    name: ClassVar[str]
-    source: ClassVar[str]
-    events: ClassVar[frozenset[Event]] = frozenset({"keep"})
-    traits: ClassVar[Traits] = Traits()
-    published_block: ClassVar[int] = 3
-    published_window: ClassVar[int] = 1
+    name: ClassVar[str]  # key in YAML and on the command line
+    source: ClassVar[str]  # paper or repository
+    events: ClassVar[frozenset[Event]] = frozenset({"keep"})  # what a change of prompt may do to its cache
+    traits: ClassVar[Traits] = Traits()  # what it can be combined with; a property where that depends on settings
+    published_block: ClassVar[int] = 3  # latent frames per block that the source's sizes are meant for
+    published_window: ClassVar[int] = 1  # blocks that the source denoises together
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -273,16 +213,13 @@ def check_room(num_context_frames: int, needed: int, what: str, *, remedy: str =
 
 
 class PolicyState(ABC):
-    """State of one rollout: four methods, and a state that can be saved.
+    """State of one rollout: four methods, and a state that can be saved."""
 
-    Attributes:
-        merges_commit: Whether a block's commit may share one forward with the next block's first denoising pass.
-            A policy that works on whole blocks in ``end_block`` sets it False.
-        keeps_read_sets: Whether the assembled read sets of all layers stay in memory over a block's passes. Where
-            tokens are encoded or far away, that would undo what it saves, and their wrapper sets it False.
-    """
-
+    # Whether a block's commit may share one forward with the next block's first denoising pass. A policy that works on
+    # whole blocks in ``end_block`` sets it False.
     merges_commit: bool = True
+    # Whether the assembled read sets of all layers stay in memory over a block's passes. Where tokens are encoded or
+    # far away, that would undo what it saves, and their wrapper sets it False.
     keeps_read_sets: bool = True
 
     @abstractmethod

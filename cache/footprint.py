@@ -25,31 +25,18 @@ SIZES: tuple[str, ...] = (*HELD, "layer_reads", "gathering", "budgeted")
 
 @dataclass(frozen=True)
 class Footprint:
-    """Most bytes of one guidance branch's cache at any time, over layers and batch.
+    """Most bytes of one guidance branch's cache at any time, over layers and batch."""
 
-    Attributes:
-        stored: Kept tokens, as ``CacheStats`` counts them.
-        allocated: Places on the rollout's device, taken or not, and whatever else the policy remembers.
-        on_host: Places in host memory, where the rollout runs on another device.
-        read_sets: Rotated keys and values that passes read: of all layers, or of one where they do not stay.
-        phases: Rotations of keys and queries, and what was selected for read sets that do not stay.
-        layer_reads: Of these the largest of one layer.
-        gathering: What exists for a moment while a layer's read set is assembled.
-        budgeted: Kept tokens and the tokens that passes read, as a budget counts them.
-        num_blocks: Blocks after which nothing grows; all blocks where something does to the end.
-        is_steady: Whether nothing grew any more before the end.
-    """
-
-    stored: int = 0
-    allocated: int = 0
-    on_host: int = 0
-    read_sets: int = 0
-    phases: int = 0
-    layer_reads: int = 0
-    gathering: int = 0
-    budgeted: int = 0
-    num_blocks: int = 0
-    is_steady: bool = False
+    stored: int = 0  # kept tokens, as ``CacheStats`` counts them
+    allocated: int = 0  # places on the rollout's device, taken or not, and whatever else the policy remembers
+    on_host: int = 0  # places in host memory, where the rollout runs on another device
+    read_sets: int = 0  # rotated keys and values that passes read: of all layers, or of one where they do not stay
+    phases: int = 0  # rotations of keys and queries, and what was selected for read sets that do not stay
+    layer_reads: int = 0  # of these the largest of one layer
+    gathering: int = 0  # what exists for a moment while a layer's read set is assembled
+    budgeted: int = 0  # kept tokens and the tokens that passes read, as a budget counts them
+    num_blocks: int = 0  # blocks after which nothing grows; all blocks where something does to the end
+    is_steady: bool = False  # whether nothing grew any more before the end
 
     @property
     def on_device(self) -> int:

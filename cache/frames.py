@@ -34,19 +34,12 @@ T = TypeVar("T", bound=Hashable)
 
 @dataclass(frozen=True)
 class FramePlan:
-    """Frames a block reads and the positions of everything in it.
+    """Frames a block reads and the positions of everything in it."""
 
-    Attributes:
-        frames: Stored frames, ascending.
-        positions: One temporal position per frame of ``frames``.
-        query_positions: One temporal position per frame of the block.
-        roles: Role of each frame of ``frames``; empty: what ``FramePolicy.roles`` says.
-    """
-
-    frames: tuple[int, ...]
-    positions: tuple[float, ...]
-    query_positions: tuple[float, ...]
-    roles: tuple[str, ...] = ()
+    frames: tuple[int, ...]  # stored frames, ascending
+    positions: tuple[float, ...]  # one temporal position per frame of ``frames``
+    query_positions: tuple[float, ...]  # one temporal position per frame of the block
+    roles: tuple[str, ...] = ()  # role of each frame of ``frames``; empty: what ``FramePolicy.roles`` says
 
     @classmethod
     def absolute(cls, frames: tuple[int, ...], start_frame: int, num_frames: int) -> "FramePlan":

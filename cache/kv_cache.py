@@ -30,19 +30,13 @@ from longtake.rope import GridRotary, apply_phases, axis_frequencies
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens of a read set that were read together.
+    """Tokens of a read set that were read together."""
 
-    Attributes:
-        num_tokens: How many.
-        frames: Frames of the video that they come from; as of ``Read``.
-        positions: Temporal position of each whole frame; empty where every token has coordinates of its own.
-        role: sink, recent, mid, memory, ...
-    """
-
-    num_tokens: int
-    frames: tuple[int, ...]
+    num_tokens: int  # how many
+    frames: tuple[int, ...]  # frames of the video that they come from; as of ``Read``
+    # Temporal position of each whole frame; empty where every token has coordinates of its own
     positions: tuple[float, ...]
-    role: str
+    role: str  # sink, recent, mid, memory, ...
 
     @classmethod
     def of(cls, read: Read) -> "Run":
@@ -53,21 +47,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call: queries of a pass over ``runs`` and the pass's own tokens behind them.
+    """One attention call: queries of a pass over ``runs`` and the pass's own tokens behind them."""
 
-    Attributes:
-        layer: Self-attention layer, from 0.
-        pass_: What the forward is.
-        runs: What is read of the cache, in the order of the keys.
-        query_positions: Temporal position of each frame of the pass.
-        heads: The heads at hand, where heads read different things.
-    """
-
-    layer: int
-    pass_: Pass
-    runs: tuple[Run, ...]
-    query_positions: tuple[float, ...]
-    heads: tuple[int, ...] | None = None
+    layer: int  # self-attention layer, from 0
+    pass_: Pass  # what the forward is
+    runs: tuple[Run, ...]  # what is read of the cache, in the order of the keys
+    query_positions: tuple[float, ...]  # temporal position of each frame of the pass
+    heads: tuple[int, ...] | None = None  # the heads at hand, where heads read different things
 
 
 class SparseAttention(Protocol):
@@ -111,17 +97,11 @@ class _Scratch:
 
 @dataclass
 class _ReadSet:
-    """The assembled reads of a layer, for the passes that share them.
+    """The assembled reads of a layer, for the passes that share them."""
 
-    Attributes:
-        parts: One for every group of heads; none where read sets do not stay.
-        pass_: The pass that asked.
-        context: What the policy selected; without its reads where ``parts`` stay.
-    """
-
-    parts: list[_Scratch]
-    pass_: Pass
-    context: Context
+    parts: list[_Scratch]  # one for every group of heads; none where read sets do not stay
+    pass_: Pass  # the pass that asked
+    context: Context  # what the policy selected; without its reads where ``parts`` stay
 
     def serves(self, pass_: Pass) -> bool:
         """Tell whether a pass reads just this."""

@@ -23,30 +23,24 @@ from longtake.cache.base import (
     Read,
 )
 
-PATCH = 2  # latent rows and columns per token
-SIMILARITY = 0.9  # correlation of neighbouring frames' made-up keys
+_PATCH = 2  # latent rows and columns per token
+_SIMILARITY = 0.9  # correlation of neighbouring frames' made-up keys
+_Observer = Callable[[int, Pass, Context], None]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Stored tokens of one role that a pass reads.
+    """Stored tokens of one role that a pass reads."""
 
-    Attributes:
-        role: sink, recent, mid, memory, ...
-        frames: Frames of the video that they come from.
-        positions: One temporal position per entry of ``frames``, or, where tokens do not stand at whole frames, the
-            distinct positions in use, ascending; empty on the meta device.
-        shares: Tokens of each entry of ``frames``, 1 for a whole frame; 0 where all its tokens are gone.
-        num_tokens: Per sample, in heads that read them.
-        heads: Which heads read them; None: all.
-    """
-
-    role: str
-    frames: tuple[int, ...]
+    role: str  # sink, recent, mid, memory, ...
+    frames: tuple[int, ...]  # frames of the video that they come from
+    # One temporal position per entry of ``frames``, or, where tokens do not stand at whole frames, the distinct
+    # positions in use, ascending; empty on the meta device
     positions: tuple[float, ...]
+    # Tokens of each entry of ``frames``, 1 for a whole frame; 0 where all its tokens are gone
     shares: tuple[float, ...]
-    num_tokens: int = 0
-    heads: tuple[int, ...] | None = None
+    num_tokens: int = 0  # per sample, in heads that read them
+    heads: tuple[int, ...] | None = None  # which heads read them; None: all
 
     @property
     def share(self) -> float:
@@ -56,47 +50,29 @@ class Span:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """Reads of one pass; spans and positions are those of one layer.
-
-    Attributes:
-        pass_: Which pass.
-        spans: In the order in which they are laid out.
-        query_positions: Temporal positions of the pass's own frames; distinct ones where tokens have coordinates.
-        num_tokens: Stored tokens read, mean over layers and heads.
-        is_bounded: Whether the policy says how many that can become.
-    """
+    """Reads of one pass; spans and positions are those of one layer."""
 
     pass_: Pass
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...]  # in the order in which they are laid out
+    # Temporal positions of the pass's own frames; distinct ones where tokens have coordinates
     query_positions: tuple[float, ...]
-    num_tokens: float
-    is_bounded: bool
+    num_tokens: float  # stored tokens read, mean over layers and heads
+    is_bounded: bool  # whether the policy says how many that can become
 
 
 @dataclass(frozen=True)
 class SimulatedBlock:
-    """One block of a simulated rollout.
+    """One block of a simulated rollout."""
 
-    Attributes:
-        index: From 0.
-        start_frame: First latent frame.
-        num_frames: Latent frames.
-        event: What the change of prompt before this block did to the cache; ``keep`` when there was none.
-        denoise: Its first denoising pass.
-        commit: Its commit pass, where that reads something else; else None.
-        jobs: Encode passes that followed the commit.
-        stats: What is stored after the block.
-        state: The policy's state, live: of the last block that was played.
-    """
-
-    index: int
+    index: int  # from 0
     start_frame: int
     num_frames: int
-    event: Event
-    denoise: PassRecord
-    commit: PassRecord | None
-    jobs: tuple[PassRecord, ...]
-    stats: CacheStats
+    event: Event  # what the change of prompt before this block did to the cache; ``keep`` when there was none
+    denoise: PassRecord  # its first denoising pass
+    commit: PassRecord | None  # its commit pass, where that reads something else; else None
+    jobs: tuple[PassRecord, ...]  # encode passes that followed the commit
+    stats: CacheStats  # what is stored after the block
+    # The policy's state, live: of the last block that was played
     state: PolicyState = field(repr=False, compare=False)
 
 
@@ -109,7 +85,7 @@ def simulate(
     window_blocks: int = 1,
     latent_channels: int = 16,
     layer: int = -1,
-    observe: Callable[[int, Pass, Context], None] | None = None,
+    observe: _Observer | None = None,
 ) -> Iterator[SimulatedBlock]:
     """Play a rollout block by block as the model would: select, commit, end of block, encode jobs.
 
@@ -152,17 +128,8 @@ def simulate(
 class _Player:
     """Made-up tensors, and passes played with them."""
 
-    def __init__(
-        self,
-        state: PolicyState,
-        geometry: Geometry,
-        layer: int,
-        observe: Callable[[int, Pass, Context], None] | None,
-    ) -> None:
-        self.state = state
-        self.geometry = geometry
-        self.layer = layer
-        self.observe = observe
+    def __init__(self, state: PolicyState, geometry: Geometry, layer: int, observe: _Observer | None) -> None:
+        self.state, self.geometry, self.layer, self.observe = state, geometry, layer, observe
         self._generator = torch.Generator().manual_seed(0)
         self._scene: Tensor | None = None
 
@@ -178,14 +145,14 @@ class _Player:
             noise = torch.randn(shape, generator=self._generator)
             if self._scene is None or self._scene.shape != shape:
                 self._scene = noise
-            self._scene = SIMILARITY * self._scene + (1 - SIMILARITY**2) ** 0.5 * noise
+            self._scene = _SIMILARITY * self._scene + (1 - _SIMILARITY**2) ** 0.5 * noise
             frames.append(self._scene)
         return list(torch.cat(frames, dim=2).to(g.device, g.dtype))
 
     def latents(self, num_frames: int, num_channels: int) -> Tensor:
         """(batch, frames, channels, height, width)."""
         g = self.geometry
-        shape = (g.batch_size, num_frames, num_channels, PATCH * g.num_rows, PATCH * g.num_columns)
+        shape = (g.batch_size, num_frames, num_channels, _PATCH * g.num_rows, _PATCH * g.num_columns)
         return torch.zeros(shape, device=g.device)
 
     def select(self, pass_: Pass, qkv: list[Tensor]) -> tuple[PassRecord, str]:
@@ -223,7 +190,7 @@ class _Player:
         return PassRecord(
             pass_,
             tuple(spans),
-            _positions(noted.query_positions),
+            _located(noted.query_positions)[0],
             num_tokens / len(contexts),
             is_bounded=all(capacities),
         )
@@ -240,9 +207,9 @@ def job_shape(job: EncodeJob, geometry: Geometry) -> tuple[int, tuple[int, int] 
         num_frames, rows, columns = job.tokens.shape[-3:]
     elif job.pooling is not None:
         num_frames = max(1, num_frames // job.pooling[0])
-        rows, columns = (size // pool // PATCH for size, pool in zip((height, width), job.pooling[1:], strict=True))
+        rows, columns = (size // pool // _PATCH for size, pool in zip((height, width), job.pooling[1:], strict=True))
     else:
-        rows, columns = height // PATCH, width // PATCH
+        rows, columns = height // _PATCH, width // _PATCH
     grid = (rows, columns)
     return num_frames, None if grid == (geometry.num_rows, geometry.num_columns) else grid
 
@@ -258,50 +225,33 @@ def _spans(context: Context, geometry: Geometry) -> Iterator[tuple[Span, float]]
 
 
 def _span(read: Read, tokens_per_frame: int) -> Span:
-    num_tokens = read.stored.num_tokens
-    positions, counts = _positions(read.positions), _counts(read.positions)
-    frames = read.frames
+    num_tokens, frames = read.stored.num_tokens, read.frames
+    positions, counts = _located(read.positions)
+    shares = (num_tokens / (tokens_per_frame * len(frames)),) * len(frames) if frames else ()
     if counts and len(counts) == len(frames):
         shares = tuple(count / tokens_per_frame for count in counts)
-    elif counts and _are_groups(frames, positions):
-        shares = (num_tokens / (tokens_per_frame * len(frames)),) * len(frames)
-    elif counts and set(positions) <= set(map(float, frames)):
+    elif counts and not _are_groups(frames, positions) and set(positions) <= set(map(float, frames)):
         own = dict(zip(positions, counts, strict=True))
         shares = tuple(own.get(float(frame), 0) / tokens_per_frame for frame in frames)
-    else:
-        shares = (num_tokens / (tokens_per_frame * len(frames)),) * len(frames) if frames else ()
     return Span(read.role, frames, positions, shares, num_tokens)
 
 
 def _are_groups(frames: tuple[int, ...], positions: tuple[float, ...]) -> bool:
     """Tell whether each position is the middle of several frames, as those of averages are."""
     size, rest = divmod(len(frames), len(positions))
-    return (
-        size > 1
-        and not rest
-        and all(
-            position == sum(frames[index * size : (index + 1) * size]) / size
-            for index, position in enumerate(positions)
-        )
-    )
+    if size < 2 or rest:
+        return False
+    return positions == tuple(sum(frames[i : i + size]) / size for i in range(0, len(frames), size))
 
 
-def _positions(positions: tuple[float, ...] | Tensor) -> tuple[float, ...]:
-    """Positions of whole frames as they are; of tokens the distinct ones of the first sample."""
+def _located(positions: tuple[float, ...] | Tensor) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Positions of whole frames as they are; of tokens the distinct ones of the first sample, and tokens at each.
+
+    On the meta device tokens have none.
+    """
     if not isinstance(positions, Tensor):
-        return tuple(positions)
-    return tuple(_times(positions).unique().tolist())
-
-
-def _counts(positions: tuple[float, ...] | Tensor) -> tuple[int, ...]:
-    """Tokens at each of ``_positions``; none for whole frames."""
-    if not isinstance(positions, Tensor):
-        return ()
-    return tuple(_times(positions).unique(return_counts=True)[1].tolist())
-
-
-def _times(coordinates: Tensor) -> Tensor:
-    """Temporal coordinates of the first sample's tokens; none on the meta device."""
-    if coordinates.device.type == "meta":
-        return torch.empty(0)
-    return (coordinates if coordinates.ndim == 2 else coordinates[0])[:, 0]
+        return tuple(positions), ()
+    if positions.device.type == "meta":
+        return (), ()
+    times, counts = (positions if positions.ndim == 2 else positions[0])[:, 0].unique(return_counts=True)
+    return tuple(times.tolist()), tuple(counts.tolist())

@@ -115,17 +115,11 @@ class Raw(Codec):
 
 @dataclass(frozen=True)
 class Storage:
-    """Maker of buffers.
+    """Maker of buffers."""
 
-    Attributes:
-        keys: Codec of the keys.
-        values: Codec of the values.
-        is_on_host: Keep the codes in the host's memory; they are decoded on the rollout's device.
-    """
-
-    keys: Codec = Raw()
-    values: Codec = Raw()
-    is_on_host: bool = False
+    keys: Codec = Raw()  # codec of the keys
+    values: Codec = Raw()  # codec of the values
+    is_on_host: bool = False  # keep the codes in the host's memory; they are decoded on the rollout's device
 
     @property
     def is_encoded(self) -> bool:
@@ -353,33 +347,19 @@ def take_tokens(tensor: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shapes of one rollout.
+    """Shapes of one rollout."""
 
-    Attributes:
-        num_layers: Self-attention layers of the transformer.
-        num_heads: Heads per layer.
-        head_dim: Channels per head.
-        num_rows: Token rows per latent frame.
-        num_columns: Token columns per latent frame.
-        frames_per_block: Latent frames denoised together.
-        batch_size: Videos rolled out together.
-        max_frames: Length of the rollout, when it is known.
-        dtype: Of the stored keys and values.
-        device: Of the stored keys and values.
-        storage: Codecs and memory of the stored tokens.
-    """
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    num_rows: int
-    num_columns: int
-    frames_per_block: int
-    batch_size: int = 1
-    max_frames: int | None = None
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
-    storage: Storage = field(default=Storage(), compare=False)
+    num_layers: int  # self-attention layers of the transformer
+    num_heads: int  # heads per layer
+    head_dim: int  # channels per head
+    num_rows: int  # token rows per latent frame
+    num_columns: int  # token columns per latent frame
+    frames_per_block: int  # latent frames denoised together
+    batch_size: int = 1  # videos rolled out together
+    max_frames: int | None = None  # length of the rollout, when it is known
+    dtype: torch.dtype = torch.float32  # of the stored keys and values
+    device: torch.device = torch.device("cpu")  # of the stored keys and values
+    storage: Storage = field(default=Storage(), compare=False)  # codecs and memory of the stored tokens
 
     @property
     def tokens_per_frame(self) -> int:

@@ -7,9 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from longtake.configs.fields import build, choose
+from longtake.configs.fields import build, choose, preset_names, read_bundled
 
 # Wan's VAE makes four pixel frames one latent frame; the first one alone is one.
 PIXELS_PER_LATENT = 4
@@ -17,66 +15,41 @@ PIXELS_PER_LATENT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRule:
-    """Location of the model in a family's released files.
+    """Location of the model in a family's released files."""
 
-    Attributes:
-        file: Path inside the repository that ``homepage`` names.
-        key: Entry of the file that holds the weights: generator_ema, generator, model; null for a file without.
-        lora_file: Adapter that belongs on top.
-        lora_key: Entry of the adapter's file.
-        lora_alpha: Its scale times its rank; the file does not say it.
-    """
-
-    file: str | None = None
+    file: str | None = None  # path inside the repository that ``homepage`` names
+    # Entry of the file that holds the weights: generator_ema, generator, model; null for a file without
     key: str | None = None
-    lora_file: str | None = None
-    lora_key: str | None = None
-    lora_alpha: float | None = None
+    lora_file: str | None = None  # adapter that belongs on top
+    lora_key: str | None = None  # entry of the adapter's file
+    lora_alpha: float | None = None  # its scale times its rank; the file does not say it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """Settings of a model family.
+    """Settings of a model family."""
 
-    Attributes:
-        folder: Bundled weights inside the package; null when the user brings them.
-        height: Pixels.
-        width: Pixels.
-        fps: Frames per second.
-        size: ``1.3B`` or ``14B``, required of the transformer's shapes; null for shapes of its own.
-        frames_per_block: Latent frames denoised together.
-        first_block_frames: Frames of the first block, where it differs.
-        sampler: Mapping for ``make_sampler``.
-        context_timestep: Timestep of the commit pass.
-        num_trained_frames: Latent frames of the training clips.
-        cache: Policy and fields that the model was trained with, as ``make_policy`` takes them; null for full history.
-        starts: Conditioning that the model takes beside text: ``image`` (one frame), ``video`` (whole blocks).
-        checkpoint: Location of the released weights.
-        max_sequence_length: Text tokens; shorter prompts are padded to it.
-        licence: Of the weights.
-        restriction: Uses that the licence forbids, in a few words; printed when the model is loaded.
-        source: Paper or repository.
-        homepage: Address of the weights.
-    """
-
-    folder: str | None = None
-    height: int = 480
-    width: int = 832
-    fps: int = 16
+    folder: str | None = None  # bundled weights inside the package; null when the user brings them
+    height: int = 480  # pixels
+    width: int = 832  # pixels
+    fps: int = 16  # frames per second
+    # ``1.3B`` or ``14B``, required of the transformer's shapes; null for shapes of its own
     size: Literal["1.3B", "14B"] | None = None
-    frames_per_block: int = 3
-    first_block_frames: int | None = None
-    sampler: Mapping[str, Any] = field(default_factory=lambda: {"name": "few_step"})
-    context_timestep: float = 0.0
-    num_trained_frames: int = 21
+    frames_per_block: int = 3  # latent frames denoised together
+    first_block_frames: int | None = None  # frames of the first block, where it differs
+    sampler: Mapping[str, Any] = field(default_factory=lambda: {"name": "few_step"})  # mapping for ``make_sampler``
+    context_timestep: float = 0.0  # timestep of the commit pass
+    num_trained_frames: int = 21  # latent frames of the training clips
+    # Policy and fields that the model was trained with, as ``make_policy`` takes them; null for full history
     cache: Mapping[str, Any] | None = None
+    # Conditioning that the model takes beside text: ``image`` (one frame), ``video`` (whole blocks)
     starts: tuple[Literal["image", "video"], ...] = ("video",)
-    checkpoint: CheckpointRule = field(default_factory=CheckpointRule)
-    max_sequence_length: int = 512
-    licence: str = ""
-    restriction: str | None = None
-    source: str = ""
-    homepage: str = ""
+    checkpoint: CheckpointRule = field(default_factory=CheckpointRule)  # location of the released weights
+    max_sequence_length: int = 512  # text tokens; shorter prompts are padded to it
+    licence: str = ""  # of the weights
+    restriction: str | None = None  # uses that the licence forbids, in a few words; printed when the model is loaded
+    source: str = ""  # paper or repository
+    homepage: str = ""  # address of the weights
 
     @property
     def bundled(self) -> Path | None:
@@ -93,8 +66,7 @@ class ModelFamily:
 
 def family_names() -> list[str]:
     """Names of the presets under ``configs/model``."""
-    entries = (files("longtake.configs") / "model").iterdir()
-    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+    return preset_names("model")
 
 
 def load_family(name: str) -> ModelFamily:
@@ -104,5 +76,4 @@ def load_family(name: str) -> ModelFamily:
         ValueError: If there is no such preset; names those there are.
     """
     choose(dict.fromkeys(family_names()), name, what="model family")
-    text = (files("longtake.configs") / "model" / f"{name}.yaml").read_text(encoding="utf-8")
-    return build(ModelFamily, yaml.safe_load(text), what=f"model family {name!r}")
+    return build(ModelFamily, read_bundled("model", f"{name}.yaml"), what=f"model family {name!r}")

@@ -9,9 +9,36 @@ import difflib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from importlib.resources import files
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+import yaml
+
 T = TypeVar("T")
+
+
+def preset_names(folder: str) -> list[str]:
+    """List the presets of a folder of ``configs``: cache, sampler, attention, model, heads, eval."""
+    entries = files("longtake.configs").joinpath(folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def read_bundled(*parts: str) -> dict[str, Any]:
+    """Read a YAML file of ``configs``."""
+    return parse_yaml(files("longtake.configs").joinpath(*parts).read_text(encoding="utf-8"), where="/".join(parts))
+
+
+def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """Read a mapping; nothing is an empty one.
+
+    Raises:
+        ValueError: If it is no YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+    return mapping({} if values is None else values, where)
 
 
 def build(cls: type[T], values: Mapping[str, Any], *, what: str) -> T:

@@ -11,7 +11,6 @@ own is taken, else ``attention_sink``.
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longtake.configs.families import family_names, load_family
-from longtake.configs.fields import build, choose, mapping
+from longtake.configs.fields import build, choose, mapping, parse_yaml, preset_names, read_bundled
 from longtake.configs.registry import POLICY_GROUP, external
 from longtake.configs.run import ModelConfig, RunConfig
 
@@ -47,12 +46,6 @@ _GROUPS = {
 }
 
 
-def preset_names(folder: str) -> list[str]:
-    """List the presets of ``cache``, ``sampler``, ``attention`` or ``model``."""
-    entries = files("longtake.configs").joinpath(folder).iterdir()
-    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
-
-
 def load_preset(folder: str, name: str) -> dict[str, Any]:
     """Read a preset of ``cache``, ``sampler``, ``attention`` or ``model``.
 
@@ -62,7 +55,7 @@ def load_preset(folder: str, name: str) -> dict[str, Any]:
     if folder == "cache" and name in external(POLICY_GROUP):
         return {"policy": name}
     choose(dict.fromkeys(preset_names(folder)), name, what=_GROUPS[folder].what)
-    return {"family": name} if folder == "model" else _read_bundled(folder, f"{name}.yaml")
+    return {"family": name} if folder == "model" else read_bundled(folder, f"{name}.yaml")
 
 
 def load_run(
@@ -87,7 +80,7 @@ def load_run(
     given = {key: value for key, value in (options or {}).items() if value is not None}
     # A prompt is text as it stands: OmegaConf must not read ${...} in it.
     literal = {key: given.pop(key) for key in ("prompt", "negative_prompt") if key in given}
-    layers = [_read_bundled("default.yaml")]
+    layers = [read_bundled("default.yaml")]
     if path is not None:
         layers.append(_read(path))
     layers += [given, *(_parse_override(override) for override in overrides)]
@@ -201,16 +194,4 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
-    return _parse(text, where=str(path))
-
-
-def _read_bundled(*parts: str) -> dict[str, Any]:
-    return _parse(files("longtake.configs").joinpath(*parts).read_text(encoding="utf-8"), where="/".join(parts))
-
-
-def _parse(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
-    return mapping({} if values is None else values, where)
+    return parse_yaml(text, where=str(path))

@@ -17,32 +17,21 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Weights, and the way they run.
+    """Weights, and the way they run."""
 
-    Attributes:
-        family: Preset under ``configs/model``: step list, block size, resolution, frame rate.
-        path: Diffusers folder; None for the family's bundled weights.
-        dtype: Of weights and activations.
-        device: ``auto`` takes CUDA where there is one; or ``cpu``, ``cuda``, ``cuda:1``.
-        any_size: Take a transformer of another size than the family's; so is a folder that is named alone.
-        free_text_encoder: Drop the text encoder once all prompts are encoded.
-        vae_tiling: Decode in overlapping tiles; whatever tile is not in work rests in host memory.
-        offload: Where weights wait for their turn: ``none`` keeps them on the device, ``model`` brings one component
-            at a time, ``sequential`` one layer.
-        numerics: ``upstream`` rounds half precision where the published code of Self-Forcing does.
-        fast_vae: File of a small decoder (TAEHV) that makes the pixels in place of the VAE.
-    """
-
-    family: str = "mini"
-    path: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    any_size: bool = False
-    free_text_encoder: bool = False
-    vae_tiling: bool = False
+    family: str = "mini"  # preset under ``configs/model``: step list, block size, resolution, frame rate
+    path: str | None = None  # diffusers folder; None for the family's bundled weights
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations
+    device: str = "auto"  # ``auto`` takes CUDA where there is one; or ``cpu``, ``cuda``, ``cuda:1``
+    any_size: bool = False  # take a transformer of another size than the family's; so is a folder that is named alone
+    free_text_encoder: bool = False  # drop the text encoder once all prompts are encoded
+    vae_tiling: bool = False  # decode in overlapping tiles; whatever tile is not in work rests in host memory
+    # Where weights wait for their turn: ``none`` keeps them on the device, ``model`` brings one component at a time,
+    # ``sequential`` one layer
     offload: Literal["none", "model", "sequential"] = "none"
+    # ``upstream`` rounds half precision where the published code of Self-Forcing does
     numerics: Literal["native", "upstream"] = "native"
-    fast_vae: str | None = None
+    fast_vae: str | None = None  # file of a small decoder (TAEHV) that makes the pixels in place of the VAE
 
     def __post_init__(self) -> None:
         family = load_family(self.family)
@@ -55,23 +44,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _OutputConfig:
-    """Files of a run, and the checkpoints that are kept.
+    """Files of a run, and the checkpoints that are kept."""
 
-    Attributes:
-        folder: Run folder; None makes one under ``runs``.
-        crf: H.264 quality: 0 (lossless) to 51.
-        scale: Whole-number enlargement of the pixels in the file.
-        state_every_blocks: Blocks between two saved states: what a killed run computes again, at most.
-        num_kept_states: Saved states to fork from, spread over the video; the newest always stays.
-        contact_sheet: Also write ``contact_sheet.png``.
-    """
-
-    folder: str | None = None
-    crf: int = 18
-    scale: int = 1
-    state_every_blocks: int = 10
-    num_kept_states: int = 8
-    contact_sheet: bool = False
+    folder: str | None = None  # run folder; None makes one under ``runs``
+    crf: int = 18  # H.264 quality: 0 (lossless) to 51
+    scale: int = 1  # whole-number enlargement of the pixels in the file
+    state_every_blocks: int = 10  # blocks between two saved states: what a killed run computes again, at most
+    num_kept_states: int = 8  # saved states to fork from, spread over the video; the newest always stays
+    contact_sheet: bool = False  # also write ``contact_sheet.png``
 
     def __post_init__(self) -> None:
         if not 0 <= self.crf <= 51:
@@ -87,19 +67,12 @@ class _OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StartConfig:
-    """An image or a clip that the video continues; all times and lengths of a run count from its end.
+    """An image or a clip that the video continues; all times and lengths of a run count from its end."""
 
-    Attributes:
-        image: Image file; for models that start from one.
-        video: Video file.
-        seconds: Go on from the last so many seconds of the video; None: from all of it.
-        include: Whether the file begins with what it goes on from, as the VAE decodes it.
-    """
-
-    image: str | None = None
-    video: str | None = None
-    seconds: float | None = None
-    include: bool = True
+    image: str | None = None  # image file; for models that start from one
+    video: str | None = None  # video file
+    seconds: float | None = None  # go on from the last so many seconds of the video; None: from all of it
+    include: bool = True  # whether the file begins with what it goes on from, as the VAE decodes it
 
     def __post_init__(self) -> None:
         if (self.image is None) == (self.video is None):
@@ -125,16 +98,11 @@ class StartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptChange:
-    """A new prompt from the first block on that starts at or after ``at`` seconds.
+    """A new prompt from the first block on that starts at or after ``at`` seconds."""
 
-    Attributes:
-        at: Seconds.
-        prompt: What to show from there on.
-        event: What happens to the cache; which ones there are is up to the policy.
-    """
-
-    at: float
-    prompt: str
+    at: float  # seconds
+    prompt: str  # what to show from there on
+    # What happens to the cache; which ones there are is up to the policy
     event: Literal["keep", "recache", "flush", "cut"] = "keep"
 
     def __post_init__(self) -> None:
@@ -145,38 +113,22 @@ class PromptChange:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a video.
+    """Everything that decides a video."""
 
-    Attributes:
-        model: Weights.
-        cache: ``policy`` and its fields, as ``longtake.cache.make_policy`` takes them.
-        sampler: ``name`` and its fields, as ``longtake.samplers.make_sampler`` takes them.
-        attention: ``policy`` and its fields, as ``longtake.attention.make_attention_policy`` takes them, and
-            ``backend``.
-        prompt: What to show.
-        negative_prompt: What not to show; for samplers with guidance.
-        start: What it goes on from; None: from the prompt alone.
-        seconds: Length of what is made, the start not counted.
-        seed: Of the noise.
-        height: Pixels; None leaves it to the model.
-        width: Pixels; None leaves it to the model.
-        prompt_changes: Later prompts, in order of time.
-        output: Files.
-    """
-
-    model: ModelConfig
-    cache: Mapping[str, Any]
-    sampler: Mapping[str, Any]
-    prompt: str
-    negative_prompt: str | None = None
-    start: StartConfig | None = None
-    seconds: float = 60.0
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    prompt_changes: tuple[PromptChange, ...] = ()
+    model: ModelConfig  # weights
+    cache: Mapping[str, Any]  # ``policy`` and its fields, as ``longtake.cache.make_policy`` takes them
+    sampler: Mapping[str, Any]  # ``name`` and its fields, as ``longtake.samplers.make_sampler`` takes them
+    prompt: str  # what to show
+    negative_prompt: str | None = None  # what not to show; for samplers with guidance
+    start: StartConfig | None = None  # what it goes on from; None: from the prompt alone
+    seconds: float = 60.0  # length of what is made, the start not counted
+    seed: int = 0  # of the noise
+    height: int | None = None  # pixels; None leaves it to the model
+    width: int | None = None  # pixels; None leaves it to the model
+    prompt_changes: tuple[PromptChange, ...] = ()  # later prompts, in order of time
+    # ``policy`` and its fields, as ``longtake.attention.make_attention_policy`` takes them, and ``backend``
     attention: Mapping[str, Any] = field(default_factory=lambda: {"policy": "dense"})
-    output: _OutputConfig = field(default_factory=_OutputConfig)
+    output: _OutputConfig = field(default_factory=_OutputConfig)  # files
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)

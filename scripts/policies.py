@@ -16,8 +16,8 @@ from typer import Argument, Option
 
 from longtake.cache import POLICIES, CachePolicy, Event, Geometry, make_policy
 from longtake.cache.simulation import PassRecord, SimulatedBlock, Span, simulate
-from longtake.configs.fields import choose
-from longtake.configs.loader import load_preset, preset_names
+from longtake.configs.fields import choose, preset_names
+from longtake.configs.loader import load_preset
 from longtake.scripts.console import out
 
 if TYPE_CHECKING:

@@ -148,37 +148,23 @@ class _DeepSink(FramePolicy):
 
 @dataclass
 class _Layer:
-    """One layer's tokens. Numbers are the same in all layers once a block has committed in all of them.
+    """One layer's tokens. Numbers are the same in all layers once a block has committed in all of them."""
 
-    Attributes:
-        origin: First frame of the video.
-        end: Frame after the last stored one.
-        num_frames: Frames' worth of stored tokens.
-        num_kept: Of these the kept tokens, frames' worth.
-        shift: What the sink's positions are ahead of its frames.
-        top: Position of the first kept token, where they are laid out anew.
-        starts: First whole frame that was up for compression, each of the last times.
-        numbers: (batch, kept tokens), which ones they are.
-        uses: Same shape, how often each was kept.
-        queries: Of the last committed frames, rotated: (batch, frames, heads, head_dim) sums in float32, or
-            (batch, frames * tokens, heads, head_dim) where every query has its own say.
-        choice: (batch, kept tokens) among the candidates, for the block at ``chosen_for``.
-        is_guess: The choice was made without queries.
-    """
-
-    origin: int = 0
-    end: int = 0
-    num_frames: int = 0
-    num_kept: int = 0
-    shift: int = 0
-    top: int = 0
-    starts: tuple[int, ...] = ()
-    numbers: Tensor | None = None
-    uses: Tensor | None = None
+    origin: int = 0  # first frame of the video
+    end: int = 0  # frame after the last stored one
+    num_frames: int = 0  # frames' worth of stored tokens
+    num_kept: int = 0  # of these the kept tokens, frames' worth
+    shift: int = 0  # what the sink's positions are ahead of its frames
+    top: int = 0  # position of the first kept token, where they are laid out anew
+    starts: tuple[int, ...] = ()  # first whole frame that was up for compression, each of the last times
+    numbers: Tensor | None = None  # (batch, kept tokens), which ones they are
+    uses: Tensor | None = None  # same shape, how often each was kept
+    # Of the last committed frames, rotated: (batch, frames, heads, head_dim) sums in float32, or (batch, frames *
+    # tokens, heads, head_dim) where every query has its own say
     queries: Tensor | None = None
-    choice: Tensor | None = None
+    choice: Tensor | None = None  # (batch, kept tokens) among the candidates, for the block at ``chosen_for``
     chosen_for: int = -1
-    is_guess: bool = False
+    is_guess: bool = False  # the choice was made without queries
 
 
 _NUMBERS = ("origin", "end", "num_frames", "num_kept", "shift", "top", "chosen_for", "is_guess")

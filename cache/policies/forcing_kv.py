@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +23,7 @@ from longtake.cache.base import (
     Traits,
 )
 from longtake.cache.storage import TokenBuffer, coordinates, saved_part, token_numbers
+from longtake.configs.fields import preset_names, read_bundled
 
 _PROFILER = "make one with 'longtake profile-heads MODEL'"
 
@@ -98,23 +98,14 @@ class ForcingKV(CachePolicy):
 
 @dataclass
 class _Group:
-    """Heads of one layer that read the same.
+    """Heads of one layer that read the same."""
 
-    Attributes:
-        heads: Which ones; None: all of them.
-        is_dynamic: Whether they keep chosen segments.
-        buffer: Of these heads and this layer alone.
-        num_seen: Frames of the video that have been stored.
-        num_chosen: Frames' worth of chosen segments at hand.
-        numbers: (batch, chosen tokens), which tokens they are.
-    """
-
-    heads: tuple[int, ...] | None
-    is_dynamic: bool
-    buffer: TokenBuffer
-    num_seen: int = 0
-    num_chosen: int = 0
-    numbers: Tensor | None = None
+    heads: tuple[int, ...] | None  # which ones; None: all of them
+    is_dynamic: bool  # whether they keep chosen segments
+    buffer: TokenBuffer  # of these heads and this layer alone
+    num_seen: int = 0  # frames of the video that have been stored
+    num_chosen: int = 0  # frames' worth of chosen segments at hand
+    numbers: Tensor | None = None  # (batch, chosen tokens), which tokens they are
 
 
 class _HeadGroupState(PolicyState):
@@ -301,15 +292,10 @@ class _HeadGroupState(PolicyState):
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Heads by what they need.
+    """Heads by what they need."""
 
-    Attributes:
-        static: Per layer the heads to which the near past is enough; all others are dynamic.
-        num_heads: Heads per layer.
-    """
-
-    static: tuple[tuple[int, ...], ...]
-    num_heads: int
+    static: tuple[tuple[int, ...], ...]  # per layer the heads to which the near past is enough; all others are dynamic
+    num_heads: int  # heads per layer
 
     @property
     def num_layers(self) -> int:
@@ -340,9 +326,7 @@ class HeadMap:
 
 def _shipped_maps() -> dict[str, HeadMap]:
     """Maps that come with the package, by name."""
-    folder = files("longtake.configs").joinpath("heads")
-    texts = {entry.name: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")}
-    return {name.removesuffix(".yaml"): _parse_head_map(yaml.safe_load(texts[name]), name) for name in sorted(texts)}
+    return {name: _parse_head_map(read_bundled("heads", f"{name}.yaml"), name) for name in preset_names("heads")}
 
 
 def _find_head_map(name: str, num_layers: int, num_heads: int) -> HeadMap:

@@ -138,17 +138,11 @@ def _frames(blocks: Iterable[range]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Partitions:
-    """Blocks by what has become of them, each tuple in time order.
+    """Blocks by what has become of them, each tuple in time order."""
 
-    Attributes:
-        sinks: First blocks, in full for ever.
-        mids: Archived blocks, which are kept in small only.
-        recents: Last blocks, in full; their small versions are ready and wait.
-    """
-
-    sinks: tuple[range, ...] = ()
-    mids: tuple[range, ...] = ()
-    recents: tuple[range, ...] = ()
+    sinks: tuple[range, ...] = ()  # first blocks, in full for ever
+    mids: tuple[range, ...] = ()  # archived blocks, which are kept in small only
+    recents: tuple[range, ...] = ()  # last blocks, in full; their small versions are ready and wait
 
     def advance(self, block: range, policy: Pack, block_size: int) -> "_Partitions":
         """Take a new block in: a sink while sinks are wanted, else recent; the oldest recents move to the archive.

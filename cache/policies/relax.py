@@ -113,17 +113,11 @@ class Relax(SinkWindow):
 
 @dataclass(frozen=True)
 class _Chosen(Stored):
-    """Some of several frames, each sample its own, gathered when they are read.
+    """Some of several frames, each sample its own, gathered when they are read."""
 
-    Attributes:
-        candidates: One frame each.
-        index: (batch, chosen), int64, which candidates.
-        frame_size: Tokens of a frame.
-    """
-
-    candidates: tuple[Stored, ...]
-    index: Tensor
-    frame_size: int
+    candidates: tuple[Stored, ...]  # one frame each
+    index: Tensor  # (batch, chosen), int64, which candidates
+    frame_size: int  # tokens of a frame
 
     @property
     def num_tokens(self) -> int:

@@ -81,12 +81,9 @@ class _Int8(Codec):
 
 @dataclass(frozen=True)
 class _Int4(Codec):
-    """Four bits per channel, two channels to a byte, and one float16 scale per group of neighbouring channels.
+    """Four bits per channel, two channels to a byte, and one float16 scale per group of neighbouring channels."""
 
-    Attributes:
-        group_size: Channels that share a scale; where it does not divide head_dim, the next smaller divisor does.
-    """
-
+    # Channels that share a scale; where it does not divide head_dim, the next smaller divisor does
     group_size: int = 16
 
     def planes(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:

@@ -9,8 +9,8 @@ import yaml
 
 from longtake.cache import POLICIES, make_policy
 from longtake.configs.families import load_family
-from longtake.configs.fields import build
-from longtake.configs.loader import _from_mapping, is_override, load_preset, load_run, preset_names
+from longtake.configs.fields import build, preset_names
+from longtake.configs.loader import _from_mapping, is_override, load_preset, load_run
 from longtake.configs.run import MAX_PROMPT_WORDS
 from longtake.samplers import SAMPLERS, make_sampler
 
