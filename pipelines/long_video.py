@@ -248,7 +248,7 @@ class VideoRollout:
         return index
 
     def is_due(self, at: float) -> bool:
-        """Whether making the next block begins the first block that starts at or after a time, in seconds."""
+        """Tell if making the next block begins the first block that starts at or after a time, in seconds."""
         return self._latent_frame(at) <= self.rollout.last_opening_frame
 
     @property

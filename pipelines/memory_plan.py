@@ -63,7 +63,7 @@ class ModelShapes:
         return {part: (n - kept) * dtype.itemsize + 4 * kept for part, (n, kept) in self.numbers.items()}
 
 
-def shapes_of(family: ModelFamily, folder: Path | None = None) -> ModelShapes:
+def _shapes_of(family: ModelFamily, folder: Path | None = None) -> ModelShapes:
     """Sizes of a folder's parts, or of the family's published ones where there is no folder.
 
     Raises:
@@ -122,7 +122,7 @@ class PlanRequest:
         family = load_family(run.model.family)
         num_pixel_frames = max(1, round(run.seconds * family.fps))
         return cls(
-            shapes=shapes_of(family, folder),
+            shapes=_shapes_of(family, folder),
             policy=make_policy(run.cache),
             sampler=make_sampler(run.sampler),
             height=run.height or family.height,

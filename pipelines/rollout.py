@@ -440,7 +440,7 @@ class _Branches:
         self.pending: _Pending | None = None
 
     def can_merge(self, num_frames: int) -> bool:
-        """Whether the waiting commit may share a forward of ``num_frames``: equal lengths, nothing in between."""
+        """Tell if the waiting commit may share a forward of ``num_frames``: equal lengths, nothing in between."""
         is_equal = self.pending is not None and self.pending.trace.latents.shape[1] == num_frames
         return is_equal and self.caches[0].merges_commit
 
@@ -589,7 +589,7 @@ class _Window:
 
     @property
     def is_full(self) -> bool:
-        """Whether the next forward finishes a block, so that no other may enter before it."""
+        """True if the next forward finishes a block, so that no other may enter before it."""
         return len(self.blocks) >= self.sampler.num_window_blocks
 
     def frame_timesteps(self, timesteps: Sequence[float]) -> tuple[float, ...]:

@@ -291,16 +291,16 @@ def branch_point(source: RunFolder, *, at: float) -> tuple[int, int]:
     """
     video, frame, blocks = source.record["video"], 0, source.blocks()
     for entry in blocks:
-        if starts_at(frame, at=at, fps=video["fps"]):
+        if _starts_at(frame, at=at, fps=video["fps"]):
             return entry["index"], frame
         frame += entry["num_frames"]
-    if blocks and frame < video["num_frames"] and starts_at(frame, at=at, fps=video["fps"]):
+    if blocks and frame < video["num_frames"] and _starts_at(frame, at=at, fps=video["fps"]):
         return len(blocks), frame
     raise ValueError(f"{source.path} has {frame / video['fps']:.2f} s: give --at a time within them")
 
 
-def starts_at(frame: int, *, at: float, fps: float) -> bool:
-    """Whether a block that starts with this pixel frame starts at or after ``at`` seconds."""
+def _starts_at(frame: int, *, at: float, fps: float) -> bool:
+    """Tell if a block that starts with this pixel frame starts at or after ``at`` seconds."""
     return frame >= at * fps - 1e-6
 
 

@@ -32,7 +32,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Which attention backend a call gets on this machine, and what sparse policies leave of it.",
+    help="Attention backends of this machine, and sparse attention policies.",
 )
 
 

@@ -65,7 +65,7 @@ def info(
         raise ValueError("no model is named: longtake info MODEL, a family, a folder or a checkpoint file")
     if plan:
         options = {"cache": cache, "seconds": seconds, "height": height, "width": width, "dtype": dtype}
-        request = plan_request(name, family=family, overrides=words, options=options, batch=batch, device=device)
+        request = _plan_request(name, family=family, overrides=words, options=options, batch=batch, device=device)
         _show_plan(request, None if memory is None else _parse_memory(memory))
     elif words:
         raise ValueError(f"{words[0]!r}: settings are for --plan")
@@ -158,7 +158,7 @@ def _weights(files: Iterable[Path]) -> tuple[int, set[str]]:
     return numbers, dtypes
 
 
-def plan_request(
+def _plan_request(
     name: str,
     *,
     family: str | None = None,
@@ -215,7 +215,7 @@ def _show_plan(request: "PlanRequest", memory: int | None) -> None:
     excess = format_bytes(plan.peak - total)
     out.print(f"it does not fit: {excess} too much. In order of least harm:", style="bold red")
     peak = plan.peak
-    for remedy, reached in remedies(plan, total):
+    for remedy, reached in _remedies(plan, total):
         verdict = "fits" if reached.peak <= total else "not yet"
         saved, left = format_bytes(peak - reached.peak), format_bytes(reached.peak)
         out.print(f"  {remedy.what}: saves {saved}, {left}, {verdict}")
@@ -283,7 +283,7 @@ class _Remedy:
     request: "PlanRequest"
 
 
-def remedies(plan: "MemoryPlan", total: int) -> Iterator[tuple[_Remedy, "MemoryPlan"]]:
+def _remedies(plan: "MemoryPlan", total: int) -> Iterator[tuple[_Remedy, "MemoryPlan"]]:
     """Changes, each on top of those before, until the plan fits into ``total`` bytes; the lossless ones come first."""
     from longtake.pipelines.memory_plan import plan_memory
 

@@ -33,10 +33,10 @@ _STYLE: dict[str, Any] = {
 class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, load_command(args[0]), rest
+        return name, _load_command(args[0]), rest
 
 
-def load_command(name: str) -> Any:
+def _load_command(name: str) -> Any:
     """A command of the table: the function of its name, or the group ``app``, of the module of its name."""
     module = import_module(f"longtake.scripts.{name.replace('-', '_')}")
     program = vars(module).get("app")

@@ -192,7 +192,7 @@ class _PolicyFacts:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether memory stays the same however long the video."""
+        """True if memory stays the same however long the video."""
         return not self.grows
 
 

@@ -21,7 +21,7 @@ def numbered(num_frames, height=32, width=32):
 
 
 def numbers(clip, **settings):
-    """Which frames a cut takes, read from their greys."""
+    """Frames that a cut takes, read from their greys."""
     cut = _cut(clip, **({"fps": 16} | BLOCKS | settings))
     return [np.asarray(frame)[0, 0, 0] for frame in clip.take(cut.indices)], cut
 

@@ -11,7 +11,7 @@ import pytest
 
 from longtake.cache import make_policy
 from longtake.pipelines.memory_plan import plan_memory
-from longtake.scripts.info import plan_request
+from longtake.scripts.info import _plan_request
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "memory_plan.json").read_text())
 # family, device, dtype, and what differs from the family's own settings
@@ -42,7 +42,7 @@ def request_of(case, cache):
     changes = dict(changes)
     settings = {key: changes.pop(key) for key in ("batch", "overrides") if key in changes}
     options = {"dtype": dtype, "cache": cache, "seconds": int(seconds.split()[0])} | changes
-    request = plan_request(family, device=device, options=options, **settings)
+    request = _plan_request(family, device=device, options=options, **settings)
     if storage != "plain":
         policy = make_policy(STORAGE[storage] | {"inner": request.policy.settings()})
         request = replace(request, policy=policy)

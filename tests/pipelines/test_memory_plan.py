@@ -1,4 +1,4 @@
-"""What a plan says, against live tensors, loaded weights and published figures."""
+"""The plan against live tensors, loaded weights and published figures."""
 
 from dataclasses import replace
 
@@ -19,10 +19,10 @@ from longtake.pipelines.memory_plan import (
     PROGRAM_BYTES,
     ModelShapes,
     PlanRequest,
+    _shapes_of,
     count_numbers,
     machine_memory,
     plan_memory,
-    shapes_of,
 )
 from longtake.samplers import make_sampler
 
@@ -132,7 +132,7 @@ def test_decoding_is_that_of_live_tensors(dtype):
 
 def wan(**changes):
     """A plan of Wan2.1-1.3B at 832x480, blocks of three, on a GPU."""
-    shapes = shapes_of(load_family("self_forcing"))
+    shapes = _shapes_of(load_family("self_forcing"))
     settings = {"height": 480, "width": 832, "dtype": torch.bfloat16, "device_type": "cuda", "num_text_tokens": 512}
     return plan_memory(request(**settings | {"shapes": shapes} | changes))
 
@@ -163,7 +163,7 @@ def test_an_archive_in_host_memory_does_not_count_on_the_card():
 
 def test_published_shapes_are_the_published_models():
     for family in ("self_forcing", "krea_14b"):
-        shapes = shapes_of(load_family(family))
+        shapes = _shapes_of(load_family(family))
         config = shapes.configs["transformer"]
         with torch.device("meta"):
             encoder = UMT5EncoderModel(UMT5Config(**shapes.configs["text_encoder"], is_encoder_decoder=False))
@@ -173,12 +173,12 @@ def test_published_shapes_are_the_published_models():
             parameters = {name: p.numel() for name, p in model.named_parameters()}
             assert shapes.numbers[part] == count_numbers(part, parameters)
     with pytest.raises(ValueError, match="says no size"):
-        shapes_of(ModelFamily())
+        _shapes_of(ModelFamily())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folders_weights_are_those_that_are_loaded(tiny_folder, dtype):
-    planned = shapes_of(load_family("mini"), tiny_folder).weight_bytes(dtype)
+    planned = _shapes_of(load_family("mini"), tiny_folder).weight_bytes(dtype)
     pipe = LongVideoPipeline.from_pretrained(tiny_folder, family="mini", dtype=dtype)
     parts = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder, "vae": pipe.vae}
     assert planned == {part: sum(p.nbytes for p in model.parameters()) for part, model in parts.items()}

@@ -1,4 +1,4 @@
-"""What a change of prompt does to the cache, and the forwards that a policy asks for."""
+"""Effects of a change of prompt on the cache, and the forwards that a policy asks for."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar

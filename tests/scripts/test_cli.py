@@ -18,6 +18,7 @@ from longtake.pipelines.run_folder import RunFolder
 from longtake.pipelines.video_file import count_frames
 from longtake.scripts.fork import _parse_time
 from longtake.scripts.generate import _folder_name, _slug
+from longtake.scripts.main import COMMANDS, _load_command
 
 
 def tiny(folder, *words, seconds=3):
@@ -40,6 +41,11 @@ def test_help_teaches_with_examples_and_needs_no_model(call):
         code, stdout, stderr = call(*words, "--help")
         assert (code, stderr) == (0, "")
         assert "longtake" in stdout and "Usage" in stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_has_each_ones_headline(name):
+    assert _load_command(name).help.splitlines()[0] == COMMANDS[name]
 
 
 def test_help_does_not_import_torch():

@@ -12,7 +12,7 @@ from longtake.cache import make_policy
 from longtake.configs.loader import load_run
 from longtake.pipelines import memory_plan as plans
 from longtake.scripts import running
-from longtake.scripts.info import _parse_memory, plan_request, remedies
+from longtake.scripts.info import _parse_memory, _plan_request, _remedies
 
 GB = 10**9
 
@@ -28,7 +28,7 @@ def machine(monkeypatch):
 
 
 def small_request(folder, *words, **options):
-    return plan_request(str(folder), family="mini", overrides=words, options={"dtype": None, "seconds": 10} | options)
+    return _plan_request(str(folder), family="mini", overrides=words, options={"dtype": None, "seconds": 10} | options)
 
 
 def test_a_plan_names_everything_and_says_that_it_fits(capfd):
@@ -74,13 +74,13 @@ def test_what_does_not_fit_gets_remedies_that_change_nothing_first(capfd):
     ],
 )
 def test_flags_of_remedies_are_the_policies_they_plan(cache, words, device):
-    """What a remedy tells to write, read as a shell does, gives the very policy that its bytes are of."""
-    request = plan_request(
+    """The words of a remedy, read as a shell does, give the very policy that its bytes are of."""
+    request = _plan_request(
         "mini", overrides=words, device=device, options={"dtype": None, "seconds": 10, "cache": cache}
     )
     large = replace(request, height=640, width=640, num_latent_frames=60)
     found = 0
-    for remedy, _ in remedies(plans.plan_memory(large), 0):
+    for remedy, _ in _remedies(plans.plan_memory(large), 0):
         if remedy.words[0] == "--cache":
             _, name, *overrides = shlex.split(shlex.join(remedy.words))
             options = {"prompt": "plan", "model": "mini", "cache": name}

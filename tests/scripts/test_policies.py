@@ -1,4 +1,4 @@
-"""What `longtake policies` says of a policy, as text, table and picture."""
+"""`longtake policies`: text, table and picture of a policy."""
 
 import re
 

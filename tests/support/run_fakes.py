@@ -8,7 +8,7 @@ import torch
 
 from longtake.configs.loader import load_run
 from longtake.pipelines.long_video import _PositionUse
-from longtake.pipelines.run_folder import RunFolder, starts_at
+from longtake.pipelines.run_folder import RunFolder, _starts_at
 from longtake.pipelines.run_video import run_video
 
 PROMPT = "a red circle bouncing"
@@ -40,7 +40,7 @@ class FakeSession:
         return 9 + 12 * (self.next_block_index - 1) if self.next_block_index else 0
 
     def is_due(self, at):
-        return starts_at(self.num_emitted, at=at, fps=self.fps)
+        return _starts_at(self.num_emitted, at=at, fps=self.fps)
 
     def change_prompt(self, prompt, *, event="keep", at=None):
         self.prompt = prompt
