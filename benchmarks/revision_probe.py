@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
+
 import longtake
 
 PROMPT = "a red circle bouncing quickly over a navy striped background"
@@ -95,8 +97,10 @@ def capabilities() -> dict[str, Any]:
 def _commands(command: Any, name: str) -> dict[str, Any]:
     options = [option for option in command.params if option.name != "help"]
     found = {f"command {name}": True} | {f"option {name} {'/'.join(sorted(o.opts))}": True for o in options}
-    for part, inner in (command.commands if hasattr(command, "commands") else {}).items():
-        found |= _commands(inner, f"{name} {part}")
+    if hasattr(command, "resolve_command"):  # a group may import a command only when it is called
+        context = click.Context(command)
+        for part in command.list_commands(context):
+            found |= _commands(command.resolve_command(context, [part])[1], f"{name} {part}")
     return found
 
 

@@ -30,6 +30,7 @@ COLOURS = {"sink": "#3f78c4", "recent": "#5aa872", "current": "#3a3f4b"}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Attention backends of this machine, and sparse attention policies.",

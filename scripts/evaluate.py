@@ -29,6 +29,7 @@ BackbonesOption = Annotated[
 ]
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help=(
