@@ -1,1 +1,1 @@
-"""What a rollout is measured with: procedural scenes with known truth, judges and drift curves."""
+"""Measures of rollouts: procedural scenes with known truth, judges and drift curves."""

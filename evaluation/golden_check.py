@@ -8,17 +8,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from longtake.evaluation.backbones import Backbone, Backbones
+from longtake.evaluation.backbones import Backbones
 from longtake.evaluation.metric import Score
 from longtake.evaluation.metrics import make_metrics
-from longtake.evaluation.metrics.dimensions import DIMENSIONS, IMAGING, fused, mapped_clip_to_clip
+from longtake.evaluation.metrics.dimensions import DIMENSIONS, fused, mapped_clip_to_clip
 from longtake.evaluation.metrics.vbench import SpanMetric
 from longtake.evaluation.preprocessing import clip_ranges, middle
 from longtake.evaluation.records import ManifestLine
 from longtake.evaluation.running.plan import prompt_of_name, video_info
-from longtake.evaluation.scores import quality7, semantic, total
+from longtake.evaluation.scores import TOTALS
 from longtake.evaluation.video import VideoSource, measure
 
 TOLERANCE = 1e-6
@@ -27,15 +27,10 @@ _MUSIQ_MODES = ("shorter", "shorter_centercrop", "None")
 
 
 class _Check(NamedTuple):
-    """One number: as VBench's own code gave it, and as computed here, None if it could not be.
-
-    ``error`` is the absolute difference; infinite where something exact is not equal, or could not be computed.
-    """
-
     name: str
-    expected: Any
-    got: Any
-    error: float
+    expected: Any  # as VBench's own code gave it
+    got: Any  # as computed here, None if it could not be
+    error: float  # absolute difference; infinite where something exact is not equal, or could not be computed
 
     @property
     def ok(self) -> bool:
@@ -66,8 +61,7 @@ def _golden_scores(scores: Mapping[str, Score], folder: str = "") -> dict[str, S
     ``folder`` is ``""`` for whole videos, ``"long/"`` or ``"long_dev/"`` for VBench-Long.
     """
     stems = {name.partition("/")[2].partition("[")[0]: score for name, score in scores.items()}
-    names = (dimension.name for dimension in DIMENSIONS)
-    return {name: stems[folder + name] for name in names if folder + name in stems}
+    return {name: stems[folder + name] for name in DIMENSIONS if folder + name in stems}
 
 
 def _near(name: str, expected: float, got: float | None) -> _Check:
@@ -87,22 +81,18 @@ def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> It
         if not path.exists():
             continue
         source = VideoSource.open(path)
-        yield _equal(f"{name}: decoded bytes", expected["sha256_rgb"], _sha256_rgb(source))
+        pixels = hashlib.sha256()
+        for frames in source.pieces():
+            pixels.update(frames.tobytes())
+        yield _equal(f"{name}: decoded bytes", expected["sha256_rgb"], pixels.hexdigest())
         info = video_info(ManifestLine(id=name, file=path.name, prompt=expected["prompt"]), source)
         scores = _golden_scores(measure(source, info, metrics))
-        for dimension in (dimension.name for dimension in DIMENSIONS):
+        for dimension in DIMENSIONS:
             yield from _dimension(f"{name}: {dimension}", dimension, expected, scores.get(dimension))
         for mode in _MUSIQ_MODES if scorer is not None else ():
-            metric = SpanMetric(IMAGING, ("short",), [cast(Backbone, scorer)], mode=mode)
+            metric = SpanMetric("imaging_quality", ("short",), [scorer], mode=mode)
             value = _golden_scores(measure(source, info, [metric]))["imaging_quality"].value
             yield _near(f"{name}: imaging_quality, {mode}", expected["imaging_quality_raw_0_100"][mode], value)
-
-
-def _sha256_rgb(source: VideoSource) -> str:
-    digest = hashlib.sha256()
-    for frames in source.pieces():
-        digest.update(frames.tobytes())
-    return digest.hexdigest()
 
 
 def _dimension(name: str, dimension: str, golden: Mapping[str, Any], score: Score | None) -> Iterator[_Check]:
@@ -143,8 +133,8 @@ def _scores(golden: Mapping[str, Any]) -> Iterator[_Check]:
         return
     expected = golden["total_score"]
     values = {f"vbench/{name.replace(' ', '_')}": value for name, value in expected["raw"].items()}
-    for name, make in {"quality": quality7, "semantic": semantic, "total": total}.items():
-        yield _near(f"score: {name}", expected[name], make(values)[0])
+    for name, score in {"quality": "quality7", "semantic": "semantic", "total": "total"}.items():
+        yield _near(f"score: {name}", expected[name], TOTALS[score](values)[0])
 
 
 def _fusions(golden: Mapping[str, Any]) -> Iterator[_Check]:

@@ -71,20 +71,27 @@ class MetricSpec:
 
     @classmethod
     def proxy(
-        cls, name: str, description: str, *, unit: str, higher_is_better: bool | None = False, top: float | None = None
+        cls,
+        name: str,
+        description: str,
+        *,
+        unit: str,
+        higher_is_better: bool | None = False,
+        bottom: float = 0.0,
+        top: float | None = None,
     ) -> "MetricSpec":
-        """A measure of our own, ``proxy/NAME``, whose values range from 0 to ``top``."""
+        """A measure of our own, ``proxy/NAME``, whose values range from ``bottom`` to ``top``."""
         return cls(
             name=f"proxy/{name}",
             higher_is_better=higher_is_better,
             unit=unit,
-            range=(0.0, top),
+            range=(bottom, top),
             description=description,
         )
 
     @property
     def comparable_to_published(self) -> bool:
-        """Whether it may stand beside published VBench numbers."""
+        """May stand beside published VBench numbers."""
         return self.name.startswith("vbench/")
 
 

@@ -13,13 +13,16 @@ from functools import partial
 from typing import Literal
 
 Variant = Literal["short", "long", "long_dev"]
-"""Whole videos, or VBench-Long's clips without and with its development flag."""
+"""Whole videos, or VBench-Long's clips without and with its ``--dev_flag``."""
+FOLDERS: Mapping[Variant, str] = {"short": "", "long": "long/", "long_dev": "long_dev/"}
 Values = Mapping[str, float | None]
 """{name of a metric: its value over the run, 0..1}, that is the mean times ``MetricSpec.scale``; None if missing."""
 Value = tuple[float | None, str | None]
 """A score in 0..1 and None, or None and the members that are missing."""
+Norms = Mapping[str, tuple[float, float]]
+"""{dimension: (low, high)}; a dimension enters a score as ``weight * (value - low) / (high - low)``."""
 
-QUALITY = {
+QUALITY: Norms = {
     "subject_consistency": (0.1462, 1.0),
     "background_consistency": (0.2615, 1.0),
     "temporal_flickering": (0.6293, 1.0),
@@ -28,8 +31,7 @@ QUALITY = {
     "aesthetic_quality": (0.0, 1.0),
     "imaging_quality": (0.0, 1.0),
 }
-"""{dimension: (low, high)} of Quality; a dimension enters a score as ``weight * (value - low) / (high - low)``."""
-SEMANTIC = {
+SEMANTIC: Norms = {
     "object_class": (0.0, 1.0),
     "multiple_objects": (0.0, 1.0),
     "human_action": (0.0, 1.0),
@@ -47,52 +49,13 @@ _QUALITY_WEIGHT, _SEMANTIC_WEIGHT = 4.0, 1.0
 _QUALITY_LONG = {name: norm for name, norm in QUALITY.items() if name != "temporal_flickering"}
 
 
-def quality7(values: Values, *, variant: Variant = "short") -> Value:
-    """VBench's Quality over seven dimensions: what papers mean that print it next to a flickering column.
-
-    Raises:
-        ValueError: If a value is on another scale, for example imaging quality out of 100.
-    """
-    return _weighted(values, QUALITY, variant)
-
-
-def quality6_long(values: Values, *, variant: Variant = "long") -> Value:
-    """The Quality of long videos without temporal flickering: about two points from the other on the same videos."""
-    return _weighted(values, _QUALITY_LONG, variant)
-
-
-def semantic(values: Values) -> Value:
-    """VBench's Semantic, the mean over nine dimensions, most of which come from the official tool's results."""
-    return _weighted(values, SEMANTIC, "short")
-
-
-def total(values: Values) -> Value:
-    """VBench's Total: four parts Quality over seven dimensions, one part Semantic."""
-    (quality, _), (meaning, _) = quality7(values), semantic(values)
-    if quality is None or meaning is None:
-        return None, _missing(values, [*QUALITY, *SEMANTIC], "short")
-    return (_QUALITY_WEIGHT * quality + _SEMANTIC_WEIGHT * meaning) / (_QUALITY_WEIGHT + _SEMANTIC_WEIGHT), None
-
-
-TOTALS: Mapping[str, Callable[[Values], Value]] = {
-    "quality7": quality7,
-    "quality7_long": partial(quality7, variant="long"),
-    "quality7_long_dev": partial(quality7, variant="long_dev"),
-    "quality6_long": quality6_long,
-    "quality6_long_dev": partial(quality6_long, variant="long_dev"),
-    "semantic": semantic,
-    "total": total,
-}
-"""All of them; what papers print as 60-second Quality is one of the five qualities, and they seldom say which."""
-
-
 def member_name(dimension: str, variant: Variant) -> str:
     """The metric that stands for a dimension in a score."""
-    folder = {"short": "", "long": "long/", "long_dev": "long_dev/" if dimension in DEV_DIMENSIONS else "long/"}
-    return f"vbench/{folder[variant]}{dimension}"
+    is_without_dev = variant == "long_dev" and dimension not in DEV_DIMENSIONS
+    return f"vbench/{FOLDERS['long' if is_without_dev else variant]}{dimension}"
 
 
-def _weighted(values: Values, norms: Mapping[str, tuple[float, float]], variant: Variant) -> Value:
+def _weighted(values: Values, *, norms: Norms, variant: Variant) -> Value:
     if (reason := _missing(values, norms, variant)) is not None:
         return None, reason
     parts = weights = 0.0
@@ -109,7 +72,31 @@ def _weighted(values: Values, norms: Mapping[str, tuple[float, float]], variant:
     return parts / weights, None
 
 
+def _total(values: Values) -> Value:
+    """Four parts Quality over seven dimensions, one part Semantic."""
+    (quality, _), (meaning, _) = TOTALS["quality7"](values), TOTALS["semantic"](values)
+    if quality is None or meaning is None:
+        return None, _missing(values, [*QUALITY, *SEMANTIC], "short")
+    return (_QUALITY_WEIGHT * quality + _SEMANTIC_WEIGHT * meaning) / (_QUALITY_WEIGHT + _SEMANTIC_WEIGHT), None
+
+
 def _missing(values: Values, dimensions: Iterable[str], variant: Variant) -> str | None:
     names = [member_name(dimension, variant) for dimension in dimensions]
     absent = [name for name in names if values.get(name) is None]
     return f"missing: {', '.join(absent)}" if absent else None
+
+
+# Raise ValueError if a value is on another scale, for example imaging quality out of 100.
+TOTALS: Mapping[str, Callable[[Values], Value]] = {
+    # Over seven dimensions: what papers mean that print it next to a flickering column.
+    "quality7": partial(_weighted, norms=QUALITY, variant="short"),
+    "quality7_long": partial(_weighted, norms=QUALITY, variant="long"),
+    "quality7_long_dev": partial(_weighted, norms=QUALITY, variant="long_dev"),
+    # Of long videos without temporal flickering: about two points from the other on the same videos.
+    "quality6_long": partial(_weighted, norms=_QUALITY_LONG, variant="long"),
+    "quality6_long_dev": partial(_weighted, norms=_QUALITY_LONG, variant="long_dev"),
+    # Over nine dimensions, most of which come from the official tool's results.
+    "semantic": partial(_weighted, norms=SEMANTIC, variant="short"),
+    "total": _total,
+}
+"""All of them; what papers print as 60-second Quality is one of the five qualities, and they seldom say which."""

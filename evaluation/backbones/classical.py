@@ -28,6 +28,8 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
 
 
 class _Classical:
+    """Fills a role through its own interface, as the classes in ``backbones.base`` describe it."""
+
     weights_sha256 = None
     official = False
 
@@ -45,7 +47,6 @@ class _OpenCvDis(_Classical):
             )
 
     def flow(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two (1, 3, H, W) float in 0..255 -> (2, H, W) float32 in pixels, x then y."""
         _check_pair(a, b)
         if min(a.shape[-2:]) < MIN_SIDE:
             raise ValueError(
@@ -65,13 +66,10 @@ def _dis(height: int, width: int) -> Any:
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
 
-COARSEST_SIDE = 8
-"""Pixels: the pyramid ends where the shorter side would get smaller; an eighth of the frame is one pixel there."""
+COARSEST_SIDE = 8  # pixels: the pyramid ends where the shorter side would get smaller
 HALVE_FROM = 96  # pixels: from this shorter side on, the finest level is half the size, which costs a quarter
 DAMPING = 2.0  # squared grey levels: in what is flatter than sensor noise the motion stays what the coarser level said
 MAX_STEP = 2.0  # pixels: a linear model of the picture says nothing about what is further away
-
-
 WINDOW = 7  # pixels: side of the square window at every level
 ITERATIONS = 3  # steps per level
 
@@ -86,7 +84,6 @@ class _TorchLucasKanade(_Classical):
     name = "torch_lk"
 
     def flow(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two (1, 3, H, W) float in 0..255 -> (2, H, W) float32 in pixels, x then y."""
         _check_pair(a, b)
         height, width = a.shape[-2:]
         with torch.no_grad():
@@ -187,17 +184,16 @@ NUM_ORIENTATIONS = 9
 NUM_CELLS = 8
 
 
-class HogHist(_Classical):
+class _HogHist(_Classical):
     """Colour histogram, colour layout and gradient orientations, in the DINO role.
 
     Sees where colours and edges are, not what they belong to. Three parts of equal weight: 3 x 16 colour bins; the
-    picture pooled to 4 x 4, about mid-grey; 9 unsigned gradient orientations in 8 x 8 cells.
+    picture pooled to 4 x 4, about mid-grey; 9 unsigned gradient orientations in 8 x 8 cells: 672 numbers.
     """
 
     name = "hog+hist"
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float, after the DINO transform -> (B, 672) float32; its length is never 0."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)}: give (batch, 3, height, width)")
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -237,7 +233,6 @@ class _LinearBlend(_Classical):
     name = "linear_blend"
 
     def middle(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two (1, 3, H, W) float -> their mean."""
         return 0.5 * (a.float() + b.float())
 
 
@@ -248,5 +243,5 @@ def classical_backbones() -> Backbones:
     """
     has_opencv = importlib.util.find_spec("cv2") is not None
     return Backbones(
-        {"dino": HogHist(), "raft": _OpenCvDis() if has_opencv else _TorchLucasKanade(), "amt": _LinearBlend()}
+        {"dino": _HogHist(), "raft": _OpenCvDis() if has_opencv else _TorchLucasKanade(), "amt": _LinearBlend()}
     )

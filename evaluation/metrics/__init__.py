@@ -7,7 +7,7 @@ from longtake.evaluation.metric import Metric
 from longtake.evaluation.metrics.course import COLOUR, FLICKER, SEAMS, SHOTS, SPECTRUM, TrackMetric
 from longtake.evaluation.metrics.judge import JudgeMetric
 from longtake.evaluation.metrics.motion import REPETITION, STILLNESS, FlowMetric
-from longtake.evaluation.metrics.stills import Classical, NaturalStatistics, StillsMetric
+from longtake.evaluation.metrics.stills import StillsMetric
 from longtake.evaluation.metrics.vbench import vbench_metrics
 
 GROUPS = ("vbench", "long", "weight_free", "judge")
@@ -18,11 +18,7 @@ COURSE = (STILLNESS, REPETITION, SHOTS, FLICKER, COLOUR, SEAMS, SPECTRUM)
 
 
 def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tuple[list[Metric], dict[str, str]]:
-    """Make the metrics of some groups.
-
-    Args:
-        backbones: Networks and their classical stand-ins; a metric without its backbone is skipped.
-        groups: Of :data:`GROUPS`.
+    """Make the metrics of some of :data:`GROUPS`; one whose backbone is missing is skipped.
 
     Returns:
         The metrics, and {name: why it is not computed} of those that could not be made.
@@ -35,7 +31,7 @@ def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tup
             raise ValueError(f"unknown group of metrics {group!r}; known: {', '.join(GROUPS)}.")
     metrics, skipped = vbench_metrics(backbones, short="vbench" in groups, long="long" in groups)
     if "weight_free" in groups:
-        metrics.extend([TrackMetric(COURSE), StillsMetric([Classical, NaturalStatistics])])
+        metrics.extend([TrackMetric(COURSE), StillsMetric()])
         # Flow needs no network; the metric's name says which one it was.
         metrics.append(FlowMetric(backbones.get("raft") or classical_backbones().found["raft"]))
     if "judge" in groups:

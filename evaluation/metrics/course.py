@@ -26,7 +26,7 @@ class Track:
     colour: np.ndarray  # (T, rows, columns, 3) float32 in 0..255, RGB means over a grid of at most 8x8 cells
     # (T,) float64, mean absolute difference of the full frames to the frame before; 0 for the first
     difference: np.ndarray
-    is_duplicate: np.ndarray  # (T,) bool, whether some earlier frame is the same in every pixel
+    is_duplicate: np.ndarray  # (T,) bool, some earlier frame is the same in every pixel
 
     @property
     def num_frames(self) -> int:
@@ -67,12 +67,12 @@ class TrackMetric:
         self.measures = tuple(measures)
         self.specs = tuple(spec for measure in self.measures for spec in measure.specs)
 
-    def start(self, video: VideoInfo) -> "TrackMeter":
+    def start(self, video: VideoInfo) -> "_TrackMeter":
         """A meter for one video."""
-        return TrackMeter(video, self.measures)
+        return _TrackMeter(video, self.measures)
 
 
-class TrackMeter:
+class _TrackMeter:
     """Shrinks frames to their entry in the track as they come; takes the measures at the end."""
 
     def __init__(self, video: VideoInfo, measures: Sequence[TrackMeasure] = ()) -> None:
@@ -88,7 +88,6 @@ class TrackMeter:
         self._before: np.ndarray | None = None
 
     def push(self, frames: np.ndarray) -> None:
-        """Take the next frames, (F, H, W, 3) uint8."""
         for frame in frames:
             small = self._pool(frame)
             # Half precision resolves an eighth of a grey level at worst, a tenth of what the measures look for.
@@ -104,7 +103,6 @@ class TrackMeter:
             self._before = self._before.copy()
 
     def track(self) -> Track:
-        """Everything that came so far."""
         num_frames = len(self._difference)
         return Track(
             video=self._video,
@@ -115,7 +113,6 @@ class TrackMeter:
         )
 
     def finish(self) -> dict[str, Score]:
-        """The scores of every measure."""
         track = self.track()
         return {
             spec.name: score
@@ -183,23 +180,23 @@ def _find_cuts(track: Track) -> list[int]:
     jumps = _apart(cells[:-1], cells[1:])
     most = np.median(np.abs(cells[1:] - cells[:-1]).max(axis=2), axis=1)
     lasting = track.frames_in(LASTING_SECONDS)
-    found = []
-    for index in np.flatnonzero((most >= MOST) & ((unlike >= UNLIKE) | (jumps >= JUMP))).tolist():
-        before = slice(max(0, index + 1 - lasting), index + 1)
-        after = slice(index + 1, index + 1 + lasting)
-        changes_layout = (
-            unlike[index] >= UNLIKE
-            and _stands_out(unlike, index, track.frames_in(NEARBY_SECONDS))
-            and _unlikeness(layout[before].mean(axis=0), layout[after].mean(axis=0)) >= UNLIKE
+    # Another layout, or another light: (change, its measure, of what, its least, reach in which it stands out).
+    kinds = (
+        (unlike, _unlikeness, layout, UNLIKE, track.frames_in(NEARBY_SECONDS)),
+        (jumps, _apart, cells, JUMP, track.frames_in(NEARBY_SECONDS_OF_JUMPS)),
+    )
+
+    def lasts(index: int) -> bool:
+        before, after = slice(max(0, index + 1 - lasting), index + 1), slice(index + 1, index + 1 + lasting)
+        return any(
+            change[index] >= least
+            and _stands_out(change, index, reach)
+            and measure(values[before].mean(axis=0), values[after].mean(axis=0)) >= least
+            for change, measure, values, least, reach in kinds
         )
-        jumps_for_good = (
-            jumps[index] >= JUMP
-            and _stands_out(jumps, index, track.frames_in(NEARBY_SECONDS_OF_JUMPS))
-            and _apart(cells[before].mean(axis=0), cells[after].mean(axis=0)) >= JUMP
-        )
-        if changes_layout or jumps_for_good:
-            found.append(index + 1)
-    return found
+
+    sudden = np.flatnonzero((most >= MOST) & ((unlike >= UNLIKE) | (jumps >= JUMP)))
+    return [index + 1 for index in sudden.tolist() if lasts(index)]
 
 
 def _unlikeness(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -261,12 +258,9 @@ def _flicker(track: Track) -> list[Score]:
         means.add(int(index), float(swings[index]))
     windows = means.windows()
     worst = max((window for window in windows if window.value is not None), key=lambda window: window.value or 0.0)
-    details = {
-        "largest": float(swings[known].max()),
-        "worst_window": worst.value,
-        "worst_start_s": worst.start_frame / track.fps,
-        "worst_end_s": (worst.start_frame + worst.num_frames) / track.fps,
-    }
+    start, end = worst.start_frame / track.fps, (worst.start_frame + worst.num_frames) / track.fps
+    details = {"largest": float(swings[known].max()), "worst_window": worst.value}
+    details |= {"worst_start_s": start, "worst_end_s": end}
     return [Score(value=float(swings[known].mean()), windows=windows, details=details)]
 
 
@@ -290,7 +284,7 @@ def _colours(track: Track) -> np.ndarray:
 
 
 def _trend(track: Track) -> dict[str, float | str]:
-    """How far, and how steadily, colours move within the longest shot.
+    """Distance and steadiness of the colours' move within the longest shot.
 
     Returns:
         ``feature``: which of the five moves furthest; ``change``: by how many grey levels, from the first to the last
@@ -338,7 +332,6 @@ def _monotone_share(values: np.ndarray) -> float:
 
 
 def _colour_drift(track: Track) -> list[Score]:
-    """Distance of windows from the first five seconds, and the trend within the longest shot."""
     if track.num_frames < 2:
         return [Score.none("needs 2 frames")]
     rows = _colours(track)
@@ -358,7 +351,6 @@ LEAST_DIFFERENCE = 0.1
 
 
 def _seams(track: Track) -> list[Score]:
-    """Frame differences at the known starts of blocks against those elsewhere."""
     starts = sorted({start for start in track.video.chunk_starts if 0 < start < track.num_frames})
     if not track.video.chunk_starts:
         return [Score.none("the starts of the rollout's blocks (chunk_starts) are not known")]
@@ -385,14 +377,10 @@ OFFSET = 1e-6  # added to amplitudes before the logarithm, as STREAM does
 
 
 def _spectral_slope(series: np.ndarray) -> float | None:
-    """Slope of log amplitude over log frequency, mean over the series that change.
+    """Slope of log amplitude over log frequency, mean over those of the series (T, D) that change, T >= 4.
 
-    Args:
-        series: (T, D), T >= 4.
-
-    Returns:
-        The slope B of STREAM's fit ``log(amplitude_k + 1e-6) = B log k + log A`` for k = 1..T/2 by least squares; None
-        if nothing changes.
+    It is B of STREAM's fit ``log(amplitude_k + 1e-6) = B log k + log A`` for k = 1..T/2 by least squares; None if
+    nothing changes.
 
     Source: STREAM, arXiv:2403.09669.
     """

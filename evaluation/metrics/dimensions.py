@@ -13,19 +13,14 @@ from torch.nn.functional import cosine_similarity
 
 from longtake.evaluation.backbones import Backbone
 from longtake.evaluation.metric import MetricSpec, Score
+from longtake.evaluation.scores import FOLDERS, Variant
 
 CLIP_SECONDS = 2  # length of VBench-Long's clips in its mode for custom videos
 VBENCH = "vbench@45e79ec"
-Variant = Literal["short", "long", "long_dev"]
-"""Of a dimension: on the whole video; on VBench-Long's clips; the same with its ``--dev_flag``."""
-FOLDERS: Mapping[Variant, str] = {"short": "", "long": "long/", "long_dev": "long_dev/"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dimension:
-    """One dimension of VBench."""
-
-    name: str  # as VBench spells it
+@dataclass(frozen=True)
+class _Dimension:
     description: str
     roles: tuple[str, ...] = ()  # of the networks it is measured with
     label: str = ""  # what they are called in metrics' names
@@ -37,67 +32,60 @@ class Dimension:
     range: tuple[float, float] = (0.0, 1.0)  # least and greatest possible value of a video
 
 
-SUBJECT = Dimension(
-    name="subject_consistency",
-    description="Likeness of each frame's DINO features to the frame before and to the first.",
-    roles=("dino",),
-    label="enc",
-    dev_roles=("dinov2",),
-    grouping="frame",
-    transform="dino224",
-    dev_transform="dinov2_256bicubic_antialias",
-)
-BACKGROUND = Dimension(
-    name="background_consistency",
-    description="Likeness of each frame's CLIP features to the frame before and to the first.",
-    roles=("clip",),
-    label="enc",
-    dev_roles=("dreamsim",),
-    grouping="frame",
-    transform="clip224",
-    dev_transform="dreamsim_224bicubic_antialias",
-)
-FLICKERING = Dimension(
-    name="temporal_flickering",
-    description="One less the mean absolute difference of neighbouring frames; no static filter, so motion counts.",
-)
-SMOOTHNESS = Dimension(
-    name="motion_smoothness",
-    description="One less the mean absolute error of every second frame, interpolated from its neighbours.",
-    roles=("amt",),
-    label="interp",
-)
-DYNAMIC = Dimension(
-    name="dynamic_degree",
-    description="Whether enough of the pairs of frames, an eighth of a second apart, move: 0 or 1 per video.",
-    roles=("raft",),
-    label="flow",
-)
-AESTHETIC = Dimension(
-    name="aesthetic_quality",
-    description="LAION's aesthetic score of each frame, over ten.",
-    roles=("aesthetic_clip", "aesthetic_head"),
-    label="aesthetic",
-    transform="clip224",
-)
-IMAGING = Dimension(
-    name="imaging_quality",
-    description="MUSIQ's score of each frame, 0..100 per video; VBench divides the mean by 100.",
-    roles=("musiq",),
-    label="iqa",
-    transform="musiq_longer512",
-    scale=0.01,
-    range=(0.0, 100.0),
-)
-OVERALL = Dimension(
-    name="overall_consistency",
-    description="Cosine between ViCLIP's features of eight frames and of the prompt.",
-    roles=("viclip",),
-    label="clip",
-    transform="clip224_uint8",
-    range=(-1.0, 1.0),
-)
-DIMENSIONS = (SUBJECT, BACKGROUND, FLICKERING, SMOOTHNESS, DYNAMIC, AESTHETIC, IMAGING, OVERALL)
+DIMENSIONS: Mapping[str, _Dimension] = {
+    "subject_consistency": _Dimension(
+        "Likeness of each frame's DINO features to the frame before and to the first.",
+        roles=("dino",),
+        label="enc",
+        dev_roles=("dinov2",),
+        grouping="frame",
+        transform="dino224",
+        dev_transform="dinov2_256bicubic_antialias",
+    ),
+    "background_consistency": _Dimension(
+        "Likeness of each frame's CLIP features to the frame before and to the first.",
+        roles=("clip",),
+        label="enc",
+        dev_roles=("dreamsim",),
+        grouping="frame",
+        transform="clip224",
+        dev_transform="dreamsim_224bicubic_antialias",
+    ),
+    "temporal_flickering": _Dimension(
+        "One less the mean absolute difference of neighbouring frames; no static filter, so motion counts."
+    ),
+    "motion_smoothness": _Dimension(
+        "One less the mean absolute error of every second frame, interpolated from its neighbours.",
+        roles=("amt",),
+        label="interp",
+    ),
+    "dynamic_degree": _Dimension(
+        "Whether enough of the pairs of frames, an eighth of a second apart, move: 0 or 1 per video.",
+        roles=("raft",),
+        label="flow",
+    ),
+    "aesthetic_quality": _Dimension(
+        "LAION's aesthetic score of each frame, over ten.",
+        roles=("aesthetic_clip", "aesthetic_head"),
+        label="aesthetic",
+        transform="clip224",
+    ),
+    "imaging_quality": _Dimension(
+        "MUSIQ's score of each frame, 0..100 per video; VBench divides the mean by 100.",
+        roles=("musiq",),
+        label="iqa",
+        transform="musiq_longer512",
+        scale=0.01,
+        range=(0.0, 100.0),
+    ),
+    "overall_consistency": _Dimension(
+        "Cosine between ViCLIP's features of eight frames and of the prompt.",
+        roles=("viclip",),
+        label="clip",
+        transform="clip224_uint8",
+        range=(-1.0, 1.0),
+    ),
+}
 """Those measured here, in VBench's order of its quality score, then the semantic one."""
 LEFT_TO_VBENCH: Mapping[str, str] = {
     "object_class": "GRiT, which needs detectron2",
@@ -113,23 +101,23 @@ LEFT_TO_VBENCH: Mapping[str, str] = {
 
 
 def metric_spec(
-    dimension: Dimension, variant: Variant, networks: Sequence[Backbone] = (), dev_networks: Sequence[Backbone] = ()
+    name: str, variant: Variant, networks: Sequence[Backbone] = (), dev_networks: Sequence[Backbone] = ()
 ) -> MetricSpec:
     """The spec of a dimension, whose name says what its number may be compared with.
 
     ``vbench/...`` if every network is VBench's own, else ``vbench_form/...[label=name+name,c2c=name]``.
     """
-    everything = (*networks, *dev_networks)
-    name = f"vbench/{FOLDERS[variant]}{dimension.name}"
+    dimension, everything = DIMENSIONS[name], (*networks, *dev_networks)
+    full_name = f"vbench/{FOLDERS[variant]}{name}"
     if not all(network.official for network in everything):
         labels = {dimension.label: networks, "c2c": dev_networks}
         inside = (f"{label}={'+'.join(one.name for one in group)}" for label, group in labels.items() if group)
-        name = f"vbench_form/{FOLDERS[variant]}{dimension.name}[{','.join(inside)}]"
+        full_name = f"vbench_form/{FOLDERS[variant]}{name}[{','.join(inside)}]"
     hashes = [network.weights_sha256 for network in everything if network.weights_sha256]
     low, high = dimension.range
     transforms = (dimension.transform, dimension.dev_transform if variant == "long_dev" else None)
     return MetricSpec(
-        name=name,
+        name=full_name,
         higher_is_better=True,
         unit=f"{low:g}..{high:g}",
         range=dimension.range,
@@ -147,9 +135,7 @@ def metric_spec(
 def of_own_prompts(scores: Mapping[str, Score], dimensions: Sequence[str]) -> dict[str, Score]:
     """A video's scores without those of dimensions that VBench's list does not have its prompt for.
 
-    Args:
-        scores: By metric name.
-        dimensions: Of the prompt; none: it is of no such list, and nothing is left out.
+    A prompt without ``dimensions`` is of no such list, and nothing is left out.
     """
     kept = dict(scores)
     for name in scores if dimensions else ():
@@ -196,11 +182,7 @@ def fused(inclip: float, clip_to_clip: float, dimension: str) -> float:
 def consistency(features: Tensor) -> float | None:
     """Mean of ``(max(0, cos to the row before) + max(0, cos to the first row)) / 2`` over all rows but the first.
 
-    Args:
-        features: (n, D), rows of any length but zero.
-
-    Returns:
-        None for fewer than two rows.
+    ``features`` are (n, D), of any length but zero; fewer than two rows have none.
     """
     if len(features) < 2:
         return None

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longtake.evaluation.backbones import FlowEstimator
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, WindowMeans
 from longtake.evaluation.metrics.course import Pooling, Track, TrackMeasure, reference_frames
-from longtake.evaluation.metrics.stills import reduction, shrink
-from longtake.evaluation.preprocessing import pad_to_multiple, stride_for_8fps, unpad
+from longtake.evaluation.metrics.stills import StillMeter
+from longtake.evaluation.preprocessing import pad_to_multiple, unpad
 
 STEP_SECONDS = 0.25
 """Frames are averaged over this long before they are compared, which halves the grain at 16 frames a second."""
@@ -33,10 +33,8 @@ MIN_MOVING_SECONDS = 0.5  # a tail is frozen only if something moved before it, 
 
 @dataclass(frozen=True)
 class _Stillness:
-    """Still parts of a video."""
-
     step: int  # frames per step
-    is_still: np.ndarray  # (steps,) bool, whether nothing moved in the two seconds before; False for the first step
+    is_still: np.ndarray  # (steps,) bool, nothing moved in the two seconds before; False for the first step
     tail_frames: int  # frames at the end that show one picture; all of them for a static video
     rest_frames: int  # frames of the longest stretch before the tail that shows one picture
 
@@ -52,12 +50,12 @@ def _find_stillness(track: Track) -> _Stillness | None:
     is_still = np.zeros(num_steps, dtype=bool)
     for index in range(1, num_steps):
         before = pictures[max(0, index - LOOK_BACK) : index]
-        is_still[index] = not any(moves(earlier, pictures[index]) for earlier in before)
+        is_still[index] = not any(_moves(earlier, pictures[index]) for earlier in before)
     tail = 1
-    while tail < num_steps and not moves(pictures[-1 - tail], pictures[-1]):
+    while tail < num_steps and not _moves(pictures[-1 - tail], pictures[-1]):
         tail += 1
     tail_frames = tail * step
-    while tail_frames < track.num_frames and not moves(track.luma[-1 - tail_frames], pictures[-1]):
+    while tail_frames < track.num_frames and not _moves(track.luma[-1 - tail_frames], pictures[-1]):
         tail_frames += 1
     rest = _longest_rest(pictures[: max(0, num_steps - tail)])
     return _Stillness(step=step, is_still=is_still, tail_frames=tail_frames, rest_frames=rest * step)
@@ -67,14 +65,14 @@ def _longest_rest(pictures: np.ndarray) -> int:
     """Steps of the longest stretch in which nothing moves from its first step; 0 if every step moves."""
     longest = start = 0
     for index in range(1, len(pictures)):
-        if moves(pictures[start], pictures[index]):
+        if _moves(pictures[start], pictures[index]):
             start = index
         longest = max(longest, index - start)
     return longest + 1 if longest else 0
 
 
-def moves(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether something moved between two pictures (rows, columns) of cells: a part of them, or all of it.
+def _moves(first: np.ndarray, second: np.ndarray) -> bool:
+    """Find that something moved between two pictures (rows, columns) of cells: a part of them, or all of it.
 
     A change that all cells share is light, not motion. Grain and the codec's errors change all cells alike; a moving
     object changes some far more than the rest. A moving camera also changes them alike, but as the slopes of the
@@ -115,8 +113,7 @@ def _explained_by_camera(first: np.ndarray, second: np.ndarray) -> float:
 def _stillness(track: Track) -> list[Score]:
     stillness = _find_stillness(track)
     if stillness is None:
-        none = Score.none(f"needs {2 * STEP_SECONDS:g} s of video")
-        return [none, none, _duplicates(track)]
+        return [*2 * [Score.none(f"needs {2 * STEP_SECONDS:g} s of video")], _duplicates(track)]
     return [_static_share(track, stillness), _frozen_tail(track, stillness), _duplicates(track)]
 
 
@@ -126,10 +123,8 @@ def _static_share(track: Track, stillness: _Stillness) -> Score:
     means = WindowMeans(track.video)
     for index, still in enumerate(judged, start=1):
         means.add(index * stillness.step, float(still))
-    details = {
-        "seconds": track.num_frames / track.fps,
-        "is_one_picture": stillness.tail_frames == track.num_frames,
-    }
+    is_one_picture = stillness.tail_frames == track.num_frames
+    details = {"seconds": track.num_frames / track.fps, "is_one_picture": is_one_picture}
     return Score(value=float(judged.mean()), windows=means.windows(), details=details)
 
 
@@ -186,7 +181,6 @@ SAME = 0.05  # share of the motion (squared) that may be left between a frame an
 MAX_GRAIN_SHARE = 0.3  # of the motion: more change between neighbouring frames is fast motion, not grain
 
 BLOCK = 512  # frames that are compared with all others at a time
-
 FEATURE_SECONDS = 0.25
 COLOUR_CELLS = 8
 FAR_SECONDS = 5.0
@@ -194,8 +188,6 @@ FAR_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class _Loop:
-    """A stretch that repeats."""
-
     period: int  # frames after which it repeats
     start: int  # first frame of its first play
     end: int  # one past the last frame
@@ -313,13 +305,11 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1.0)
 
 
-def _similarity(track: Track) -> tuple[Score, Score]:
-    """Self-similarity and return to the start."""
+def _similarity(track: Track) -> list[Score]:
     step = track.frames_in(FEATURE_SECONDS)
     far = round(FAR_SECONDS * track.fps / step)
     if track.num_frames <= (far + 1) * step:
-        none = Score.none(f"needs more than {FAR_SECONDS:g} s of video")
-        return none, none
+        return 2 * [Score.none(f"needs more than {FAR_SECONDS:g} s of video")]
     moments = _features(track)
     cosines = moments @ moments.T
     earlier, later = np.triu_indices(len(moments), k=far)
@@ -328,16 +318,20 @@ def _similarity(track: Track) -> tuple[Score, Score]:
     returns = cosines[0, far:]
     closest = int(returns.argmax())
     seconds = step / track.fps
-    loop_details = {
-        "median": float(np.median(pairs)),
-        "peak": float(pairs[peak]),
-        "peak_s": [earlier[peak] * seconds, later[peak] * seconds],
-    }
-    start_details = {"closest": float(returns[closest]), "closest_s": (far + closest) * seconds}
-    return (
-        Score(value=float(pairs[peak] - np.median(pairs)), details=loop_details),
-        Score(value=float(returns[closest] - returns[0]), details=start_details),
-    )
+    return [
+        Score(
+            value=float(pairs[peak] - np.median(pairs)),
+            details={
+                "median": float(np.median(pairs)),
+                "peak": float(pairs[peak]),
+                "peak_s": [earlier[peak] * seconds, later[peak] * seconds],
+            },
+        ),
+        Score(
+            value=float(returns[closest] - returns[0]),
+            details={"closest": float(returns[closest]), "closest_s": (far + closest) * seconds},
+        ),
+    ]
 
 
 def _loop_share(track: Track) -> Score:
@@ -353,19 +347,19 @@ def _loop_share(track: Track) -> Score:
 
 REPETITION = TrackMeasure(
     lambda track: [*_similarity(track), _loop_share(track)],
-    MetricSpec(
-        name="proxy/self_similarity_peak",
-        higher_is_better=False,
+    MetricSpec.proxy(
+        "self_similarity_peak",
+        "Greatest cosine of two moments five seconds or more apart, above their median.",
         unit="cosine",
-        range=(-2.0, 2.0),
-        description="Greatest cosine of two moments five seconds or more apart, above their median.",
+        bottom=-2.0,
+        top=2.0,
     ),
-    MetricSpec(
-        name="proxy/return_to_start",
-        higher_is_better=False,
+    MetricSpec.proxy(
+        "return_to_start",
+        "Greatest cosine of a moment after five seconds with the first one, above that at five seconds.",
         unit="cosine",
-        range=(-2.0, 2.0),
-        description="Greatest cosine of a moment after five seconds with the first one, above that at five seconds.",
+        bottom=-2.0,
+        top=2.0,
     ),
     MetricSpec.proxy(
         "loop_share",
@@ -376,7 +370,6 @@ REPETITION = TrackMeasure(
 )
 
 
-SHORT_SIDE = 160
 MIN_SIDE = 16
 PADDING_MULTIPLE = 8
 SECONDS = 1.0 / 8.0
@@ -422,7 +415,7 @@ FLOW_SPECS = (
 class FlowMetric:
     """Amount, loss and residue of motion; the estimator's name goes into the names of the metrics."""
 
-    def __init__(self, estimator: FlowEstimator) -> None:
+    def __init__(self, estimator: Any) -> None:
         self.estimator = estimator
         self.specs = tuple(
             replace(
@@ -430,7 +423,7 @@ class FlowMetric:
                 name=f"{spec.name}[flow={estimator.name}]",
                 backbone=estimator.name,
                 weights_sha256=estimator.weights_sha256,
-                transform=f"area mean, shorter side about {SHORT_SIDE}",
+                transform=f"area mean, shorter side about {_FlowMeter.short_side}",
             )
             for spec in FLOW_SPECS
         )
@@ -440,50 +433,45 @@ class FlowMetric:
         return _FlowMeter(self.estimator, video, [spec.name for spec in self.specs])
 
 
-class _FlowMeter:
-    def __init__(self, estimator: FlowEstimator, video: VideoInfo, names: list[str]) -> None:
-        self._estimator, self._video, self._names = estimator, video, names
-        self._stride = stride_for_8fps(video.fps)
-        self._factor = reduction(video.height, video.width, SHORT_SIDE)
+class _FlowMeter(StillMeter):
+    short_side = 160
+
+    def __init__(self, estimator: Any, video: VideoInfo, names: list[str]) -> None:
+        super().__init__(video)
+        self._estimator, self._names = estimator, names
         # Where the rate is no multiple of eight, the frames are not quite an eighth of a second apart.
-        self._scale = self._factor * SECONDS * video.fps / self._stride
-        self._is_too_small = min(video.height, video.width) // self._factor < MIN_SIDE
-        self._num_frames = 0
+        self._scale = self.factor * SECONDS * video.fps / self.stride
+        self._is_too_small = min(video.height, video.width) // self.factor < MIN_SIDE
         self._before: Tensor | None = None
         self._means, self._tops, self._errors = (WindowMeans(video) for _ in range(3))
         self._lengths: list[tuple[int, float]] = []
 
-    def push(self, frames: np.ndarray) -> None:
-        """Take the next frames, (F, H, W, 3) uint8."""
-        if not self._is_too_small:
-            for index in range(-self._num_frames % self._stride, len(frames), self._stride):
-                image = torch.from_numpy(shrink(frames[index], self._factor))[None]
-                if self._before is not None:
-                    self._take(self._num_frames + index, self._before, image)
-                self._before = image
-        self._num_frames += len(frames)
+    def take(self, index: int, frame: np.ndarray, colour: np.ndarray) -> None:
+        image = torch.from_numpy(colour)[None]
+        if self._before is not None and not self._is_too_small:
+            self._compare(index, self._before, image)
+        self._before = image
 
-    def _take(self, frame: int, first: Tensor, second: Tensor) -> None:
+    def _compare(self, index: int, first: Tensor, second: Tensor) -> None:
         there = _estimate_flow(self._estimator, first, second)
         lengths = torch.hypot(there[0], there[1]).flatten() * self._scale
         mean = lengths.mean().item()
         top = lengths.topk(max(1, int(TOP_SHARE * len(lengths)))).values.mean().item()
-        self._means.add(frame, mean)
-        self._tops.add(frame, top)
+        self._means.add(index, mean)
+        self._tops.add(index, top)
         if len(self._lengths) % WARP_EVERY == 0:
             back = _estimate_flow(self._estimator, second, first)
-            self._errors.add(frame, warp_error(first, second, there, back))
-        self._lengths.append((frame, mean))
+            self._errors.add(index, _warp_error(first, second, there, back))
+        self._lengths.append((index, mean))
 
     def finish(self) -> Mapping[str, Score]:
-        """Means over the pairs, with their windows."""
         mean, top, error = self._means.mean(), self._tops.mean(), self._errors.mean()
         if mean is None or top is None or error is None:
             reason = "needs two frames an eighth of a second apart"
             if self._is_too_small:
                 reason = f"optical flow needs frames of {MIN_SIDE} pixels a side"
             return {name: Score.none(reason) for name in self._names}
-        side = min(self._video.height, self._video.width)
+        side = min(self.video.height, self.video.width)
         scores = (
             Score(value=mean, windows=self._means.windows(), details={"percent_of_short_side": 100.0 * mean / side}),
             Score(value=top, windows=self._tops.windows(), details={"percent_of_short_side": 100.0 * top / side}),
@@ -494,37 +482,34 @@ class _FlowMeter:
 
     def _motion_kept(self) -> Score:
         frames, lengths = (np.array(column) for column in zip(*self._lengths, strict=True))
-        length = reference_frames(self._video.num_frames, self._video.fps)
+        length = reference_frames(self.video.num_frames, self.video.fps)
         # A pair's motion belongs to the frame it ends with.
-        is_first, is_last = frames < length, frames >= self._video.num_frames - length
+        is_first, is_last = frames < length, frames >= self.video.num_frames - length
         if not is_first.any() or not is_last.any():
             return Score.none("needs two pairs of frames an eighth of a second apart")
         first, last = float(lengths[is_first].mean()), float(lengths[is_last].mean())
         if first < LEAST_MOTION:
             return Score.none(f"nothing moves at first ({first:.3f} px per 1/8 s)")
-        return Score(
-            value=last / first, details={"first": first, "last": last, "compared_s": length / self._video.fps}
-        )
+        return Score(value=last / first, details={"first": first, "last": last, "compared_s": length / self.video.fps})
 
 
-def _estimate_flow(estimator: FlowEstimator, first: Tensor, second: Tensor) -> Tensor:
+def _estimate_flow(estimator: Any, first: Tensor, second: Tensor) -> Tensor:
     """Flow between two (1, 3, h, w) images in 0..255 of any size: (2, h, w), padded for the network and cut again."""
     padded, padding = pad_to_multiple(torch.cat([first, second]), PADDING_MULTIPLE)
     with torch.inference_mode():
         return unpad(estimator.flow(padded[:1], padded[1:]), padding).float()
 
 
-def warp_error(first: Tensor, second: Tensor, there: Tensor, back: Tensor) -> float:
-    """Mean absolute difference of a frame and the next one moved back onto it, occlusions left out.
+def _warp_error(first: Tensor, second: Tensor, there: Tensor, back: Tensor) -> float:
+    """Mean absolute difference of a frame and the next one moved back onto it, occlusions left out, grey levels.
+
+    Where the flow finds next to nothing again on its way back, it is the plain difference of the frames.
 
     Args:
         first: (1, 3, h, w) in 0..255, as the second.
         second: The next frame.
         there: (2, h, w) flow from first to second, pixels, x then y.
         back: The flow from second to first.
-
-    Returns:
-        Grey levels. Where the flow finds next to nothing again on its way back, the plain difference of the frames.
     """
     height, width = first.shape[-2:]
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -2,9 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,77 +13,34 @@ from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, WindowMeans
 from longtake.evaluation.metrics.course import LUMA_WEIGHTS, Pooling, mean_difference, reference_frames
 from longtake.evaluation.preprocessing import stride_for_8fps
 
-SHORT_SIDE = 256  # pixels, about: larger pictures are averaged down to it by a whole factor
 
+class StillMeter(ABC):
+    """Takes about eight frames a second, averaged down by a whole factor to a shorter side near to ``short_side``."""
 
-@dataclass(frozen=True)
-class Still:
-    """One frame."""
-
-    index: int  # position within the video
-    frame: np.ndarray  # (H, W, 3) uint8, as it came
-    colour: np.ndarray  # (3, h, w) float32 in 0..255, averaged down to a shorter side of about 256
-    luma: np.ndarray  # (h, w) float32 of ``colour``
-
-
-class _StillMeter(ABC):
-    """Measures the stills of one video."""
-
-    specs: tuple[MetricSpec, ...]
+    short_side: ClassVar[int]  # pixels
 
     def __init__(self, video: VideoInfo) -> None:
         self.video = video
+        self.stride = stride_for_8fps(video.fps)
+        self.factor = max(1, round(min(video.height, video.width) / self.short_side))
+        self._num_frames = 0
+
+    def push(self, frames: np.ndarray) -> None:
+        """Take the next frames, (F, H, W, 3) uint8."""
+        for index in range(-self._num_frames % self.stride, len(frames), self.stride):
+            self.take(self._num_frames + index, frames[index], _shrink(frames[index], self.factor))
+        self._num_frames += len(frames)
 
     @abstractmethod
-    def take(self, still: Still) -> None:
-        """Take the next still."""
+    def take(self, index: int, frame: np.ndarray, colour: np.ndarray) -> None:
+        """Take a frame as it came, (H, W, 3) uint8, and averaged down, (3, h, w) float32 in 0..255."""
 
     @abstractmethod
     def finish(self) -> Mapping[str, Score]:
         """All have come: a score for every spec."""
 
 
-class StillsMetric:
-    """Hands every still, about eight a second, to a meter of each kind."""
-
-    def __init__(self, kinds: Sequence[type[_StillMeter]]) -> None:
-        self.kinds = kinds
-        self.specs = tuple(spec for kind in kinds for spec in kind.specs)
-
-    def start(self, video: VideoInfo) -> "_StillsMeter":
-        """A meter for one video."""
-        return _StillsMeter(video, [kind(video) for kind in self.kinds])
-
-
-class _StillsMeter:
-    """Picks the stills from the frames that are pushed."""
-
-    def __init__(self, video: VideoInfo, meters: Sequence[_StillMeter]) -> None:
-        self._stride = stride_for_8fps(video.fps)
-        self._factor = reduction(video.height, video.width, SHORT_SIDE)
-        self._meters = meters
-        self._num_frames = 0
-
-    def push(self, frames: np.ndarray) -> None:
-        """Take the next frames, (F, H, W, 3) uint8."""
-        for index in range(-self._num_frames % self._stride, len(frames), self._stride):
-            colour = shrink(frames[index], self._factor)
-            still = Still(self._num_frames + index, frames[index], colour, np.tensordot(LUMA_WEIGHTS, colour, axes=1))
-            for meter in self._meters:
-                meter.take(still)
-        self._num_frames += len(frames)
-
-    def finish(self) -> dict[str, Score]:
-        """The scores of every meter."""
-        return {name: score for meter in self._meters for name, score in meter.finish().items()}
-
-
-def reduction(height: int, width: int, short_side: int) -> int:
-    """Whole factor that brings the shorter side near to a length; 1 for small pictures."""
-    return max(1, round(min(height, width) / short_side))
-
-
-def shrink(frame: np.ndarray, factor: int) -> np.ndarray:
+def _shrink(frame: np.ndarray, factor: int) -> np.ndarray:
     """Average (H, W, 3) uint8 over squares of ``factor`` pixels: (3, H // factor, W // factor) float32 in 0..255."""
     planes = frame.transpose(2, 0, 1)
     if factor == 1:
@@ -100,25 +58,41 @@ BLOCK = 8  # pixels a side of the blocks that codecs and latents decode to
 DARKEST, LIGHTEST = 1, 254  # values of a channel from which on it is clipped
 LEAST_STEP = 0.25  # grey levels added to both sides of a ratio of steps, so that flat pictures give 1
 LEAST_SHARPNESS = 1.0  # variance of the Laplacian of a picture of nothing but rounding
+PATCH = 32
+SMALL_PATCH = 16  # pixels a side, in pictures of less than four patches a side
+EVERY = 2  # of the stills; the statistics of neighbouring frames hardly differ
+REACH = 3
+SIGMA = 7.0 / 6.0
+"""Reach and width, in pixels, of the Gaussian that local means and deviations are taken with, as in NIQE."""
+STABILISER = 1.0
+NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
+SHRINKAGE = 0.1
+"""Of the covariance towards its diagonal: five seconds of a small video have few patches for 18 features."""
+LEAST_SPREAD = 0.01
+"""Added to the deviation of each feature, so that a first five seconds without any change can be left by little."""
 
-
-def _statistic(name: str, unit: str, description: str, *, top: float | None = None) -> MetricSpec:
-    return MetricSpec.proxy(name, description, unit=unit, higher_is_better=None, top=top)
-
-
-STATISTICS = (
-    _statistic("sharpness", "grey levels squared", "Variance of the Laplacian of the brightness."),
-    _statistic("contrast", "grey levels", "Deviation of the brightness.", top=127.5),
-    _statistic("exposure", "grey levels", "Mean brightness.", top=255.0),
-    _statistic("saturation", "share", "Mean saturation (HSV).", top=1.0),
-    _statistic(
-        "colorfulness", "grey levels", "Spread and strength of the opponent colours (Hasler and Suesstrunk 2003)."
-    ),
-    _statistic("clipped_fraction", "share", "Share of colour values at either end of the scale.", top=1.0),
-    _statistic(
-        "blockiness", "ratio", "Steps across the borders of 8x8 blocks over those in their middle; 1 for none."
-    ),
-    _statistic("noise_sigma", "grey levels", "Deviation of the grain (Immerkaer 1996); fine texture counts too."),
+STATISTICS = tuple(
+    MetricSpec.proxy(name, description, unit=unit, higher_is_better=None, top=top)
+    for name, unit, top, description in (
+        ("sharpness", "grey levels squared", None, "Variance of the Laplacian of the brightness."),
+        ("contrast", "grey levels", 127.5, "Deviation of the brightness."),
+        ("exposure", "grey levels", 255.0, "Mean brightness."),
+        ("saturation", "share", 1.0, "Mean saturation (HSV)."),
+        (
+            "colorfulness",
+            "grey levels",
+            None,
+            "Spread and strength of the opponent colours (Hasler and Suesstrunk 2003).",
+        ),
+        ("clipped_fraction", "share", 1.0, "Share of colour values at either end of the scale."),
+        (
+            "blockiness",
+            "ratio",
+            None,
+            "Steps across the borders of 8x8 blocks over those in their middle; 1 for none.",
+        ),
+        ("noise_sigma", "grey levels", None, "Deviation of the grain (Immerkaer 1996); fine texture counts too."),
+    )
 )
 SHARPNESS_DRIFT = MetricSpec.proxy(
     "sharpness_drift",
@@ -126,26 +100,113 @@ SHARPNESS_DRIFT = MetricSpec.proxy(
     "(of the halves, in videos under ten seconds).",
     unit="octaves",
 )
+NSS_DRIFT_SELF = MetricSpec.proxy(
+    "nss_drift_self",
+    "Mahalanobis distance of the last five seconds' mean patch statistics from the first five's (of the "
+    "halves, in videos under ten seconds).",
+    unit="deviations",
+)
 
 
-def statistics(still: Still) -> tuple[float, ...]:
+class StillsMetric:
+    """The classical statistics, the drift of the sharpness, and that of natural scene statistics."""
+
+    specs = (*STATISTICS, SHARPNESS_DRIFT, NSS_DRIFT_SELF)
+
+    def start(self, video: VideoInfo) -> StillMeter:
+        """A meter for one video."""
+        return _StatisticsMeter(video)
+
+
+class _StatisticsMeter(StillMeter):
+    short_side = 256
+
+    def __init__(self, video: VideoInfo) -> None:
+        super().__init__(video)
+        self._length = reference_frames(video.num_frames, video.fps)
+        self._means = [WindowMeans(video) for _ in STATISTICS]
+        self._frames: list[int] = []
+        self._sharpness: list[float] = []
+        # Patch features: all of them at first, later their means, of every second still.
+        self._reference: list[np.ndarray] = []
+        self._patch_frames: list[int] = []
+        self._patch_means: list[np.ndarray] = []
+
+    def take(self, index: int, frame: np.ndarray, colour: np.ndarray) -> None:
+        luma = np.tensordot(LUMA_WEIGHTS, colour, axes=1)
+        values = _statistics(frame, colour, luma)
+        for means, value in zip(self._means, values, strict=True):
+            means.add(index, value)
+        if len(self._frames) % EVERY == 0 and min(luma.shape) >= SMALL_PATCH:
+            rows = _patch_features(luma)
+            if index < self._length:
+                self._reference.append(rows)
+            self._patch_frames.append(index)
+            self._patch_means.append(rows.mean(axis=0))
+        self._frames.append(index)
+        self._sharpness.append(values[0])
+
+    def finish(self) -> Mapping[str, Score]:
+        scores = {}
+        for spec, means in zip(STATISTICS, self._means, strict=True):
+            mean = means.mean()
+            scores[spec.name] = Score.none("no frames") if mean is None else Score(value=mean, windows=means.windows())
+        return {**scores, SHARPNESS_DRIFT.name: self._sharpness_drift(), NSS_DRIFT_SELF.name: self._nss_drift()}
+
+    def _late(self, frames: np.ndarray) -> np.ndarray:
+        """Those of some frames that are compared with the first; at least the last."""
+        return frames >= min(self.video.num_frames - self._length, frames[-1])
+
+    def _sharpness_drift(self) -> Score:
+        frames, sharpness = np.array(self._frames), np.array(self._sharpness)
+        if len(frames) < 2:
+            return Score.none("needs 2 frames, an eighth of a second apart")
+        first, last = _octaves(sharpness[frames < self._length]), _octaves(sharpness[self._late(frames)])
+        windows = tuple(
+            replace(window, value=abs(_octaves(np.array([window.value])) - first))
+            if window.value is not None
+            else window
+            for window in self._means[0].windows()
+        )
+        details = {"compared_s": self._length / self.video.fps, "change": last - first}
+        return Score(value=abs(last - first), windows=windows, details=details)
+
+    def _nss_drift(self) -> Score:
+        if len(self._patch_means) < 2:
+            return Score.none(f"needs half a second of video, {SMALL_PATCH} pixels or more a side")
+        frames, means = np.array(self._patch_frames), np.array(self._patch_means)
+        reference = np.concatenate(self._reference)
+        distances_from = (means - reference.mean(axis=0)) @ _whitening(reference)
+
+        def distance(inside: np.ndarray) -> float | None:
+            return float(np.linalg.norm(distances_from[inside].mean(axis=0))) if inside.any() else None
+
+        windows = curve(self.video, lambda start, end: distance((frames >= start) & (frames < end)))
+        details = {"compared_s": self._length / self.video.fps, "num_reference_patches": len(reference)}
+        return Score(value=distance(self._late(frames)), windows=windows, details=details)
+
+
+def _octaves(sharpness: np.ndarray) -> float:
+    return math.log2(float(sharpness.mean()) + LEAST_SHARPNESS)
+
+
+def _statistics(frame: np.ndarray, colour: np.ndarray, luma: np.ndarray) -> tuple[float, ...]:
     """The values of :data:`STATISTICS` for one frame, in that order; 0 for textures of pictures under 3 pixels."""
-    luma, colour = still.luma, still.colour
-    sharpness, noise = texture(luma)
+    sharpness, noise = _texture(luma)
     most, least = colour.max(axis=0), colour.min(axis=0)
     return (
         sharpness,
         float(luma.std()),
         float(luma.mean()),
         float(((most - least) / np.maximum(most, 1.0)).mean()),
-        colorfulness(colour),
-        clipped_fraction(still.frame),
-        blockiness(still.frame),
+        _colorfulness(colour),
+        _clipped_fraction(frame),
+        _blockiness(frame),
         noise,
     )
 
 
-def texture(luma: np.ndarray) -> tuple[float, float]:
+def _texture(luma: np.ndarray) -> tuple[float, float]:
     """Variance of the Laplacian of (h, w) float32, and Immerkaer's estimate of the deviation of the grain.
 
     Source: Immerkaer, "Fast noise variance estimation", 1996: the mean absolute response to the difference of two
@@ -160,7 +221,7 @@ def texture(luma: np.ndarray) -> tuple[float, float]:
     return float(laplacian.var()), float(np.abs(response).mean()) * math.sqrt(math.pi / 2.0) / 6.0
 
 
-def colorfulness(colour: np.ndarray) -> float:
+def _colorfulness(colour: np.ndarray) -> float:
     """Colourfulness of (3, h, w) RGB in 0..255.
 
     Source: Hasler and Suesstrunk, "Measuring colourfulness in natural images", 2003.
@@ -172,14 +233,13 @@ def colorfulness(colour: np.ndarray) -> float:
     return spread + 0.3 * strength
 
 
-def clipped_fraction(frame: np.ndarray) -> float:
-    """Share of the values of a uint8 frame that are at 0..1 or 254..255."""
+def _clipped_fraction(frame: np.ndarray) -> float:
     # Values below 2 and above 253 wrap around to the four lowest.
     wrapped = frame + np.uint8(256 - LIGHTEST)
     return float(np.count_nonzero(wrapped <= DARKEST + 256 - LIGHTEST)) / frame.size
 
 
-def blockiness(frame: np.ndarray) -> float:
+def _blockiness(frame: np.ndarray) -> float:
     """Mean step across borders of 8x8 blocks over the mean step in the middle of blocks, both directions.
 
     The frame has its full size: shrinking would move the borders.
@@ -193,116 +253,6 @@ def _step(picture: np.ndarray, first: int) -> float:
     after = picture[first::BLOCK]
     before = picture[first - 1 :: BLOCK][: len(after)]
     return mean_difference(before, after)
-
-
-class Classical(_StillMeter):
-    """The classical statistics and the drift of the sharpness."""
-
-    specs = (*STATISTICS, SHARPNESS_DRIFT)
-
-    def __init__(self, video: VideoInfo) -> None:
-        super().__init__(video)
-        self._means = [WindowMeans(video) for _ in STATISTICS]
-        self._frames: list[int] = []
-        self._sharpness: list[float] = []
-
-    def take(self, still: Still) -> None:
-        values = statistics(still)
-        for means, value in zip(self._means, values, strict=True):
-            means.add(still.index, value)
-        self._frames.append(still.index)
-        self._sharpness.append(values[0])
-
-    def finish(self) -> Mapping[str, Score]:
-        scores = {}
-        for spec, means in zip(STATISTICS, self._means, strict=True):
-            mean = means.mean()
-            scores[spec.name] = Score.none("no frames") if mean is None else Score(value=mean, windows=means.windows())
-        return {**scores, SHARPNESS_DRIFT.name: self._sharpness_drift()}
-
-    def _sharpness_drift(self) -> Score:
-        frames, sharpness = np.array(self._frames), np.array(self._sharpness)
-        if len(frames) < 2:
-            return Score.none("needs 2 frames, an eighth of a second apart")
-        length = reference_frames(self.video.num_frames, self.video.fps)
-        first = _octaves(sharpness[frames < length])
-        last = _octaves(sharpness[frames >= min(self.video.num_frames - length, frames[-1])])
-        windows = tuple(
-            replace(window, value=abs(_octaves(np.array([window.value])) - first))
-            if window.value is not None
-            else window
-            for window in self._means[0].windows()
-        )
-        details = {"compared_s": length / self.video.fps, "change": last - first}
-        return Score(value=abs(last - first), windows=windows, details=details)
-
-
-def _octaves(sharpness: np.ndarray) -> float:
-    return math.log2(float(sharpness.mean()) + LEAST_SHARPNESS)
-
-
-PATCH = 32
-SMALL_PATCH = 16  # pixels a side, in pictures of less than four patches a side
-EVERY = 2  # of the stills; the statistics of neighbouring frames hardly differ
-REACH = 3
-SIGMA = 7.0 / 6.0
-"""Reach and width, in pixels, of the Gaussian that local means and deviations are taken with, as in NIQE."""
-STABILISER = 1.0
-NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
-SHRINKAGE = 0.1
-"""Of the covariance towards its diagonal: five seconds of a small video have few patches for 18 features."""
-LEAST_SPREAD = 0.01
-"""Added to the deviation of each feature, so that a first five seconds without any change can be left by little."""
-
-NSS_DRIFT_SELF = MetricSpec.proxy(
-    "nss_drift_self",
-    "Mahalanobis distance of the last five seconds' mean patch statistics from the first five's (of the "
-    "halves, in videos under ten seconds).",
-    unit="deviations",
-)
-
-
-class NaturalStatistics(_StillMeter):
-    """The drift of natural scene statistics: of patch features, their distribution at first, means per frame later."""
-
-    specs = (NSS_DRIFT_SELF,)
-
-    def __init__(self, video: VideoInfo) -> None:
-        super().__init__(video)
-        self._length = reference_frames(video.num_frames, video.fps)
-        self._num_taken = 0
-        self._reference: list[np.ndarray] = []
-        self._frames: list[int] = []
-        self._means: list[np.ndarray] = []
-
-    def take(self, still: Still) -> None:
-        self._num_taken += 1
-        if (self._num_taken - 1) % EVERY or min(still.luma.shape) < SMALL_PATCH:
-            return
-        rows = _patch_features(still.luma)
-        if still.index < self._length:
-            self._reference.append(rows)
-        self._frames.append(still.index)
-        self._means.append(rows.mean(axis=0))
-
-    def finish(self) -> Mapping[str, Score]:
-        return {NSS_DRIFT_SELF.name: self._drift()}
-
-    def _drift(self) -> Score:
-        """The distance of the end, and of every window."""
-        if len(self._means) < 2:
-            return Score.none(f"needs half a second of video, {SMALL_PATCH} pixels or more a side")
-        frames, means = np.array(self._frames), np.array(self._means)
-        reference = np.concatenate(self._reference)
-        distances_from = (means - reference.mean(axis=0)) @ _whitening(reference)
-
-        def distance(inside: np.ndarray) -> float | None:
-            return float(np.linalg.norm(distances_from[inside].mean(axis=0))) if inside.any() else None
-
-        late = frames >= min(self.video.num_frames - self._length, frames[-1])
-        windows = curve(self.video, lambda start, end: distance((frames >= start) & (frames < end)))
-        details = {"compared_s": self._length / self.video.fps, "num_reference_patches": len(reference)}
-        return Score(value=distance(late), windows=windows, details=details)
 
 
 def _whitening(rows: np.ndarray) -> np.ndarray:

@@ -5,8 +5,10 @@ gives up to three numbers from one pass: of the whole video, of VBench-Long's cl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,7 @@ from longtake.evaluation.metrics.course import mean_difference
 from longtake.evaluation.metrics.dimensions import (
     CLIP_SECONDS,
     DIMENSIONS,
-    FOLDERS,
     LEFT_TO_VBENCH,
-    OVERALL,
-    Dimension,
-    Variant,
     clamped_cosines,
     consistency,
     fused,
@@ -45,32 +43,27 @@ from longtake.evaluation.preprocessing import (
     to_tensor,
     unpad,
 )
+from longtake.evaluation.scores import FOLDERS, Variant
 
 Specs = Mapping[Variant, MetricSpec]
+Transform = Callable[[np.ndarray], Tensor]
+SEGMENTS = "proxy/segment_alignment"
 BATCH = 8  # frames per call of a network. Fixed, so that a number does not depend on how the frames were read.
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Span:
-    """A stretch of frames."""
+    """A stretch of frames, and the sum and number of its terms."""
 
     start: int
     length: int
-    # rate that sampling inside the span goes by: clips have VBench-Long's whole number of frames per second
-    fps: float
+    fps: float  # rate that sampling inside goes by: clips have VBench-Long's whole number of frames per second
+    total: float = 0.0
+    count: int = 0
 
     @property
     def end(self) -> int:
         return self.start + self.length
-
-
-@dataclass(eq=False)
-class _Tally:
-    """Sum and number of the terms of a span."""
-
-    span: _Span
-    total: float = 0.0
-    count: int = 0
 
     def add(self, value: float) -> None:
         self.total += value
@@ -81,35 +74,42 @@ class _Tally:
         return self.total / self.count if self.count else None
 
 
-class _BatchMeter(ABC):
-    """Takes a video in batches of a fixed number of frames, however it is pushed."""
+class _SpanMeter(ABC):
+    """Gathers terms over the whole video and, for the long variants, over its clips.
 
-    def __init__(self, video: VideoInfo) -> None:
-        self.video = video
+    The video is taken in batches of a fixed number of frames, however it is pushed.
+    """
+
+    reason = "needs at least 2 frames"
+    is_difference = False
+
+    def __init__(self, video: VideoInfo, specs: Specs) -> None:
+        self.video, self.specs = video, specs
+        self.whole = _Span(0, video.num_frames, video.fps)
+        has_clips = ("long" in specs or "long_dev" in specs) and video.fps >= 1
+        ranges = clip_ranges(video.num_frames, video.fps, CLIP_SECONDS) if has_clips else []
+        self.clips = [_Span(start, length, float(int(video.fps))) for start, length in ranges]
+        self.windows = WindowMeans(video)
         self._waiting: np.ndarray | None = None
         self._num_taken = 0
 
+    @property
+    def wanted(self) -> list[_Span]:
+        """Spans that some variant has a score of."""
+        return [self.whole, *self.clips] if "short" in self.specs else self.clips
+
+    def holding(self, first: int, last: int) -> list[_Span]:
+        """Spans that hold frames ``first`` to ``last``: of the clips, one and perhaps the last, which may overlap."""
+        index = first // self.clips[0].length if self.clips else 0
+        near = {*self.clips[index : index + 1], *self.clips[-1:]}
+        return [self.whole, *(clip for clip in near if clip.start <= first and last < clip.end)]
+
     def push(self, frames: np.ndarray) -> None:
-        """Take the next frames: (F, H, W, 3) uint8; they are copied where they have to wait."""
         frames = frames if self._waiting is None else np.concatenate([self._waiting, frames])
         whole = len(frames) - len(frames) % BATCH
         for start in range(0, whole, BATCH):
             self._emit(frames[start : start + BATCH])
         self._waiting = frames[whole:].copy() if whole < len(frames) else None
-
-    def close(self) -> None:
-        """Take what is left.
-
-        Raises:
-            ValueError: If there were more or fewer frames than announced.
-        """
-        if self._waiting is not None:
-            self._emit(self._waiting)
-        if self._num_taken != self.video.num_frames:
-            raise ValueError(
-                f"video {self.video.id!r}: {self._num_taken} frames came and num_frames={self.video.num_frames} were "
-                "announced: count the frames that decode, then measure again."
-            )
 
     @torch.no_grad()
     def _emit(self, frames: np.ndarray) -> None:
@@ -118,46 +118,16 @@ class _BatchMeter(ABC):
 
     @abstractmethod
     def take(self, start: int, frames: np.ndarray) -> None:
-        """Take the batch whose first frame has index ``start``."""
-
-
-class _SpanMeter(_BatchMeter):
-    """Gathers terms over the whole video and, for the long variants, over its clips.
-
-    Args:
-        video: To be measured; below a frame per second it has no clips.
-        specs: One per variant to be measured.
-    """
-
-    reason = "needs at least 2 frames"
-    is_difference = False
-
-    def __init__(self, video: VideoInfo, specs: Specs) -> None:
-        super().__init__(video)
-        self.specs = specs
-        self.whole = _Tally(_Span(0, video.num_frames, video.fps))
-        has_clips = ("long" in specs or "long_dev" in specs) and video.fps >= 1
-        ranges = clip_ranges(video.num_frames, video.fps, CLIP_SECONDS) if has_clips else []
-        self.clips = [_Tally(_Span(start, length, float(int(video.fps)))) for start, length in ranges]
-        self.windows = WindowMeans(video)
-        self._first_open = 0
-
-    def holding(self, first: int, last: int) -> list[_Tally]:
-        """Tallies of the spans that hold frames ``first`` to ``last``; ``first`` must not fall between calls."""
-        clips, index = self.clips, self._first_open
-        while index < len(clips) and clips[index].span.end <= first:
-            index += 1
-        self._first_open = index
-        found = [self.whole]
-        while index < len(clips) and clips[index].span.start <= first:
-            if last < clips[index].span.end:
-                found.append(clips[index])
-            index += 1
-        return found
+        """Take the batch whose first frame has index ``start``; it is overwritten later."""
 
     def finish(self) -> Mapping[str, Score]:
-        """The score of every variant."""
-        self.close()
+        if self._waiting is not None:
+            self._emit(self._waiting)
+        if self._num_taken != self.video.num_frames:
+            raise ValueError(
+                f"video {self.video.id!r}: {self._num_taken} frames came and num_frames={self.video.num_frames} were "
+                "announced: count the frames that decode, then measure again."
+            )
         return {spec.name: self._score(variant) for variant, spec in self.specs.items()}
 
     def _score(self, variant: Variant) -> Score:
@@ -196,15 +166,15 @@ class _SpanMeter(_BatchMeter):
         kept = [value for value in values if value is not None]
         if not kept:
             return Score.none(self.reason)
-        facts = [
-            {"start_frame": clip.span.start, "num_frames": clip.span.length, "value": value}
+        windows = tuple(
+            Window(start_frame=clip.start, num_frames=clip.length, value=value)
             for clip, value in zip(self.clips, values, strict=True)
-        ]
-        rows = [{**own, **behind} for own, behind in zip(facts, per_clip or [{}] * len(facts), strict=True)]
+        )
+        rows = [vars(w) | dict(own) for w, own in zip(windows, per_clip or [{}] * len(windows), strict=True)]
         return Score(
             value=sum(kept) / len(kept),
             weight=float(len(kept)),
-            windows=tuple(Window(**own) for own in facts),
+            windows=windows,
             details={**(details or {}), "clips": rows},
         )
 
@@ -215,41 +185,46 @@ class _ConsistencyMeter(_SpanMeter):
     The first encoder is DINOv2 or DreamSim, for each clip's first frame in the development branch.
     """
 
-    transform: Any
-    first_transform: Any
-    dimension: str
-
-    def __init__(self, video: VideoInfo, specs: Specs, encoder: Any, first_encoder: Any = None) -> None:
+    def __init__(
+        self,
+        video: VideoInfo,
+        specs: Specs,
+        encoder: Any,
+        first_encoder: Any = None,
+        *,
+        dimension: str,
+        transform: Transform,
+        first_transform: Transform,
+    ) -> None:
         super().__init__(video, specs)
         self._encoder, self._first_encoder = encoder, first_encoder
+        self._dimension, self._transform, self._first_transform = dimension, transform, first_transform
         self._last: Tensor | None = None
         self._firsts: dict[_Span, Tensor] = {}
         self._dev_firsts: list[Tensor] = []
 
     def take(self, start: int, frames: np.ndarray) -> None:
-        """Terms of every frame but the first of a span."""
-        features = normalize(self._encoder.encode(self.transform(frames)), dim=-1)
+        features = normalize(self._encoder.encode(self._transform(frames)), dim=-1)
         before = features[:1] if self._last is None else self._last
         to_previous = clamped_cosines(torch.cat([before, features[:-1]]), features)
         self._last = features[-1:].clone()
         end = start + len(frames)
-        for tally in (self.whole, *self.clips):
-            span = tally.span
+        for span in (self.whole, *self.clips):
             begin = max(start, span.start)
             if begin >= min(end, span.end):
                 continue
             if begin == span.start:
                 self._firsts[span] = features[begin - start : begin - start + 1].clone()
-                if tally is not self.whole and self._first_encoder is not None:
-                    first = self.first_transform(frames[begin - start : begin - start + 1])
+                if span is not self.whole and self._first_encoder is not None:
+                    first = self._first_transform(frames[begin - start : begin - start + 1])
                     self._dev_firsts.append(normalize(self._first_encoder.encode(first), dim=-1))
                 begin += 1
             rows = features[begin - start : span.end - start]
             to_first = clamped_cosines(self._firsts[span].expand_as(rows), rows)
             for index, cosine in enumerate(to_first, start=begin):
                 term = (to_previous[index - start] + cosine) / 2
-                tally.add(term)
-                if tally is self.whole:
+                span.add(term)
+                if span is self.whole:
                     self.windows.add(index, term)
 
     def long(self, *, is_dev: bool) -> Score:
@@ -257,28 +232,16 @@ class _ConsistencyMeter(_SpanMeter):
 
         Without the flag the details tell what the clip-to-clip branch would have said.
         """
-        firsts = self._dev_firsts if is_dev else [self._firsts[clip.span] for clip in self.clips]
+        firsts = self._dev_firsts if is_dev else [self._firsts[clip] for clip in self.clips]
         between = consistency(torch.cat(firsts)) or 0.0
         inclip = [clip.mean for clip in self.clips]
-        values = [None if v is None else fused(v, between, self.dimension) for v in inclip] if is_dev else inclip
-        mapped = mapped_clip_to_clip(between, self.dimension)
+        values = [None if v is None else fused(v, between, self._dimension) for v in inclip] if is_dev else inclip
+        mapped = mapped_clip_to_clip(between, self._dimension)
         return self.clips_score(
             values,
             per_clip=[{"inclip_score": value} for value in inclip],
             details={"clip2clip_score": between, "mapped_clip2clip_score": mapped},
         )
-
-
-class _SubjectMeter(_ConsistencyMeter):
-    dimension = "subject_consistency"
-    transform = staticmethod(dino_transform)
-    first_transform = staticmethod(dinov2_transform)
-
-
-class _BackgroundMeter(_ConsistencyMeter):
-    dimension = "background_consistency"
-    transform = staticmethod(clip_transform)
-    first_transform = staticmethod(dreamsim_transform)
 
 
 class _FlickeringMeter(_SpanMeter):
@@ -294,8 +257,8 @@ class _FlickeringMeter(_SpanMeter):
         for index, frame in enumerate(frames, start=start):
             if self._last is not None:
                 difference = mean_difference(self._last, frame)
-                for tally in self.holding(index - 1, index):
-                    tally.add(difference)
+                for span in self.holding(index - 1, index):
+                    span.add(difference)
                 self.windows.add(index, 1.0 - difference / 255.0)
             self._last = frame
         self._last = frames[-1].copy()
@@ -317,17 +280,16 @@ class _SmoothnessMeter(_SpanMeter):
         self._inputs: dict[int, Tensor] = {}
 
     def take(self, start: int, frames: np.ndarray) -> None:
-        """Every three frames whose middle one some span leaves out."""
         for index, frame in enumerate(frames, start=start):
             self._recent = [*self._recent[-2:], frame]
             if index < 2:
                 continue
-            holding = self.holding(index - 2, index)
-            wanting = [tally for tally in holding if (index - 1 - tally.span.start) % 2 == 1]
+            # The spans that leave the middle one of the three frames out.
+            wanting = [span for span in self.holding(index - 2, index) if (index - 1 - span.start) % 2 == 1]
             if wanting:
                 error = self._error(index)
-                for tally in wanting:
-                    tally.add(error)
+                for span in wanting:
+                    span.add(error)
                 if wanting[0] is self.whole:
                     self.windows.add(index - 1, 1.0 - error / 255.0)
         self._recent = [frame.copy() for frame in self._recent[-2:]]
@@ -358,7 +320,7 @@ PIXELS_PER_256 = 6.0
 
 
 class _DynamicMeter(_SpanMeter):
-    """Whether at least a quarter of the sampled frames' number of pairs moves more than a threshold.
+    """1 if at least a quarter as many pairs as there are sampled frames move more than a threshold, else 0.
 
     Frames are sampled from the start of each span, at about eight a second. The number of pairs needed is rounded
     half to even: two or three sampled frames need none, so one pair of any kind makes them dynamic.
@@ -369,22 +331,21 @@ class _DynamicMeter(_SpanMeter):
     def __init__(self, video: VideoInfo, specs: Specs, estimator: Any) -> None:
         super().__init__(video, specs)
         self._estimator = estimator
-        self._flows: dict[_Tally, list[float]] = {tally: [] for tally in (self.whole, *self.clips)}
+        self._flows: dict[_Span, list[float]] = {span: [] for span in self.wanted}
         self._held: dict[int, np.ndarray] = {}
-        self._pairs: dict[int, dict[int, list[_Tally]]] = {}
-        for tally in (self.whole, *self.clips) if "short" in specs else self.clips:
-            indices = _motion_frames(tally.span)
-            for first, second in zip(indices, indices[1:], strict=False):
-                self._pairs.setdefault(second, {}).setdefault(first, []).append(tally)
+        self._pairs: dict[int, dict[int, list[_Span]]] = {}
+        for span in self.wanted:
+            for first, second in pairwise(_motion_frames(span)):
+                self._pairs.setdefault(second, {}).setdefault(first, []).append(span)
         self._needed = {first for pairs in self._pairs.values() for first in pairs}
         self._reach = max((b - a for b, pairs in self._pairs.items() for a in pairs), default=0)
 
     def take(self, start: int, frames: np.ndarray) -> None:
         for index, frame in enumerate(frames, start=start):
-            for first, tallies in self._pairs.pop(index, {}).items():
+            for first, spans in self._pairs.pop(index, {}).items():
                 flow = self._flow(self._held[first], frame)
-                for tally in tallies:
-                    self._flows[tally].append(flow)
+                for span in spans:
+                    self._flows[span].append(flow)
             if index in self._needed:
                 self._held[index] = frame.copy()
             self._held.pop(index - self._reach, None)
@@ -394,7 +355,6 @@ class _DynamicMeter(_SpanMeter):
         return self.whole_score(value, details=details)
 
     def long(self, *, is_dev: bool) -> Score:
-        """The share of clips that are dynamic."""
         values, details = zip(*(self._decide(clip) for clip in self.clips), strict=True)
         return self.clips_score(values, per_clip=details)
 
@@ -407,11 +367,10 @@ class _DynamicMeter(_SpanMeter):
         fastest = np.partition(speeds, speeds.size - count)[speeds.size - count :] if count else speeds[:0]
         return float(np.mean(np.sort(fastest)[::-1])) if count else 0.0
 
-    def _decide(self, tally: _Tally) -> tuple[float, dict[str, Any]]:
-        """1 or 0 with the counts behind it."""
-        flows = self._flows[tally]
+    def _decide(self, span: _Span) -> tuple[float, dict[str, Any]]:
+        flows = self._flows[span]
         threshold = PIXELS_PER_256 * (min(self.video.height, self.video.width) / 256.0)
-        needed = round(4 * (len(_motion_frames(tally.span)) / 16.0))
+        needed = round(4 * (len(_motion_frames(span)) / 16.0))
         above = sum(flow > threshold for flow in flows)
         is_dynamic = bool(flows) and above >= needed
         return float(is_dynamic), {
@@ -426,9 +385,8 @@ class _DynamicMeter(_SpanMeter):
         }
 
 
-def _motion_frames(span: _Span) -> list[int]:
-    """The frames of a span that dynamic degree looks at."""
-    return list(range(span.start, span.end, stride_for_8fps(span.fps)))
+def _motion_frames(span: _Span) -> range:
+    return range(span.start, span.end, stride_for_8fps(span.fps))
 
 
 class _FrameQualityMeter(_SpanMeter):
@@ -438,8 +396,8 @@ class _FrameQualityMeter(_SpanMeter):
 
     def take(self, start: int, frames: np.ndarray) -> None:
         for index, value in enumerate(self.quality(frames), start=start):
-            for tally in self.holding(index, index):
-                tally.add(value)
+            for span in self.holding(index, index):
+                span.add(value)
             self.windows.add(index, value)
 
     @abstractmethod
@@ -474,24 +432,28 @@ class _ImagingMeter(_FrameQualityMeter):
 NUM_FRAMES = 8  # frames that ViCLIP looks at
 
 
-class _SampledClips:
-    """Cosines of eight frames of each of some spans with a text, taken as a video streams by.
+class _AgreementMeter(_SpanMeter):
+    """Cosine between the features of the middle frames of eight equal stretches and those of the prompt.
 
     A span that has all its frames lets go of them.
-
-    Args:
-        texts: {span: its text}; spans may overlap.
-        scorer: ``encode_video`` of (1, 8, 3, 224, 224) and ``encode_text``, both to (1, D).
     """
 
-    def __init__(self, texts: Mapping[_Span, str], scorer: Any) -> None:
-        self._texts, self._scorer = texts, scorer
-        self._open = {span: [span.start + index for index in middle(NUM_FRAMES, span.length)] for span in texts}
+    reason = "the video has no prompt"
+
+    def __init__(self, video: VideoInfo, specs: Specs, scorer: Any) -> None:
+        super().__init__(video, specs)
+        self._scorer = scorer
+        self._texts = self._find_texts()
+        self._open = {span: [span.start + index for index in middle(NUM_FRAMES, span.length)] for span in self._texts}
         self._images: dict[int, Tensor] = {}
         self._encoded: dict[str, Tensor] = {}
+        self._values: dict[_Span, float] = {}
 
-    def take(self, start: int, frames: np.ndarray) -> Iterator[tuple[_Span, float]]:
-        """The spans that are complete with the batch whose first frame is ``start``, and their cosines."""
+    def _find_texts(self) -> dict[_Span, str]:
+        """The text of each span; spans may overlap."""
+        return {span: self.video.prompt for span in self.wanted if self.video.prompt}
+
+    def take(self, start: int, frames: np.ndarray) -> None:
         end = start + len(frames)
         asked = sorted({index for indices in self._open.values() for index in indices if start <= index < end})
         if not asked:
@@ -501,7 +463,7 @@ class _SampledClips:
         for span, indices in list(self._open.items()):
             if indices[-1] < end:
                 clip = torch.stack([self._images[index] for index in indices])[None]
-                yield span, self._cosine(clip, self._texts[span])
+                self._values[span] = self._cosine(clip, self._texts[span])
                 del self._open[span]
         needed = {index for indices in self._open.values() for index in indices}
         self._images = {index: image for index, image in self._images.items() if index in needed}
@@ -511,88 +473,69 @@ class _SampledClips:
             self._encoded[text] = normalize(self._scorer.encode_text(text), dim=-1)
         return float((normalize(self._scorer.encode_video(clip), dim=-1) @ self._encoded[text].T)[0, 0])
 
-
-class _AgreementMeter(_SpanMeter):
-    """Cosine between the features of the middle frames of eight equal stretches and those of the prompt."""
-
-    reason = "the video has no prompt"
-
-    def __init__(self, video: VideoInfo, specs: Specs, scorer: Any) -> None:
-        super().__init__(video, specs)
-        wanted = [self.whole, *self.clips] if "short" in specs else self.clips
-        self._clips = _SampledClips({tally.span: video.prompt for tally in wanted if video.prompt}, scorer)
-        self._values: dict[_Span, float] = {}
-
-    def take(self, start: int, frames: np.ndarray) -> None:
-        self._values.update(self._clips.take(start, frames))
-
     def short(self) -> Score:
-        return self.whole_score(self._values.get(self.whole.span))
+        return self.whole_score(self._values.get(self.whole))
 
     def long(self, *, is_dev: bool) -> Score:
         """Mean over the clips, each against the whole prompt."""
-        return self.clips_score([self._values.get(clip.span) for clip in self.clips])
+        return self.clips_score([self._values.get(clip) for clip in self.clips])
 
 
-class _SegmentAlignment:
-    """``proxy/segment_alignment``: where the prompt changes, each prompt against the frames while it held.
+class _SegmentMeter(_AgreementMeter):
+    """Where the prompt changes, each prompt against the frames while it held: their mean, and a window for each.
 
-    One window per segment, so that the curve shows which prompts a rollout followed; the value is their mean. The
-    layout of "CLIP score per 10 s" (LongLive) with the network and the sampling of VBench's ``overall_consistency``.
+    The layout of "CLIP score per 10 s" (LongLive) with the network and the sampling of ``overall_consistency``.
     """
 
-    def __init__(self, scorer: Any) -> None:
-        self._scorer = scorer
-        spec = MetricSpec(
-            name=f"proxy/segment_alignment[clip={scorer.name}]",
-            higher_is_better=True,
-            unit="-1..1",
-            range=(-1.0, 1.0),
-            backbone=scorer.name,
-            weights_sha256=scorer.weights_sha256,
-            transform=OVERALL.transform,
-            description="Cosine between features of eight frames of a segment and of its prompt, mean over segments.",
-        )
-        self.specs = (spec,)
-
-    def start(self, video: VideoInfo) -> Meter:
-        """A meter for one video."""
-        return _SegmentMeter(video, self.specs[0].name, self._scorer)
-
-
-class _SegmentMeter(_BatchMeter):
-    def __init__(self, video: VideoInfo, name: str, scorer: Any) -> None:
-        super().__init__(video)
-        self._name = name
-        prompts: dict[_Span, str] = {}
-        for segment in video.segments:
-            start, end = (min(round(s * video.fps), video.num_frames) for s in (segment.start_s, segment.end_s))
+    def _find_texts(self) -> dict[_Span, str]:
+        texts: dict[_Span, str] = {}
+        for segment in self.video.segments:
+            times = (segment.start_s, segment.end_s)
+            start, end = (min(round(second * self.video.fps), self.video.num_frames) for second in times)
             if start < end:
-                prompts[_Span(start, end - start, video.fps)] = segment.prompt
-        self._clips = _SampledClips(prompts, scorer)
-        self._values: dict[_Span, float] = {}
+                texts[_Span(start, end - start, self.video.fps)] = segment.prompt
+        return texts
 
-    def take(self, start: int, frames: np.ndarray) -> None:
-        self._values.update(self._clips.take(start, frames))
-
-    def finish(self) -> Mapping[str, Score]:
-        """Mean over the segments, and a window for each."""
-        self.close()
+    def short(self) -> Score:
         if not self._values:
-            return {self._name: Score.none("the video has one prompt")}
+            return Score.none("the video has one prompt")
         windows = tuple(Window(start_frame=s.start, num_frames=s.length, value=v) for s, v in self._values.items())
-        return {self._name: Score(value=sum(self._values.values()) / len(self._values), windows=windows)}
+        return Score(value=sum(self._values.values()) / len(self._values), windows=windows)
+
+
+def _segment_spec(scorer: Backbone) -> MetricSpec:
+    return MetricSpec(
+        name=f"{SEGMENTS}[clip={scorer.name}]",
+        higher_is_better=True,
+        unit="-1..1",
+        range=(-1.0, 1.0),
+        backbone=scorer.name,
+        weights_sha256=scorer.weights_sha256,
+        transform=DIMENSIONS["overall_consistency"].transform,
+        description="Cosine between features of eight frames of a segment and of its prompt, mean over segments.",
+    )
 
 
 _METERS: Mapping[str, Any] = {
-    "subject_consistency": _SubjectMeter,
-    "background_consistency": _BackgroundMeter,
+    "subject_consistency": partial(
+        _ConsistencyMeter,
+        dimension="subject_consistency",
+        transform=dino_transform,
+        first_transform=dinov2_transform,
+    ),
+    "background_consistency": partial(
+        _ConsistencyMeter,
+        dimension="background_consistency",
+        transform=clip_transform,
+        first_transform=dreamsim_transform,
+    ),
     "temporal_flickering": _FlickeringMeter,
     "motion_smoothness": _SmoothnessMeter,
     "dynamic_degree": _DynamicMeter,
     "aesthetic_quality": _AestheticMeter,
     "imaging_quality": _ImagingMeter,
     "overall_consistency": _AgreementMeter,
+    SEGMENTS: _SegmentMeter,
 }
 
 
@@ -600,7 +543,7 @@ class SpanMetric:
     """A dimension of VBench, on whole videos, on clips, or on both.
 
     Args:
-        dimension: One of :data:`DIMENSIONS`.
+        name: A key of :data:`DIMENSIONS`, or :data:`SEGMENTS`.
         variants: To measure.
         networks: One for each of the dimension's roles.
         dev_networks: One for each of its roles in the development branch; needed for ``long_dev``.
@@ -609,53 +552,50 @@ class SpanMetric:
 
     def __init__(
         self,
-        dimension: Dimension,
-        variants: Sequence[Variant],
-        networks: Sequence[Backbone] = (),
-        dev_networks: Sequence[Backbone] = (),
+        name: str,
+        variants: Sequence[Variant] = ("short",),
+        networks: Sequence[Any] = (),
+        dev_networks: Sequence[Any] = (),
         **options: Any,
     ) -> None:
-        self._specs = {
-            variant: metric_spec(dimension, variant, networks, dev_networks if variant == "long_dev" else ())
+        self._specs: Specs = {
+            variant: _segment_spec(*networks)
+            if name == SEGMENTS
+            else metric_spec(name, variant, networks, dev_networks if variant == "long_dev" else ())
             for variant in variants
         }
         self.specs = tuple(self._specs.values())
-        self._kind, self._networks, self._options = _METERS[dimension.name], (*networks, *dev_networks), options
+        self._meter, self._networks, self._options = _METERS[name], (*networks, *dev_networks), options
 
     def start(self, video: VideoInfo) -> Meter:
         """A meter for one video."""
-        return self._kind(video, self._specs, *self._networks, **self._options)
+        return self._meter(video, self._specs, *self._networks, **self._options)
 
 
 def vbench_metrics(backbones: Backbones, *, short: bool, long: bool) -> tuple[list[Metric], dict[str, str]]:
     """VBench's dimensions on whole videos, on two-second clips, or on both from one pass.
-
-    Args:
-        backbones: By role.
-        short: Measure whole videos.
-        long: Measure clips, without and with the development flag.
 
     Returns:
         The metrics, and {name: why it is not computed}, under the name it would have with VBench's own networks.
     """
     metrics: list[Metric] = []
     skipped: dict[str, str] = {}
-    for dimension in DIMENSIONS if short or long else ():
+    for name, dimension in DIMENSIONS.items() if short or long else ():
         networks, lack = _networks(backbones, dimension.roles)
         dev_networks, dev_lack = _networks(backbones, dimension.dev_roles)
         reasons: dict[Variant, str] = {"short": lack} if short else {}
         reasons |= {"long": lack} if long else {}
         reasons |= {"long_dev": lack or dev_lack} if long and dimension.dev_roles else {}
-        skipped.update({f"vbench/{FOLDERS[variant]}{dimension.name}": why for variant, why in reasons.items() if why})
+        skipped.update({f"vbench/{FOLDERS[variant]}{name}": why for variant, why in reasons.items() if why})
         variants: list[Variant] = [variant for variant, why in reasons.items() if not why]
         if variants:
-            metrics.append(SpanMetric(dimension, variants, networks, dev_networks if "long_dev" in variants else ()))
+            metrics.append(SpanMetric(name, variants, networks, dev_networks if "long_dev" in variants else ()))
     if short:
-        networks, why = _networks(backbones, OVERALL.roles)
+        networks, why = _networks(backbones, DIMENSIONS["overall_consistency"].roles)
         if why:
-            skipped["proxy/segment_alignment"] = why
+            skipped[SEGMENTS] = why
         else:
-            metrics.append(_SegmentAlignment(*networks))
+            metrics.append(SpanMetric(SEGMENTS, networks=networks))
         for name, needs in LEFT_TO_VBENCH.items():
             skipped[f"vbench/{name}"] = (
                 f"left to the official tool ({needs}): see evaluate export-vbench and import-vbench"

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from longtake.evaluation.backbones import classical, classical_backbones
-from longtake.evaluation.backbones.classical import HogHist, _OpenCvDis, _TorchLucasKanade
+from longtake.evaluation.backbones.classical import _HogHist, _OpenCvDis, _TorchLucasKanade
 from longtake.evaluation.preprocessing import dino_transform
 
 HAS_OPENCV = importlib.util.find_spec("cv2") is not None
@@ -26,8 +26,7 @@ def texture():
     return out.clamp(0, 255).round()
 
 
-NEAR = 0.05
-"""Pixels: how well the median motion is known."""
+NEAR = 0.05  # pixels: how well the median motion is known
 
 
 @pytest.fixture(params=[_TorchLucasKanade, _OpenCvDis], ids=lambda kind: kind.name)
@@ -62,7 +61,7 @@ def test_full_size_motion(texture, estimator):
     assert error.median() < NEAR and (error > 1).float().mean() < 0.15
 
 
-@pytest.mark.parametrize("size", [(64, 64), (75, 91), (48, 80), (131, 97)])
+@pytest.mark.parametrize("size", [(64, 64), (75, 91), (131, 97)])
 def test_small_and_odd_sizes(texture, estimator, size):
     flow = estimator.flow(*shifted(texture, 3, -2, *size))
     assert flow.shape == (2, *size)
@@ -71,10 +70,9 @@ def test_small_and_odd_sizes(texture, estimator, size):
 
 def test_parts_of_a_pixel(texture, estimator):
     """The texture at double size: one pixel there is half a pixel in its means."""
-    a, b = (functional.avg_pool2d(view, 2) for view in shifted(texture, 1, 0, 256, 512))
-    torch.testing.assert_close(
-        estimator.flow(a, b).flatten(1).median(1)[0], torch.tensor([0.5, 0.0]), atol=NEAR, rtol=0
-    )
+    pair = (functional.avg_pool2d(view, 2) for view in shifted(texture, 1, 0, 256, 512))
+    median = estimator.flow(*pair).flatten(1).median(1)[0]
+    torch.testing.assert_close(median, torch.tensor([0.5, 0.0]), atol=NEAR, rtol=0)
 
 
 def test_an_object_moves_and_the_background_stays(texture, estimator):
@@ -88,12 +86,9 @@ def test_an_object_moves_and_the_background_stays(texture, estimator):
     assert flow[:, 200:, 180:].abs().max() < 0.1
 
 
-def test_a_change_of_brightness_is_no_motion(texture, estimator):
+def test_brightness_and_nothing_to_see_are_no_motion(texture, estimator):
     a, _ = shifted(texture * 0.6 + 20, 0, 0)
     assert estimator.flow(a, a + 25).norm(dim=0).median() < 0.02
-
-
-def test_nothing_to_see_is_no_motion(estimator):
     grey = torch.full((1, 3, 64, 64), 128.0)
     assert torch.equal(estimator.flow(grey, grey), torch.zeros(2, 64, 64))
 
@@ -124,31 +119,23 @@ def test_flow_does_not_depend_on_threads(texture, estimator):
     assert torch.equal(*found)
 
 
-def test_flow_does_not_depend_on_frames_of_another_size_before(texture, estimator):
+def test_flow_does_not_depend_on_frames_of_another_size_before_or_on_the_process(texture, estimator):
     views = shifted(texture, 5, 3)
     classical._dis.cache_clear()
     first = estimator.flow(*views)
     classical._dis.cache_clear()
     estimator.flow(*shifted(texture, 1, 0, 24, 32))
     assert torch.equal(estimator.flow(*views), first)
+    assert torch.equal(pickle.loads(pickle.dumps(estimator)).flow(*views), first)
 
 
-def test_estimators_travel_between_processes(texture, estimator):
-    views = shifted(texture, 2, 1, 64, 64)
-    before = estimator.flow(*views)
-    assert torch.equal(pickle.loads(pickle.dumps(estimator)).flow(*views), before)
-
-
-@pytest.mark.parametrize("shapes", [((1, 3, 64, 64), (1, 3, 64, 65)), ((3, 64, 64),) * 2, ((2, 3, 64, 64),) * 2])
-def test_wrong_pairs_are_refused(estimator, shapes):
-    with pytest.raises(ValueError, match=r"give two \(1, 3, height, width\)"):
-        estimator.flow(*(torch.zeros(shape) for shape in shapes))
-
-
-@pytest.mark.skipif(not HAS_OPENCV, reason="opencv-python-headless is not installed")
-def test_opencv_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="too small for flow 'opencv_dis': use 16 pixels"):
-        _OpenCvDis().flow(torch.zeros(1, 3, 15, 64), torch.zeros(1, 3, 15, 64))
+def test_wrong_pairs_are_refused(estimator):
+    for shapes in (((1, 3, 64, 64), (1, 3, 64, 65)), ((3, 64, 64),) * 2, ((2, 3, 64, 64),) * 2):
+        with pytest.raises(ValueError, match=r"give two \(1, 3, height, width\)"):
+            estimator.flow(*(torch.zeros(shape) for shape in shapes))
+    if isinstance(estimator, _OpenCvDis):
+        with pytest.raises(ValueError, match="too small for flow 'opencv_dis': use 16 pixels"):
+            estimator.flow(torch.zeros(1, 3, 15, 64), torch.zeros(1, 3, 15, 64))
 
 
 def test_without_opencv_the_name_says_so(monkeypatch):
@@ -162,7 +149,7 @@ def test_without_opencv_the_name_says_so(monkeypatch):
 
 
 def cosine(first, second):
-    return float(functional.cosine_similarity(*(HogHist().encode(dino_transform(f[None])) for f in (first, second))))
+    return float(functional.cosine_similarity(*(_HogHist().encode(dino_transform(f[None])) for f in (first, second))))
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +159,9 @@ def scene(texture):
 
 def test_features_see_colour_layout_and_edges(scene):
     assert cosine(scene, scene) == pytest.approx(1.0, abs=1e-6)
-    similarities = {
-        "one grey level": cosine(scene, np.clip(scene.astype(int) + 1, 0, 255).astype(np.uint8)),
-        "other colours": cosine(scene, scene[..., ::-1].copy()),
-        "upside down": cosine(scene, scene[::-1].copy()),
-        "negative": cosine(scene, 255 - scene),
-    }
-    assert similarities["one grey level"] > 0.97
-    assert all(similarities[change] < 0.9 for change in ("other colours", "upside down", "negative")), similarities
+    near = cosine(scene, np.clip(scene.astype(int) + 1, 0, 255).astype(np.uint8))
+    others = {"other colours": scene[..., ::-1].copy(), "upside down": scene[::-1].copy(), "negative": 255 - scene}
+    assert near > 0.97 and all(cosine(scene, other) < 0.9 for other in others.values())
 
 
 def test_gradients_go_to_their_orientation_and_cell():
@@ -187,7 +169,7 @@ def test_gradients_go_to_their_orientation_and_cell():
     images = torch.zeros(1, 3, 64, 64)
     images[..., 12:] = 1.0
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    cells = HogHist().encode((images - mean) / std)[0, 48 + 48 :].view(9, 8, 8)
+    cells = _HogHist().encode((images - mean) / std)[0, 48 + 48 :].view(9, 8, 8)
     strong = cells > 1e-3
     assert strong.any(dim=(1, 2)).nonzero().flatten().tolist() == [0]
     assert strong.any(dim=(0, 1)).nonzero().flatten().tolist() == [1]
@@ -197,7 +179,7 @@ def test_features_are_never_empty_and_frames_do_not_mix(scene):
     black = np.zeros((64, 64, 3), np.uint8)
     assert cosine(black, black) == pytest.approx(1.0, abs=1e-6)
     frames = dino_transform(np.stack([scene, scene[::-1], 255 - scene]))
-    encoder = HogHist()
+    encoder = _HogHist()
     whole = encoder.encode(frames)
     assert whole.shape == (3, 672) and whole.dtype == torch.float32
     assert torch.equal(whole, torch.cat([encoder.encode(frame[None]) for frame in frames]))

@@ -10,7 +10,7 @@ from longtake.evaluation.comparison import compare_runs
 from longtake.evaluation.intervals import column_pairs, holm, mean_interval
 from longtake.evaluation.metric import MetricSpec, Score, Window
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores
-from longtake.evaluation.scores import QUALITY, quality7
+from longtake.evaluation.scores import QUALITY, TOTALS
 
 FPS = 16.0
 SPECS = {
@@ -186,7 +186,7 @@ def test_totals_stand_where_all_members_are_measured(runs):
     alone = compare_runs([run], baseline="full", num_resamples=10)
     assert all(not cells["paired"] for cells in alone["metrics"].values()), "one run has no differences"
     totals = alone["scores"]["full"]
-    assert totals["quality7"]["value"] == pytest.approx(quality7(dict.fromkeys(members, 0.8))[0])
+    assert totals["quality7"]["value"] == pytest.approx(TOTALS["quality7"](dict.fromkeys(members, 0.8))[0])
     assert "vbench/object_class" in totals["total"]["reason"]
     assert set(totals) == {"quality7", "quality6_long", "total"}
 

@@ -8,7 +8,7 @@ import pytest
 from longtake.evaluation.metric import MetricSpec, Score, Window
 from longtake.evaluation.records import ManifestLine, RunScores, VideoScores, write_json, write_manifest
 from longtake.evaluation.results import _with_drift, load_run, results_json, run_record
-from longtake.evaluation.scores import QUALITY, TOTALS, quality7
+from longtake.evaluation.scores import QUALITY, TOTALS
 
 SPECS = {
     spec.name: spec
@@ -118,7 +118,8 @@ def test_a_score_is_a_number_where_all_members_are_there(tmp_path):
     specs = {f"vbench/{name}": MetricSpec(name=f"vbench/{name}", higher_is_better=True) for name in QUALITY}
     videos = [VideoScores(video=v.video, scores={name: Score(value=0.9) for name in specs}) for v in VIDEOS]
     scores = results_json(load_run(write_run(tmp_path, videos, specs=specs)))["scores"]
-    assert scores["quality7"] == pytest.approx(quality7(dict.fromkeys(specs, 0.9))[0]) and scores["reason"] is None
+    expected, _ = TOTALS["quality7"](dict.fromkeys(specs, 0.9))
+    assert scores["quality7"] == pytest.approx(expected) and scores["reason"] is None
     assert scores["total"] is None and "color" in scores["reasons"]["total"]
 
 

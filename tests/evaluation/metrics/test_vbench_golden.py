@@ -1,19 +1,18 @@
 """Numbers that VBench's own code gave with stand-in networks: all of them come out here."""
 
-import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from vbench_formulas import official_clip_to_clip
+from vbench_stubs import scores
 
 from longtake.evaluation.backbones import Backbones, load_backbones
 from longtake.evaluation.golden_check import TOLERANCE, _golden_scores, check_golden
-from longtake.evaluation.metric import VideoInfo
 from longtake.evaluation.metrics import make_metrics
 from longtake.evaluation.metrics.dimensions import fused
-from longtake.evaluation.video import VideoSource, measure
 
 FOLDER = Path(__file__).resolve().parents[2] / "golden" / "vbench"
 
@@ -33,24 +32,14 @@ def checks(backbones):
     return check_golden(FOLDER, backbones)
 
 
-@pytest.fixture(scope="module")
-def build():
-    """Builds a synthetic video by its name: (frames, fps)."""
-    spec = importlib.util.spec_from_file_location("make_videos", FOLDER / "make_videos.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build
-
-
 def test_every_number_comes_out(checks):
     wrong = [check for check in checks if not check.ok]
     assert not wrong
     assert len(checks) > 200
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
+def test_every_kind_of_number_is_checked(checks, golden):
+    of_videos = (
         "decoded bytes",
         "temporal_flickering",
         "subject_consistency",
@@ -62,15 +51,11 @@ def test_every_number_comes_out(checks):
         "overall_consistency",
         "dynamic_degree, is_dynamic",
         "dynamic_degree, count_above",
-    ],
-)
-def test_every_video_is_checked_for_it(checks, golden, part):
-    assert sum(check.name.endswith(part) for check in checks) == len(golden["videos"]) == 8
-
-
-@pytest.mark.parametrize("part", ["middle frames", "clips of", "prompt of", "score: ", "fusion of"])
-def test_what_is_no_video_is_checked_too(checks, part):
-    assert sum(check.name.startswith(part) for check in checks) >= 3
+    )
+    counts = {part: sum(check.name.endswith(part) for check in checks) for part in of_videos}
+    assert counts == dict.fromkeys(of_videos, 8) and len(golden["videos"]) == 8
+    for part in ("middle frames", "clips of", "prompt of", "score: ", "fusion of"):
+        assert sum(check.name.startswith(part) for check in checks) >= 3, part
 
 
 @pytest.fixture
@@ -83,14 +68,11 @@ def one_video(tmp_path, golden):
     return tmp_path
 
 
-def test_another_network_is_found_out(one_video, backbones):
+def test_another_network_and_a_missing_one_are_found_out(one_video, backbones):
+    assert check_golden(one_video, backbones)[0].ok
     swapped = Backbones({**backbones.found, "dino": backbones.get("dinov2")})
     wrong = [check for check in check_golden(one_video, swapped) if check.error > TOLERANCE]
     assert [check.name for check in wrong] == ["short20: subject_consistency"]
-    assert check_golden(one_video, backbones)[0].ok
-
-
-def test_a_missing_network_is_no_success(one_video, backbones):
     without = Backbones({role: backbone for role, backbone in backbones.found.items() if role != "amt"})
     (wrong,) = (check for check in check_golden(one_video, without) if not check.ok)
     assert wrong.name == "short20: motion_smoothness" and wrong.got is None
@@ -104,18 +86,14 @@ def test_a_folder_without_numbers_is_refused(tmp_path, text):
         check_golden(tmp_path, Backbones())
 
 
-def test_a_run_of_vbench_long_whose_names_had_underscores(golden, backbones, build):
+def test_a_run_of_vbench_long_whose_names_had_underscores(golden, backbones):
     """Its clip-to-clip values were all lost; what is left are the clips' own, without a fixed order."""
     score, rows = golden["long_PITFALL_underscore_names_dev_flag"]["subject_consistency"]
     metrics = [m for m in make_metrics(backbones, groups=("long",))[0] if "subject" in m.specs[0].name]
     ours, drifted = [], []
     for number, name in enumerate(("moving_squares", "drift")):
-        frames, fps = build(name)
-        source = VideoSource.from_array(frames, fps)
-        about = VideoInfo(
-            id=name, num_frames=len(frames), fps=fps, height=frames.shape[1], width=frames.shape[2], prompt=name
-        )
-        dev = _golden_scores(measure(source, about, metrics), "long_dev/")["subject_consistency"]
+        frames, fps = runpy.run_path(str(FOLDER / "make_videos.py"))["build"](name)
+        dev = _golden_scores(scores(metrics, frames, fps=fps), "long_dev/")["subject_consistency"]
         by_video = {f"vid_{number}.mp4": dev.details["clip2clip_score"]}
         for index, clip in enumerate(dev.details["clips"]):
             lost = official_clip_to_clip(f"vid_{number}_{index:03d}.mp4", by_video)

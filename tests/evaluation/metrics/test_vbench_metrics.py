@@ -11,18 +11,17 @@ from vbench_stubs import ROLES, Stub, info, moving_squares, scores, stubs
 
 from longtake.evaluation.golden_check import _golden_scores
 from longtake.evaluation.metric import Score, Segment
-from longtake.evaluation.metrics import GROUPS, make_metrics
-from longtake.evaluation.metrics.dimensions import DYNAMIC, FLICKERING, of_own_prompts
-from longtake.evaluation.metrics.vbench import SpanMetric, _SegmentAlignment
+from longtake.evaluation.metrics import make_metrics
+from longtake.evaluation.metrics.dimensions import of_own_prompts
+from longtake.evaluation.metrics.vbench import SEGMENTS, SpanMetric
 from longtake.evaluation.preprocessing import clip_transform, dino_transform, musiq_transform
 
 BOTH = ("vbench", "long")
-BOTH_VARIANTS = ("short", "long")
 
 
 def all_metrics(**kwargs):
     """VBench's own."""
-    return [m for m in make_metrics(stubs(**kwargs), groups=BOTH)[0] if not isinstance(m, _SegmentAlignment)]
+    return [m for m in make_metrics(stubs(**kwargs), groups=BOTH)[0] if SEGMENTS not in m.specs[0].name]
 
 
 def short_scores(frames, **about):
@@ -30,7 +29,7 @@ def short_scores(frames, **about):
 
 
 def dynamic_score(frames, fps):
-    (score,) = scores([SpanMetric(DYNAMIC, ("short",), [Stub("s")])], frames, fps=fps).values()
+    (score,) = scores([SpanMetric("dynamic_degree", networks=[Stub("s")])], frames, fps=fps).values()
     return score
 
 
@@ -44,10 +43,6 @@ def measured(video):
     return short_scores(video, fps=16.0)
 
 
-def test_flickering_equals_the_slow_version(video, measured):
-    assert measured["temporal_flickering"].value == pytest.approx(slow.flickering(video), abs=1e-12)
-
-
 @pytest.mark.parametrize(
     ("dimension", "cells", "transform"),
     [("subject_consistency", 3, dino_transform), ("background_consistency", 4, clip_transform)],
@@ -59,7 +54,8 @@ def test_consistencies_equal_the_slow_version(video, measured, dimension, cells,
     assert score.weight == len(video) - 1
 
 
-def test_smoothness_equals_the_slow_version(video, measured):
+def test_flickering_and_smoothness_equal_the_slow_versions(video, measured):
+    assert measured["temporal_flickering"].value == pytest.approx(slow.flickering(video), abs=1e-12)
     expected = slow.smoothness(video, lambda a, b: np.float32(0.5) * (a + b))
     assert measured["motion_smoothness"].value == pytest.approx(expected, abs=1e-12)
     # The neighbours decide, not the left-out frames: starting one frame later gives another number.
@@ -123,14 +119,6 @@ def test_pieces_of_any_length_give_the_same_scores(num_frames, fps, cuts):
     assert scores(metrics, video, cuts, fps=fps) == scores(metrics, video, fps=fps)
 
 
-def test_a_static_video_scores_1_where_stillness_is_the_best():
-    measured = short_scores(np.repeat(moving_squares(1), 40, axis=0), fps=8.0)
-    for name in ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness"):
-        assert measured[name].value == pytest.approx(1.0, abs=1e-6)
-        assert all(window.value == pytest.approx(1.0, abs=1e-6) for window in measured[name].windows)
-    assert measured["dynamic_degree"].value == 0.0
-
-
 def test_flickering_is_the_same_backwards_and_consistency_is_not():
     video = moving_squares(20)
     video[15:] = 255 - video[15:]
@@ -141,8 +129,13 @@ def test_flickering_is_the_same_backwards_and_consistency_is_not():
     assert forwards[name].value != pytest.approx(backwards[name].value, abs=1e-3)
 
 
-def test_curves_show_where_it_goes_wrong():
+def test_a_static_video_scores_1_and_curves_show_where_it_changes():
     video = np.repeat(moving_squares(1), 40, axis=0)
+    measured = short_scores(video, fps=8.0)
+    for name in ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness"):
+        assert [w.value for w in measured[name].windows] == pytest.approx([1.0] * 3, abs=1e-6)
+        assert measured[name].value == pytest.approx(1.0, abs=1e-6)
+    assert measured["dynamic_degree"].value == 0.0
     video[36:] = 255 - video[36:]
     measured = short_scores(video, fps=8.0)
     for name in ("subject_consistency", "temporal_flickering", "motion_smoothness"):
@@ -175,17 +168,20 @@ def test_without_a_prompt_there_is_no_agreement(video):
 
 @pytest.mark.parametrize("num_pushed", [22, 24])
 def test_a_video_of_another_length_than_announced_is_refused(num_pushed, video):
-    frames = moving_squares(num_pushed)
     for metric in all_metrics():
         meter = metric.start(info(video))
         with pytest.raises(ValueError, match=f"{num_pushed} frames came and num_frames=23"):
-            meter.push(frames)
+            meter.push(moving_squares(num_pushed))
             meter.finish()
 
 
 def test_memory_does_not_grow_with_the_video():
     def peak(num_frames):
-        metrics = [SpanMetric(FLICKERING, BOTH_VARIANTS), SpanMetric(DYNAMIC, BOTH_VARIANTS, [Stub("s")])]
+        variants = ("short", "long")
+        metrics = [
+            SpanMetric("temporal_flickering", variants),
+            SpanMetric("dynamic_degree", variants, [Stub("s")]),
+        ]
         piece = moving_squares(16, height=96, width=128)
         about = info(np.broadcast_to(piece[:1], (num_frames, *piece.shape[1:])), fps=16.0)
         meters = [metric.start(about) for metric in metrics]
@@ -208,16 +204,9 @@ def test_names_say_what_is_behind_a_number(video):
     }
     assert "vbench_form/subject_consistency[enc=stub_dino]" in names
     assert "vbench_form/long_dev/subject_consistency[enc=stub_dino,c2c=stub_dinov2]" in names
-    assert "vbench_form/background_consistency[enc=stub_clip]" in names
-    assert "vbench_form/motion_smoothness[interp=stub_amt]" in names
     assert "vbench_form/long/dynamic_degree[flow=stub_raft]" in names
-    assert "vbench_form/imaging_quality[iqa=stub_musiq]" in names
     assert "vbench_form/aesthetic_quality[aesthetic=stub_aesthetic_clip+stub_aesthetic_head]" in names
-    assert "vbench_form/overall_consistency[clip=stub_viclip]" in names
     assert names == set(scores(all_metrics(), video))
-
-
-def test_official_networks_earn_the_official_name():
     names = {spec.name for metric in all_metrics(official=True) for spec in metric.specs}
     assert len(names) == 8 + 8 + 2
     assert all(name.startswith("vbench/") and "[" not in name for name in names)
@@ -227,8 +216,7 @@ def test_official_networks_earn_the_official_name():
 def test_a_missing_network_skips_its_dimension_only_and_says_what_it_needs(role):
     backbones = stubs(official=True, without=(role,))
     metrics, skipped = make_metrics(backbones, groups=BOTH)
-    assert ("proxy/segment_alignment" in skipped) == (role == "viclip")
-    skipped.pop("proxy/segment_alignment", None)
+    assert (skipped.pop(SEGMENTS, None) is not None) == (role == "viclip")
     made = {spec.name for metric in metrics for spec in metric.specs}
     everything = {spec.name for metric in all_metrics(official=True) for spec in metric.specs}
     lost = {name for name in everything - made if f"vbench_form/{name.partition('/')[2]}" not in str(made)}
@@ -238,12 +226,14 @@ def test_a_missing_network_skips_its_dimension_only_and_says_what_it_needs(role)
     assert len(lost) == {"dino": 3, "clip": 3, "dinov2": 1, "dreamsim": 1, "aesthetic_clip": 0}.get(role, 2)
 
 
-def test_dimensions_left_to_the_official_tool_are_listed():
+def test_dimensions_left_to_the_official_tool_are_listed_and_unknown_groups_refused():
     _, skipped = make_metrics(stubs(), groups=("vbench",))
     left = {"object_class", "multiple_objects", "human_action", "color", "spatial_relationship", "scene"}
     assert left < {name.removeprefix("vbench/") for name in skipped}
     assert "detectron2" in skipped["vbench/color"] and "Tag2Text" in skipped["vbench/scene"]
     assert make_metrics(stubs(), groups=("long",))[1] == {}
+    with pytest.raises(ValueError, match="unknown group of metrics 'short'; known: vbench, long"):
+        make_metrics(stubs(), groups=("short",))
 
 
 def test_scale_and_weight_say_how_a_run_is_averaged():
@@ -253,12 +243,6 @@ def test_scale_and_weight_say_how_a_run_is_averaged():
     assert specs["vbench_form/motion_smoothness"].grouping == "video"
     assert specs["vbench_form/long/motion_smoothness"].grouping == "clip"
     assert specs["vbench_form/long_dev/subject_consistency"].clip_seconds == 2.0
-
-
-def test_an_unknown_group_is_refused():
-    with pytest.raises(ValueError, match="unknown group of metrics 'short'; known: vbench, long"):
-        make_metrics(stubs(), groups=("short",))
-    assert GROUPS[:2] == BOTH
 
 
 def test_a_prompt_counts_for_its_own_dimensions_alone():
@@ -279,8 +263,7 @@ def test_prompts_that_change_are_each_held_against_their_own_frames():
     frames = np.concatenate([moving_squares(9, seed=seed) for seed in range(3)])
     texts = ("a red square", "a green square", "a blue square")
     segments = tuple(Segment(start_s=9 * i / 4, end_s=9 * (i + 1) / 4, prompt=text) for i, text in enumerate(texts))
-    metrics = [_SegmentAlignment(Stub("s"))]
-    assert any(isinstance(metric, _SegmentAlignment) for metric in make_metrics(stubs(), groups=("vbench",))[0])
+    metrics = [m for m in make_metrics(stubs(), groups=("vbench",))[0] if SEGMENTS in m.specs[0].name]
     (score,) = scores(metrics, frames, segments=segments).values()
     # Each stretch as a video of its own, with its own prompt.
     alone = [
@@ -293,4 +276,3 @@ def test_prompts_that_change_are_each_held_against_their_own_frames():
     late = (*segments[:2], Segment(start_s=90.0, end_s=99.0, prompt="never"))
     assert len(next(iter(scores(metrics, frames, segments=late).values())).windows) == 2
     assert next(iter(scores(metrics, frames).values())).skipped == "the video has one prompt"
-    assert "proxy/segment_alignment" in make_metrics(stubs(without=("viclip",)), groups=("vbench",))[1]

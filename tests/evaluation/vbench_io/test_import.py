@@ -8,7 +8,7 @@ import pytest
 
 from longtake.evaluation.metric import MetricSpec, Score
 from longtake.evaluation.records import RunScores, VideoScores, read_manifest
-from longtake.evaluation.scores import QUALITY, SEMANTIC, quality7, total
+from longtake.evaluation.scores import QUALITY, SEMANTIC, TOTALS
 from longtake.evaluation.vbench_io import (
     import_results,
     merge_imported,
@@ -111,8 +111,8 @@ def test_totals_of_imported_scores_are_the_official_ones(golden, write):
     content["imaging quality"] = [raw["imaging quality"], _short([100 * raw["imaging quality"]] * 2)[1]]
     values = official_values(import_results([write(content)]))
     assert set(values) == {f"vbench/{name}" for name in {**QUALITY, **SEMANTIC}}
-    assert quality7(values)[0] == pytest.approx(golden["total_score"]["quality"], abs=1e-9)
-    assert total(values)[0] == pytest.approx(golden["total_score"]["total"], abs=1e-9)
+    assert TOTALS["quality7"](values)[0] == pytest.approx(golden["total_score"]["quality"], abs=1e-9)
+    assert TOTALS["total"](values)[0] == pytest.approx(golden["total_score"]["total"], abs=1e-9)
 
 
 def test_short_results_become_metrics_of_the_run(write, run):
