@@ -56,10 +56,7 @@ def check_golden(folder: Path, backbones: Backbones) -> list[_Check]:
 
 
 def _golden_scores(scores: Mapping[str, Score], folder: str = "") -> dict[str, Score]:
-    """{dimension: score} of the metrics ``vbench/FOLDER...`` and ``vbench_form/FOLDER...[...]``.
-
-    ``folder`` is ``""`` for whole videos, ``"long/"`` or ``"long_dev/"`` for VBench-Long.
-    """
+    """{dimension: score} of the metrics ``vbench/FOLDER...`` and ``vbench_form/FOLDER...[...]``."""
     stems = {name.partition("/")[2].partition("[")[0]: score for name, score in scores.items()}
     return {name: stems[folder + name] for name in DIMENSIONS if folder + name in stems}
 
@@ -73,7 +70,6 @@ def _equal(name: str, expected: Any, got: Any) -> _Check:
 
 
 def _videos(folder: Path, golden: Mapping[str, Any], backbones: Backbones) -> Iterator[_Check]:
-    """The decoded bytes and every dimension of every video whose file is there."""
     metrics, _ = make_metrics(backbones, groups=("vbench",))
     scorer = backbones.get("musiq")
     for name, expected in golden.items():
@@ -99,19 +95,18 @@ def _dimension(name: str, dimension: str, golden: Mapping[str, Any], score: Scor
     value = None if score is None else score.value
     if dimension == "imaging_quality":
         yield _near(f"{name}, longer", golden["imaging_quality_raw_0_100"]["longer"], value)
-    elif dimension == "dynamic_degree":
-        details = {} if score is None else score.details
-        for key, expected in golden[dimension].items():
-            got = details.get(key)
-            if key == "pair_scores_first5":
-                for index, item in enumerate(expected):
-                    yield _near(f"{name}, pair {index}", item, None if got is None else got[index])
-            elif isinstance(expected, float):
-                yield _near(f"{name}, {key}", expected, got)
-            else:
-                yield _equal(f"{name}, {key}", expected, got)
-    else:
+        return
+    if dimension != "dynamic_degree":
         yield _near(name, golden[dimension], value)
+        return
+    details = {} if score is None else score.details
+    for key, expected in golden[dimension].items():
+        got = details.get(key)
+        if key == "pair_scores_first5":
+            for index, item in enumerate(expected):
+                yield _near(f"{name}, pair {index}", item, None if got is None else got[index])
+        else:
+            yield (_near if isinstance(expected, float) else _equal)(f"{name}, {key}", expected, got)
 
 
 def _samplings(golden: Mapping[str, Any]) -> Iterator[_Check]:

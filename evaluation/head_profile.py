@@ -73,7 +73,6 @@ class _Watched(Full):
     profile: HeadProfile = field(compare=False)
 
     def start(self, geometry: Geometry) -> "_WatchedState":
-        """Make the empty state of one rollout."""
         return _WatchedState(self, geometry)
 
 
@@ -90,7 +89,6 @@ class _WatchedState(FrameState):
         )
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Measure, and store."""
         self._origin = pass_.start_frame if self._origin is None else self._origin
         profile = self._profile
         if self._origin + profile.num_skipped < pass_.start_frame - profile.num_recent:

@@ -14,12 +14,7 @@ def clip_ranges(num_frames: int, fps: float, seconds: int = 2) -> list[tuple[int
     """Cut a video into clips as VBench-Long does: (first frame, number of frames) of each, in order.
 
     A clip has ``int(fps) * seconds`` frames. What is left at the end becomes a clip of the same length that starts
-    in the clip before; a video shorter than one clip is one clip.
-
-    Args:
-        num_frames: Of the video, at least 1.
-        fps: Frames per second, at least 1; its fraction is dropped.
-        seconds: Length of a clip.
+    in the clip before; a video shorter than one clip is one clip. ``fps`` is at least 1; its fraction is dropped.
 
     Source: VBench-Long, ``split_video_into_clips`` (commit 45e79ec).
     """
@@ -43,7 +38,7 @@ def middle(num_samples: int, num_frames: int) -> list[int]:
 
 
 def stride_for_8fps(fps: float) -> int:
-    """Every how many frames to look for about eight frames a second, as VBench's dynamic degree does.
+    """Stride to look at about eight frames a second, as VBench's dynamic degree does.
 
     Rounds a half to the even neighbour, as VBench does: 20 frames per second give 2, not 3.
     """
@@ -54,8 +49,9 @@ Loader = Literal["float", "uint8"]  # VBench's way to read the video before a tr
 MusiqMode = Literal["longer", "shorter", "shorter_centercrop", "None"]
 """VBench's ``imaging_quality_preprocessing_mode``; its default is ``longer``."""
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and deviation of the channels
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 MUSIQ_SIDE = 512
 
 
@@ -72,7 +68,7 @@ def to_tensor(frames: np.ndarray) -> Tensor:
 
 def dino_transform(frames: np.ndarray, *, side: int = 224) -> Tensor:
     """Shorter side to ``side`` (bilinear), no crop, ImageNet's mean and deviation: for DINO."""
-    return _each(frames, lambda image: _imagenet(_shorter_side(image, side, mode="bilinear")))
+    return _each(frames, lambda image: _normalise(_shorter_side(image, side, mode="bilinear"), IMAGENET))
 
 
 def clip_transform(frames: np.ndarray, *, side: int = 224, loader: Loader = "float") -> Tensor:
@@ -84,7 +80,7 @@ def clip_transform(frames: np.ndarray, *, side: int = 224, loader: Loader = "flo
     def transform(image: Tensor) -> Tensor:
         image = _shorter_side(image, side, mode="bicubic")
         image = image.clamp_(0.0, 255.0).round_() if loader == "uint8" else image
-        return _normalise(_centre_crop(image, side), CLIP_MEAN, CLIP_STD)
+        return _normalise(_centre_crop(image, side), CLIP)
 
     return _each(frames, transform)
 
@@ -96,7 +92,7 @@ def dinov2_transform(frames: np.ndarray, *, side: int = 224) -> Tensor:
     """
 
     def transform(image: Tensor) -> Tensor:
-        return _imagenet(_centre_crop(_shorter_side(image, 256, mode="bicubic", antialias=True), side))
+        return _normalise(_centre_crop(_shorter_side(image, 256, mode="bicubic", antialias=True), side), IMAGENET)
 
     return _each(frames, transform)
 
@@ -124,11 +120,9 @@ def musiq_transform(frames: np.ndarray, *, mode: MusiqMode = "longer") -> Tensor
 def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int, int, int]]:
     """Repeat the edges until both sides are multiples, the odd pixel at the right and at the bottom.
 
-    RAFT takes multiples of 8, AMT of 16.
-
     Args:
         images: (B, C, H, W).
-        multiple: Of pixels.
+        multiple: Of pixels; RAFT takes 8, AMT 16.
 
     Returns:
         (B, C, H', W') and the padding (left, right, top, bottom), which :func:`unpad` takes away again.
@@ -168,10 +162,6 @@ def _centre_crop(images: Tensor, side: int) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
-def _imagenet(images: Tensor) -> Tensor:
-    return _normalise(images, IMAGENET_MEAN, IMAGENET_STD)
-
-
-def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    shape = (1, 3, 1, 1)
-    return (images / 255.0 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+def _normalise(images: Tensor, statistics: Statistics) -> Tensor:
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in statistics)
+    return (images / 255.0 - mean) / deviation

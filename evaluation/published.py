@@ -46,10 +46,10 @@ _TABLE_KEYS = {"id", "source", "protocol", "seconds", "tag", "note", "columns", 
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """A printed number and how it came here (a key of :data:`TAGS`)."""
+    """A printed number."""
 
     value: float
-    tag: str
+    tag: str  # key of :data:`TAGS`: origin of the number
 
 
 @dataclass(frozen=True, kw_only=True)

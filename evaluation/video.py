@@ -4,10 +4,10 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,8 +18,6 @@ from longtake.pipelines.video_file import StreamFacts, probe, read_frames
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PIECE_FRAMES = 16
-_T = TypeVar("_T")
-_Arguments = ParamSpec("_Arguments")
 
 
 class VideoSource:
@@ -50,9 +48,7 @@ class VideoSource:
     def open(cls, path: Path | str, *, fps: float | None = None) -> "VideoSource":
         """Open a video file, a GIF, or a folder of frames (PNG or JPEG, in natural order of their names).
 
-        Args:
-            path: The file or folder.
-            fps: Frames per second; needed for a folder. For a file it replaces what the file says.
+        ``fps``, frames per second, is needed for a folder. For a file it replaces what the file says.
 
         Raises:
             ValueError: If it cannot be read, has no frames, states no rate, or frames of a folder differ in size.
@@ -63,12 +59,16 @@ class VideoSource:
         if path.is_dir():
             paths = _images(path)
             facts = _folder_facts(path, paths, fps)
-            read, sha256 = partial(_read_images, paths), partial(_folder_sha256, paths)
-            return cls(facts, read=read, sha256=sha256, path=path)
+            return cls(facts, read=partial(_read_images, paths), sha256=partial(_folder_sha256, paths), path=path)
         if not path.is_file():
             raise ValueError(f"no video at {path}: give a video file or a folder of frames")
         facts = probe(path) if fps is None else replace(probe(path), fps=fps)
-        return cls(facts, read=partial(_read_file, path, facts), sha256=partial(_file_sha256, path), path=path)
+        return cls(
+            facts,
+            read=lambda length: read_frames(path, facts, length=length),
+            sha256=partial(_file_sha256, path),
+            path=path,
+        )
 
     @classmethod
     def from_array(cls, frames: np.ndarray, fps: float) -> "VideoSource":
@@ -89,9 +89,6 @@ class VideoSource:
 
     def pieces(self, length: int = PIECE_FRAMES) -> Iterator[np.ndarray]:
         """The frames in order, from the start at every call; no more than two pieces are in memory.
-
-        Args:
-            length: Frames per piece; the last may be shorter.
 
         Yields:
             (F <= length, H, W, 3) uint8 RGB; not to be written to.
@@ -128,28 +125,42 @@ def measure(source: VideoSource, info: VideoInfo, metrics: Sequence[Metric]) -> 
             f"has {source.num_frames} of {source.width}x{source.height}: correct its manifest line, or make the video "
             "again"
         )
-    meters = [_guarded(metric, info, metric.start, info) for metric in metrics]
+    meters = []
+    for metric in metrics:
+        with _blamed(metric, info):
+            meters.append(metric.start(info))
     for piece in source.pieces():
         for metric, meter in zip(metrics, meters, strict=True):
-            _guarded(metric, info, meter.push, piece)
+            with _blamed(metric, info):
+                meter.push(piece)
     scores: dict[str, Score] = {}
     for metric, meter in zip(metrics, meters, strict=True):
-        found = _guarded(metric, info, meter.finish)
-        promised = {spec.name for spec in metric.specs}
-        if found.keys() != promised:
-            raise RuntimeError(
-                f"{_names(metric)} on video {info.id!r}: missing {sorted(promised - found.keys())}, "
-                f"not promised {sorted(found.keys() - promised)}"
-            )
+        with _blamed(metric, info):
+            found, promised = meter.finish(), {spec.name for spec in metric.specs}
+            if found.keys() != promised:
+                raise RuntimeError(
+                    f"missing {sorted(promised - found.keys())}, not promised {sorted(found.keys() - promised)}"
+                )
         scores |= found
     return scores
+
+
+@contextmanager
+def _blamed(metric: Metric, info: VideoInfo) -> Iterator[None]:
+    """Name the metric and the video in what it raises."""
+    try:
+        yield
+    except Exception as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        name = metric.specs[0].name if metric.specs else type(metric).__name__
+        more = f" and {len(metric.specs) - 1} more" if len(metric.specs) > 1 else ""
+        raise kind(f"metric {name}{more} on video {info.id!r}: {error}") from error
 
 
 def find_videos(folder: Path | str) -> list[Path]:
     """The videos in a folder, in natural order: files by their endings, and folders that hold frames.
 
-    A folder that itself holds frames and no videos is one video. Hidden names are passed over; nothing below the
-    folder's own entries is looked at.
+    A folder that itself holds frames and no videos is one video. Hidden names are passed over.
 
     Raises:
         ValueError: If there is no such folder.
@@ -168,10 +179,6 @@ def _natural_key(path: Path) -> tuple[list[tuple[int, str]], str]:
     """Sort by name with numbers by their value: frame 2 before frame 10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part.casefold()) for part in parts], path.name
-
-
-def _read_file(path: Path, facts: StreamFacts, length: int) -> Iterator[np.ndarray]:
-    return read_frames(path, facts, length=length)
 
 
 def _file_sha256(path: Path) -> str:
@@ -238,23 +245,3 @@ def _is_video(path: Path) -> bool:
 def _is_frame_folder(path: Path) -> bool:
     """A folder with videos in it is a run with a contact sheet, not a video in frames."""
     return path.is_dir() and bool(_images(path)) and not any(_is_video(entry) for entry in path.iterdir())
-
-
-def _guarded(
-    metric: Metric,
-    info: VideoInfo,
-    function: Callable[_Arguments, _T],
-    *arguments: _Arguments.args,
-    **options: _Arguments.kwargs,
-) -> _T:
-    """Call into a metric; what it raises names it and the video."""
-    try:
-        return function(*arguments, **options)
-    except Exception as error:
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        raise kind(f"{_names(metric)} on video {info.id!r}: {error}") from error
-
-
-def _names(metric: Metric) -> str:
-    more = f" and {len(metric.specs) - 1} more" if len(metric.specs) > 1 else ""
-    return f"metric {metric.specs[0].name if metric.specs else type(metric).__name__}{more}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longtake.evaluation.backbones.base import Backbones
-from longtake.evaluation.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from longtake.evaluation.preprocessing import IMAGENET
 
 MIN_SIDE = 16  # pixels: OpenCV's coarsest level needs a patch of 8 at half size
 LUMA = (0.299, 0.587, 0.114)
@@ -196,7 +196,7 @@ class _HogHist(_Classical):
     def encode(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)}: give (batch, 3, height, width)")
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in IMAGENET)
         small = functional.adaptive_avg_pool2d(images.float(), GRID) * std + mean
         layout = functional.adaptive_avg_pool2d(small, 4).flatten(1) - 0.5
         parts = [_colours(small), layout, _orientations(small)]

@@ -33,7 +33,6 @@ from longtake.evaluation.mini_world.judge import (
     WEIGHTS,
     ClipJudge,
     expected_verdict,
-    is_right,
     load_judge,
     resize_frames,
     verdicts,
@@ -68,44 +67,35 @@ MIN_SEEN = 0.5  # share of the background that has to be seen for it to be compa
 NUM_KNOWN = 256  # scenes of the suite that are known by their captions
 
 
-def _spec(
-    name: str, description: str, *, unit: str = "share", top: float | None = 1.0, higher_is_better: bool | None = True
-) -> MetricSpec:
-    return MetricSpec(
-        name=f"judge/{name}",
-        higher_is_better=higher_is_better,
-        unit=unit,
-        range=(0.0, top),
-        backbone="longtake judge",
-        description=description,
-    )
-
-
-def _accuracy(name: str, what: str) -> MetricSpec:
-    return _spec(name, f"Share of the windows in which the judge sees {what}.")
+def _spec(name: str, description: str, **changes: Any) -> MetricSpec:
+    facts: dict[str, Any] = {"higher_is_better": True, "unit": "share", "range": (0.0, 1.0)}
+    return MetricSpec(name=f"judge/{name}", backbone="longtake judge", description=description, **{**facts, **changes})
 
 
 SPECS = (
-    *(_accuracy(name, f"the caption's {name}") for name in ACCURACIES),
-    _accuracy(MEAN_OF_SIX, "what the caption says, mean over " + ", ".join(ACCURACIES)),
-    _accuracy("one_object", "one object, as the caption says"),
+    *(_spec(name, f"Share of the windows in which the judge sees the caption's {name}.") for name in ACCURACIES),
+    _spec(
+        MEAN_OF_SIX,
+        f"Share of the windows in which the judge sees what the caption says, mean over {', '.join(ACCURACIES)}.",
+    ),
+    _spec("one_object", "Share of the windows in which the judge sees one object, as the caption says."),
     _spec(
         "background_psnr",
         "Background of each window against that of the first, still cameras only.",
         unit="dB",
-        top=MAX_PSNR,
+        range=(0.0, MAX_PSNR),
     ),
     _spec(
         "revisit_psnr",
         "Each view against the same view a camera round trip or more before, panning cameras only.",
         unit="dB",
-        top=MAX_PSNR,
+        range=(0.0, MAX_PSNR),
     ),
     _spec(
         "motion_magnitude",
         "Pixels that change visibly within a quarter of a second, over those of the true scene.",
         unit="ratio",
-        top=None,
+        range=(0.0, None),
         higher_is_better=None,
     ),
     _spec("object_present", "Share of the frames that show an object, unless the caption lets it leave or hide."),
@@ -121,9 +111,7 @@ def _bright_mask(frames: Tensor) -> Tensor:
 def _median_background(frames: Tensor) -> tuple[Tensor, Tensor]:
     """Take the per-pixel median of (frames, 3, H, W) over the frames in which no object covers the pixel.
 
-    Returns:
-        (3, H, W) median, over all frames where an object always covers the pixel; and (H, W) bool, True where the
-        background was seen.
+    Over all frames where an object always covers it; the second is (H, W) bool, True where the background was seen.
     """
     covered = _bright_mask(frames)
     seen = ~covered.all(dim=0)[0]
@@ -166,8 +154,7 @@ def _presence(frames: Tensor) -> float:
 def _revisit_psnr(earlier: Tensor, later: Tensor) -> float:
     """Compare (frames, 3, H, W) views with their first visits, objects left out, at the best of a few shifts.
 
-    Returns:
-        Mean over the frames, dB; NaN where objects leave no background to compare.
+    It is the mean over the frames, dB; NaN where objects leave no background to compare.
     """
     width = later.shape[-1]
     free_earlier, free_later = ~_bright_mask(earlier)[:, 0], ~_bright_mask(later)[:, 0]
@@ -211,22 +198,22 @@ class _WindowMeter:
         return self.look_at(resize_frames(frames[skipped::FRAME_STRIDE]).clamp(0.0, 1.0))
 
     def look_at(self, frames: Tensor) -> list[dict[str, float]]:
-        """The same for (F, 3, 64, 64) frames a quarter of a second apart."""
+        """Do the same with (F, 3, 64, 64) frames a quarter of a second apart."""
         self._waiting.extend(frames)
         rows = []
         while len(self._waiting) >= CLIP_FRAMES:
-            clip = torch.stack(self._waiting[:CLIP_FRAMES])
+            rows.append(self._measure(torch.stack(self._waiting[:CLIP_FRAMES])))
             del self._waiting[:CLIP_FRAMES]
-            rows.append(self._measure(clip))
             self._num_windows += 1
         return rows
 
     def _measure(self, clip: Tensor) -> dict[str, float]:
         (verdict,) = verdicts(self._judge, clip[None])
         expected = self._expected
+        is_right = {name: float(verdict[name] == wanted) for name, wanted in expected.items()}
         return {
-            **{name: is_right(verdict, expected, name) for name in ACCURACIES},
-            "one_object": is_right(verdict, expected, "count") if expected["count"] == "one" else nan,
+            **{name: is_right.get(name, nan) for name in ACCURACIES},
+            "one_object": is_right["count"] if expected["count"] == "one" else nan,
             "background_psnr": nan if self._round_trip else self._background_measure(clip),
             "revisit_psnr": self._revisit_measure(clip) if self._round_trip else nan,
             "motion_magnitude": _motion_share(clip) / self._true_motion,
@@ -252,23 +239,15 @@ class JudgeMetric:
 
     A caption does not say how large an object is or where a texture begins, and the amount of true motion depends on
     it. Captions of the suite ``moving_scenes`` have a known scene; for others a middling one stands in.
-
-    Args:
-        scenes: {caption: scene} that are known; those of the suite when None.
     """
 
-    def __init__(self, scenes: Mapping[str, Scene] | None = None) -> None:
-        self._scenes = scenes
+    def __init__(self) -> None:
         sha256 = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
         self.specs = tuple(replace(spec, weights_sha256=sha256) for spec in SPECS)
 
     def start(self, video: VideoInfo) -> "_JudgeMeter":
         """A meter for one video; one that is not of the bundled world gets scores without values."""
-        reason = _why_not(video)
-        if reason is not None:
-            return _JudgeMeter(video, None, reason=reason)
-        given = (_suite_scenes() if self._scenes is None else self._scenes).get(video.prompt)
-        return _JudgeMeter(video, given or _middling_scene(video.prompt), is_given=given is not None)
+        return _JudgeMeter(video)
 
 
 _judge = cache(load_judge)
@@ -298,18 +277,14 @@ def _why_not(video: VideoInfo) -> str | None:
 
 
 def _is_caption(prompt: str) -> bool:
-    """Whether a prompt is in the words of the bundled world and says all that its captions say."""
+    """A prompt is in the words of the bundled world and says all that its captions say."""
     try:
         found = parse_caption(prompt)
     except ValueError:
         return False
     actors = [found] if found["second"] is None else [found, found["second"]]
-    said = [
-        found["background"],
-        found["texture"],
-        *(a[name] for a in actors for name in ("shape", "colour", "motion")),
-    ]
-    return None not in said
+    said = [actor[name] for actor in actors for name in ("shape", "colour", "motion")]
+    return None not in (found["background"], found["texture"], *said)
 
 
 def _middling_scene(caption: str) -> Scene:
@@ -319,13 +294,10 @@ def _middling_scene(caption: str) -> Scene:
     return Scene(
         actor=_middling_actor(found, row=None if second is None else 0),
         second=None if second is None else _middling_actor(second, row=1),
-        background=found["background"],
-        texture=found["texture"],
+        **{name: found[name] for name in ("background", "texture", "camera", "event")},
         texture_x=0.0,
         texture_y=0.0,
-        camera=found["camera"],
         camera_phase=0.0,
-        event=found["event"],
         landmarks=(),
         says_speed=found["speed"] is not None,
     )
@@ -333,9 +305,7 @@ def _middling_scene(caption: str) -> Scene:
 
 def _middling_actor(found: Mapping[str, Any], *, row: int | None) -> Actor:
     return Actor(
-        shape=found["shape"],
-        colour=found["colour"],
-        motion=found["motion"],
+        **{name: found[name] for name in ("shape", "colour", "motion")},
         speed=found["speed"] or "slowly",
         radius=11.25 if row is None else 8.25,
         phase=0.0,
@@ -361,22 +331,23 @@ def _scene_periods(caption: str) -> list[float]:
 
 
 class _JudgeMeter:
-    """Judges a video by the true scene it was made from, or by one that stands in; without a scene says the reason."""
+    """Judges a video by the true scene it was made from, or by one that stands in."""
 
-    def __init__(self, video: VideoInfo, scene: Scene | None, *, is_given: bool = False, reason: str = "") -> None:
-        self._video, self._is_given, self._reason = video, is_given, reason
-        self._meter = _WindowMeter(_judge(), scene) if scene is not None else None
+    def __init__(self, video: VideoInfo) -> None:
+        self._prompt, self._reason = video.prompt, _why_not(video)
         self._rows: list[dict[str, float]] = []
+        if self._reason is None:
+            known = _suite_scenes().get(video.prompt)
+            self._is_known = known is not None
+            self._meter = _WindowMeter(_judge(), known or _middling_scene(video.prompt))
 
     def push(self, frames: np.ndarray) -> None:
-        """Take the next frames, (F, H, W, 3) uint8."""
-        if self._meter is not None:
+        if self._reason is None:
             pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255.0
             self._rows.extend(self._meter.push(pixels))
 
     def finish(self) -> dict[str, Score]:
-        """Means over the whole windows, with their curves."""
-        if self._meter is None:
+        if self._reason is not None:
             return {spec.name: Score.none(self._reason) for spec in SPECS}
         for row in self._rows:
             row[MEAN_OF_SIX] = sum(row[name] for name in ACCURACIES) / len(ACCURACIES)
@@ -393,40 +364,34 @@ class _JudgeMeter:
             return Score.none("does not apply to this caption, or needs a longer video")
         details: dict[str, Any] = {}
         if measure == "motion_magnitude":
-            details = {
-                "true_scene": "known" if self._is_given else "middling",
-                "scene_periods_s": _scene_periods(self._video.prompt),
-            }
+            scene = "known" if self._is_known else "middling"
+            details = {"true_scene": scene, "scene_periods_s": _scene_periods(self._prompt)}
         return Score(value=sum(values) / len(values), windows=windows, details=details)
 
 
-def _forgotten(scene: Scene, *, seed: int) -> Scene:
-    """Another scene with the same caption and the same camera: other texture phase, other landmarks."""
-    rng = np.random.default_rng([seed, round(1000 * scene.texture_x)])
-    other = sample_scene(rng)
-    while bool(other.landmarks) != bool(scene.landmarks):
-        other = sample_scene(rng)
-    return replace(scene, texture_x=other.texture_x, texture_y=other.texture_y, landmarks=other.landmarks)
-
-
 def _with_amnesia(scene: Scene, *, num_frames: int, seed: int = 0) -> tuple[Tensor, int]:
-    """Render the looked-at frames of a video that turns into :func:`_forgotten` once everything has been seen.
+    """Render the looked-at frames of a video that turns into another scene once everything has been seen.
+
+    That has the same caption and the same camera, but another texture phase and other landmarks.
 
     Returns:
         (frames, 3, 64, 64), and the first window after the change.
     """
+    rng = np.random.default_rng([seed, round(1000 * scene.texture_x)])
+    other = sample_scene(rng)
+    while bool(other.landmarks) != bool(scene.landmarks):
+        other = sample_scene(rng)
+    forgotten = replace(scene, texture_x=other.texture_x, texture_y=other.texture_y, landmarks=other.landmarks)
     window = int(-(-max(CLIP_SECONDS, CAMERAS[scene.camera]) // CLIP_SECONDS))
     change = window * WINDOW_FRAMES
-    after = _sampled_scene(_forgotten(scene, seed=seed), num_frames, start=change)
+    after = _sampled_scene(forgotten, num_frames, start=change)
     return torch.cat([_sampled_scene(scene, change), after]), window
 
 
 def _truth_levels(judge: ClipJudge, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
     """Measure the true scenes of a study's prompts for 20 seconds.
 
-    Returns:
-        ``{"true scene": {measure: mean}, "forgotten": {memory measure: mean}}``; the second is the level that a
-        video reaches when it keeps to its caption and remembers nothing else.
+    ``forgotten`` is the level that a video reaches when it keeps to its caption and remembers nothing else.
     """
     num_frames = 20 * FPS
     true: list[dict[str, float]] = []
@@ -445,17 +410,12 @@ def _means(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[st
 
 def reference_levels(folder: Path, prompts: Sequence[int], *, prompt_seed: int) -> dict[str, dict[str, float]]:
     """Levels of the true scenes of some prompts; measured once, then read from ``levels.json`` in ``folder``."""
-    judge = load_judge()
     settings = json.dumps({"prompts": list(prompts), "prompt_seed": prompt_seed}, sort_keys=True)
-    digest = hashlib.sha256(settings.encode())
-    for name, tensor in sorted(judge.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    key = digest.hexdigest()[:12]
+    key = hashlib.sha256(settings.encode() + WEIGHTS.read_bytes()).hexdigest()[:12]
     path = folder / "levels.json"
     if path.is_file() and (known := json.loads(path.read_text()))["key"] == key:
         return known["levels"]
     scenes = held_back_scenes(prompts[-1] + 1, seed=prompt_seed)
-    levels = _truth_levels(judge, [scenes[index] for index in prompts])
+    levels = _truth_levels(_judge(), [scenes[index] for index in prompts])
     path.write_text(json.dumps({"key": key, "levels": levels}, indent=1) + "\n")
     return levels

@@ -118,14 +118,13 @@ def _stillness(track: Track) -> list[Score]:
 
 
 def _static_share(track: Track, stillness: _Stillness) -> Score:
-    # The first step has nothing before it to be compared with.
-    judged = stillness.is_still[1:]
     means = WindowMeans(track.video)
-    for index, still in enumerate(judged, start=1):
+    # The first step has nothing before it to be compared with.
+    for index, still in enumerate(stillness.is_still[1:], start=1):
         means.add(index * stillness.step, float(still))
     is_one_picture = stillness.tail_frames == track.num_frames
     details = {"seconds": track.num_frames / track.fps, "is_one_picture": is_one_picture}
-    return Score(value=float(judged.mean()), windows=means.windows(), details=details)
+    return Score(value=float(stillness.is_still[1:].mean()), windows=means.windows(), details=details)
 
 
 def _frozen_tail(track: Track, stillness: _Stillness) -> Score:
@@ -147,8 +146,11 @@ def _duplicates(track: Track) -> Score:
     means = WindowMeans(track.video)
     for index, is_duplicate in enumerate(track.is_duplicate[1:], start=1):
         means.add(index, float(is_duplicate))
-    details = {"num_duplicates": int(track.is_duplicate.sum())}
-    return Score(value=float(track.is_duplicate[1:].mean()), windows=means.windows(), details=details)
+    return Score(
+        value=float(track.is_duplicate[1:].mean()),
+        windows=means.windows(),
+        details={"num_duplicates": int(track.is_duplicate.sum())},
+    )
 
 
 STILLNESS = TrackMeasure(
@@ -241,7 +243,7 @@ def _pictures(track: Track) -> np.ndarray:
 
 
 def _repeats(pictures: np.ndarray, limits: np.ndarray, periods: range) -> np.ndarray:
-    """(periods, T) bool: is the frame so many frames before it the same, to within the limits of both."""
+    """(periods, T) bool: the frame so many frames before it is the same, to within the limits of both."""
     found = np.zeros((len(periods), len(pictures)), dtype=bool)
     power = np.square(pictures).mean(axis=1)
     for start in range(0, len(pictures) if periods else 0, BLOCK):
@@ -382,6 +384,7 @@ occluded (Sundaram, Brox and Keutzer 2010)."""
 LEAST_SEEN = 0.05
 """Share of the picture; where less finds its way back, the flow has found nothing and nothing is warped."""
 
+# Before the estimator's name is added to theirs.
 FLOW_SPECS = (
     MetricSpec.proxy(
         "flow_magnitude_mean",
@@ -409,7 +412,6 @@ FLOW_SPECS = (
         higher_is_better=None,
     ),
 )
-"""Before the estimator's name is added to theirs."""
 
 
 class FlowMetric:
@@ -467,9 +469,8 @@ class _FlowMeter(StillMeter):
     def finish(self) -> Mapping[str, Score]:
         mean, top, error = self._means.mean(), self._tops.mean(), self._errors.mean()
         if mean is None or top is None or error is None:
-            reason = "needs two frames an eighth of a second apart"
-            if self._is_too_small:
-                reason = f"optical flow needs frames of {MIN_SIDE} pixels a side"
+            small = f"optical flow needs frames of {MIN_SIDE} pixels a side"
+            reason = small if self._is_too_small else "needs two frames an eighth of a second apart"
             return {name: Score.none(reason) for name in self._names}
         side = min(self.video.height, self.video.width)
         scores = (

@@ -130,7 +130,7 @@ def resize_frames(frames: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def verdicts(judge: ClipJudge, clips: Tensor) -> list[dict[str, str]]:
-    """Name what each of the (batch, CLIP_FRAMES, 3, 64, 64) clips in [0, 1] shows: one {attribute: name} per clip."""
+    """Name contents of (batch, CLIP_FRAMES, 3, 64, 64) clips in [0, 1]: one {attribute: name} per clip."""
     logits, _ = judge(clips.clamp(0.0, 1.0))
     chosen = {name: value.argmax(dim=1).tolist() for name, value in logits.items()}
     return [{name: ATTRIBUTES[name][rows[clip]] for name, rows in chosen.items()} for clip in range(len(clips))]
@@ -144,8 +144,3 @@ def expected_verdict(prompt: Mapping[str, Any]) -> dict[str, str]:
     named = {name: prompt[name] for name in ATTRIBUTES if name != "count"}
     named["count"] = "one" if prompt["second"] is None else "two"
     return {name: value for name, value in named.items() if value is not None}
-
-
-def is_right(verdict: Mapping[str, str], expected: Mapping[str, str], attribute: str) -> float:
-    """1.0 or 0.0, or NaN where the caption does not mention the attribute."""
-    return float(verdict[attribute] == expected[attribute]) if attribute in expected else float("nan")

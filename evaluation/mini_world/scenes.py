@@ -86,8 +86,8 @@ class Scene:
     second: Actor | None
     background: str
     texture: str  # plain, gradient, striped or checkered
-    texture_x: float  # horizontal phase of the texture, pixels of a 64-pixel frame
-    texture_y: float  # vertical phase of the texture, same unit
+    texture_x: float  # phase of the texture, pixels of a 64-pixel frame
+    texture_y: float
     camera: str  # still, panning slowly or panning quickly
     camera_phase: float  # start of the pan, radians
     event: str  # none, leaves or hides
@@ -120,16 +120,13 @@ def _sample_actor(rng: np.random.Generator, *, row: int | None, taken: str | Non
     )
 
 
-def _sample_landmarks(rng: np.random.Generator) -> tuple[_Landmark, ...]:
-    return tuple(
-        _Landmark(
-            kind=_choice(rng, LANDMARK_KINDS),
-            tint=int(rng.integers(len(LANDMARK_TINTS))),
-            x=12.0 + 25.0 * column + float(rng.uniform(-6.0, 6.0)),
-            y=float(rng.uniform(10.0, 54.0)),
-            radius=float(rng.uniform(5.0, 7.5)),
-        )
-        for column in range(5)
+def _sample_landmark(rng: np.random.Generator, column: int) -> _Landmark:
+    return _Landmark(
+        kind=_choice(rng, LANDMARK_KINDS),
+        tint=int(rng.integers(len(LANDMARK_TINTS))),
+        x=12.0 + 25.0 * column + float(rng.uniform(-6.0, 6.0)),
+        y=float(rng.uniform(10.0, 54.0)),
+        radius=float(rng.uniform(5.0, 7.5)),
     )
 
 
@@ -158,13 +155,13 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         camera=camera,
         camera_phase=float(rng.uniform(0.0, 2.0 * np.pi)),
         event=event,
-        landmarks=() if camera == "still" else _sample_landmarks(rng),
+        landmarks=() if camera == "still" else tuple(_sample_landmark(rng, column) for column in range(5)),
         says_speed=bool(event == "none" and (pair or rng.random() < 0.85)),
     )
 
 
 def _is_held_back(scene: Scene) -> bool:
-    """Tell whether the scene's combination of prompted attributes is kept out of the training set."""
+    """Find that the scene's combination of prompted attributes is kept out of the training set."""
     first = (scene.actor.shape, scene.actor.colour, scene.actor.motion, scene.background, scene.texture)
     return zlib.crc32(" ".join(first).encode()) % HELD_BACK_SHARE == 0
 
@@ -241,15 +238,11 @@ def parse_caption(text: str) -> dict[str, Any]:
 
 def _camera_offset(scene: Scene, frame_indices: np.ndarray) -> np.ndarray:
     """Distance of the view from the left end of the strip, (F,) float64, pixels of a 64-pixel frame."""
-    period = CAMERAS[scene.camera]
     seconds = np.asarray(frame_indices, dtype=np.float64) / FPS
-    if period == 0.0:
+    if scene.camera == "still":
         return np.full(seconds.shape, PAN_RANGE / 2)
-    return PAN_RANGE / 2 * (1.0 + np.sin(2.0 * np.pi * seconds / period + scene.camera_phase))
-
-
-def _triangle_wave(angle: np.ndarray) -> np.ndarray:
-    return 2.0 / np.pi * np.arcsin(np.sin(angle))
+    angle = 2.0 * np.pi * seconds / CAMERAS[scene.camera] + scene.camera_phase
+    return PAN_RANGE / 2 * (1.0 + np.sin(angle))
 
 
 def trajectory(actor: Actor, frame_indices: np.ndarray, event: str) -> tuple[np.ndarray, np.ndarray]:
@@ -272,8 +265,9 @@ def trajectory(actor: Actor, frame_indices: np.ndarray, event: str) -> tuple[np.
         x = x + actor.reach * np.cos(angle)
         y = y + actor.reach * np.sin(angle)
     elif actor.motion == "bouncing":
-        x = x + actor.reach * _triangle_wave(angle)
-        y = y + actor.reach * _triangle_wave(1.6 * angle + 1.0)
+        # Triangle waves.
+        x = x + actor.reach * (2.0 / np.pi * np.arcsin(np.sin(angle)))
+        y = y + actor.reach * (2.0 / np.pi * np.arcsin(np.sin(1.6 * angle + 1.0)))
     else:
         radius = radius * (1.0 + 0.4 * np.sin(angle))
     return np.stack([x, y], axis=-1), radius
@@ -356,7 +350,7 @@ def _panorama(scene: Scene, size: int, columns_per_pixel: int) -> np.ndarray:
 def _backdrop(scene: Scene, frame_indices: np.ndarray, size: int) -> np.ndarray:
     """Background as the camera sees it, (1 or F, size, size, 3) float32; one frame when the camera is still."""
     columns_per_pixel = 4
-    offsets = _camera_offset(scene, frame_indices) if scene.camera != "still" else _camera_offset(scene, np.zeros(1))
+    offsets = _camera_offset(scene, np.zeros(1) if scene.camera == "still" else frame_indices)
     strip = _panorama(scene, size, columns_per_pixel)
     # A pixel sees the mean of its columns, wherever the view stands.
     width = strip.shape[1] - columns_per_pixel
@@ -378,8 +372,7 @@ def render(scene: Scene, frame_indices: np.ndarray, *, size: int = SIZE) -> np.n
     if size < 8:
         raise ValueError(f"size={size} is below 8 pixels: use 64, the size the mini model is trained at.")
     image = _backdrop(scene, frame_indices, size)
-    actors = [scene.actor] if scene.second is None else [scene.actor, scene.second]
-    for actor in actors:
+    for actor in [scene.actor] if scene.second is None else [scene.actor, scene.second]:
         alpha = coverage(actor, frame_indices, size, scene.event)[..., None]
         image = image + alpha * (np.asarray(COLOURS[actor.colour], dtype=np.float32) - image)
     if scene.event == "hides":

@@ -32,6 +32,10 @@ def measured(video, metric=None, **facts):
     return scores([metric or JudgeMetric()], video, range(13, len(video), 13), **{"fps": 16.0, **facts})
 
 
+def is_known(found):
+    return found["judge/motion_magnitude"].details["true_scene"]
+
+
 @pytest.mark.parametrize("scene", [STILL, PANNING], ids=["still", "panning"])
 def test_equals_the_drift_study(scene):
     video = render(scene, np.arange(200))
@@ -59,7 +63,7 @@ def test_true_scene_is_all_right():
     assert found["judge/mean_of_six"].value > 0.9
     assert found["judge/background_psnr"].value > 40
     assert found["judge/motion_magnitude"].value == pytest.approx(1.0, abs=0.1)
-    assert found["judge/motion_magnitude"].details["true_scene"] == "known"
+    assert is_known(found) == "known"
     wrong = measured(render(STILL, np.arange(160)), prompt=describe(PANNING))
     assert wrong["judge/mean_of_six"].value < found["judge/mean_of_six"].value
 
@@ -76,32 +80,24 @@ def test_true_scene_is_all_right():
     ],
 )
 def test_others_have_a_reason(facts, reason):
-    facts = dict(facts)
-    shape = facts.pop("shape", (96, 64, 64))
-    found = measured(np.zeros((*shape, 3), dtype=np.uint8), **facts)
+    shape = facts.get("shape", (96, 64, 64))
+    found = measured(np.zeros((*shape, 3), dtype=np.uint8), **{k: v for k, v in facts.items() if k != "shape"})
     assert found.keys() == {spec.name for spec in SPECS}
     assert all(score.value is None and reason in score.skipped for score in found.values())
 
 
-def test_suite_is_known_by_its_captions():
+def test_suite_is_known_by_its_captions_and_others_get_a_middling_scene():
     known = _suite_scenes()
     for prompt in _moving_scenes(24):
         assert describe(known[prompt.text]) == prompt.text
     assert known[describe(SCENES[0])] == SCENES[0]
-
-
-def test_other_captions_get_a_middling_scene():
-    metric = JudgeMetric(scenes={})
-    found = measured(render(STILL, np.arange(80)), metric, prompt=describe(STILL))
-    assert found["judge/motion_magnitude"].details["true_scene"] == "middling"
-    assert 0.5 < found["judge/motion_magnitude"].value < 2.0
-
-
-@pytest.mark.parametrize("scene", SCENES[:12], ids=range(12))
-def test_middling_scene_says_the_same(scene):
-    caption = describe(scene)
-    assert _is_caption(caption)
-    assert parse_caption(describe(_middling_scene(caption))) == parse_caption(caption)
+    other = next(s for s in held_back_scenes(40, seed=5) if s.camera == "still" and describe(s) not in known)
+    found = measured(render(other, np.arange(80)), prompt=describe(other))
+    assert is_known(found) == "middling" and 0.5 < found["judge/motion_magnitude"].value < 2.0
+    for scene in SCENES[:12]:
+        caption = describe(scene)
+        assert _is_caption(caption)
+        assert parse_caption(describe(_middling_scene(caption))) == parse_caption(caption)
 
 
 def test_true_scenes_raise_no_flags():
@@ -114,18 +110,18 @@ def test_true_scenes_raise_no_flags():
         assert _find_flags(found) == [], prompt
 
 
-def test_periods():
-    assert _scene_periods("a red circle swaying quickly over a navy plain background") == [2.0]
-    assert _scene_periods("a red circle swaying over a navy plain background with the camera panning slowly") == [
-        2.0,
-        4.0,
-        12.0,
-    ]
-    leaves = "a red circle swaying out of the frame and back over a navy plain background"
-    assert 5.0 in _scene_periods(leaves)
+@pytest.mark.parametrize(
+    ("caption", "periods"),
+    [
+        ("a red circle swaying quickly over a navy plain background", [2.0]),
+        ("a red circle swaying over a navy plain background with the camera panning slowly", [2.0, 4.0, 12.0]),
+        ("a red circle swaying out of the frame and back over a navy plain background", [2.0, 4.0, 5.0]),
+    ],
+)
+def test_periods(caption, periods):
+    assert _scene_periods(caption) == periods
 
 
 def test_specs_name_the_weights():
     specs = JudgeMetric().specs
     assert len({spec.weights_sha256 for spec in specs}) == 1 and len(specs[0].weights_sha256) == 64
-    assert all(spec.name.startswith("judge/") and spec.description for spec in specs)

@@ -9,9 +9,9 @@ from longtake.evaluation.metrics.judge import (
     MAX_PSNR,
     _masked_psnr,
     _sampled_scene,
-    _truth_levels,
     _WindowMeter,
     _with_amnesia,
+    reference_levels,
 )
 from longtake.evaluation.mini_world.judge import load_judge
 from longtake.evaluation.mini_world.scenes import held_back_scenes, render
@@ -41,7 +41,7 @@ def true_rows(judge, scenes):
     return [_measure(judge, scene, _video(scene)) for scene in scenes]
 
 
-def test_true_scenes_are_flat_in_every_measure(true_rows):
+def test_true_scenes_are_flat_and_rightly_judged_in_every_window(true_rows):
     for name in FLAT:
         values = _values(true_rows, name)
         assert len(values) > 10
@@ -49,24 +49,17 @@ def test_true_scenes_are_flat_in_every_measure(true_rows):
     motion = np.array([[row["motion_magnitude"] for row in rows] for rows in true_rows])
     assert np.abs(motion.mean(axis=0) - 1.0).max() < 0.03
     assert motion.min() > 0.8
-
-
-def test_accuracy_on_true_scenes_is_the_judges_own_in_every_window(true_rows):
     for name in ("shape", "colour", "background", "texture", "motion", "camera", "one_object"):
         by_window = np.array([[row[name] for row in rows] for rows in true_rows], dtype=float)
         assert np.nanmean(by_window, axis=0).min() >= 0.85, name
 
 
-def test_a_frozen_video_does_not_move(judge, still):
+def test_a_frozen_video_does_not_move_and_one_of_twice_the_speed_moves_more(judge, still):
     frozen = _video(still[0])[:1].expand(NUM_FRAMES, -1, -1, -1)
-    rows = _measure(judge, still[0], frozen)
-    assert all(row["motion_magnitude"] == 0.0 for row in rows)
+    assert all(row["motion_magnitude"] == 0.0 for row in _measure(judge, still[0], frozen))
     noisy = frozen + 0.02 * torch.randn(frozen.shape, generator=torch.Generator().manual_seed(0))
     assert max(row["motion_magnitude"] for row in _measure(judge, still[0], noisy)) < 0.01
-
-
-def test_a_video_of_twice_the_speed_moves_more(judge, still):
-    fast = [s for s in still if s.actor.speed == "slowly"][0]
+    fast = next(scene for scene in still if scene.actor.speed == "slowly")
     rows = _measure(judge, fast, _pixels(render(fast, 2 * np.arange(NUM_FRAMES))))
     assert min(row["motion_magnitude"] for row in rows) > 1.2
 
@@ -81,16 +74,12 @@ def test_a_background_that_changes_colour_loses_psnr_and_keeps_falling(judge, st
         assert np.isnan(rows[0]["background_psnr"])
 
 
-def test_an_object_that_fades_out_is_no_longer_present(judge, still):
+def test_an_object_that_fades_is_gone_and_a_bright_picture_is_not_excused_as_one(judge, still):
     video = _video(still[0])
     video[NUM_FRAMES // 2 :] = _video(without_object(still[0]))[NUM_FRAMES // 2 :]
     rows = _measure(judge, still[0], video)
     assert [row["object_present"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
     assert [row["one_object"] for row in rows] == [1.0, 1.0, 0.0, 0.0]
-
-
-def test_a_picture_gone_bright_is_not_excused_as_an_object(judge, still):
-    video = _video(still[0])
     video[NUM_FRAMES // 2 :] = 0.9
     rows = _measure(judge, still[0], video)
     assert rows[1]["background_psnr"] == MAX_PSNR
@@ -153,11 +142,14 @@ def test_masked_psnr_matches_the_definition_and_is_capped():
     assert _masked_psnr(first, second, torch.zeros_like(mask)).isnan()
 
 
-def test_truth_levels_separate_memory_from_forgetting(judge, scenes):
-    levels = _truth_levels(judge, scenes[:12])
+def test_truth_levels_separate_memory_from_forgetting(tmp_path, scenes):
+    levels = reference_levels(tmp_path, range(12), prompt_seed=64)
     for name in ("background_psnr", "revisit_psnr"):
         assert levels["forgotten"][name] < levels["true scene"][name] == MAX_PSNR
     assert levels["true scene"]["background"] > 0.95
+    (tmp_path / "levels.json").write_text((tmp_path / "levels.json").read_text().replace("50.0", "49.0"))
+    assert reference_levels(tmp_path, range(12), prompt_seed=64)["true scene"]["revisit_psnr"] == 49.0, "read again"
+    assert reference_levels(tmp_path, [1], prompt_seed=64)["true scene"] != levels["true scene"]
 
 
 def _pixels(frames):
