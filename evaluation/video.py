@@ -200,11 +200,8 @@ def _folder_facts(folder: Path, paths: Sequence[Path], fps: float | None) -> Str
         raise ValueError(f"{folder} is a folder of frames, which has no rate: give fps")
     sizes: dict[tuple[int, int], Path] = {}
     for item in paths:
-        try:
-            with Image.open(item) as image:
-                sizes.setdefault(image.size, item)
-        except OSError as error:
-            raise ValueError(f"cannot read the frame {item}: {error}") from error
+        with _opened(item) as image:
+            sizes.setdefault(image.size, item)
     if len(sizes) > 1:
         (size, first), (other, second) = list(sizes.items())[:2]
         raise ValueError(
@@ -217,13 +214,18 @@ def _folder_facts(folder: Path, paths: Sequence[Path], fps: float | None) -> Str
 
 def _read_images(paths: Sequence[Path], length: int) -> Iterator[np.ndarray]:
     for start in range(0, len(paths), length):
-        yield np.stack([_read_image(path) for path in paths[start : start + length]])
+        pictures = []
+        for path in paths[start : start + length]:
+            with _opened(path) as image:
+                pictures.append(np.asarray(image.convert("RGB")))
+        yield np.stack(pictures)
 
 
-def _read_image(path: Path) -> np.ndarray:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
     except OSError as error:
         raise ValueError(f"cannot read the frame {path}: {error}") from error
 

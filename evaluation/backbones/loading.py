@@ -31,7 +31,6 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +87,11 @@ def load_backbones(path: Path, *, device: str = "cpu") -> Backbones:
 
 
 def _file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex; a file that has not changed is read once per process."""
     try:
-        status = path.stat()
-        return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-
-
-@cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _role_of(name: str) -> str | None:
@@ -209,13 +201,13 @@ def _from_yaml(path: Path, *, device: str) -> Backbones:
     files |= {code.name: _file_sha256(code) for code in codes.values() if code is not None}
     found = {}
     for role, entry in entries.items():
-        file = weights[role]
+        file, sha256 = weights[role]
         stem = Path(entry.torchscript).stem if entry.torchscript else (entry.factory or "").partition(":")[2]
         found[role] = _adapt(
             role,
             _model(entry, file, codes[role], role=role, device=device),
             name=entry.name or stem,
-            weights_sha256=None if file is None else _file_sha256(file),
+            weights_sha256=sha256,
             official=entry.official,
             device=device,
         )
@@ -245,11 +237,11 @@ def _entries(path: Path) -> dict[str, _BackboneEntry]:
     return entries
 
 
-def _weights(entry: _BackboneEntry, folder: Path, *, role: str) -> Path | None:
-    """The file of an entry's weights, if it names one, with the hash it states."""
+def _weights(entry: _BackboneEntry, folder: Path, *, role: str) -> tuple[Path | None, str | None]:
+    """The file of an entry's weights, if it names one, and its hash, which is the one it states."""
     stated = entry.torchscript or entry.weights
     if stated is None:
-        return None
+        return None, None
     file = folder / Path(stated).expanduser()
     if not file.is_file():
         raise ValueError(f"backbone {role!r}: no file {file}; weights are not downloaded: put it there")
@@ -258,7 +250,7 @@ def _weights(entry: _BackboneEntry, folder: Path, *, role: str) -> Path | None:
         raise ValueError(
             f"backbone {role!r}: {file.name} has SHA-256 {found}, not {entry.sha256}: another file, or a broken one"
         )
-    return file
+    return file, found
 
 
 def _code(entry: _BackboneEntry, folder: Path, *, role: str) -> Path | None:

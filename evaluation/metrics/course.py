@@ -53,19 +53,16 @@ class Track:
         return list(pairwise([0, *self.cuts, self.num_frames]))
 
 
-class TrackMeasure:
-    """Numbers that are read off a track: ``measure`` gives a score for every spec, in order."""
-
-    def __init__(self, measure: Callable[[Track], Sequence[Score]], *specs: MetricSpec) -> None:
-        self.measure, self.specs = measure, specs
+Measure = tuple[Callable[[Track], Sequence[Score]], *tuple[MetricSpec, ...]]
+"""Numbers that are read off a track: a function that gives a score for every spec, in order."""
 
 
 class TrackMetric:
     """Records the track of a video and takes every measure that needs no more than that."""
 
-    def __init__(self, measures: Sequence[TrackMeasure]) -> None:
+    def __init__(self, measures: Sequence[Measure]) -> None:
         self.measures = tuple(measures)
-        self.specs = tuple(spec for measure in self.measures for spec in measure.specs)
+        self.specs = tuple(spec for _, *specs in self.measures for spec in specs)
 
     def start(self, video: VideoInfo) -> "_TrackMeter":
         """A meter for one video."""
@@ -75,7 +72,7 @@ class TrackMetric:
 class _TrackMeter:
     """Shrinks frames to their entry in the track as they come; takes the measures at the end."""
 
-    def __init__(self, video: VideoInfo, measures: Sequence[TrackMeasure] = ()) -> None:
+    def __init__(self, video: VideoInfo, measures: Sequence[Measure]) -> None:
         self._video, self._measures = video, measures
         grid = tuple(max(1, min(LUMA_GRID, side // MIN_CELL)) for side in (video.height, video.width))
         self._pool = Pooling(video.height, video.width, grid)
@@ -116,8 +113,8 @@ class _TrackMeter:
         track = self.track()
         return {
             spec.name: score
-            for measure in self._measures
-            for spec, score in zip(measure.specs, measure.measure(track), strict=True)
+            for measure, *specs in self._measures
+            for spec, score in zip(specs, measure(track), strict=True)
         }
 
 
@@ -407,7 +404,7 @@ def _spectrum(track: Track) -> list[Score]:
     return [Score(value=sum(values) / len(values), windows=windows)]
 
 
-SHOTS = TrackMeasure(
+SHOTS = (
     _cuts,
     MetricSpec.proxy(
         "cuts",
@@ -415,7 +412,7 @@ SHOTS = TrackMeasure(
         unit="cuts",
     ),
 )
-FLICKER = TrackMeasure(
+FLICKER = (
     _flicker,
     MetricSpec.proxy(
         "flicker_excess",
@@ -425,7 +422,7 @@ FLICKER = TrackMeasure(
         top=255.0,
     ),
 )
-COLOUR = TrackMeasure(
+COLOUR = (
     _colour_drift,
     MetricSpec.proxy(
         "colour_drift",
@@ -434,7 +431,7 @@ COLOUR = TrackMeasure(
         unit="grey levels",
     ),
 )
-SEAMS = TrackMeasure(
+SEAMS = (
     _seams,
     MetricSpec.proxy(
         "chunk_seam_ratio",
@@ -443,7 +440,7 @@ SEAMS = TrackMeasure(
         unit="ratio",
     ),
 )
-SPECTRUM = TrackMeasure(
+SPECTRUM = (
     _spectrum,
     MetricSpec(
         name="proxy/temporal_spectral_slope",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longtake.evaluation.metric import MetricSpec, Score, VideoInfo, WindowMeans
-from longtake.evaluation.metrics.course import Pooling, Track, TrackMeasure, reference_frames
+from longtake.evaluation.metrics.course import Pooling, Track, reference_frames
 from longtake.evaluation.metrics.stills import StillMeter
 from longtake.evaluation.preprocessing import pad_to_multiple, unpad
 
@@ -153,7 +153,7 @@ def _duplicates(track: Track) -> Score:
     )
 
 
-STILLNESS = TrackMeasure(
+STILLNESS = (
     _stillness,
     MetricSpec.proxy(
         "static_share",
@@ -165,7 +165,10 @@ STILLNESS = TrackMeasure(
         "frozen_tail_s", "How long the picture has stood still when the video ends, if it moved before.", unit="s"
     ),
     MetricSpec.proxy(
-        "duplicate_frames", "Share of the frames that equal an earlier frame in every pixel.", unit="share", top=1.0
+        "duplicate_frames",
+        "Share of the frames that equal an earlier frame in every pixel.",
+        unit="share",
+        top=1.0,
     ),
 )
 
@@ -347,7 +350,7 @@ def _loop_share(track: Track) -> Score:
     return Score(value=(loop.end - loop.start) / track.num_frames, details=details)
 
 
-REPETITION = TrackMeasure(
+REPETITION = (
     lambda track: [*_similarity(track), _loop_share(track)],
     MetricSpec.proxy(
         "self_similarity_peak",

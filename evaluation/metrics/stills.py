@@ -64,6 +64,8 @@ EVERY = 2  # of the stills; the statistics of neighbouring frames hardly differ
 REACH = 3
 SIGMA = 7.0 / 6.0
 """Reach and width, in pixels, of the Gaussian that local means and deviations are taken with, as in NIQE."""
+TAPS = np.exp(-0.5 * np.square(np.arange(-REACH, REACH + 1) / SIGMA))
+TAPS = (TAPS / TAPS.sum()).astype(np.float32)
 STABILISER = 1.0
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
 SHRINKAGE = 0.1
@@ -194,13 +196,15 @@ def _statistics(frame: np.ndarray, colour: np.ndarray, luma: np.ndarray) -> tupl
     """The values of :data:`STATISTICS` for one frame, in that order; 0 for textures of pictures under 3 pixels."""
     sharpness, noise = _texture(luma)
     most, least = colour.max(axis=0), colour.min(axis=0)
+    # Values below 2 and above 253 wrap around to the four lowest.
+    wrapped = frame + np.uint8(256 - LIGHTEST)
     return (
         sharpness,
         float(luma.std()),
         float(luma.mean()),
         float(((most - least) / np.maximum(most, 1.0)).mean()),
         _colorfulness(colour),
-        _clipped_fraction(frame),
+        float(np.count_nonzero(wrapped <= DARKEST + 256 - LIGHTEST)) / frame.size,
         _blockiness(frame),
         noise,
     )
@@ -231,12 +235,6 @@ def _colorfulness(colour: np.ndarray) -> float:
     spread = math.sqrt(sum(float(values.var()) for values in opponents))
     strength = math.sqrt(sum(float(values.mean()) ** 2 for values in opponents))
     return spread + 0.3 * strength
-
-
-def _clipped_fraction(frame: np.ndarray) -> float:
-    # Values below 2 and above 253 wrap around to the four lowest.
-    wrapped = frame + np.uint8(256 - LIGHTEST)
-    return float(np.count_nonzero(wrapped <= DARKEST + 256 - LIGHTEST)) / frame.size
 
 
 def _blockiness(frame: np.ndarray) -> float:
@@ -274,19 +272,12 @@ def _normalised(luma: np.ndarray) -> np.ndarray:
 
 
 def _blur(picture: np.ndarray) -> np.ndarray:
-    weights = _gaussian()
     for axis in (0, 1):
         parts = np.moveaxis(np.lib.stride_tricks.sliding_window_view(picture, 2 * REACH + 1, axis=axis), -1, 0)
-        picture = weights[REACH] * parts[REACH]
+        picture = TAPS[REACH] * parts[REACH]
         for offset in range(REACH):
-            picture += weights[offset] * (parts[offset] + parts[-1 - offset])
+            picture += TAPS[offset] * (parts[offset] + parts[-1 - offset])
     return picture
-
-
-@cache
-def _gaussian() -> np.ndarray:
-    taps = np.exp(-0.5 * np.square(np.arange(-REACH, REACH + 1) / SIGMA))
-    return (taps / taps.sum()).astype(np.float32)
 
 
 def _patch_features(luma: np.ndarray) -> np.ndarray:
@@ -333,13 +324,11 @@ def _asymmetric(values: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, 
 
 
 def _means(pictures: tuple[np.ndarray, ...], grid: tuple[int, int]) -> list[np.ndarray]:
-    pool = _pooling(pictures[0].shape, grid)
+    pool = _pooling(*pictures[0].shape, grid)
     return [pool(picture[..., None])[..., 0] for picture in pictures]
 
 
-@cache
-def _pooling(shape: tuple[int, int], grid: tuple[int, int]) -> Pooling:
-    return Pooling(*shape, grid)
+_pooling = cache(Pooling)
 
 
 def _shape(ratio: np.ndarray) -> np.ndarray:

@@ -277,7 +277,6 @@ class _SmoothnessMeter(_SpanMeter):
         super().__init__(video, specs)
         self._interpolator = interpolator
         self._recent: list[np.ndarray] = []
-        self._inputs: dict[int, Tensor] = {}
 
     def take(self, start: int, frames: np.ndarray) -> None:
         for index, frame in enumerate(frames, start=start):
@@ -287,31 +286,22 @@ class _SmoothnessMeter(_SpanMeter):
             # The spans that leave the middle one of the three frames out.
             wanting = [span for span in self.holding(index - 2, index) if (index - 1 - span.start) % 2 == 1]
             if wanting:
-                error = self._error(index)
+                error = self._error(*self._recent)
                 for span in wanting:
                     span.add(error)
                 if wanting[0] is self.whole:
                     self.windows.add(index - 1, 1.0 - error / 255.0)
         self._recent = [frame.copy() for frame in self._recent[-2:]]
 
-    def _error(self, index: int) -> float:
-        """Mean absolute error of the frame before ``index``, interpolated from its neighbours."""
-        before, frame, after = self._recent
-        a, padding = self._input(index - 2, before)
-        b, _ = self._input(index, after)
-        self._inputs = {key: image for key, image in self._inputs.items() if key >= index - 1}
-        image = unpad(self._interpolator.middle(a, b), padding)[0]
+    def _error(self, before: np.ndarray, frame: np.ndarray, after: np.ndarray) -> float:
+        """Mean absolute error of a frame, interpolated from its neighbours."""
+        pair, padding = pad_to_multiple(to_tensor(np.stack([before, after])) / 255.0, AMT_MULTIPLE)
+        image = unpad(self._interpolator.middle(pair[:1], pair[1:]), padding)[0]
         # Cut to whole numbers, not rounded: as the official code turns tensors into images.
         predicted = (image * 255.0).clamp(0.0, 255.0).to(torch.uint8)
         truth = torch.from_numpy(frame).permute(2, 0, 1)
         difference = torch.maximum(predicted, truth) - torch.minimum(predicted, truth)
         return float(difference.sum(dtype=torch.int64)) / difference.numel()
-
-    def _input(self, index: int, frame: np.ndarray) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """A frame as the network takes it, remembered for the next interpolation, and its padding."""
-        if index not in self._inputs:
-            self._inputs[index], self._padding = pad_to_multiple(to_tensor(frame[None]) / 255.0, AMT_MULTIPLE)
-        return self._inputs[index], self._padding
 
 
 MOVING_SHARE = 0.05  # the flow of a pair is the mean over the fastest so many pixels
