@@ -16,7 +16,7 @@ DURATION ?= 60
 ARGS ?=
 
 # Waiting threads stay awake for a tenth of a millisecond, then sleep: with few cores, ones that spin on take the time of
-# those that work (configs/waiting.py).
+# those that work (scripts/console.py).
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longtake.configs.waiting import wait_briefly
-from longtake.scripts.console import out
+from longtake.scripts.console import out, wait_briefly
 
 
 class Part(StrEnum):

@@ -27,7 +27,6 @@ from benchmarks.models import make_transformer, make_vae
 from longtake.cache import make_policy
 from longtake.configs.families import load_family
 from longtake.configs.loader import load_preset
-from longtake.configs.waiting import wait_briefly
 from longtake.models import StreamingDecoder, VaePixels, use_fast_kernels
 from longtake.models.wan import config_of
 from longtake.pipelines import LongVideoPipeline
@@ -43,7 +42,7 @@ from longtake.pipelines.memory_plan import (
 )
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 from longtake.samplers import make_sampler
-from longtake.scripts.console import err, out, run_app
+from longtake.scripts.console import err, out, run_app, wait_briefly
 
 FAMILY = "self_forcing"
 POLICIES = ("attention_sink", "deep_forcing", "pack")

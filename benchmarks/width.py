@@ -29,11 +29,10 @@ from longtake.attention import Attention, fastest
 from longtake.cache import BlockTrace, CachePolicy, KVCache, Pass, make_policy
 from longtake.cache.footprint import held_bytes
 from longtake.configs.loader import load_preset
-from longtake.configs.waiting import wait_briefly
 from longtake.models.causal import CausalTransformer, Prompt, Segment
 from longtake.models.numerics import feed_forward
 from longtake.samplers import Sampler, SeededNoise, make_sampler
-from longtake.scripts.console import out
+from longtake.scripts.console import out, wait_briefly
 
 POLICIES = ("attention_sink", "deep_forcing", "pack")
 DTYPES = ("float32", "bfloat16")

@@ -14,7 +14,7 @@ PIXELS_PER_LATENT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointRule:
+class _CheckpointRule:
     """Location of the model in a family's released files."""
 
     file: str | None = None  # path inside the repository that ``homepage`` names
@@ -44,7 +44,7 @@ class ModelFamily:
     cache: Mapping[str, Any] | None = None
     # Conditioning that the model takes beside text: ``image`` (one frame), ``video`` (whole blocks)
     starts: tuple[Literal["image", "video"], ...] = ("video",)
-    checkpoint: CheckpointRule = field(default_factory=CheckpointRule)  # location of the released weights
+    checkpoint: _CheckpointRule = field(default_factory=_CheckpointRule)  # location of the released weights
     max_sequence_length: int = 512  # text tokens; shorter prompts are padded to it
     licence: str = ""  # of the weights
     restriction: str | None = None  # uses that the licence forbids, in a few words; printed when the model is loaded

@@ -59,10 +59,7 @@ def load_preset(folder: str, name: str) -> dict[str, Any]:
 
 
 def load_run(
-    path: Path | None = None,
-    *,
-    options: Mapping[str, Any] | None = None,
-    overrides: Sequence[str] = (),
+    path: Path | None = None, *, options: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> RunConfig:
     """Put a run together: defaults, then the file, then options, then dotted overrides.
 

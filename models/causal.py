@@ -1,5 +1,6 @@
 """diffusers' own Wan transformer, made causal by attention processors and hooks, and stock again between blocks."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from longtake.attention import Attention, fastest
 from longtake.cache import Geometry, KVCache, Pass
-from longtake.configs.waiting import threads_sleep
 from longtake.models.numerics import (
     Modulations,
     Numerics,
@@ -37,6 +37,7 @@ from longtake.models.wan import (
 # Handing a matmul to a sleeping thread costs tens of microseconds: more than the whole product takes below about this
 # many operations.
 _SINGLE_THREAD_FLOPS = 30_000_000
+_AWAKE_SPINS = 5_000  # rounds of waiting with which OpenMP finds its threads awake between two products
 _HOOK = "longtake_causal"
 
 
@@ -48,7 +49,7 @@ def fitting_threads(*, width: int, num_tokens: int, device: torch.device) -> Ite
     """
     before = torch.get_num_threads()
     is_small = device.type == "cpu" and 2 * num_tokens * width**2 < _SINGLE_THREAD_FLOPS
-    if not is_small or before == 1 or not threads_sleep():
+    if not is_small or before == 1 or not _threads_sleep():
         yield
         return
     torch.set_num_threads(1)
@@ -56,6 +57,14 @@ def fitting_threads(*, width: int, num_tokens: int, device: torch.device) -> Ite
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _threads_sleep() -> bool:
+    """Tell if idle threads go to sleep at once, going by the OpenMP settings of this process."""
+    spins = os.environ.get("GOMP_SPINCOUNT", "")
+    if spins.isdigit():
+        return int(spins) < _AWAKE_SPINS
+    return not spins and os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
 
 
 @dataclass

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 import yaml
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option, Typer
 
 from longtake.configs.fields import did_you_mean
 from longtake.scripts.console import out, takes_options
@@ -29,7 +29,7 @@ OTHER = "#9a6fc0"
 COLOURS = {"sink": "#3f78c4", "recent": "#5aa872", "current": "#3a3f4b"}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
-app = typer.Typer(
+app = Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -41,29 +41,27 @@ app = typer.Typer(
 class _Call:
     """A call of attention, as the command line describes it."""
 
-    shape: Annotated[
-        str, typer.Option(metavar="B,LQ,LK,H,D", help="Samples, queries, keys, heads, size of a head.")
-    ] = "1,4680,32760,12,128"
-    device: Annotated[str, typer.Option(help="cpu, cuda, or another kind of device.")] = "cpu"
+    shape: Annotated[str, Option(metavar="B,LQ,LK,H,D", help="Samples, queries, keys, heads, size of a head.")] = (
+        "1,4680,32760,12,128"
+    )
+    device: Annotated[str, Option(help="cpu, cuda, or another kind of device.")] = "cpu"
     capability: Annotated[
         str | None,
-        typer.Option(metavar="MAJOR.MINOR", help="Compute capability of the device.", show_default="this machine's"),
+        Option(metavar="MAJOR.MINOR", help="Compute capability of the device.", show_default="this machine's"),
     ] = None
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32"
+    dtype: Annotated[str, Option(help=f"{', '.join(DTYPES)}.")] = "float32"
     kv_heads: Annotated[
-        int | None, typer.Option(help="Heads of keys and values.", show_default="as many as of queries", min=1)
+        int | None, Option(help="Heads of keys and values.", show_default="as many as of queries", min=1)
     ] = None
     density: Annotated[
-        float | None,
-        typer.Option(help="Share of pairs that a block plan keeps.", show_default="no plan", min=0, max=1),
+        float | None, Option(help="Share of pairs that a block plan keeps.", show_default="no plan", min=0, max=1)
     ] = None
-    block: Annotated[int, typer.Option(help="Size of the plan's blocks; 0: they vary.", min=0)] = 128
-    per_head: Annotated[bool, typer.Option("--per-head", help="The plan tells heads apart.")] = False
-    lse: Annotated[bool, typer.Option("--lse", help="The log-sum-exp is asked for.")] = False
-    allow_approx: Annotated[bool, typer.Option("--allow-approx", help="Quantised backends may be named.")] = False
+    block: Annotated[int, Option(help="Size of the plan's blocks; 0: they vary.", min=0)] = 128
+    per_head: Annotated[bool, Option("--per-head", help="The plan tells heads apart.")] = False
+    lse: Annotated[bool, Option("--lse", help="The log-sum-exp is asked for.")] = False
+    allow_approx: Annotated[bool, Option("--allow-approx", help="Quantised backends may be named.")] = False
 
     def request(self) -> "AttentionRequest":
-        """Check the options, and describe the call to the backends."""
         import torch
 
         from longtake.attention import AttentionRequest
@@ -119,7 +117,7 @@ class _Call:
 
 @app.command("explain")
 @takes_options(_Call)
-def explain(call: _Call) -> None:
+def _explain(call: _Call) -> None:
     """Say what every attention backend answers to a call, and which one is taken.
 
     **Examples**
@@ -165,26 +163,25 @@ def _table(rows: "tuple[Row, ...]") -> Table:
 class _Mask:
     """The mask of a policy, as the command line describes it."""
 
-    name: Annotated[str, typer.Argument(metavar="POLICY", help="A policy that needs no tokens: radial, for example.")]
-    frames: Annotated[int, typer.Option(help="Latent frames of the keys.", min=1)] = 21
-    tokens: Annotated[int, typer.Option(help="Tokens of a latent frame.", min=1)] = 1560
+    name: Annotated[str, Argument(metavar="POLICY", help="A policy that needs no tokens: radial, for example.")]
+    frames: Annotated[int, Option(help="Latent frames of the keys.", min=1)] = 21
+    tokens: Annotated[int, Option(help="Tokens of a latent frame.", min=1)] = 1560
     grid: Annotated[
-        str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Rows and columns of a frame.", show_default="near 16:9")
+        str | None, Option(metavar="ROWSxCOLUMNS", help="Rows and columns of a frame.", show_default="near 16:9")
     ] = None
     block_frames: Annotated[
-        int | None, typer.Option(help="Cached form: this many last frames ask.", show_default="all ask", min=1)
+        int | None, Option(help="Cached form: this many last frames ask.", show_default="all ask", min=1)
     ] = None
-    sinks: Annotated[int, typer.Option(help="Cached form: first frames that are the cache's sinks.", min=0)] = 1
-    head: Annotated[int, typer.Option(help="Head to draw, where heads differ.", min=0)] = 0
+    sinks: Annotated[int, Option(help="Cached form: first frames that are the cache's sinks.", min=0)] = 1
+    head: Annotated[int, Option(help="Head to draw, where heads differ.", min=0)] = 0
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field; may be repeated.")
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Change a field; may be repeated.")
     ] = None
     path: Annotated[
-        Path | None, typer.Option("--out", "--png", help="PNG file for a picture of the mask.", show_default="none")
+        Path | None, Option("--out", "--png", help="PNG file for a picture of the mask.", show_default="none")
     ] = None
 
     def geometry(self) -> "AttentionGeometry":
-        """The call that the policy is asked about."""
         from longtake.attention.geometry import make_geometry
 
         if self.block_frames is not None and self.block_frames > self.frames:
@@ -205,7 +202,6 @@ class _Mask:
         return int(rows), int(columns)
 
     def policy(self) -> "SparsePolicy":
-        """The policy with the fields that ``--set`` changes."""
         from longtake.attention import make_attention_policy
 
         settings = {"policy": self.name}
@@ -219,7 +215,7 @@ class _Mask:
 
 @app.command("show", no_args_is_help=True)
 @takes_options(_Mask)
-def show(mask: _Mask) -> None:
+def _show(mask: _Mask) -> None:
     """Print the share of dense attention that a policy leaves, and with --out draw its mask, token by token.
 
     **Examples**

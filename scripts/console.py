@@ -1,5 +1,9 @@
-"""Console of all commands: one-line errors, exit codes, progress, stopping on signals."""
+"""Console of all commands: one-line errors, exit codes, progress, stopping on signals; and waiting of idle threads.
 
+Imports neither torch nor anything that does.
+"""
+
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,12 +19,24 @@ from rich.table import Table
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-MAX_ERROR_LENGTH = 600
+_MAX_ERROR_LENGTH = 600
+# Rounds of waiting (about a tenth of a millisecond) after which a thread goes to sleep: longer than the pauses between
+# the products of a forward, so that they find it awake, and too short to take time from other programs.
+_SPIN_COUNT = 10_000
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 T = TypeVar("T")
+
+
+def wait_briefly() -> None:
+    """Let idle threads stay awake between two products, then sleep; what the user has set stays.
+
+    OpenMP reads its settings once, when torch is loaded: for programs, before their first ``import torch``.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", str(_SPIN_COUNT))
 
 
 def run_app(app: typer.Typer, args: list[str] | None = None) -> int:
@@ -38,21 +54,20 @@ def run_app(app: typer.Typer, args: list[str] | None = None) -> int:
     except typer.TyperException as error:
         # Without any words a command shows its help, and there is no more to say.
         message = error.format_message()
-        return fail(f"{message} See: longtake --help") if message.strip() else EXIT_BAD_INPUT
+        return _fail(f"{message} See: longtake --help") if message.strip() else EXIT_BAD_INPUT
     except ValueError as error:
-        return fail(str(error))
+        return _fail(str(error))
     except OSError as error:
-        return fail((error.strerror or str(error)) + (f" ({error.filename})" if error.filename else ""))
+        return _fail((error.strerror or str(error)) + (f" ({error.filename})" if error.filename else ""))
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     return code or 0
 
 
-def fail(message: str) -> int:
-    """Print one line on stderr and return the exit code for bad input."""
+def _fail(message: str) -> int:
     line = " ".join(message.split())
-    if len(line) > MAX_ERROR_LENGTH:
-        line = line[:MAX_ERROR_LENGTH] + " ..."
+    if len(line) > _MAX_ERROR_LENGTH:
+        line = line[:_MAX_ERROR_LENGTH] + " ..."
     err.print(f"longtake: {escape(line)}", style="red")
     return EXIT_BAD_INPUT
 
@@ -83,15 +98,11 @@ def print_rows(rows: Iterable[tuple[str, str]], *, console: Console = out) -> No
 
 @contextmanager
 def progress(text: str, *, total: float) -> Iterator[Callable[..., None]]:
-    """Show progress on stderr: a bar in a terminal, lines elsewhere.
-
-    Args:
-        text: Format of a line.
-        total: Amount of work.
+    """Show progress on stderr: a bar in a terminal, lines of the format ``text`` elsewhere.
 
     Yields:
-        ``show(completed, is_due=..., **fields)``: the work done, whether a line is to be printed where there is no
-        bar, and the fields of ``text``.
+        ``show(completed, is_due=..., **fields)``: the work done of ``total``, whether a line is to be printed where
+        there is no bar, and the fields of ``text``.
     """
     columns = TextColumn("{task.description}"), BarColumn()
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option, Typer
 
 from longtake.configs.fields import choose
 from longtake.scripts.console import EXIT_INTERRUPTED, err, out, progress, stop_requests, takes_options
@@ -19,16 +19,14 @@ if TYPE_CHECKING:
     from longtake.evaluation.running.plan import Unit
     from longtake.evaluation.running.runner import Evaluation
 
-OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to.", show_default=False)]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
-BaselineOption = Annotated[
-    str | None, typer.Option(help="Run that the others are compared with.", show_default="the first")
-]
-BackbonesOption = Annotated[
-    Path | None, typer.Option(help="FILE.py or .yaml that names the networks.", show_default="classical stand-ins")
-]
+OutOption = Annotated[Path, Option("--out", help="Folder to write to.", show_default=False)]
+RunArgument = Annotated[Path, Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+_BASELINE = "Run that the others are compared with."
+BaselineOption = Annotated[str | None, Option(help=_BASELINE, show_default="the first")]
+_BACKBONES = "FILE.py or .yaml that names the networks."
+BackbonesOption = Annotated[Path | None, Option(help=_BACKBONES, show_default="classical stand-ins")]
 
-app = typer.Typer(
+app = Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -41,76 +39,70 @@ app = typer.Typer(
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """Options of ``run``: where and how the work is done, and keys of the protocol by their own names."""
+    """Options of ``run``; keys of the protocol have its names."""
 
     out_folder: Annotated[
-        Path, typer.Option("--out", help="Folder of the evaluation; a started one goes on.", show_default=False)
+        Path, Option("--out", help="Folder of the evaluation; a started one goes on.", show_default=False)
     ]
     protocol: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="quick, standard, long, a study's name, or a YAML file with all of this; options go over it.",
             show_default="standard",
         ),
     ] = None
-    model: Annotated[str | None, typer.Option(help="A model family, or a diffusers folder.", show_default="mini")] = (
-        None
-    )
-    family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None
+    model: Annotated[str | None, Option(help="A model family, or a diffusers folder.", show_default="mini")] = None
+    family: Annotated[str | None, Option(help="How a folder is run.", show_default="self_forcing")] = None
     caches: Annotated[
         list[str] | None,
-        typer.Option(
-            "--cache",
-            help="Policies to compare: NAME,NAME or 'LABEL={policy: NAME, field: value}'; may be repeated.",
+        Option(
+            "--cache", help="Policies to compare: NAME,NAME or 'LABEL={policy: NAME, field: value}'; may be repeated."
         ),
     ] = None
     prompts: Annotated[
         str | None,
-        typer.Option(help="suite:moving_scenes, a text file with one per line, VBench_full_info.json, or .jsonl."),
+        Option(help="suite:moving_scenes, a text file with one per line, VBench_full_info.json, or .jsonl."),
     ] = None
     prompts_extended: Annotated[
-        str | None, typer.Option("--extended", help="Text file with the longer twin of every prompt.")
+        str | None, Option("--extended", help="Text file with the longer twin of every prompt.")
     ] = None
-    num_prompts: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None
-    samples: Annotated[int | None, typer.Option(help="Videos per prompt, each with its own noise.")] = None
-    seconds: Annotated[float | None, typer.Option(help="Length of every video.")] = None
+    num_prompts: Annotated[int | None, Option(help="Only the first so many prompts.")] = None
+    samples: Annotated[int | None, Option(help="Videos per prompt, each with its own noise.")] = None
+    seconds: Annotated[float | None, Option(help="Length of every video.")] = None
     videos: Annotated[
-        str | None, typer.Option(help="Measure the videos of this folder, or of its folders, instead of making any.")
+        str | None, Option(help="Measure the videos of this folder, or of its folders, instead of making any.")
     ] = None
-    manifest: Annotated[str | None, typer.Option(help="JSON lines with the videos' prompts.")] = None
-    prompt_file: Annotated[str | None, typer.Option(help="JSON mapping of the videos' file names to prompts.")] = None
-    fps: Annotated[float | None, typer.Option(help="Frame rate of folders of frames.")] = None
+    manifest: Annotated[str | None, Option(help="JSON lines with the videos' prompts.")] = None
+    prompt_file: Annotated[str | None, Option(help="JSON mapping of the videos' file names to prompts.")] = None
+    fps: Annotated[float | None, Option(help="Frame rate of folders of frames.")] = None
     mixed_rates: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--mixed-rates/--one-rate",
             help="Whether videos of a run may differ in frame rate.",
             show_default="with --backbones they may",
         ),
     ] = None
-    backbones: Annotated[
-        str | None, typer.Option(help="FILE.py or .yaml that names the networks.", show_default="classical stand-ins")
-    ] = None
+    backbones: Annotated[str | None, Option(help=_BACKBONES, show_default="classical stand-ins")] = None
     metrics: Annotated[
-        str | None, typer.Option(help="Groups: vbench, long, weight_free, judge; with commas.", show_default="all")
+        str | None, Option(help="Groups: vbench, long, weight_free, judge; with commas.", show_default="all")
     ] = None
     baseline: BaselineOption = None
-    moments: Annotated[str | None, typer.Option(help="Seconds at which to compare, with commas.")] = None
-    batch: Annotated[int | None, typer.Option(help="Videos made together.")] = None
-    dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16.")] = None
-    device: Annotated[str | None, typer.Option(help="cpu, or cuda.")] = None
-    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one per core", min=1)] = None
-    launcher: Annotated[str, typer.Option(help="local, torchrun or ray; numbers do not depend on it.")] = "local"
+    moments: Annotated[str | None, Option(help="Seconds at which to compare, with commas.")] = None
+    batch: Annotated[int | None, Option(help="Videos made together.")] = None
+    dtype: Annotated[str | None, Option(help="float32, or bfloat16.")] = None
+    device: Annotated[str | None, Option(help="cpu, or cuda.")] = None
+    workers: Annotated[int | None, Option(help="Processes.", show_default="one per core", min=1)] = None
+    launcher: Annotated[str, Option(help="local, torchrun or ray; numbers do not depend on it.")] = "local"
     keep_videos: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--keep-videos/--no-keep-videos",
             help="Keep generated videos when they are measured; without, only those that the report shows stay.",
         ),
     ] = True
 
-    def protocol_options(self) -> dict[str, Any]:
-        """Values for keys of the protocol; None where none is given."""
+    def of_protocol(self) -> dict[str, Any]:
         from longtake.evaluation.running.protocol import split_caches
 
         own = ("out_folder", "protocol", "workers", "launcher", "keep_videos")
@@ -152,25 +144,25 @@ def _run(options: _Run) -> None:
     from longtake.evaluation.running.runner import Evaluation
 
     choose(dict.fromkeys(("local", "torchrun", "ray")), options.launcher, what="launcher")
-    protocol = load_protocol(options.protocol, options=options.protocol_options())
+    protocol = load_protocol(options.protocol, options=options.of_protocol())
     evaluation = Evaluation(protocol, options.out_folder, keep_videos=options.keep_videos)
     if not _evaluate(evaluation, options.launcher, options.workers):
         err.print("stopped; finished work is kept: run the same command again to go on", style="yellow")
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise Exit(EXIT_INTERRUPTED)
 
 
 @app.command("compare", no_args_is_help=True)
 def _compare(
     folders: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             metavar="RUN...", help="Folders of runs or of evaluations, or their results.json.", show_default=False
         ),
     ],
     *,
     out_folder: OutOption,
     baseline: BaselineOption = None,
-    moments: Annotated[str, typer.Option(help="Seconds at which to compare, with commas.")] = "5,30,60",
+    moments: Annotated[str, Option(help="Seconds at which to compare, with commas.")] = "5,30,60",
 ) -> None:
     """Compare runs that were measured at different times; same prompts and seeds are paired.
 
@@ -198,7 +190,7 @@ def _compare(
 
 @app.command("report", no_args_is_help=True)
 def _report(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of an evaluation.", show_default=False)],
+    folder: Annotated[Path, Argument(metavar="OUT", help="Folder of an evaluation.", show_default=False)],
 ) -> None:
     """Write results and report of what has been measured so far, also in the middle of an evaluation.
 
@@ -216,27 +208,21 @@ def _report(
 @app.command("table", no_args_is_help=True)
 def _table(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="OUT...", help="Folders of evaluations or of runs.", show_default=False)
+        list[Path], Argument(metavar="OUT...", help="Folders of evaluations or of runs.", show_default=False)
     ],
     *,
-    moments: Annotated[
-        str | None, typer.Option(help="Seconds, with commas.", show_default="the first evaluation's")
-    ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Run that the others are compared with.", show_default="the evaluation's")
-    ] = None,
+    moments: Annotated[str | None, Option(help="Seconds, with commas.", show_default="the first evaluation's")] = None,
+    baseline: Annotated[str | None, Option(help=_BASELINE, show_default="the evaluation's")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Names of measures with a curve, with commas.", show_default="the judge's")
+        str | None, Option(help="Names of measures with a curve, with commas.", show_default="the judge's")
     ] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Markdown page to write into.", show_default="the terminal")
-    ] = None,
-    section: Annotated[str | None, typer.Option(help="Of the page, between two comments with this name.")] = None,
+    page: Annotated[Path | None, Option(help="Markdown page to write into.", show_default="the terminal")] = None,
+    section: Annotated[str | None, Option(help="Of the page, between two comments with this name.")] = None,
     curves: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Also draw the measures over time here.", show_default=False)
+        Path | None, Option(metavar="PNG", help="Also draw the measures over time here.", show_default=False)
     ] = None,
     reference: Annotated[
-        bool, typer.Option("--reference/--no-reference", help="Rows of the true scenes, for the bundled suite.")
+        bool, Option("--reference/--no-reference", help="Rows of the true scenes, for the bundled suite.")
     ] = True,
 ) -> None:
     """Write tables of levels and paired differences at some moments, in Markdown.
@@ -252,6 +238,7 @@ def _table(
     `longtake evaluate table study more --moments 5,60,120 --page docs/results.md --section policies`
     """
     from longtake.evaluation.report.tables import choose_columns, moment_tables, replace_section, write_curves
+    from longtake.evaluation.results import load_run
     from longtake.evaluation.running.runner import choose_baseline, ordered_runs, settled_protocol
 
     if page is not None and section is not None:
@@ -259,7 +246,10 @@ def _table(
     elif page is not None or section is not None:
         raise ValueError("--page and --section go together: name the page and the section of it that is written")
     protocol = settled_protocol(folders[0])
-    runs = _measured_runs([place for folder in folders for place in ordered_runs(folder)])
+    places = [place for folder in folders for place in ordered_runs(folder)]
+    runs = [run for place in places if (run := load_run(place, has_drift=False)).videos]
+    if not runs:
+        raise ValueError("no video of these folders has been measured: go on with `longtake evaluate run --out OUT`")
     chosen = choose_baseline(runs, baseline, protocol.baseline)
     columns = choose_columns(runs, None if metrics is None else _words(metrics))
     levels = _reference(folders[0], runs, columns) if reference else {}
@@ -276,9 +266,7 @@ def _table(
 
 
 @app.command("list")
-def _list_all(
-    backbones: BackbonesOption = None,
-) -> None:
+def _list_all(backbones: BackbonesOption = None) -> None:
     """List the numbers that would be computed, those that would not and why, suites, protocols and backbones.
 
     **Example**
@@ -311,14 +299,14 @@ def _export_vbench(
     run: RunArgument,
     *,
     out_folder: OutOption,
-    mode: Annotated[str, typer.Option(help="custom, long or standard: what the official tool is run as.")] = "custom",
+    mode: Annotated[str, Option(help="custom, long or standard: what the official tool is run as.")] = "custom",
     dimensions: Annotated[
-        str | None, typer.Option(help="Dimensions to score, with commas.", show_default="all of the mode")
+        str | None, Option(help="Dimensions to score, with commas.", show_default="all of the mode")
     ] = None,
-    dev_flag: Annotated[bool, typer.Option("--dev-flag", help="VBench-Long with clip-to-clip consistency.")] = False,
-    full_info: Annotated[Path | None, typer.Option(help="VBench_full_info.json; for mode standard.")] = None,
-    num_samples: Annotated[int, typer.Option(help="Videos per prompt; for mode standard.")] = 5,
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Lay out what is there.")] = False,
+    dev_flag: Annotated[bool, Option("--dev-flag", help="VBench-Long with clip-to-clip consistency.")] = False,
+    full_info: Annotated[Path | None, Option(help="VBench_full_info.json; for mode standard.")] = None,
+    num_samples: Annotated[int, Option(help="Videos per prompt; for mode standard.")] = 5,
+    allow_missing: Annotated[bool, Option("--allow-missing", help="Lay out what is there.")] = False,
 ) -> None:
     """Lay a run's videos out for the official VBench, with the files and the script that it needs.
 
@@ -349,12 +337,12 @@ def _export_vbench(
 def _import_vbench(
     run: RunArgument,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="*_eval_results.json of the tool.", show_default=False)
+        list[Path], Argument(metavar="FILE...", help="*_eval_results.json of the tool.", show_default=False)
     ],
     *,
     dev_flag: Annotated[
         bool | None,
-        typer.Option("--dev-flag/--no-dev-flag", help="How VBench-Long ran.", show_default="read from the results"),
+        Option("--dev-flag/--no-dev-flag", help="How VBench-Long ran.", show_default="read from the results"),
     ] = None,
 ) -> None:
     """Put results of the official VBench into a run; they replace what was measured here under the same names.
@@ -382,13 +370,10 @@ def _import_vbench(
 @app.command("check-golden", no_args_is_help=True)
 def _check_golden(
     folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="golden.json, videos/ and stubs.py with the stand-ins.", show_default=False
-        ),
+        Path, Argument(metavar="DIR", help="golden.json, videos/ and stubs.py with the stand-ins.", show_default=False)
     ],
     *,
-    every: Annotated[bool, typer.Option("--all", help="Also list the numbers that are equal.")] = False,
+    every: Annotated[bool, Option("--all", help="Also list the numbers that are equal.")] = False,
 ) -> None:
     """Compare this program's numbers with those that VBench's own functions gave on the same clips.
 
@@ -408,19 +393,19 @@ def _check_golden(
     num_equal = sum(check.ok for check in checks)
     out.print(f"{num_equal} of {len(checks)} numbers equal within {TOLERANCE:g}; largest difference {worst:.1e}")
     if num_equal < len(checks):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @app.command("sets", no_args_is_help=True)
 def _sets(
     run: RunArgument,
     *,
-    reference: Annotated[Path, typer.Option(help="Folder of real videos, or of another run.", show_default=False)],
+    reference: Annotated[Path, Option(help="Folder of real videos, or of another run.", show_default=False)],
     backbones: BackbonesOption = None,
-    role: Annotated[str, typer.Option(help="Whose features: dino, clip, dinov2 or dreamsim.")] = "dino",
-    num_frames: Annotated[int, typer.Option(help="Frames of each video, spread evenly; an even number.")] = 32,
+    role: Annotated[str, Option(help="Whose features: dino, clip, dinov2 or dreamsim.")] = "dino",
+    num_frames: Annotated[int, Option(help="Frames of each video, spread evenly; an even number.")] = 32,
     allow_small: Annotated[
-        bool, typer.Option("--allow-small", help="A Frechet distance of fewer videos than dimensions.")
+        bool, Option("--allow-small", help="A Frechet distance of fewer videos than dimensions.")
     ] = False,
 ) -> None:
     """Measure a run's videos as a set against a reference: Frechet distance, precision, recall, STREAM.
@@ -531,16 +516,6 @@ def _show_summary(folder: Path) -> None:
 
     err.print(summary_table(read_json(folder / COMPARISON_FILE)))
     out.print(str(folder / REPORT_FILE), markup=False)
-
-
-def _measured_runs(places: Sequence[Path]) -> "list[RunScores]":
-    """Scores so far; runs without a video are left out."""
-    from longtake.evaluation.results import load_run
-
-    runs = [run for place in places if (run := load_run(place, has_drift=False)).videos]
-    if not runs:
-        raise ValueError("no video of these folders has been measured: go on with `longtake evaluate run --out OUT`")
-    return runs
 
 
 def _reference(folder: Path, runs: "Sequence[RunScores]", columns: Sequence[str]) -> Mapping[str, Mapping[str, float]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast
 
-import typer
+from typer import Argument, Exit, Option
 
 from longtake.cache import Event
 from longtake.configs.run import PromptChange, RunConfig
@@ -17,15 +17,13 @@ TIME = re.compile(r"(?:(?P<minutes>\d+)(?:m|:))?(?P<seconds>\d+(?:\.\d*)?)?s?")
 
 
 def fork(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run to branch from.", show_default=False)],
+    folder: Annotated[Path, Argument(metavar="DIR", help="The run to branch from.", show_default=False)],
     *,
-    at: Annotated[str, typer.Option(help="Where to branch: 20s, 1m30s or 1:30.", show_default=False)],
-    prompt: Annotated[str | None, typer.Option(help="What to show from there on.")] = None,
-    event: Annotated[
-        str, typer.Option(help="What the new prompt does to the cache: keep, recache, flush or cut.")
-    ] = "keep",
-    seconds: Annotated[float | None, typer.Option(help="Length of the new video.", show_default="as before")] = None,
-    out: Annotated[Path | None, typer.Option(help="New run folder.", show_default="DIR-fork-1, -2, ...")] = None,
+    at: Annotated[str, Option(help="Where to branch: 20s, 1m30s or 1:30.", show_default=False)],
+    prompt: Annotated[str | None, Option(help="What to show from there on.")] = None,
+    event: Annotated[str, Option(help="What the new prompt does to the cache: keep, recache, flush or cut.")] = "keep",
+    seconds: Annotated[float | None, Option(help="Length of the new video.", show_default="as before")] = None,
+    out: Annotated[Path | None, Option(help="New run folder.", show_default="DIR-fork-1, -2, ...")] = None,
 ) -> None:
     """Branch a new run from an existing one.
 
@@ -54,7 +52,7 @@ def fork(
         fork_run(source, path, config=config, at=time, record=record, num_ahead=rollout.num_ahead) as new,
     ):
         if run_in_folder(new, rollout, should_stop=should_stop) != FINISHED:
-            raise typer.Exit(EXIT_INTERRUPTED)
+            raise Exit(EXIT_INTERRUPTED)
 
 
 def _parse_time(text: str) -> float:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,70 +20,73 @@ from typer import Argument, Exit, Option
 
 from longtake.configs.loader import is_override, load_run
 from longtake.configs.run import RunConfig, check_prompt
-from longtake.scripts.console import EXIT_INTERRUPTED, err, run_app, stop_requests
+from longtake.scripts.console import EXIT_INTERRUPTED, err, run_app, stop_requests, takes_options
 
-RUNS = Path("runs")
-SLUG_LENGTH = 40
+_RUNS = Path("runs")
+_SLUG_LENGTH = 40
 _Job = tuple[RunConfig, Path, Path | None]
 
 
-def generate(
+@dataclass(frozen=True, kw_only=True)
+class _Options:
     words: Annotated[
         list[str] | None,
         Argument(metavar="PROMPT [KEY=VALUE ...]", help="What to show, then any settings by their dotted names."),
-    ] = None,
-    *,
-    seconds: Annotated[float | None, Option(help="Length of the video.", show_default="60")] = None,
+    ] = None
+    seconds: Annotated[float | None, Option(help="Length of the video.", show_default="60")] = None
     cache: Annotated[
         str | None,
         Option(
             help="Cache policy; `longtake policies` lists them.", show_default="the model's own, or attention_sink"
         ),
-    ] = None,
-    sampler: Annotated[str | None, Option(help="few_step or multi_step.", show_default="the model's own")] = None,
+    ] = None
+    sampler: Annotated[str | None, Option(help="few_step or multi_step.", show_default="the model's own")] = None
     attention: Annotated[
         str | None, Option(help="dense, radial, light_forcing...; see configs/attention.", show_default="dense")
-    ] = None,
+    ] = None
     model: Annotated[
         str | None,
         Option(
             help="A model family, NAME=FOLDER for one with its weights, or a FOLDER alone: it runs like Self-Forcing.",
             show_default="mini",
         ),
-    ] = None,
+    ] = None
     numerics: Annotated[
         str | None, Option(help="upstream rounds bfloat16 where Self-Forcing's code does.", show_default="native")
-    ] = None,
+    ] = None
     fast_vae: Annotated[
         Path | None, Option(help="Small decoder in place of the VAE's: taew2_1.safetensors or .pth, for Wan 2.1.")
-    ] = None,
-    negative_prompt: Annotated[str | None, Option(help="What not to show; for samplers with guidance.")] = None,
-    init_video: Annotated[Path | None, Option(help="Continue the end of this video.")] = None,
-    init_image: Annotated[Path | None, Option(help="Continue this image; for models that start from one.")] = None,
+    ] = None
+    negative_prompt: Annotated[str | None, Option(help="What not to show; for samplers with guidance.")] = None
+    init_video: Annotated[Path | None, Option(help="Continue the end of this video.")] = None
+    init_image: Annotated[Path | None, Option(help="Continue this image; for models that start from one.")] = None
     init_seconds: Annotated[
         float | None, Option(help="Continue the last so many seconds of --init-video.", show_default="all")
-    ] = None,
+    ] = None
     continuation_only: Annotated[
         bool | None, Option("--continuation-only", help="Leave what it continues out of the video.")
-    ] = None,
-    seed: Annotated[int | None, Option(help="Same seed, same video.", show_default="0")] = None,
-    config: Annotated[Path | None, Option(help="YAML file that describes the run.")] = None,
+    ] = None
+    seed: Annotated[int | None, Option(help="Same seed, same video.", show_default="0")] = None
+    config: Annotated[Path | None, Option(help="YAML file that describes the run.")] = None
     out: Annotated[
         Path | None,
         Option(
             help="Run folder to make, or NAME.mp4 for a video beside its run folder NAME.", show_default="runs/..."
         ),
-    ] = None,
+    ] = None
     prompts: Annotated[
         Path | None, Option(help="Text file, one prompt per line: one run folder each; finished ones are skipped.")
-    ] = None,
+    ] = None
     contact_sheet: Annotated[
         bool | None, Option("--contact-sheet/--no-contact-sheet", help="Also write contact_sheet.png.")
-    ] = None,
+    ] = None
     free_text_encoder: Annotated[
         bool | None, Option("--free-text-encoder", help="Drop the text encoder once all prompts are encoded.")
-    ] = None,
-) -> None:
+    ] = None
+
+
+@takes_options(_Options)
+def generate(given: _Options) -> None:
     """Make a video from a prompt.
 
     A run is a folder: the video, what it was made with, and checkpoints to resume and fork from.
@@ -105,31 +108,33 @@ def generate(
 
     `longtake generate "a red star swaying over a teal plain background" --init-video clip.mp4 --init-seconds 5`
     """
-    options = {
-        **{"seconds": seconds, "cache": cache, "sampler": sampler, "attention": attention, "model": model},
-        **{"negative_prompt": negative_prompt, "seed": seed},
-    }
+    top = ("seconds", "cache", "sampler", "attention", "model", "negative_prompt", "seed")
     dotted = {
-        **{"model.numerics": numerics, "model.fast_vae": fast_vae and fast_vae.absolute()},
-        **{"model.free_text_encoder": free_text_encoder, "output.contact_sheet": contact_sheet},
-        **{"start.image": init_image, "start.video": init_video, "start.seconds": init_seconds},
-        "start.include": False if continuation_only else None,
+        "model.numerics": given.numerics,
+        "model.fast_vae": given.fast_vae and given.fast_vae.absolute(),
+        "model.free_text_encoder": given.free_text_encoder,
+        "output.contact_sheet": given.contact_sheet,
+        "start.image": given.init_image,
+        "start.video": given.init_video,
+        "start.seconds": given.init_seconds,
+        "start.include": False if given.continuation_only else None,
     }
-    texts = [word for word in words or () if not is_override(word)]
+    texts = [word for word in given.words or () if not is_override(word)]
     overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in dotted.items() if value is not None]
-    overrides += [word for word in words or () if is_override(word)]
-    if prompts is not None and texts:
+    overrides += [word for word in given.words or () if is_override(word)]
+    if given.prompts is not None and texts:
         raise ValueError(f"both a prompt ({texts[0]!r}) and --prompts are given: give one of the two")
     if len(texts) > 1:
         raise ValueError(f"{len(texts)} prompts are given ({', '.join(map(repr, texts))}): put the prompt into quotes")
-    if prompts is not None:
-        texts = read_prompts(prompts)
-    run = load_run(config, options=options | {"prompt": texts[0] if texts else None}, overrides=overrides)
-    out = out or (Path(run.output.folder) if run.output.folder else None)
-    if prompts is None:
+    if given.prompts is not None:
+        texts = read_prompts(given.prompts)
+    options = {key: getattr(given, key) for key in top} | {"prompt": texts[0] if texts else None}
+    run = load_run(given.config, options=options, overrides=overrides)
+    out = given.out or (Path(run.output.folder) if run.output.folder else None)
+    if given.prompts is None:
         _make_all([(run, *_place(run, out))])
     else:
-        _make_all(_unfinished(run, texts, out or RUNS / prompts.stem))
+        _make_all(_unfinished(run, texts, out or _RUNS / given.prompts.stem))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -151,9 +156,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _slug(text: str) -> str:
-    """Turn a prompt's first words into a file name."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    return words[:SLUG_LENGTH].strip("-") or "take"
+    return words[:_SLUG_LENGTH].strip("-") or "take"
 
 
 def _folder_name(text: str, repeat: int) -> str:
@@ -167,7 +171,7 @@ def _place(run: RunConfig, out: Path | None) -> tuple[Path, Path | None]:
     from longtake.pipelines.run_folder import free_place, refuse_existing
 
     if out is None:
-        return free_place(RUNS / _slug(run.prompt)), None
+        return free_place(_RUNS / _slug(run.prompt)), None
     path, deliver = (out.with_suffix(""), out.absolute()) if out.suffix == ".mp4" else (out, None)
     for taken in (path, deliver or path):
         refuse_existing(taken)
@@ -182,10 +186,8 @@ def _unfinished(template: RunConfig, texts: list[str], parent: Path) -> list[_Jo
     todo: list[_Job] = []
     for text in texts:
         # The same line again is another video of it.
-        run, path = (
-            replace(template, prompt=text, seed=template.seed + seen[text]),
-            parent / _folder_name(text, seen[text]),
-        )
+        run = replace(template, prompt=text, seed=template.seed + seen[text])
+        path = parent / _folder_name(text, seen[text])
         seen[text] += 1
         if path.exists():
             folder = RunFolder(path)

@@ -4,7 +4,6 @@ import json
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -18,35 +17,38 @@ from typer import Argument, Option
 from longtake.configs.families import ModelFamily, family_names, load_family
 from longtake.configs.fields import choose
 from longtake.configs.loader import FOLDER_FAMILY, load_preset, load_run
-from longtake.scripts.console import out, print_rows
+from longtake.scripts.console import out, print_rows, takes_options
 
 if TYPE_CHECKING:
     from longtake.pipelines.memory_plan import MemoryPlan, PlanRequest
 
 
-def info(
+@dataclass(frozen=True, kw_only=True)
+class _Options:
     model: Annotated[
         str | None,
         Argument(
             metavar="MODEL", help="A model family, a diffusers folder, or a checkpoint file.", show_default=False
         ),
-    ] = None,
+    ] = None
     overrides: Annotated[
         list[str] | None, Argument(metavar="[KEY=VALUE ...]", help="With --plan: settings, as of generate.")
-    ] = None,
-    *,
-    named: Annotated[str | None, Option("--model", help="The same as MODEL.", show_default=False)] = None,
-    family: Annotated[str | None, Option(help="How a folder is run.", show_default="self_forcing")] = None,
-    plan: Annotated[bool, Option("--plan", help="How much memory a video takes, and whether it fits.")] = False,
-    cache: Annotated[str | None, Option(help="Of the plan: cache policy.")] = None,
-    seconds: Annotated[float | None, Option(help="Of the plan: length of the video.")] = None,
-    height: Annotated[int | None, Option(help="Of the plan: pixels.")] = None,
-    width: Annotated[int | None, Option(help="Of the plan: pixels.")] = None,
-    dtype: Annotated[str | None, Option(help="Of the plan: float32, bfloat16 or float16.")] = None,
-    batch: Annotated[int, Option(help="Of the plan: videos made together.")] = 1,
-    device: Annotated[str, Option(help="Of the plan: auto, cpu or cuda, which may be another machine's.")] = "auto",
-    memory: Annotated[str | None, Option(help="Of the plan: another machine's memory, 8GB say.")] = None,
-) -> None:
+    ] = None
+    named: Annotated[str | None, Option("--model", help="The same as MODEL.", show_default=False)] = None
+    family: Annotated[str | None, Option(help="How a folder is run.", show_default="self_forcing")] = None
+    plan: Annotated[bool, Option("--plan", help="How much memory a video takes, and whether it fits.")] = False
+    cache: Annotated[str | None, Option(help="Of the plan: cache policy.")] = None
+    seconds: Annotated[float | None, Option(help="Of the plan: length of the video.")] = None
+    height: Annotated[int | None, Option(help="Of the plan: pixels.")] = None
+    width: Annotated[int | None, Option(help="Of the plan: pixels.")] = None
+    dtype: Annotated[str | None, Option(help="Of the plan: float32, bfloat16 or float16.")] = None
+    batch: Annotated[int, Option(help="Of the plan: videos made together.")] = 1
+    device: Annotated[str, Option(help="Of the plan: auto, cpu or cuda, which may be another machine's.")] = "auto"
+    memory: Annotated[str | None, Option(help="Of the plan: another machine's memory, 8GB say.")] = None
+
+
+@takes_options(_Options)
+def info(given: _Options) -> None:
     """Show a model's size, shape, size of its cache, licence and source; or plan a video's memory.
 
     **Examples**
@@ -59,14 +61,16 @@ def info(
 
     `longtake info self_forcing --plan --cache deep_forcing --seconds 120 --dtype bfloat16 --device cuda --memory 24GB`
     """
-    words = [word for word in (model if named is not None else None, *(overrides or ())) if word is not None]
-    name = model if named is None else named
+    words, name = given.overrides or [], given.model
+    if given.named is not None:
+        words, name = [word for word in (given.model, *words) if word is not None], given.named
     if name is None:
         raise ValueError("no model is named: longtake info MODEL, a family, a folder or a checkpoint file")
-    if plan:
-        options = {"cache": cache, "seconds": seconds, "height": height, "width": width, "dtype": dtype}
-        request = _plan_request(name, family=family, overrides=words, options=options, batch=batch, device=device)
-        _show_plan(request, None if memory is None else _parse_memory(memory))
+    if given.plan:
+        options = {key: getattr(given, key) for key in ("cache", "seconds", "height", "width", "dtype")}
+        where = {"family": given.family, "batch": given.batch, "device": given.device}
+        request = _plan_request(name, overrides=words, options=options, **where)
+        _show_plan(request, None if given.memory is None else _parse_memory(given.memory))
     elif words:
         raise ValueError(f"{words[0]!r}: settings are for --plan")
     elif Path(name).is_file():
@@ -74,7 +78,7 @@ def info(
 
         print_rows(describe_checkpoint(Path(name)))
     else:
-        print_rows(_described(*_located(name, family)))
+        print_rows(_described(*_located(name, given.family)))
 
 
 def _located(name: str, family: str | None) -> tuple[str, Path | None]:
@@ -167,11 +171,7 @@ def _plan_request(
     batch: int = 1,
     device: str = "auto",
 ) -> "PlanRequest":
-    """Request of a memory plan; ``options`` are top-level keys of a run, and the ``dtype`` of the model.
-
-    Raises:
-        ValueError: If the model, a family or a folder, is unknown or a setting does not fit.
-    """
+    """Request of a memory plan; ``options`` are top-level keys of a run, and the ``dtype`` of the model."""
     from longtake.pipelines.memory_plan import PlanRequest, device_kind
 
     family, folder = _located(name, family)
@@ -290,29 +290,19 @@ def _remedies(plan: "MemoryPlan", total: int) -> Iterator[tuple[_Remedy, "Memory
     for make in _REMEDIES:
         if plan.peak <= total:
             return
-        remedy = make(plan, total)
+        remedy = make(plan, total) if make not in _ON_GPU or plan.request.device_type == "cuda" else None
         if remedy is None:
             continue
         try:
-            with _no_warnings():
-                reached = plan_memory(remedy.request)
+            logging.disable(logging.WARNING)  # a budget that is only tried has nothing to warn of
+            reached = plan_memory(remedy.request)
         except ValueError:  # a budget that nothing fits
             continue
+        finally:
+            logging.disable(logging.NOTSET)
         if plan.peak - reached.peak >= _LEAST_SAVING * plan.peak:
             plan = reached
             yield remedy, plan
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Silence: a budget that is only tried has nothing to warn of."""
-    logger = logging.getLogger("longtake.cache.wrappers.budget")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _setting(plan: "MemoryPlan", total: int, *, what: str, word: str, **changes: Any) -> _Remedy | None:
@@ -324,11 +314,6 @@ def _half_precision(plan: "MemoryPlan", total: int) -> _Remedy | None:
     import torch
 
     return _setting(plan, total, what="bfloat16", word="model.dtype=bfloat16", dtype=torch.bfloat16)
-
-
-def _on_gpu(make: "_Maker") -> "_Maker":
-    """A remedy that does nothing on the CPU."""
-    return lambda plan, total: make(plan, total) if plan.request.device_type == "cuda" else None
 
 
 def _archive_on_host(plan: "MemoryPlan", total: int) -> _Remedy | None:
@@ -400,18 +385,20 @@ def _overrides(settings: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield f"{prefix}.{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-_Maker = Callable[["MemoryPlan", int], _Remedy | None]
+_OFFLOAD = partial(_setting, what="only the part at work on the GPU", word="model.offload=model", offloads=True)
+_TILES = partial(_setting, what="decode in tiles", word="model.vae_tiling=true", tiles_vae=True)
 # In order of least harm; the first four leave the video as it is.
-_REMEDIES: tuple[_Maker, ...] = (
+_REMEDIES: tuple[Callable[["MemoryPlan", int], _Remedy | None], ...] = (
     partial(_setting, what="free the text encoder", word="--free-text-encoder", text_encoder="freed"),
-    _on_gpu(partial(_setting, what="only the part at work on the GPU", word="model.offload=model", offloads=True)),
-    _on_gpu(_archive_on_host),
-    _on_gpu(_offload_cache),
+    _OFFLOAD,
+    _archive_on_host,
+    _offload_cache,
     _half_precision,
     partial(_quantize, bits=8),
     partial(_quantize, bits=4),
-    # On the CPU the past frames of all tiles lie in the same memory, and are more than those of the whole frame.
-    _on_gpu(partial(_setting, what="decode in tiles", word="model.vae_tiling=true", tiles_vae=True)),
+    _TILES,
     _shorten,
     _shrink,
 )
+# Tiles too: on the CPU the past frames of all of them lie in the same memory, and are more than those of whole frames.
+_ON_GPU = (_OFFLOAD, _archive_on_host, _offload_cache, _TILES)

@@ -5,12 +5,12 @@ import sys
 from importlib import import_module
 from typing import Annotated, Any
 
-import typer
+from typer import Exit, Option, Typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from longtake import __version__
-from longtake.configs.waiting import wait_briefly
-from longtake.scripts.console import out, run_app
+from longtake.scripts.console import out, run_app, wait_briefly
 
 COMMANDS = {
     "generate": "Make a video from a prompt.",
@@ -23,11 +23,7 @@ COMMANDS = {
     "evaluate": "Measure videos, make and measure them, and compare runs.",
     "attention": "Attention backends of this machine, and sparse attention policies.",
 }
-_STYLE: dict[str, Any] = {
-    "add_completion": False,
-    "rich_markup_mode": "markdown",
-    "pretty_exceptions_enable": False,
-}
+_STYLE: dict[str, Any] = {"add_completion": False, "rich_markup_mode": "markdown", "pretty_exceptions_enable": False}
 
 
 class _Commands(TyperGroup):
@@ -41,12 +37,12 @@ def _load_command(name: str) -> Any:
     module = import_module(f"longtake.scripts.{name.replace('-', '_')}")
     program = vars(module).get("app")
     if program is None:
-        program = typer.Typer(**_STYLE)
+        program = Typer(**_STYLE)
         program.command(name, no_args_is_help=name != "policies")(getattr(module, name.replace("-", "_")))
-    return typer.main.get_command(program)
+    return get_command(program)
 
 
-app = typer.Typer(
+app = Typer(
     cls=_Commands,
     no_args_is_help=True,
     help=(
@@ -63,13 +59,13 @@ for _name, _line in COMMANDS.items():
 def _show_version(value: bool) -> None:
     if value:
         out.print(__version__)
-        raise typer.Exit()
+        raise Exit()
 
 
 @app.callback()
-def options(
+def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Options of all commands."""

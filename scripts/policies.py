@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -45,8 +46,7 @@ def policies(
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="Change a field of the preset; may be repeated.")
     ] = None,
     event: Annotated[
-        list[str] | None,
-        Option(metavar="BLOCK:EVENT", help="A new prompt at a block: 6:recache; may be repeated."),
+        list[str] | None, Option(metavar="BLOCK:EVENT", help="A new prompt at a block: 6:recache; may be repeated.")
     ] = None,
     frames_per_block: Annotated[
         int | None, Option(help="Latent frames denoised together.", show_default="the source's", min=1)
@@ -79,13 +79,14 @@ def policies(
             make_policy(settings)
         out.print(yaml.safe_dump(settings, sort_keys=False).rstrip(), markup=False)
         return
-    policy, events_ = make_policy(settings), _parse_events(event or ())
+    policy = make_policy(settings)
+    events = _parse_events(event or ())
     size = frames_per_block or policy.published_block
     policy.check(size)
-    played = play(policy, num_blocks=blocks, frames_per_block=size, events=events_, layer=layer)
+    played = play(policy, num_blocks=blocks, frames_per_block=size, events=events, layer=layer)
     _print_explained(policy, played, frames_per_block=size)
     if png is not None:
-        draw(played, png, title=title(policy, events_))
+        draw(policy, played, png)
         out.print(str(png), markup=False, style="bold")
 
 
@@ -134,7 +135,7 @@ def _table(frames_per_block: int | None) -> Iterator[Text]:
         else:
             bounded = "yes" if row.is_bounded else f"+{row.grows / GB:.3g}/min"
             sizes = f"{row.context_frames:.3g}", f"{row.attended_bytes / GB:.2f}", f"{row.stored_bytes / GB:.2f}"
-            cells = [str(size), *sizes, bounded, needs(policy), ", ".join(events(policy)) or "-"]
+            cells = [str(size), *sizes, bounded, needs(policy), ", ".join(sorted(policy.events - {"keep"})) or "-"]
         yield _row(name, *cells, style="bold cyan")
         yield Text(_filled(what, width, indent="  "), style="dim")
 
@@ -171,11 +172,10 @@ def _print_explained(policy: CachePolicy, blocks: Sequence[SimulatedBlock], *, f
     out.print(f"Wan2.1 1.3B at 832x480: {cost}")
 
 
-def title(policy: CachePolicy, events: Mapping[int, Event] | None = None) -> str:
-    """Name and main settings, for the top of a picture."""
+def _title(policy: CachePolicy, blocks: Sequence[SimulatedBlock]) -> str:
     shown = {key: value for key, value in policy.settings().items() if "frames" in key or key == "positions"}
     parts = [f"{key.removeprefix('num_').removesuffix('_frames')} {value}" for key, value in shown.items()]
-    parts += [f"{event} at block {block}" for block, event in (events or {}).items()]
+    parts += [f"{block.event} at block {block.index}" for block in blocks if block.event != "keep"]
     return f"{policy.name}: {', '.join(parts)}" if parts else policy.name
 
 
@@ -224,11 +224,6 @@ def needs(policy: CachePolicy) -> str:
     return ", ".join(name for name, is_needed in wanted.items() if is_needed) or "-"
 
 
-def events(policy: CachePolicy) -> list[Event]:
-    """Prompt events that it knows, the trivial one left out."""
-    return sorted(policy.events - {"keep"})
-
-
 @cache
 def facts(policy: CachePolicy, geometry: Geometry | None = None) -> _PolicyFacts:
     """Play a policy until nothing changes any more, or for a minute if that never comes.
@@ -239,9 +234,8 @@ def facts(policy: CachePolicy, geometry: Geometry | None = None) -> _PolicyFacts
     Raises:
         ValueError: If the policy has no room for the geometry's blocks, or what it needs is made for another model.
     """
-    g = geometry or _wan_1_3b(policy.published_block)
     try:
-        return _measured(policy, g)
+        return _measured(policy, geometry or _wan_1_3b(policy.published_block))
     except RuntimeError as error:
         raise ValueError(f"what {policy.name} needs is made for a model of other shapes ({error}).") from error
 
@@ -284,6 +278,7 @@ _OTHER_COLOURS = ("#d1605e", "#4bb3b8", "#c9b23c", "#b0728f", "#7d8f4e", "#8c8c8
 _TEXT_FRAMES = 60  # most columns of the text picture; more frames share a column
 _LABELLED_FRAMES = 45  # more, and numbers would not be readable
 _WHOLE = 0.99  # a frame of which so much is read is read
+_TRAINED_FRAMES = 21  # of a five-second model
 _MAX_LISTED = 3  # runs of numbers before a list is shortened
 
 
@@ -309,16 +304,8 @@ def play(
     geometry = _toy_geometry(frames_per_block)
     if not -geometry.num_layers <= layer < geometry.num_layers:
         raise ValueError(f"layer={layer} does not exist: the model played has layers 0 to {geometry.num_layers - 1}.")
-    played = simulate(
-        policy,
-        geometry,
-        num_blocks,
-        events=events,
-        window_blocks=policy.published_window,
-        latent_channels=_TOY_CHANNELS,
-        layer=layer,
-    )
-    return list(played)
+    shown: dict[str, Any] = {"latent_channels": _TOY_CHANNELS, "layer": layer}
+    return list(simulate(policy, geometry, num_blocks, events=events, window_blocks=policy.published_window, **shown))
 
 
 def _roles(blocks: Sequence[SimulatedBlock]) -> dict[str, str]:
@@ -440,7 +427,7 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_trained_frames: int = 21) -> None:
+def draw(policy: CachePolicy, blocks: Sequence[SimulatedBlock], path: Path) -> None:
     """Draw into a PNG which frames each block reads, and at which positions, side by side.
 
     Raises:
@@ -459,14 +446,14 @@ def draw(blocks: Sequence[SimulatedBlock], path: Path, *, title: str, num_traine
     colours = _roles(blocks)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_frames(left, blocks, colours)
-    _draw_positions(right, blocks, colours, num_trained_frames)
+    _draw_positions(right, blocks, colours)
     for axis in (left, right):
         for row, block in enumerate(blocks):
             if block.event != "keep":
                 axis.axhline(row - 0.5, color=_EVENT_COLOUR, linewidth=1.2)
         axis.tick_params(length=0, labelsize=8)
         axis.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(_title(policy, blocks), fontsize=12, fontweight="bold")
     handles = [Patch(color=colour, label=role) for role, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) + 1, frameon=False, fontsize=9)
     buffer = BytesIO()
@@ -483,7 +470,7 @@ def _draw_frames(axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mappin
     def entries(span: Span) -> Iterable[tuple[float, float, float | None]]:
         return zip(span.frames, span.shares, _places(span), strict=True)
 
-    _fill(axis, _boxes(blocks, entries), colours, is_labelled=is_labelled)
+    _fill(axis, blocks, entries, colours, is_labelled=is_labelled)
     for row, block in enumerate(blocks):
         if block.event != "keep":
             note = {"fontsize": 7, "color": _EVENT_COLOUR, "ha": "right"}
@@ -503,44 +490,37 @@ def _places(span: Span) -> Sequence[float | None]:
     return [float(frame) if is_home else None for frame in span.frames]
 
 
-def _draw_positions(
-    axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str], num_trained_frames: int
-) -> None:
+def _draw_positions(axis: "Axes", blocks: Sequence[SimulatedBlock], colours: Mapping[str, str]) -> None:
     def entries(span: Span) -> Iterable[tuple[float, float, float | None]]:
         shares = [share for share in span.shares if share]
         if len(shares) != len(span.positions):
             shares = [span.share] * len(span.positions)
         return ((position, share, None) for position, share in zip(span.positions, shares, strict=True))
 
-    axis.axvspan(-0.5, num_trained_frames - 0.5, color="#eceff4", zorder=0)
-    boxes = _boxes(blocks, entries)
-    _fill(axis, boxes, colours)
-    places = [box.x for box in boxes]
-    axis.set_xlim(min(-1.0, *places) - 0.1, max(num_trained_frames, *places) + 1.0)
-    axis.set_xlabel(f"temporal position (shaded: {num_trained_frames} frames of training)")
+    axis.axvspan(-0.5, _TRAINED_FRAMES - 0.5, color="#eceff4", zorder=0)
+    places = _fill(axis, blocks, entries, colours)
+    axis.set_xlim(min(-1.0, *places) - 0.1, max(_TRAINED_FRAMES, *places) + 1.0)
+    axis.set_xlabel(f"temporal position (shaded: {_TRAINED_FRAMES} frames of training)")
 
 
-@dataclass(frozen=True)
-class _Box:
-    """A coloured cell; ``x`` is its middle, ``y`` its upper edge."""
+def _fill(
+    axis: "Axes",
+    blocks: Sequence[SimulatedBlock],
+    entries: Callable[[Span], Iterable[tuple[float, float, float | None]]],
+    colours: Mapping[str, str],
+    *,
+    is_labelled: bool = False,
+) -> list[float]:
+    """Draw cells of all rows, paler where few tokens are read, from ``entries``; return their places.
 
-    x: float
-    y: float
-    width: float
-    height: float
-    role: str
-    share: float
-    label: float | None
-
-
-def _boxes(
-    blocks: Sequence[SimulatedBlock], entries: Callable[[Span], Iterable[tuple[float, float, float | None]]]
-) -> list[_Box]:
-    """Boxes of all rows, from the (place, share of tokens, label) that ``entries`` gives of a span.
-
-    Roles that share a place share its height, but groups of heads that read the same are one.
+    ``entries`` gives the (place, share of tokens, label) of a span. Roles that share a place share its height, but
+    groups of heads that read the same are one.
     """
-    boxes: list[_Box] = []
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    boxes, faces, all_places = [], [], []
     for row, block in enumerate(blocks):
         cells: dict[float, dict[tuple[str, float | None], float]] = {}
         for span in _spans(block.denoise):
@@ -549,28 +529,19 @@ def _boxes(
                     cell = cells.setdefault(float(x), {})
                     cell[span.role, label] = max(share, cell.get((span.role, label), 0.0))
         places = sorted(cells)
-        width = min(1.0, max(0.2, min((b - a for a, b in zip(places, places[1:], strict=False)), default=1.0)))
+        all_places += places
+        width = min(1.0, max(0.2, min((b - a for a, b in pairwise(places)), default=1.0)))
         for x, shares in cells.items():
             height = _ROW_HEIGHT / len(shares)
             for part, ((role, label), share) in enumerate(shares.items()):
-                boxes.append(_Box(x, row - _ROW_HEIGHT / 2 + part * height, width, height, role, share, label))
-    return boxes
-
-
-def _fill(axis: "Axes", boxes: Sequence[_Box], colours: Mapping[str, str], *, is_labelled: bool = False) -> None:
-    """Draw boxes, those of few tokens paler."""
-    from matplotlib.collections import PolyCollection
-    from matplotlib.colors import to_rgba
-
-    corners = []
-    for box in boxes:
-        left, right, bottom = box.x - box.width / 2, box.x + box.width / 2, box.y + box.height
-        corners.append([(left, box.y), (right, box.y), (right, bottom), (left, bottom)])
-    faces = [to_rgba(colours[box.role], max(0.3, min(1.0, box.share))) for box in boxes]
-    axis.add_collection(PolyCollection(corners, facecolors=faces, edgecolors="white", linewidths=0.7))
-    for box in boxes:
-        if is_labelled and box.label is not None:
-            size = 6.5 if box.height == _ROW_HEIGHT else 4.5
-            style = {"color": "white" if box.share > 0.5 else "#202020", "fontsize": size}
-            middle = box.y + box.height / 2 + 0.03
-            axis.text(box.x, middle, f"{box.label:.3g}", ha="center", va="center", **style)
+                top = row - _ROW_HEIGHT / 2 + part * height
+                boxes.append(Rectangle((x - width / 2, top), width, height))
+                faces.append(to_rgba(colours[role], max(0.3, min(1.0, share))))
+                if is_labelled and label is not None:
+                    style = {
+                        "color": "white" if share > 0.5 else "#202020",
+                        "fontsize": 6.5 if len(shares) == 1 else 4.5,
+                    }
+                    axis.text(x, top + height / 2 + 0.03, f"{label:.3g}", ha="center", va="center", **style)
+    axis.add_collection(PatchCollection(boxes, facecolors=faces, edgecolors="white", linewidths=0.7))
+    return all_places

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from longtake.scripts.console import out
 
@@ -11,18 +11,16 @@ DEFAULT_OUT = Path("heads.yaml")
 
 
 def profile_heads(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model family or a diffusers folder.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A model family or a diffusers folder.")],
     *,
-    family: Annotated[str | None, typer.Option(help="How a folder is run.", show_default="self_forcing")] = None,
+    family: Annotated[str | None, Option(help="How a folder is run.", show_default="self_forcing")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt per line.", show_default="moving scenes")
+        Path | None, Option(help="Text file, one prompt per line.", show_default="moving scenes")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Videos to profile.")] = 4,
-    seconds: Annotated[float, typer.Option(help="Length of each, as long as the model was trained for.")] = 5.0,
-    threshold: Annotated[
-        float, typer.Option(help="Share of attention on the near past that makes a head static.")
-    ] = 0.8,
-    to: Annotated[Path, typer.Option("--out", help="Head map to write.")] = DEFAULT_OUT,
+    num_prompts: Annotated[int, Option(help="Videos to profile.")] = 4,
+    seconds: Annotated[float, Option(help="Length of each, as long as the model was trained for.")] = 5.0,
+    threshold: Annotated[float, Option(help="Share of attention on the near past that makes a head static.")] = 0.8,
+    to: Annotated[Path, Option("--out", help="Head map to write.")] = DEFAULT_OUT,
 ) -> None:
     """Profile a model's attention heads for `forcing_kv`.
 

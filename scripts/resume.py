@@ -3,18 +3,18 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
-from longtake.pipelines.run_folder import FINISHED, RunFolder
-from longtake.scripts.console import EXIT_INTERRUPTED, err, stop_requests
-from longtake.scripts.running import deliver_files, print_files, resume_run
+from longtake.pipelines.run_folder import FINISHED
+from longtake.scripts.console import EXIT_INTERRUPTED, stop_requests
+from longtake.scripts.running import resume_run
 
 
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.", show_default=False)],
+    folder: Annotated[Path, Argument(metavar="DIR", help="A run's folder.", show_default=False)],
     *,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Go on even if blocks made again differ, on another machine.")
+        bool, Option("--allow-changes", help="Go on even if blocks made again differ, on another machine.")
     ] = False,
 ) -> None:
     """Resume a run from its latest checkpoint.
@@ -26,13 +26,6 @@ def resume(
 
     `longtake resume runs/a-red-circle-bouncing-1`
     """
-    run = RunFolder(folder)
-    run.check()
-    if run.status == FINISHED:
-        deliver_files(run)
-        err.print(f"{folder} is finished already", markup=False)
-        print_files(run)
-        return
     with stop_requests() as should_stop:
         if resume_run(folder, None, should_stop=should_stop, allow_changes=allow_changes) != FINISHED:
-            raise typer.Exit(EXIT_INTERRUPTED)
+            raise Exit(EXIT_INTERRUPTED)

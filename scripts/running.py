@@ -28,11 +28,7 @@ _NO_ROOM = 1.25  # times all memory: beyond this nothing but a smaller plan help
 
 
 def check_settings(config: RunConfig) -> None:
-    """Refuse settings that do not fit each other, the model family or this machine, before any weight is loaded.
-
-    Raises:
-        ValueError: With the value, the limit and the remedy.
-    """
+    """Refuse settings that do not fit each other, the model family or this machine, before any weight is loaded."""
     family = load_family(config.model.family)
     settings = RolloutSettings(
         num_frames=family.num_latent_frames(max(1, round(config.seconds * family.fps))),
@@ -62,8 +58,8 @@ def _check_memory(run: RunConfig) -> None:
     needed = f"this video takes {format_bytes(plan.peak)} at its peak"
     if plan.peak > _NO_ROOM * total:
         raise ValueError(f"{needed} and there are {format_bytes(total)} in all: see {command} for what to change.")
-    free = f"{format_bytes(available)} are free: {command} shows why, and what to change"
-    err.print(f"{needed}, {free}", style="yellow", markup=False)
+    needed += f", {format_bytes(available)} are free: {command} shows why, and what to change"
+    err.print(needed, style="yellow", markup=False)
 
 
 def _model_folder(model: ModelConfig) -> Path:
@@ -178,16 +174,9 @@ def run_in_folder(
 
     def on_block(state: Progress) -> None:
         done, speed = state.num_done, state.frames_per_second
-        show(
-            done,
-            is_due=done % step == 0 or done == num_blocks,
-            done=done,
-            blocks=num_blocks,
-            speed=speed,
-            megabytes=state.num_cache_bytes / 1e6,
-            tokens=state.num_tokens,
-            left=(rollout.num_frames - state.num_frames) / speed if speed else 0.0,
-        )
+        left = (rollout.num_frames - state.num_frames) / speed if speed else 0.0
+        numbers = {"done": done, "speed": speed, "megabytes": state.num_cache_bytes / 1e6, "tokens": state.num_tokens}
+        show(done, is_due=done % step == 0 or done == num_blocks, blocks=num_blocks, left=left, **numbers)
 
     try:
         with progress(text, total=num_blocks) as show:
@@ -210,9 +199,17 @@ def resume_run(
 ) -> str:
     """Finish a run from its latest checkpoint, with its model if that is loaded already; return the run's status.
 
+    A finished run gets its contact sheet and named file, where these are missing.
+
     Raises:
         ValueError: If the weights are not those that the run began with.
     """
+    finished = RunFolder(path)
+    finished.check()
+    if finished.status == FINISHED:
+        err.print(f"{path} is finished already", markup=False)
+        _deliver_files(finished)
+        return FINISHED
     with RunFolder.open(path) as folder:
         use_recorded_setup(folder)
         rollout = start_rollout(pipe or load_pipeline(folder.config.model), folder.config, folder)
@@ -238,19 +235,15 @@ def use_recorded_setup(folder: RunFolder) -> None:
     torch.set_num_threads(record["machine"]["num_threads"])
 
 
-def deliver_files(folder: RunFolder) -> None:
-    """Make what belongs to a finished run beside its video: the contact sheet, and the file asked for by name."""
+def _deliver_files(folder: RunFolder) -> None:
+    """Make a finished run's contact sheet and the file asked for by name, and print the paths of its files."""
     record = folder.record
     sheet, named = folder.path / "contact_sheet.png", record.get("deliver")
     if folder.config.output.contact_sheet and not sheet.exists():
         write_contact_sheet(folder.video_path, sheet, fps=record["video"]["fps"])
     if named and not Path(named).exists():
         link_or_copy(folder.video_path, Path(named))
-
-
-def print_files(folder: RunFolder) -> None:
-    """Print the paths of a finished run's video and contact sheet on stdout."""
-    for path in (folder.record.get("deliver") or folder.video_path, folder.path / "contact_sheet.png"):
+    for path in (named or folder.video_path, sheet):
         if Path(path).exists():
             out.print(str(path), markup=False)
 
@@ -262,7 +255,6 @@ def _report(folder: RunFolder, outcome: Outcome) -> None:
         made = f"{done.num_new_frames} frames ({done.num_new_frames / fps:.1f} s of video) in {done.seconds:.1f} s"
         err.print(f"{made}: {speed:.1f} frames per second, {speed / fps:.1f}x real time")
     if outcome.status == FINISHED:
-        deliver_files(folder)
-        print_files(folder)
+        _deliver_files(folder)
     else:
         err.print(f"stopped; go on with: longtake resume {folder.path}", style="yellow", markup=False)

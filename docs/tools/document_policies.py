@@ -12,7 +12,7 @@ import typer
 from longtake.cache import POLICIES, CachePolicy, Event
 from longtake.cache.simulation import SimulatedBlock
 from longtake.scripts.console import out
-from longtake.scripts.policies import draw, events, facts, needs, play, preset_policy, title
+from longtake.scripts.policies import draw, facts, needs, play, preset_policy
 
 PAGE = Path("docs/policies.md")
 FRAMES = 42
@@ -70,8 +70,7 @@ def document_policies(
         policy = preset_policy(name) if shown.events else None
         for event in shown.events:
             path = folder / picture_name(name, event)
-            happenings = {EVENT_BLOCK: event} if event is not None else {}
-            draw(_played(policy, event), path, title=title(policy, happenings))
+            draw(policy, _played(policy, event), path)
             wanted.add(path)
             out.print(f"{path}  {path.stat().st_size / 1000:.0f} kB", markup=False)
     for path in set(folder.glob("*.png")) - wanted:
@@ -152,7 +151,9 @@ def all_pictures() -> dict[str, Pictures]:
             pictures[name] = Pictures()
             continue
         twin = next((other for other in plain if other != name and plain[other] == plain[name]), None)
-        changing = [event for event in events(policy) if _reads(_played(policy, event)) != plain[name]]
+        changing = [
+            event for event in sorted(policy.events - {"keep"}) if _reads(_played(policy, event)) != plain[name]
+        ]
         pictures[name] = Pictures((None, *changing)) if twin is None else Pictures(twin=twin)
     return pictures
 
@@ -181,7 +182,14 @@ def _row(name: str) -> str:
         return f"| {known} | - | - | - | - | - | settings, see below | - |"
     bounded = "yes" if row.is_bounded else f"no: +{row.grows / GB:.3g} GB a minute"
     sizes = f"{row.context_frames:.3g} | {row.attended_bytes / GB:.2f} | {row.stored_bytes / GB:.2f}"
-    cells = [known, str(policy.published_block), sizes, bounded, needs(policy), ", ".join(events(policy)) or "-"]
+    cells = [
+        known,
+        str(policy.published_block),
+        sizes,
+        bounded,
+        needs(policy),
+        ", ".join(sorted(policy.events - {"keep"})) or "-",
+    ]
     return f"| {' | '.join(cells)} |"
 
 

@@ -110,5 +110,6 @@ def test_long_runs_share_letters():
 
 
 def test_a_picture_of_many_blocks_is_small(tmp_path):
-    draw(play(make_policy("full"), num_blocks=30), tmp_path / "full.png", title="full")
+    policy = make_policy("full")
+    draw(policy, play(policy, num_blocks=30), tmp_path / "full.png")
     assert (tmp_path / "full.png").stat().st_size < 60_000

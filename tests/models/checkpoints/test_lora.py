@@ -7,7 +7,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from make_checkpoint import write_family
 from safetensors.torch import load_file, save_file
 
-from longtake.configs.families import CheckpointRule, ModelFamily
+from longtake.configs.families import ModelFamily, _CheckpointRule
 from longtake.models.checkpoints import converting
 from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
 
@@ -129,7 +129,7 @@ def test_the_alpha(tmp_path, base, monkeypatch):
     save_file(named(), lora)
     with pytest.raises(ValueError, match="does not say its alpha, nor does the preset.*--lora-alpha"):
         found()
-    rule = CheckpointRule(key="generator", lora_key="ema_lora", lora_alpha=12.0)
+    rule = _CheckpointRule(key="generator", lora_key="ema_lora", lora_alpha=12.0)
     monkeypatch.setattr(converting, "load_family", lambda name: ModelFamily(checkpoint=rule))
     assert found(preset="x") == ("", [4.0])  # tensors at the top: no entry to choose
     torch.save({"ema_lora": named(), "generator_lora": named("diffusers")}, lora)

@@ -9,7 +9,7 @@ import torch
 from make_checkpoint import write_family
 from safetensors.torch import save_file
 
-from longtake.configs.families import CheckpointRule, ModelFamily
+from longtake.configs.families import ModelFamily, _CheckpointRule
 from longtake.models.checkpoints import converting
 from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
 from longtake.models.checkpoints.files import TensorInfo, choose_entry, open_checkpoint
@@ -253,12 +253,12 @@ def test_presets(tmp_path, monkeypatch):
     message = "does not fit the preset 'self_forcing' ... 24 wide with 2 layers ... for 1.3B"
     assert_refused(path, tmp_path, message, preset="self_forcing")
     assert_refused(path, tmp_path, "unknown model family 'self_forcin'", preset="self_forcin")
-    family = ModelFamily(checkpoint=CheckpointRule(key="critic"))
+    family = ModelFamily(checkpoint=_CheckpointRule(key="critic"))
     monkeypatch.setattr(converting, "load_family", lambda name: family)
     assert found(path, preset="x").entry == "critic"
     assert found(path, preset="x", key="generator").entry == "generator"
     assert found(flat, preset="x").entry == ""
-    family = ModelFamily(checkpoint=CheckpointRule(key="ema"))
+    family = ModelFamily(checkpoint=_CheckpointRule(key="ema"))
     assert_refused(path, tmp_path, "no entry 'ema'", preset="x")
 
 
