@@ -23,13 +23,7 @@ from longtake.models.checkpoints.files import (
 from longtake.models.checkpoints.identify import Identity, identify
 from longtake.models.checkpoints.lora import LORA_ORDER, Adapter, adapter_rank, read_adapter
 from longtake.models.checkpoints.parts import DEFAULT_SHARD_BYTES, OnTensor, Part, write_json
-from longtake.models.checkpoints.wan_parts import (
-    Transformer,
-    find_part,
-    find_tokenizer,
-    find_transformer,
-    part_config,
-)
+from longtake.models.checkpoints.wan_parts import Transformer, find_part, find_transformer
 
 DTYPES = ("float32", "bfloat16", "float16")
 _FLOW_SHIFT = 5.0  # Wan2.1's own, and that of nearly all models trained from it
@@ -76,17 +70,14 @@ class Conversion:
 
     @property
     def is_pipeline(self) -> bool:
-        """True if a whole pipeline's folder is written, not the transformer alone."""
         return len(self.parts) > 1
 
     @property
     def num_tensors(self) -> int:
-        """Tensors to write."""
         return sum(len(part.tensors) for part in self.parts)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes to write."""
         return sum(tensor.info.num_bytes for part in self.parts for tensor in part.tensors)
 
     def write(self, out: Path, *, on_tensor: OnTensor | None = None) -> None:
@@ -178,7 +169,12 @@ def plan_conversion(request: ConversionRequest) -> Conversion:
     checkpoint = open_checkpoint(request.source)
     key = request.key or _preset_key(checkpoint, family.checkpoint.key if family else None)
     transformer = find_transformer(checkpoint, key=key, config=request.config)
-    _check_preset(transformer, request.preset, family)
+    if family is not None and family.size is not None and transformer.size != family.size:
+        found = transformer.size or f"{transformer.width} wide with {transformer.config['num_layers']} layers"
+        raise ValueError(
+            f"'{transformer.checkpoint.path}' does not fit the preset {request.preset!r}: it is {found}, the preset "
+            f"is for {family.size}. longtake info FILE names presets that fit."
+        )
     adapter = _find_adapter(request, transformer, family)
     dtype = getattr(torch, request.dtype) if request.dtype else None
     parts = [transformer.part(dtype=dtype, adapter=adapter), *_other_parts(request, transformer)]
@@ -188,15 +184,6 @@ def plan_conversion(request: ConversionRequest) -> Conversion:
 def _preset_key(checkpoint: Checkpoint, key: str | None) -> str | None:
     """A preset chooses between entries; tensors at the top leave nothing to choose."""
     return None if set(checkpoint.entries) == {FLAT} else key
-
-
-def _check_preset(transformer: Transformer, name: str | None, family: ModelFamily | None) -> None:
-    if family is not None and family.size is not None and transformer.size != family.size:
-        found = transformer.size or f"{transformer.width} wide with {transformer.config['num_layers']} layers"
-        raise ValueError(
-            f"'{transformer.checkpoint.path}' does not fit the preset {name!r}: it is {found}, the preset is for "
-            f"{family.size}. longtake info FILE names presets that fit."
-        )
 
 
 def _find_adapter(request: ConversionRequest, transformer: Transformer, family: ModelFamily | None) -> Adapter | None:
@@ -224,33 +211,22 @@ def _other_parts(request: ConversionRequest, transformer: Transformer) -> list[P
             "convert the transformer alone and put it into a folder that has one."
         )
     vae, text_encoder = find_part("vae", request.vae), find_part("text_encoder", request.text_encoder)
-    _check_fit(transformer, vae=part_config(vae), text_encoder=part_config(text_encoder))
-    return [vae, text_encoder, find_tokenizer(request.tokenizer)]
-
-
-def _check_fit(transformer: Transformer, *, vae: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> None:
     config = transformer.config
     pairs = (
-        ("--vae", "latent channels", vae.get("z_dim"), config["in_channels"]),
-        ("--text-encoder", "text channels", text_encoder.get("d_model"), config["text_dim"]),
+        ("--vae", "latent channels", vae.config.get("z_dim"), config["in_channels"]),
+        ("--text-encoder", "text channels", text_encoder.config.get("d_model"), config["text_dim"]),
     )
     for option, what, found, wanted in pairs:
         if found != wanted:
             raise ValueError(f"{option} has {found} {what}, the transformer takes {wanted}: they are of two models.")
+    return [vae, text_encoder, find_part("tokenizer", request.tokenizer)]
 
 
 _Rows = list[tuple[str, str]]
 
 
 def describe_checkpoint(path: Path) -> _Rows:
-    """Describe a file in (what, text) rows: container, entries, their kinds, the model's shape, fitting presets.
-
-    Args:
-        path: Anything that ``open_checkpoint`` takes.
-
-    Raises:
-        ValueError: If it cannot be opened; says what it is instead.
-    """
+    """Describe a file in (what, text) rows: container, entries, their kinds, the model's shape, fitting presets."""
     checkpoint = open_checkpoint(path)
     num_entries = len(checkpoint.entries)
     rows = [
@@ -287,7 +263,6 @@ def summarise(conversion: Conversion) -> _Rows:
 
 
 def _dtypes_of(infos: Iterable[TensorInfo]) -> str:
-    """Name the dtypes in use."""
     return ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
 
 

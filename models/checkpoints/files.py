@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,12 +73,10 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        """Numbers in it."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its numbers."""
         return self.num_elements * self.dtype.itemsize
 
 
@@ -94,7 +92,8 @@ class Checkpoint:
     files: Sequence[Path]  # files that were opened
     container: str  # safetensors or pickle, for messages
     entries: Mapping[str, Mapping[str, TensorInfo]]
-    reader: Callable[[str, str], Tensor]  # reads the tensor of an entry and a name
+    # Reads the tensor of an entry and a name to the CPU, perhaps as a view of the file: not to be written to.
+    read: Callable[[str, str], Tensor]
     others: Sequence[str] = ()  # names of what is neither a tensor nor an entry: step counters, settings
 
     @property
@@ -102,31 +101,13 @@ class Checkpoint:
         """Bytes of its files."""
         return sum(file.stat().st_size for file in self.files)
 
-    def read(self, entry: str, name: str) -> Tensor:
-        """Read one tensor to the CPU, perhaps as a view of the file: not to be written to.
-
-        Raises:
-            ValueError: If the file ends before it.
-        """
-        return self.reader(entry, name)
-
 
 def entry_title(entry: str) -> str:
-    """Name an entry for people."""
     return entry or "(no entry: tensors at the top)"
 
 
 def choose_entry(checkpoint: Checkpoint, key: str | None = None, *, order: Sequence[str] = _ENTRY_ORDER) -> str:
-    """Find the entry that is meant.
-
-    Args:
-        checkpoint: Opened.
-        key: The entry asked for; by ``order`` when None.
-        order: Names that are taken unasked, best first; the last part of a nested name counts.
-
-    Raises:
-        ValueError: If it is not there; lists those there are.
-    """
+    """Find the entry ``key``, or when None the first of ``order``, where the last part of a nested name counts."""
     listed = ", ".join(f"{entry_title(entry)}: {len(found)}" for entry, found in checkpoint.entries.items())
     if key is not None:
         if key in checkpoint.entries:
@@ -161,7 +142,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"checkpoint '{path}' does not exist.")
     if path.name.endswith(_INDEX):
         return _open_index(path, path)
-    if _detect_container(path) == "pickle":
+    if _is_pickle(path):
         return _open_pickle(path)
     _check_shard(path)
     return _open_safetensors(path, [path])
@@ -184,11 +165,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def open_shards(folder: Path) -> Checkpoint | None:
-    """Open the safetensors files of a folder as one model; None if it has none.
-
-    Raises:
-        ValueError: If shards are missing or there are several sets.
-    """
+    """Open the safetensors files of a folder as one model; None if it has none."""
     indexes = sorted(folder.glob(f"*{_INDEX}"))
     if len(indexes) > 1:
         raise ValueError(f"'{folder}' has several sets of shards ({', '.join(i.name for i in indexes)}): name one.")
@@ -253,7 +230,7 @@ def _open_safetensors(path: Path, files: Sequence[Path]) -> Checkpoint:
             raise ValueError(f"'{places[name]}' changed while it was read ({error}).") from error
 
     container = "safetensors" + (f", {len(files)} shards" if len(files) > 1 else "")
-    return Checkpoint(path=path, files=files, container=container, entries={FLAT: infos}, reader=read)
+    return Checkpoint(path=path, files=files, container=container, entries={FLAT: infos}, read=read)
 
 
 def _read_infos(file: Path) -> dict[str, TensorInfo]:
@@ -299,9 +276,13 @@ def _open_pickle(path: Path) -> Checkpoint:
     entries = {
         entry: {name: _info(path, name, tensor) for name, tensor in found.items()} for entry, found in tensors.items()
     }
-    others = [str(name) for name, value in root.items() if not isinstance(value, Tensor) and not _holds(value)]
-    reader = _PickleReader(path, tensors)
-    return Checkpoint(path=path, files=[path], container="pickle (zip)", entries=entries, reader=reader, others=others)
+    others = [
+        str(name)
+        for name, value in root.items()
+        if not isinstance(value, Tensor) and not (isinstance(value, Mapping) and any(_entries(value, ("",))))
+    ]
+    read = _PickleReader(path, tensors)
+    return Checkpoint(path=path, files=[path], container="pickle (zip)", entries=entries, read=read, others=others)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -343,10 +324,6 @@ def _entries(value: Mapping[str, Any], parents: tuple[str, ...]) -> Iterator[tup
                 yield from _entries(found, (*parents, name))
 
 
-def _holds(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(True for _ in _entries(value, ("",)))
-
-
 def _info(path: Path, name: str, tensor: Tensor) -> TensorInfo:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
         kind = type(tensor).__name__
@@ -359,15 +336,15 @@ def _info(path: Path, name: str, tensor: Tensor) -> TensorInfo:
     return info
 
 
-def _detect_container(path: Path) -> Literal["safetensors", "pickle"]:
-    """Tell a safetensors file from a zipped pickle, which ``torch.save`` writes since PyTorch 1.6."""
+def _is_pickle(path: Path) -> bool:
+    """Tell a zipped pickle, which ``torch.save`` writes since PyTorch 1.6, from a safetensors file."""
     with path.open("rb") as file:
         start = file.read(_NUM_LOOKED_AT)
     if start.startswith(b"PK\x03\x04"):
         _check_zip(path)
-        return "pickle"
+        return True
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER_BYTES:
-        return "safetensors"
+        return False
     raise ValueError(f"'{path}' {_describe(start)}.")
 
 
@@ -385,17 +362,12 @@ def _describe(start: bytes) -> str:
             "is a legacy pickle (not zipped), which cannot be read tensor by tensor: load it with "
             "torch.load(..., weights_only=True) and save it again with torch.save"
         )
-    if _is_text(start):
+    text = start.decode("utf-8", errors="replace")[:-1]  # the last character may be cut in the middle
+    if "\ufffd" not in text and all(letter.isprintable() or letter.isspace() for letter in text):
         return "is a text file, no checkpoint: give a .safetensors or .pt file"
     return (
         "is neither a safetensors file nor a zipped pickle (torch.save): its beginning is damaged or of another kind"
     )
-
-
-def _is_text(start: bytes) -> bool:
-    # The last character may be cut in the middle.
-    text = start.decode("utf-8", errors="replace")[:-1]
-    return "\ufffd" not in text and all(letter.isprintable() or letter.isspace() for letter in text)
 
 
 def _check_zip(path: Path) -> None:
@@ -419,11 +391,6 @@ def _check_zip(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: If there is none.
-    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -15,7 +15,6 @@ _Kind = Literal["transformer", "lora", "vae", "text_encoder", "unmerged", "relat
 NUM_LATENT_CHANNELS_5B = 48
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LORA = re.compile(r"(?:^|[._])lora_(?:A|B|down|up)\.")
-_UNMERGED = re.compile(r"\.base_layer\.")
 _VAE = re.compile(r"(?:en|de)coder\.(?:conv1|conv_in|middle\.0\.residual\.0|mid_block\.resnets\.0\.norm1)\.\w+")
 _TEXT_ENCODER = re.compile(
     r"token_embedding\.weight|blocks\.\d+\.ffn\.gate\.0\.weight|shared\.weight"
@@ -45,7 +44,11 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
     stripped = [strip_wrappers(name) for name in tensors]
     wrappers = tuple(wrappers_in(tensors))
     num_adapters = sum(_LORA.search(name) is not None for name in stripped)
-    if num_adapters and any(_UNMERGED.search(name) for name in stripped):
+
+    def naming(*theirs: str) -> str:
+        return "diffusers" if any(part in name for name in stripped for part in theirs) else "original"
+
+    if num_adapters and any(".base_layer." in name for name in stripped):
         return Identity("unmerged", "a model with adapters that are not merged", wrappers=wrappers)
     if num_adapters:
         return Identity("lora", f"a LoRA adapter ({num_adapters // 2} pairs)", wrappers=wrappers)
@@ -53,24 +56,18 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
         if any(name.startswith(sign) for name in stripped):
             return Identity("relative", title, wrappers=wrappers)
     if any(_VAE.fullmatch(name) for name in stripped):
-        naming = "diffusers" if any("mid_block." in name for name in stripped) else "original"
-        return Identity("vae", "a Wan VAE", naming, wrappers)
+        return Identity("vae", "a Wan VAE", naming("mid_block."), wrappers)
     if any(_TEXT_ENCODER.fullmatch(name) for name in stripped):
-        naming = "diffusers" if any("SelfAttention" in name for name in stripped) else "original"
-        return Identity("text_encoder", "a UMT5 text encoder", naming, wrappers)
+        return Identity("text_encoder", "a UMT5 text encoder", naming("SelfAttention"), wrappers)
     num_known = sum(diffusers_name(name) is not None for name in stripped)
     if 2 * num_known > len(stripped):
-        naming = "diffusers" if any(_is_diffusers(name) for name in stripped) else "original"
-        return Identity("transformer", "a Wan transformer", naming, wrappers)
+        theirs = naming("condition_embedder.", ".attn1.", ".attn2.")
+        return Identity("transformer", "a Wan transformer", theirs, wrappers)
     return Identity("other", f"no part of Wan: {len(stripped)} tensors such as {_some(stripped)}", wrappers=wrappers)
 
 
 def require_transformer(path: object, tensors: Mapping[str, TensorInfo]) -> Identity:
-    """Refuse anything but a transformer of Wan2.1's family.
-
-    Raises:
-        ValueError: Says what it is instead, and what to do with it.
-    """
+    """Refuse anything but a transformer of Wan2.1's family, saying what to do with it."""
     found = identify(tensors)
     remedies = {
         "lora": "no model: convert the base it belongs to and give this file as its adapter (--lora)",
@@ -93,35 +90,13 @@ def require_transformer(path: object, tensors: Mapping[str, TensorInfo]) -> Iden
 
 
 def require_floats(path: object, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse quantised weights, whose scales are not known.
-
-    Raises:
-        ValueError: If a tensor is not stored in 16, 32 or 64-bit floats.
-    """
+    """Refuse quantised weights, whose scales are not known."""
     odd = {name: str(info.dtype).removeprefix("torch.") for name, info in tensors.items() if info.dtype not in _FLOATS}
     if odd:
         raise ValueError(
             f"'{path}' stores {len(odd)} of {len(tensors)} tensors as {', '.join(sorted(set(odd.values())))} "
             f"({_some(odd)}): quantised weights are not converted; give the float16, bfloat16 or float32 file."
         )
-
-
-def strip_names(path: object, tensors: Iterable[str]) -> dict[str, str]:
-    """Map stripped names to the names as stored.
-
-    Raises:
-        ValueError: If two names are the same without their wrappers.
-    """
-    stored: dict[str, str] = {}
-    for name in tensors:
-        other = stored.setdefault(strip_wrappers(name), name)
-        if other != name:
-            raise ValueError(f"'{path}' holds {other} and {name}, which are one without wrappers: keep one set.")
-    return stored
-
-
-def _is_diffusers(name: str) -> bool:
-    return name.startswith("condition_embedder.") or ".attn1." in name or ".attn2." in name
 
 
 def _some(names: Iterable[str]) -> str:

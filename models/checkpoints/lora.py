@@ -44,20 +44,15 @@ class Adapter:
 
     @property
     def ranks(self) -> list[int]:
-        """Ranks in use, smallest first."""
         return sorted({pair.rank for pair in self.pairs.values()})
 
     @property
     def scales(self) -> list[float]:
-        """Factors alpha / rank in use, smallest first."""
+        """Factors alpha / rank in use."""
         return sorted({pair.scale for pair in self.pairs.values()})
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """Add the adapter's change to the weight of a diffusers name.
-
-        Returns:
-            float32, for the caller to round once; ``weight`` itself if the adapter leaves it as it is.
-        """
+        """Add the change of a diffusers name, in float32; a weight without one stays itself."""
         pair = self.pairs.get(name)
         if pair is None:
             return weight
@@ -108,8 +103,14 @@ def read_adapter(
     pairs = {}
     for target, sides in factors.items():
         (down,), (up,) = sides["A"], sides["B"]
-        rank = _rank(path, tensors, down=down, up=up, target=target, shape=shapes[target])
-        pairs[target] = _Pair(down=down, up=up, rank=rank, scale=_alpha(path, known.get(target), alpha) / rank)
+        shape, a, b = shapes[target], tensors[down].shape, tensors[up].shape
+        if len(shape) != 2 or len(a) != 2 or len(b) != 2 or (b[0], a[1]) != shape or a[0] != b[1] or not a[0]:
+            raise ValueError(
+                f"adapter '{path}' does not fit {target} of shape {list(shape)}: {down} is {list(a)}, {up} is "
+                f"{list(b)}; (rank, in) and (out, rank) fit."
+            )
+        scale = _alpha(path, known.get(target), alpha) / a[0]
+        pairs[target] = _Pair(down=down, up=up, rank=a[0], scale=scale)
     return Adapter(checkpoint, entry, pairs)
 
 
@@ -161,15 +162,3 @@ def _alpha(path: object, stored: float | None, given: float | None) -> float:
             "the adapter, often equal to its rank."
         )
     return alpha
-
-
-def _rank(
-    path: object, tensors: Mapping[str, TensorInfo], *, down: str, up: str, target: str, shape: tuple[int, ...]
-) -> int:
-    a, b = tensors[down].shape, tensors[up].shape
-    if len(shape) != 2 or len(a) != 2 or len(b) != 2 or (b[0], a[1]) != shape or a[0] != b[1] or not a[0]:
-        raise ValueError(
-            f"adapter '{path}' does not fit {target} of shape {list(shape)}: {down} is {list(a)}, {up} is {list(b)}; "
-            "(rank, in) and (out, rank) fit."
-        )
-    return a[0]

@@ -6,21 +6,17 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import diffusers
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from longtake.models.checkpoints.files import SAFETENSORS_DTYPES, Checkpoint, TensorInfo
+from longtake.models.checkpoints.files import SAFETENSORS_DTYPES, TensorInfo
 from longtake.models.conversion import listing
 
 DEFAULT_SHARD_BYTES = 10 * 10**9  # as diffusers
-TRANSFORMER_STEM = "diffusion_pytorch_model"
-TRANSFORMERS_STEM = "model"
 _PIECE = 1 << 24  # numbers that are cast and checked at a time
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -35,6 +31,9 @@ class OutputTensor:
     load: Callable[[], Tensor]  # reads it, in that shape and any float dtype
 
 
+OnTensor = Callable[[OutputTensor], None]
+
+
 def parse_bytes(text: str) -> int:
     """Read a size such as ``5GB`` or ``500MiB``.
 
@@ -46,66 +45,6 @@ def parse_bytes(text: str) -> int:
     if num_bytes < 1:
         raise ValueError(f"size {text!r} is not understood: write it like 5GB or 500MB.")
     return num_bytes
-
-
-OnTensor = Callable[[OutputTensor], None]
-
-
-def write_weights(
-    folder: Path,
-    tensors: Sequence[OutputTensor],
-    *,
-    stem: str = TRANSFORMER_STEM,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    on_tensor: OnTensor | None = None,
-) -> list[Path]:
-    """Write tensors as one safetensors file or, above ``max_shard_bytes``, as shards with an index.
-
-    Args:
-        folder: Existing folder.
-        tensors: In the order of the shards.
-        stem: Of the file names.
-        max_shard_bytes: Limit of a file's tensors; one larger tensor gets a shard of its own.
-        on_tensor: Called after each tensor.
-
-    Returns:
-        The safetensors files.
-
-    Raises:
-        ValueError: If tensors hold NaN or infinity, or get it by the cast; the files are of no use then.
-    """
-    by_name = {tensor.name: tensor for tensor in tensors}
-    split = split_state_dict_into_shards_factory(
-        by_name,
-        get_storage_size=lambda tensor: tensor.info.num_bytes,
-        filename_pattern=f"{stem}{{suffix}}.safetensors",
-        max_shard_size=max_shard_bytes,
-    )
-    faults: list[str] = []
-    for file_name, names in split.filename_to_tensors.items():
-        # Wide numbers first, as safetensors itself orders them: every tensor lies at a multiple of its number's size.
-        shard = sorted((by_name[name] for name in names), key=lambda tensor: -tensor.info.dtype.itemsize)
-        with (folder / file_name).open("wb") as file:
-            file.write(_header(shard))
-            for tensor in shard:
-                if not _write_tensor(file, tensor):
-                    faults.append(tensor.name)
-                if on_tensor is not None:
-                    on_tensor(tensor)
-    if faults:
-        raise ValueError(
-            f"tensors hold NaN or infinity, as read or after the cast to their dtype: {listing(faults)} of "
-            f"{len(tensors)}; the file is damaged, or --dtype too narrow. Nothing was kept."
-        )
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / f"{stem}.safetensors.index.json", index)
-    return [folder / name for name in split.filename_to_tensors]
-
-
-def _write_raw(file: BinaryIO, tensor: Tensor) -> None:
-    """Write a tensor's numbers, little-endian, row by row."""
-    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(tensors: Sequence[OutputTensor]) -> bytes:
@@ -130,7 +69,7 @@ def _write_tensor(file: BinaryIO, tensor: OutputTensor) -> bool:
     for piece in found.detach().contiguous().reshape(-1).split(_PIECE):
         cast = piece.to(tensor.info.dtype)
         is_finite = is_finite and bool(torch.isfinite(cast).all())
-        _write_raw(file, cast)
+        file.write(cast.view(torch.uint8).numpy().data)
     return is_finite
 
 
@@ -140,10 +79,10 @@ class Part:
 
     name: str  # transformer, vae, text_encoder or tokenizer
     files: Sequence[Path] = ()  # linked, or copied where the new folder is on another disk
-    config: Mapping[str, Any] = field(default_factory=dict)  # content of the config.json to write
-    tensors: Sequence[OutputTensor] = ()  # weights to write
+    config: Mapping[str, Any] = field(default_factory=dict)  # content of its config.json
+    tensors: Sequence[OutputTensor] = ()  # weights to write, in the order of the shards
     source: str = ""  # where the weights are from, for messages
-    stem: str = TRANSFORMER_STEM  # of the weight files' names
+    stem: str = "diffusion_pytorch_model"  # of the weight files' names
     notes: Sequence[tuple[str, str]] = ()  # (what, text) rows for the summary
 
     def write(
@@ -151,8 +90,13 @@ class Part:
     ) -> None:
         """Fill an existing, empty folder.
 
+        Args:
+            folder: Of this part.
+            max_shard_bytes: Limit of a file's tensors; one larger tensor gets a shard of its own.
+            on_tensor: Called after each tensor.
+
         Raises:
-            ValueError: If the weights are not finite.
+            ValueError: If tensors hold NaN or infinity, or get it by the cast; the files are of no use then.
         """
         for file in self.files:
             # A hub cache holds links to its blobs; the new folder is not to depend on them.
@@ -161,29 +105,38 @@ class Part:
                 os.link(source, folder / file.name)
             else:
                 shutil.copy2(source, folder / file.name)
-        if not self.tensors:
-            return
-        write_json(folder / "config.json", self.config)
-        try:
-            write_weights(folder, self.tensors, stem=self.stem, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor)
-        except ValueError as error:
-            raise ValueError(f"'{self.source}': {error}") from error
+        if self.tensors:
+            write_json(folder / "config.json", self.config)
+            self._write_weights(folder, max_shard_bytes, on_tensor)
 
-
-def renamed(
-    checkpoint: Checkpoint, entry: str, sources: Mapping[str, str], *, order: Sequence[str]
-) -> list[OutputTensor]:
-    """Describe tensors that only get another name, in the order of the new names; ``sources`` has the stored ones."""
-    tensors = checkpoint.entries[entry]
-    return [
-        OutputTensor(name=name, info=tensors[sources[name]], load=partial(checkpoint.read, entry, sources[name]))
-        for name in order
-    ]
-
-
-def stock_config(class_name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a diffusers ``config.json``."""
-    return {"_class_name": class_name, "_diffusers_version": diffusers.__version__} | dict(sorted(arguments.items()))
+    def _write_weights(self, folder: Path, max_shard_bytes: int, on_tensor: OnTensor | None) -> None:
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda tensor: tensor.info.num_bytes,
+            filename_pattern=f"{self.stem}{{suffix}}.safetensors",
+            max_shard_size=max_shard_bytes,
+        )
+        faults: list[str] = []
+        for file_name, names in split.filename_to_tensors.items():
+            # Wide numbers first, as safetensors orders them: every tensor lies at a multiple of its number's size.
+            shard = sorted((by_name[name] for name in names), key=lambda tensor: -tensor.info.dtype.itemsize)
+            with (folder / file_name).open("wb") as file:
+                file.write(_header(shard))
+                for tensor in shard:
+                    if not _write_tensor(file, tensor):
+                        faults.append(tensor.name)
+                    if on_tensor is not None:
+                        on_tensor(tensor)
+        if faults:
+            raise ValueError(
+                f"'{self.source}': tensors hold NaN or infinity, as read or after the cast to their dtype: "
+                f"{listing(faults)} of {len(self.tensors)}; the file is damaged, or --dtype too narrow. Nothing was "
+                "kept."
+            )
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(folder / f"{self.stem}.safetensors.index.json", index)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -4,11 +4,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
@@ -29,18 +31,10 @@ from longtake.models.checkpoints.identify import (
     identify,
     require_floats,
     require_transformer,
-    strip_names,
 )
 from longtake.models.checkpoints.lora import Adapter
-from longtake.models.checkpoints.parts import (
-    TRANSFORMER_STEM,
-    TRANSFORMERS_STEM,
-    OutputTensor,
-    Part,
-    renamed,
-    stock_config,
-)
-from longtake.models.conversion import convert_original_state_dict, listing, shape_faults
+from longtake.models.checkpoints.parts import OutputTensor, Part
+from longtake.models.conversion import convert_original_state_dict, listing, shape_faults, strip_wrappers
 
 Shape = tuple[int, ...]
 
@@ -91,6 +85,11 @@ def _transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *
             )
         return shapes[name]
 
+    def other_axis(name: str) -> int:
+        """Not the model's width, whichever way round the weight lies."""
+        first, last = shape(name, 2)
+        return first if last == width else last
+
     patch = shape("patch_embedding.weight", 5)
     (width,) = shape("patch_embedding.bias", 1)
     layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
@@ -99,8 +98,8 @@ def _transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *
         "patch_size": list(patch[2:]),
         "in_channels": patch[1],
         "out_channels": shape("proj_out.bias", 1)[0] // prod(patch[2:]),
-        "text_dim": _other(shape("condition_embedder.text_embedder.linear_1.weight", 2), width),
-        "freq_dim": _other(shape("condition_embedder.time_embedder.linear_1.weight", 2), width),
+        "text_dim": other_axis("condition_embedder.text_embedder.linear_1.weight"),
+        "freq_dim": other_axis("condition_embedder.time_embedder.linear_1.weight"),
         "ffn_dim": Counter(widths).most_common(1)[0][0],
         "num_layers": len(layers),
         "cross_attn_norm": True,
@@ -117,15 +116,10 @@ def _transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any], *
             "with its config.json (--config)."
         )
     config |= {"num_attention_heads": width // head_dim, "attention_head_dim": head_dim}
-    odd = [f"{k}={given[k]} but {v}" for k, v in config.items() if k in given and not _equal(given[k], v)]
+    odd = [f"{key}={given[key]} but {value}" for key, value in config.items() if given.get(key, value) != value]
     if odd:
         raise ValueError(f"'{path}': config.json says {', '.join(odd)} by the shapes: it belongs to another model.")
     return dict(given) | config
-
-
-def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of a ``WanTransformer3DModel`` of this configuration, in the class's order."""
-    return _shapes_of(_on_meta(WanTransformer3DModel, **config))
 
 
 def _on_meta(model_class: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Any:
@@ -144,14 +138,26 @@ def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], *, 
         raise ValueError(f"'{path}' does not fit its model: {faults}. Nothing was written.")
 
 
-def _other(shape: Shape, width: int) -> int:
-    """The axis that is not the model's width, whichever way round the weight lies."""
-    first, last = shape
-    return first if last == width else last
+def _outputs(
+    checkpoint: Checkpoint,
+    entry: str,
+    sources: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+    adapter: Adapter | None = None,
+) -> list[OutputTensor]:
+    """Tensors to write under new names, in their order; ``sources`` has the stored ones."""
 
+    def load(name: str) -> Tensor:
+        weight = checkpoint.read(entry, sources[name])
+        return weight if adapter is None else adapter.merge(name, weight)
 
-def _equal(given: Any, found: Any) -> bool:
-    return (list(given) if isinstance(given, list | tuple) else given) == found
+    stored = checkpoint.entries[entry]
+    infos = {name: stored[source] for name, source in sources.items()}
+    return [
+        OutputTensor(name=name, info=TensorInfo(info.shape, dtype or info.dtype), load=partial(load, name))
+        for name, info in infos.items()
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,25 +197,12 @@ class Transformer:
         return self.config.get("added_kv_proj_dim") is not None
 
     def part(self, *, dtype: torch.dtype | None = None, adapter: Adapter | None = None) -> Part:
-        """Describe the folder to write.
-
-        Args:
-            dtype: Of the written weights; as stored when None.
-            adapter: Merged into them.
-        """
-
-        def output(name: str, info: TensorInfo) -> OutputTensor:
-            def load() -> Tensor:
-                weight = self.checkpoint.read(self.entry, self.sources[name])
-                return weight if adapter is None else adapter.merge(name, weight)
-
-            return OutputTensor(name=name, info=TensorInfo(info.shape, dtype or info.dtype), load=load)
-
+        """Describe the folder to write: weights of ``dtype`` (as stored when None) with an adapter merged."""
         return Part(
             name="transformer",
             source=_title(self.checkpoint, self.entry),
-            config=_stock_arguments(_on_meta(WanTransformer3DModel, **self.config)),
-            tensors=[output(name, info) for name, info in self.infos.items()],
+            config=_stock_config(_on_meta(WanTransformer3DModel, **self.config)),
+            tensors=_outputs(self.checkpoint, self.entry, self.sources, dtype=dtype, adapter=adapter),
         )
 
 
@@ -238,7 +231,7 @@ def find_transformer(checkpoint: Checkpoint, *, key: str | None = None, config: 
     if config is None and beside.is_file() and read_json(beside).get("_class_name") in _CLASSES:
         config = beside
     arguments = _transformer_config(shapes, _read_config(config) if config else {}, path=path)
-    expected = expected_shapes(arguments)
+    expected = _shapes_of(_on_meta(WanTransformer3DModel, **arguments))
     _check_shapes(shapes, expected, path=path)
     ordered = {name: sources[name] for name in expected}
     return Transformer(checkpoint=checkpoint, entry=entry, identity=identity, config=arguments, sources=ordered)
@@ -248,11 +241,11 @@ def _title(checkpoint: Checkpoint, entry: str) -> str:
     return f"{checkpoint.path}:{entry}" if entry else str(checkpoint.path)
 
 
-def _stock_arguments(model: Any) -> dict[str, Any]:
+def _stock_config(model: Any) -> dict[str, Any]:
     """The ``config.json`` of a diffusers model: all arguments of its class, defaults included."""
-    found = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-    return stock_config(type(model).__name__, listed)
+    arguments = {name: value for name, value in sorted(model.config.items()) if not name.startswith("_")}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    return {"_class_name": type(model).__name__, "_diffusers_version": diffusers.__version__} | listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +276,7 @@ def _original_vae(shapes: Mapping[str, Shape], path: object) -> _Target:
     model = _on_meta(AutoencoderKLWan, base_dim=base, z_dim=num_channels)
     # A name in the place of its tensor shows where diffusers' own conversion puts it.
     names = convert_wan_vae_to_diffusers({name: name for name in shapes})
-    return _Target(shapes=_shapes_of(model), config=_stock_arguments(model), names=names)
+    return _Target(shapes=_shapes_of(model), config=_stock_config(model), names=names)
 
 
 _TEXT_OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
@@ -302,14 +295,14 @@ _TIED = "encoder.embed_tokens.weight"  # the same numbers as shared.weight, stor
 
 
 def _text_encoder_name(name: str) -> str:
-    """``UMT5EncoderModel``'s name for one of Wan's own text encoder; an unknown one stays."""
+    """Translate a name of Wan's own text encoder; an unknown one stays."""
     match = _TEXT_BLOCK_NAME.fullmatch(name)
     if match is not None and match[2] in _TEXT_BLOCK:
         return f"encoder.block.{match[1]}.{_TEXT_BLOCK[match[2]]}"
     return _TEXT_OUTSIDE.get(name, name)
 
 
-def _original_text_encoder(shapes: Mapping[str, Shape], path: object) -> "_Target":
+def _original_text_encoder(shapes: Mapping[str, Shape], path: object) -> _Target:
     """The ``UMT5EncoderModel`` that has these weights."""
     try:
         vocab_size, d_model = shapes["token_embedding.weight"]
@@ -345,6 +338,7 @@ class _Kind:
     takes: str  # forms that its option takes, for messages
     key: str  # entry of config.json that tells the model
     value: str  # of this entry
+    stem: str  # of the weight files to write
 
 
 _KINDS = {
@@ -355,6 +349,7 @@ _KINDS = {
         takes="--vae takes Wan2.1_VAE.pth or a diffusers folder",
         key="_class_name",
         value="AutoencoderKLWan",
+        stem="diffusion_pytorch_model",
     ),
     "text_encoder": _Kind(
         title="UMT5 text encoder",
@@ -363,90 +358,82 @@ _KINDS = {
         takes="--text-encoder takes models_t5_umt5-xxl-enc-bf16.pth or a transformers folder",
         key="model_type",
         value="umt5",
+        stem="model",
     ),
 }
 
 
 def find_part(name: str, path: Path) -> Part:
-    """Take a VAE or a text encoder: the folder of a released model as it is, or Wan's own file converted.
+    """Take a VAE, text encoder or tokenizer: a released model's folder as it is, or Wan's own file converted.
 
     Args:
-        name: ``vae`` or ``text_encoder``.
-        path: Its folder, the folder of a whole pipeline, or Wan's file.
+        name: ``vae``, ``text_encoder`` or ``tokenizer``.
+        path: Its folder, the folder of a whole pipeline, or (but for the tokenizer) Wan's file.
 
     Raises:
         ValueError: If it is something else.
     """
-    kind, words = _KINDS[name], name.replace("_", " ")
+    words = name.replace("_", " ")
     if not path.is_dir():
+        if name == "tokenizer":
+            raise ValueError(f"'{path}' is no folder; --tokenizer takes one.")
         return _converted_part(name, open_checkpoint(path))
-    folder = _inside(path, name)
+    folder = path / name if (path / "model_index.json").is_file() else path
+    if name == "tokenizer":
+        files, config = _tokenizer_files(folder), {}
+    else:
+        files, config = _model_files(folder, _KINDS[name])
+    return Part(name=name, files=files, config=config, notes=[(words, f"taken from {folder}")])
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.glob("*") if file.suffix in (".json", ".model") and file.is_file())
+    if not {"tokenizer.json", "spiece.model"} & {file.name for file in files}:
+        raise ValueError(f"'{folder}' holds no tokenizer: tokenizer.json or spiece.model is needed.")
+    return files
+
+
+def _model_files(folder: Path, kind: _Kind) -> tuple[list[Path], dict[str, Any]]:
+    """Files of a model's folder, and the content of its ``config.json``."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{folder}' has no config.json: it is no diffusers or transformers folder.")
-    found = read_json(folder / "config.json").get(kind.key)
-    if found != kind.value:
-        raise ValueError(f"'{folder}' is no {kind.title}: its config.json says {found!r}.")
+    config = read_json(folder / "config.json")
+    if config.get(kind.key) != kind.value:
+        raise ValueError(f"'{folder}' is no {kind.title}: its config.json says {config.get(kind.key)!r}.")
     shards = open_shards(folder)  # refuses what is truncated or lacks shards
     if shards is None:
         raise ValueError(f"'{folder}' holds no .safetensors weights; pickles are not taken as they are.")
-    files = [*sorted(folder.glob("*.json")), *shards.files]
-    return Part(name=name, files=files, notes=[(words, f"taken from {folder}")])
+    return [*sorted(folder.glob("*.json")), *shards.files], config
 
 
 def _converted_part(name: str, checkpoint: Checkpoint) -> Part:
     """The part that Wan's own file becomes, complete, every shape checked against the class that will load it."""
     kind, path, entry = _KINDS[name], checkpoint.path, choose_entry(checkpoint)
     tensors = checkpoint.entries[entry]
-    stored = strip_names(path, tensors)
+    stored: dict[str, str] = {}
+    for full in tensors:
+        other = stored.setdefault(strip_wrappers(full), full)
+        if other != full:
+            raise ValueError(f"'{path}' holds {other} and {full}, which are one without wrappers: keep one set.")
     found = identify(tensors)
     if (found.kind, found.naming) != (name, "original"):
         title = f"{kind.theirs}: give its folder, with config.json" if found.kind == name else found.title
         raise ValueError(f"'{path}' is {title}; {kind.takes}.")
     infos = {original: tensors[source] for original, source in stored.items()}
     require_floats(path, infos)
-    model = kind.model({original: info.shape for original, info in infos.items()}, path)
+    shapes = {original: info.shape for original, info in infos.items()}
+    model = kind.model(shapes, path)
     lost = stored.keys() - set(model.names.values())
     if lost:
         raise ValueError(f"'{path}' holds some weights under two names: {listing(lost)}; keep one set.")
-    _check_shapes({new: infos[original].shape for new, original in model.names.items()}, model.shapes, path=path)
-    sources = {new: stored[original] for new, original in model.names.items()}
-    outputs = renamed(checkpoint, entry, sources, order=list(model.shapes))
-    is_vae = name == "vae"
-    dtype = str(outputs[0].info.dtype).removeprefix("torch.")
+    _check_shapes({new: shapes[original] for new, original in model.names.items()}, model.shapes, path=path)
+    outputs = _outputs(checkpoint, entry, {new: stored[model.names[new]] for new in model.shapes})
+    dtype = {} if name == "vae" else {"dtype": str(outputs[0].info.dtype).removeprefix("torch.")}
     return Part(
         name=name,
         source=str(path),
-        config=model.config if is_vae else {**model.config, "dtype": dtype},
+        config={**model.config, **dtype},
         tensors=outputs,
-        stem=TRANSFORMER_STEM if is_vae else TRANSFORMERS_STEM,
-        notes=[(name.replace("_", " "), f"converted from {path.name}, {len(sources)} tensors")],
+        stem=kind.stem,
+        notes=[(name.replace("_", " "), f"converted from {path.name}, {len(outputs)} tensors")],
     )
-
-
-def find_tokenizer(path: Path) -> Part:
-    """Take a tokenizer's folder as it is.
-
-    Args:
-        path: ``tokenizer`` folder (Wan's own: ``google/umt5-xxl``), or folder of a whole pipeline.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    folder = _inside(path, "tokenizer")
-    files = sorted(file for file in folder.glob("*") if file.suffix in (".json", ".model") and file.is_file())
-    if not {"tokenizer.json", "spiece.model"} & {file.name for file in files}:
-        raise ValueError(f"'{folder}' holds no tokenizer: tokenizer.json or spiece.model is needed.")
-    return Part(name="tokenizer", files=files, notes=[("tokenizer", f"taken from {folder}")])
-
-
-def part_config(part: Part) -> Mapping[str, Any]:
-    """Return a part's ``config.json``, written or taken."""
-    if part.files:
-        return read_json(next(file for file in part.files if file.name == "config.json"))
-    return part.config
-
-
-def _inside(path: Path, part: str) -> Path:
-    if not path.is_dir():
-        raise ValueError(f"'{path}' is no folder; --{part.replace('_', '-')} takes one.")
-    return path / part if (path / "model_index.json").is_file() else path

@@ -1,4 +1,4 @@
-"""In what form each model family publishes its weights: files, entries, prefixes, naming, dtypes, adapters.
+"""Form in which each model family publishes its weights: files, entries, prefixes, naming, dtypes, adapters.
 
 Source: the loaders of the families' own repositories; see docs/models.md for the table.
 """
@@ -6,6 +6,9 @@ Source: the loaders of the families' own repositories; see docs/models.md for th
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
 
 from longtake.models.conversion import original_name
 
@@ -28,7 +31,7 @@ RANKS = {"tiny": 4, "1.3B": 256, "14B": 256}  # of adapters
 
 @dataclass(frozen=True, kw_only=True)
 class EntryLayout:
-    """How one entry of a file names and stores a transformer, or adapters of all linear layers in its blocks."""
+    """Names and storage of a transformer, or of adapters of all linear layers in its blocks, in an entry of a file."""
 
     prefix: str = "{name}"  # also `layer` and `inside` of names in blocks; `side` of an adapter
     dtype: str = "float32"
@@ -69,6 +72,13 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "krea": {"krea-realtime-video-14b.safetensors": {"": MODEL_BF16}},
     "diffusers": {"transformer/diffusion_pytorch_model.safetensors": {"": replace(WAN_BF16, is_diffusers=True)}},
 }
+
+
+def shapes_of(size: str) -> dict[str, tuple[int, ...]]:
+    """Diffusers name to shape, in the order of the class."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**SIZES[size])
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def contents(

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_layouts import FAMILIES, RANKS, SIZES, EntryLayout, contents
+from checkpoint_layouts import FAMILIES, RANKS, SIZES, EntryLayout, contents, shapes_of
 from safetensors.torch import save_file
 from torch import Tensor
 
 from longtake.models.checkpoints.parts import write_json
-from longtake.models.checkpoints.wan_parts import expected_shapes
 
 
 def write_family(folder: Path, family: str, *, size: str = "tiny", dtype: str | None = None) -> list[Path]:
@@ -31,7 +30,7 @@ def write_family(folder: Path, family: str, *, size: str = "tiny", dtype: str | 
     Returns:
         The files; ``config.json`` in Wan's own form lies beside each model, as its heads are not Wan's at tiny size.
     """
-    shapes, values, paths = expected_shapes(SIZES[size]), random_values(0), []
+    shapes, values, paths = shapes_of(size), random_values(0), []
     for name, entries in FAMILIES[family].items():
         found: dict[str, Any] = {}
         for entry, layout in entries.items():

@@ -18,7 +18,7 @@ def header_only(tmp_path_factory):
 
     def make(entries):
         path = tmp_path_factory.mktemp("header") / "weights.pth"
-        return Checkpoint(path=path, files=[path], container="pickle", entries=entries, reader=pytest.fail)
+        return Checkpoint(path=path, files=[path], container="pickle", entries=entries, read=pytest.fail)
 
     return make
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_layouts import FAMILIES, LORA, MODEL_BF16, SIZES, WAN_BF16, contents
+from checkpoint_layouts import FAMILIES, LORA, MODEL_BF16, WAN_BF16, contents, shapes_of
 from diffusers import WanTransformer3DModel
 from make_checkpoint import write_family
 
 from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
 from longtake.models.checkpoints.files import TensorInfo, open_checkpoint
-from longtake.models.checkpoints.wan_parts import expected_shapes, find_transformer
+from longtake.models.checkpoints.wan_parts import find_transformer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 ALPHA = 8.0  # twice the rank, so that a forgotten scale shows
@@ -95,19 +95,19 @@ def test_dtypes_are_kept_unless_told(family, tmp_path):
 
 
 def test_the_825_true_names_and_shapes():
-    made = contents(WAN_BF16, expected_shapes(SIZES["1.3B"]), rank=256)
+    made = contents(WAN_BF16, shapes_of("1.3B"), rank=256)
     expected = json.loads((GOLDEN / "keys" / "wan_1_3b_original_keys.json").read_text())
     assert {name: list(shape) for name, (_, shape) in made.items()} == expected
     expected = json.loads((GOLDEN / "keys" / "wan_1_3b_diffusers_keys.json").read_text())
-    assert {name: list(shape) for name, shape in expected_shapes(SIZES["1.3B"]).items()} == expected
+    assert {name: list(shape) for name, shape in shapes_of("1.3B").items()} == expected
 
 
 def test_full_size_is_that_of_the_published_models(header_only):
     for layout, size, count in ((WAN_BF16, "1.3B", 1_418_996_800), (MODEL_BF16, "14B", 14_288_491_584)):
-        made = contents(layout, expected_shapes(SIZES[size]), rank=256)
+        made = contents(layout, shapes_of(size), rank=256)
         infos = {name: TensorInfo(shape, torch.bfloat16) for name, (_, shape) in made.items()}
         found = find_transformer(header_only({"": infos}))
         assert found.size == size and sum(info.num_elements for info in found.infos.values()) == count
-    adapters = contents(LORA, expected_shapes(SIZES["1.3B"]), rank=256)
+    adapters = contents(LORA, shapes_of("1.3B"), rank=256)
     assert len(adapters) == 600  # 10 layers in each of 30 blocks
     assert sum(torch.Size(shape).numel() for _, shape in adapters.values()) == pytest.approx(350e6, rel=0.01)

@@ -15,11 +15,7 @@ from longtake.configs.families import ModelFamily
 from longtake.models.checkpoints import converting
 from longtake.models.checkpoints.converting import ConversionRequest, plan_conversion
 from longtake.models.checkpoints.files import TensorInfo, open_checkpoint
-from longtake.models.checkpoints.wan_parts import (
-    _converted_part,
-    find_part,
-    find_tokenizer,
-)
+from longtake.models.checkpoints.wan_parts import _converted_part, find_part
 from longtake.pipelines.loading import check_model_folder
 
 KEYS = Path(__file__).resolve().parents[2] / "golden" / "keys" / "wan_vae_original_keys.json"
@@ -235,7 +231,10 @@ def test_parts_that_do_not_fit_are_refused(request_of_all, tiny_folder, tmp_path
     weights.rename(weights.with_suffix(".bin"))
     refused("holds no .safetensors weights; pickles are not taken", vae=other)
     assert find_part("vae", tiny_folder).files == find_part("vae", tiny_folder / "vae").files
-    assert {file.name for file in find_tokenizer(tiny_folder).files} >= {"tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in find_part("tokenizer", tiny_folder).files} >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 def test_an_image_model_is_converted_alone(tmp_path, request_of_all):
