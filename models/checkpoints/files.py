@@ -73,10 +73,12 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
+        """Numbers in it."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of its numbers."""
         return self.num_elements * self.dtype.itemsize
 
 
@@ -103,6 +105,7 @@ class Checkpoint:
 
 
 def entry_title(entry: str) -> str:
+    """Name an entry for people."""
     return entry or "(no entry: tensors at the top)"
 
 
@@ -391,6 +394,7 @@ def _check_zip(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """Read a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

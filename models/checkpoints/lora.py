@@ -44,6 +44,7 @@ class Adapter:
 
     @property
     def ranks(self) -> list[int]:
+        """Ranks in use."""
         return sorted({pair.rank for pair in self.pairs.values()})
 
     @property
