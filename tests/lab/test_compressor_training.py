@@ -1,6 +1,7 @@
 """The compressor's training: it reads history as a rollout does, learns, and goes on where it stopped."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,16 +21,6 @@ def pipe():
     pipe = LongVideoPipeline.from_pretrained("mini")
     pipe.transformer.eval().requires_grad_(False)
     return pipe
-
-
-class Given:
-    """Noise that is known."""
-
-    def __init__(self, noise):
-        self.noise = noise
-
-    def initial(self, block_index, start_frame, shape):
-        return self.noise
 
 
 @torch.no_grad()
@@ -56,7 +47,7 @@ def test_training_reads_what_a_rollout_reads(pipe, tmp_path, monkeypatch):
             "compressor_weights": str(tmp_path / "w.safetensors"),
         },
         sampler={"name": "few_step", "timesteps": [1000]},
-        noise=Given(noise),
+        noise=SimpleNamespace(initial=lambda block_index, start_frame, shape: noise),
         pixels=pixels,
     )
     rolled = noise - rollout.next_block().latents

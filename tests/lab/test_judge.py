@@ -63,8 +63,7 @@ def own_score(judge, scenes):
 def test_judge_names_true_scenes_it_was_never_trained_on(own_score):
     accuracy = {line.attribute: line.accuracy.mean for line in own_score}
     assert set(accuracy) >= {*PASS_LINES, *ATTRIBUTES}
-    low = {name: value for name, value in accuracy.items() if value < 0.93}
-    assert not low
+    assert min(accuracy.values()) >= 0.93, accuracy
     assert np.mean(list(accuracy.values())) > 0.97
 
 
@@ -109,14 +108,10 @@ def test_labels_follow_the_caption_and_what_can_be_seen():
         assert {key: names[key] for key in wished if key in names} == {k: v for k, v in wished.items() if k in names}
         assert state.shape == (CLIP_FRAMES, 4)
     empty, _ = label_scene(without_object(scene), clip_indices(0))
-    assert empty["count"] == "none"
-    assert not empty.keys() & {"shape", "colour", "motion", "speed"}
-
-
-def test_expected_verdict_leaves_out_what_the_caption_does_not_say():
-    scene = replace(training_scene(0, 1), says_speed=False, second=None, event="none")
-    wished = expected_verdict(parse_caption(describe(scene)))
-    assert "speed" not in wished and (wished["count"], wished["shape"]) == ("one", scene.actor.shape)
+    assert empty["count"] == "none" and not empty.keys() & {"shape", "colour", "motion", "speed"}
+    silent = replace(training_scene(0, 1), says_speed=False, second=None, event="none")
+    wished = expected_verdict(parse_caption(describe(silent)))
+    assert "speed" not in wished and (wished["count"], wished["shape"]) == ("one", silent.actor.shape)
 
 
 def test_round_trip_examples_are_the_same_clips_seen_through_the_vae():
@@ -140,20 +135,17 @@ def test_training_lowers_the_loss_and_ignores_undefined_labels():
     assert judge_loss(judge.train(), batch).item() < 0.9 * before < np.inf
 
 
-def test_weights_survive_a_round_trip_and_stay_small(tmp_path, judge, scenes):
+def test_weights_survive_a_round_trip_and_others_are_refused(tmp_path, judge, scenes):
     path = tmp_path / "judge.safetensors"
     save_judge(judge, path, notes={"clips": "1"})
     clip = clip_from_frames(_video(scenes[0])[None])
     assert verdicts(load_judge(path), clip) == verdicts(judge, clip)
     assert WEIGHTS.stat().st_size < 1_500_000
-
-
-def test_wrong_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="do not exist"):
         load_judge(tmp_path / "missing.safetensors")
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="is not a judge of this version"):
-        load_judge(tmp_path / "other.safetensors")
+        load_judge(path)
 
 
 def test_clip_from_frames_picks_quarters_of_a_second_and_resizes():
@@ -169,12 +161,9 @@ def test_scorecard_counts_and_names_mistakes(tmp_path):
     wished = [{"shape": "circle", "count": "one"}, {"shape": "circle", "count": "two"}, {"shape": "star"}]
     seen = [{"shape": shape, "count": "one"} for shape in ("square", "square", "star")]
     lines = {line.attribute: line for line in scorecard(seen, wished)}
-    assert (lines["shape"].num_right, lines["shape"].num_asked) == (1, 3)
-    assert lines["shape"].mistakes == {"circle -> square": 2}
-    assert not lines["shape"].is_reached
-    assert (lines["one_object"].num_right, lines["one_object"].num_asked) == (1, 1)
-    assert (lines["count"].num_right, lines["count"].num_asked) == (1, 2)
-    assert "colour" not in lines
+    counts = {name: (line.num_right, line.num_asked) for name, line in lines.items()}
+    assert counts == {"shape": (1, 3), "one_object": (1, 1), "count": (1, 2)}
+    assert lines["shape"].mistakes == {"circle -> square": 2} and not lines["shape"].is_reached
     write_scorecard(lines.values(), tmp_path / "score.json", notes={"prompts": 3})
     assert '"is_reached": false' in (tmp_path / "score.json").read_text()
 
