@@ -5,7 +5,7 @@ from pathlib import Path
 
 import document_policies
 import pytest
-from document_policies import all_pictures, field_comments, picture_name, render
+from document_policies import all_pictures, picture_name, render
 
 from longtake.cache import POLICIES
 
@@ -47,15 +47,3 @@ def test_it_writes_page_and_pictures_and_clears_old_ones(tmp_path, monkeypatch):
     assert "## attention_sink" in text and "## sliding_window" not in text
     names = {path.name for path in (tmp_path / "policies").iterdir()}
     assert {"full.png", "attention_sink.png"} <= names and "old.png" not in names
-
-
-def test_field_comments_stand_beside_or_above():
-    source = """class A:
-    name: ClassVar[str] = "a"  # not this
-    x: int = 3  # three
-    # first line
-    # second line
-    y: Literal["a", "b"] = "a"
-    z: float = 1.0
-"""
-    assert field_comments(source) == {"x": "three", "y": "first line second line", "z": ""}

@@ -6,7 +6,7 @@ import subprocess
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from cli import PROMPT, assert_one_line, call, hashes
+from cli import PROMPT, hashes
 from PIL import Image
 
 from longtake.configs.loader import load_run
@@ -72,9 +72,9 @@ def test_the_video_begins_with_its_start_and_the_run_says_so(whole):
     assert (config.start.video, config.start.seconds, config.seconds) == (start["file"], 2.0, 3.0)
 
 
-def test_the_same_frames_without_the_start(whole, tiny_folder, clip, tmp_path, capfd):
+def test_the_same_frames_without_the_start(whole, tiny_folder, clip, tmp_path, call):
     path = tmp_path / "alone"
-    code, _, stderr = call(capfd, *words(tiny_folder, clip, path, "--continuation-only"))
+    code, _, stderr = call(*words(tiny_folder, clip, path, "--continuation-only"))
     assert code == 0 and "its last 33 frames (2.06 s); the video does not show them" in stderr
     assert hashes(path) == hashes(whole)
     assert count_frames(path / "video.mp4") == NUM_MADE
@@ -82,12 +82,14 @@ def test_the_same_frames_without_the_start(whole, tiny_folder, clip, tmp_path, c
     assert ours["frames_sha256"] == theirs["frames_sha256"] and ours["is_included"] is False
     clip.unlink()
     fork = ("fork", path, "--at", "0.1s", "--prompt", "a blue square", "--out", tmp_path / "fork")
-    assert call(capfd, *fork)[0] == 0
+    assert call(*fork)[0] == 0
     assert hashes(tmp_path / "fork")[0] == hashes(whole)[0]
     assert count_frames(tmp_path / "fork" / "video.mp4") == NUM_MADE
 
 
-def test_a_run_killed_before_its_first_state_needs_its_file(whole, tiny_folder, clip, tmp_path, capfd, monkeypatch):
+def test_killed_before_its_first_state_it_needs_its_file(
+    whole, tiny_folder, clip, tmp_path, call, refused, monkeypatch
+):
     path = tmp_path / "run"
 
     def kill(*arguments, **settings):
@@ -96,22 +98,21 @@ def test_a_run_killed_before_its_first_state_needs_its_file(whole, tiny_folder, 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", kill)
         with pytest.raises(RuntimeError, match="killed"):
-            call(capfd, *words(tiny_folder, clip, path))
+            call(*words(tiny_folder, clip, path))
     assert not RunFolder(path).checkpoints.blocks()
-    capfd.readouterr()
     contents = clip.read_bytes()
     write_clip(tmp_path / "other.mp4", seed=1).replace(clip)
-    assert_one_line(call(capfd, "resume", path), "is not the file any more", "restore it")
+    refused(("resume", path), "is not the file any more", "restore it")
     clip.unlink()
-    assert_one_line(call(capfd, "resume", path), "there is no video")
+    refused(("resume", path), "there is no video")
     clip.write_bytes(contents)
-    assert call(capfd, "resume", path)[0] == 0
+    assert call("resume", path)[0] == 0
     assert hashes(path) == hashes(whole) and count_frames(path / "video.mp4") == NUM_START + NUM_MADE
     assert RunFolder(path).record["start"]["frames_sha256"] == RunFolder(whole).record["start"]["frames_sha256"]
 
 
 @pytest.mark.parametrize("break_at", [0, 3])
-def test_a_run_killed_later_goes_on_without_the_file(whole, tiny_folder, clip, tmp_path, capfd, monkeypatch, break_at):
+def test_a_run_killed_later_goes_on_without_the_file(whole, tiny_folder, clip, tmp_path, call, monkeypatch, break_at):
     path = tmp_path / "run"
     append = BlockLog.append
 
@@ -123,13 +124,13 @@ def test_a_run_killed_later_goes_on_without_the_file(whole, tiny_folder, clip, t
     with monkeypatch.context() as patch:
         patch.setattr(BlockLog, "append", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            call(capfd, *words(tiny_folder, clip, path))
+            call(*words(tiny_folder, clip, path))
     clip.unlink()
-    assert call(capfd, "resume", path)[0] == 0
+    assert call("resume", path)[0] == 0
     assert hashes(path) == hashes(whole) and count_frames(path / "video.mp4") == NUM_START + NUM_MADE
 
 
-def test_a_stop_while_the_start_is_taken_in_begins_anew(whole, tmp_path, capfd):
+def test_a_stop_while_the_start_is_taken_in_begins_anew(whole, tmp_path, call):
     path = tmp_path / "run"
     folder = RunFolder(whole)
     config, record = folder.config, {key: folder.record[key] for key in ("weights", "machine", "start")}
@@ -139,15 +140,15 @@ def test_a_stop_while_the_start_is_taken_in_begins_anew(whole, tmp_path, capfd):
         outcome = run_video(new, session, should_stop=lambda: len(asked) == 1 or asked.append(None))
     assert (outcome.status, outcome.progress) == ("interrupted", None)
     assert count_frames(path / "video.mp4") == 9 and not RunFolder(path).checkpoints.blocks()
-    assert call(capfd, "resume", path)[0] == 0
+    assert call("resume", path)[0] == 0
     assert hashes(path) == hashes(whole) and count_frames(path / "video.mp4") == NUM_START + NUM_MADE
 
 
 @pytest.mark.parametrize(("at", "block"), [("0.5s", 1), ("2s", 3)])
-def test_a_fork_shares_the_start_and_its_times_count_from_there(whole, tmp_path, capfd, at, block):
+def test_a_fork_shares_the_start_and_its_times_count_from_there(whole, tmp_path, call, at, block):
     path = tmp_path / "fork"
     change = ("--prompt", "a blue square moving right", "--seconds", 4)
-    assert call(capfd, "fork", whole, "--at", at, *change, "--out", path)[0] == 0
+    assert call("fork", whole, "--at", at, *change, "--out", path)[0] == 0
     record = RunFolder(path).record
     assert record["parent"]["block"] == record["prompt_changes"][0]["block"] == block
     assert record["parent"]["seconds"] == block * 12 / 16
@@ -157,7 +158,7 @@ def test_a_fork_shares_the_start_and_its_times_count_from_there(whole, tmp_path,
     assert count_frames(path / "video.mp4") == NUM_START + 64
 
 
-def test_yaml_says_the_same(tiny_folder, whole, tmp_path, capfd, monkeypatch):
+def test_yaml_says_the_same(tiny_folder, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(whole.parent)
     config = tmp_path / "take.yaml"
     config.write_text(f"prompt: {PROMPT}\nseconds: 3\nstart: {{video: clip.mp4, seconds: 2}}\n")
@@ -173,7 +174,7 @@ def audio(path):
     return path
 
 
-def test_bad_starts_are_one_line_before_a_model_is_loaded(whole, tmp_path, capfd):
+def test_bad_starts_are_one_line_before_a_model_is_loaded(whole, tmp_path, refused):
     good = whole.parent / "clip.mp4"
     empty = tmp_path / "empty.mp4"
     empty.write_bytes(b"")
@@ -183,24 +184,24 @@ def test_bad_starts_are_one_line_before_a_model_is_loaded(whole, tmp_path, capfd
         writer.write(np.zeros((33, 2, 128, 3), np.uint8))
     out = tmp_path / "out"
 
-    def refused(*more, messages):
+    def bad(*more, messages):
         where = ("--model", tmp_path / "none", "--out", out)
-        assert_one_line(call(capfd, "generate", PROMPT, *where, *more), *messages)
+        refused(("generate", PROMPT, *where, *more), *messages)
 
-    refused("--init-video", good, "--init-image", tmp_path / "still.png", messages=["both an image and a video"])
-    refused("--init-video", tmp_path / "none.mp4", messages=["there is no video"])
-    refused("--init-video", empty, messages=["cannot read", "empty.mp4"])
-    refused("--init-video", whole / "run.json", messages=["cannot read"])
-    refused("--init-video", audio(tmp_path / "tone.wav"), messages=["no video stream"])
-    refused("--init-video", flat, messages=["128x2", "crop it yourself"])
-    refused("--init-video", good, "--init-seconds", "0.3", messages=["takes 9", "0.56 s"])
-    refused("--init-video", good, "--init-seconds", "-1", messages=["seconds=-1"])
-    refused("--init-seconds", "2", messages=["neither an image nor a video"])
-    refused("--continuation-only", messages=["neither an image nor a video"])
-    refused("--init-image", tmp_path / "still.png", messages=["first block takes 3", "9 frames"])
-    refused("--init-image", tmp_path / "still.png", "--init-seconds", "2", messages=["an image has no length"])
-    refused("--init-image", good, messages=["as an image"])
-    refused("--init-image", tmp_path / "none.png", messages=["there is no image"])
-    refused("start.vidio=x", messages=["Did you mean 'video'"])
-    refused("--init-video", good, messages=["does not exist"])
+    bad("--init-video", good, "--init-image", tmp_path / "still.png", messages=["both an image and a video"])
+    bad("--init-video", tmp_path / "none.mp4", messages=["there is no video"])
+    bad("--init-video", empty, messages=["cannot read", "empty.mp4"])
+    bad("--init-video", whole / "run.json", messages=["cannot read"])
+    bad("--init-video", audio(tmp_path / "tone.wav"), messages=["no video stream"])
+    bad("--init-video", flat, messages=["128x2", "crop it yourself"])
+    bad("--init-video", good, "--init-seconds", "0.3", messages=["takes 9", "0.56 s"])
+    bad("--init-video", good, "--init-seconds", "-1", messages=["seconds=-1"])
+    bad("--init-seconds", "2", messages=["neither an image nor a video"])
+    bad("--continuation-only", messages=["neither an image nor a video"])
+    bad("--init-image", tmp_path / "still.png", messages=["first block takes 3", "9 frames"])
+    bad("--init-image", tmp_path / "still.png", "--init-seconds", "2", messages=["an image has no length"])
+    bad("--init-image", good, messages=["as an image"])
+    bad("--init-image", tmp_path / "none.png", messages=["there is no image"])
+    bad("start.vidio=x", messages=["Did you mean 'video'"])
+    bad("--init-video", good, messages=["does not exist"])
     assert not out.exists()

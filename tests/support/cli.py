@@ -18,6 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "C
 
 def call(capfd, *words, program=app):
     """Run the program; returns (exit code, stdout, stderr)."""
+    capfd.readouterr()
     code = run_app(program, [str(word) for word in words])
     return code, *capfd.readouterr()
 
