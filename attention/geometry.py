@@ -75,19 +75,9 @@ class AttentionGeometry:
             raise ValueError(f"kind={self.kind!r} is unknown; known: {', '.join(get_args(Kind))}.")
 
     @classmethod
-    def bidirectional(
-        cls,
-        num_frames: int,
-        grid: tuple[int, int],
-        *,
-        step_index: int = 0,
-        num_steps: int = 1,
-        layer: int = 0,
-        num_layers: int = 1,
-    ) -> "AttentionGeometry":
-        """Describe a call in which every frame of a video asks every frame; arguments as the attributes."""
-        whole = make_geometry(num_frames, grid)
-        return replace(whole, step_index=step_index, num_steps=num_steps, layer=layer, num_layers=num_layers)
+    def bidirectional(cls, num_frames: int, grid: tuple[int, int], **place: int) -> "AttentionGeometry":
+        """Describe a call in which every frame of a video asks every frame; ``place``: its step and layer."""
+        return replace(make_geometry(num_frames, grid), **place)
 
     @property
     def num_queries(self) -> int:

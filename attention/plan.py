@@ -39,22 +39,16 @@ class BlockPlan:
 
     Heads may share one map (``counts.shape[0] == 1``) or have one each. Edges may be shared, or differ by head, as
     clusters do; blocks may then be empty. Where the two disagree on the number of heads, the one is repeated.
-
-    Attributes:
-        q_edges: (query blocks + 1,) or (heads, query blocks + 1), int32, ascending from 0 to the number of queries.
-        k_edges: (key blocks + 1,) or (heads, key blocks + 1), int32, likewise.
-        counts: (1 or heads, query blocks), int32: key blocks that each block of queries reads.
-        index: (1 or heads, query blocks, most), int32: their numbers, ascending, filled up with -1.
-        q_perm: (1 or heads, queries), int64: the query at each place before blocks are cut; None: in order.
-        k_perm: (1 or heads, keys), int64: likewise for keys and values.
     """
 
+    # Ascending from 0 to the number of tokens: (blocks + 1,) or (heads, blocks + 1), int32
     q_edges: Tensor
     k_edges: Tensor
-    counts: Tensor
-    index: Tensor
+    counts: Tensor  # (1 or heads, query blocks), int32: key blocks that each block of queries reads
+    index: Tensor  # (1 or heads, query blocks, most), int32: their numbers, ascending, filled up with -1
+    # (1 or heads, tokens), int64: the token at each place before blocks are cut; None: in order
     q_perm: Tensor | None = None
-    k_perm: Tensor | None = None
+    k_perm: Tensor | None = None  # of keys and values
 
     def __post_init__(self) -> None:
         for name in ("q_edges", "k_edges"):
@@ -168,10 +162,7 @@ class BlockPlan:
         is_descending = (self.index.diff(dim=-1) <= 0) & ~is_filling[..., 1:]
         if bool((self.index >= num_columns).any() | is_descending.any()):
             raise ValueError(f"the blocks in a row of index must ascend and be below {num_columns}, the key blocks.")
-        for name, order, length in (
-            ("q_perm", self.q_perm, self.num_queries),
-            ("k_perm", self.k_perm, self.num_keys),
-        ):
+        for name, order, length in (("q_perm", self.q_perm, self.num_queries), ("k_perm", self.k_perm, self.num_keys)):
             if order is None:
                 continue
             places = torch.arange(length, device=order.device)

@@ -50,9 +50,9 @@ class AveragingPolicy(FramePolicy):
             tokens: Of each frame.
         """
 
-    def start(self, geometry: Geometry) -> "AveragingState":
+    def start(self, geometry: Geometry) -> "_AveragingState":
         self.check(geometry.frames_per_block, geometry.max_frames)
-        return AveragingState(self, geometry)
+        return _AveragingState(self, geometry)
 
 
 class FrameAverages:
@@ -87,7 +87,7 @@ class FrameAverages:
         return KeysValues(stored.keys.to(self.dtype), stored.values.to(self.dtype))
 
 
-class AveragingState(FrameState[AveragingPolicy]):
+class _AveragingState(FrameState[AveragingPolicy]):
     """Frames, and averages of those that were let go of. Averages of a layer change when that layer commits."""
 
     def __init__(self, policy: AveragingPolicy, geometry: Geometry) -> None:

@@ -52,16 +52,6 @@ class Read:
         """Consecutive whole frames, at their own positions or so many behind them."""
         return cls(stored, tuple(float(frame + shift) for frame in frames), tuple(frames), role)
 
-    @property
-    def keys(self) -> Tensor:
-        """(batch, tokens, heads, head_dim), un-rotated."""
-        return self.stored.keys
-
-    @property
-    def values(self) -> Tensor:
-        """(batch, tokens, heads, head_dim)."""
-        return self.stored.values
-
 
 @dataclass(frozen=True)
 class HeadGroup:

@@ -4,7 +4,7 @@ Passes are simulated for their sizes alone: keys and values are meta tensors, wh
 buffers that ``KVCache`` would allocate for them are added up here, and a test compares them with a live cache.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,28 +191,23 @@ def held_bytes(value: Any, seen: set[int] | None = None) -> tuple[int, int]:
         value: A policy's state: plain objects, containers and tensors.
         seen: Objects and storages that are counted already, to which those found are added; views count once.
     """
-    held = list(_held(value, set() if seen is None else seen))
-    return sum(near for near, _ in held), sum(far for _, far in held)
-
-
-def _held(value: Any, seen: set[int]) -> Iterator[tuple[int, int]]:
-    """Bytes of buffers and tensors that a state holds: on its device, and in host memory; views count once."""
+    seen = set() if seen is None else seen
+    key = value.untyped_storage()._cdata if isinstance(value, Tensor) else id(value)
+    if isinstance(value, int | float | str) or key in seen:
+        return 0, 0
+    seen.add(key)
     if isinstance(value, Tensor):
-        storage = value.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            yield storage.nbytes(), 0
-    elif not isinstance(value, int | float | str) and id(value) not in seen:
-        seen.add(id(value))
-        if isinstance(value, TokenBuffer):
-            size = value.num_tokens * value.bytes_per_token
-            yield (0, size) if value.is_on_host else (size, 0)
-            list(_held(vars(value), seen))  # its tensors are counted
-        elif isinstance(value, dict):
-            for part in value.values():
-                yield from _held(part, seen)
-        elif isinstance(value, list | tuple | set):
-            for part in value:
-                yield from _held(part, seen)
-        elif type(value).__module__.startswith("longtake.") and hasattr(value, "__dict__"):
-            yield from _held(vars(value), seen)
+        return value.untyped_storage().nbytes(), 0
+    if isinstance(value, TokenBuffer):
+        held_bytes(vars(value), seen)  # its tensors are counted here
+        size = value.num_tokens * value.bytes_per_token
+        return (0, size) if value.is_on_host else (size, 0)
+    parts: Iterable[Any] = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list | tuple | set):
+        parts = value
+    elif type(value).__module__.startswith("longtake.") and hasattr(value, "__dict__"):
+        parts = vars(value).values()
+    held = [held_bytes(part, seen) for part in parts]
+    return sum(near for near, _ in held), sum(far for _, far in held)

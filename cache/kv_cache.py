@@ -75,7 +75,7 @@ class SparseAttention(Protocol):
         ...
 
 
-class Attention(Protocol):
+class _Attention(Protocol):
     """Dense attention of (batch, tokens, heads, head_dim) tensors; ``bias`` is (batch or 1, heads, 1, keys)."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -127,7 +127,7 @@ class KVCache:
         policy: CachePolicy,
         geometry: Geometry,
         *,
-        attention: Attention,
+        attention: _Attention,
         sparse: SparseAttention | None = None,
         phase_dtype: torch.dtype = torch.complex64,
     ) -> None:

@@ -42,24 +42,21 @@ class KeysValues:
 
 
 @dataclass(frozen=True)
-class DerivedTokens(ABC):
+class DerivedTokens(Stored, ABC):
     """Tokens made of ``stored`` ones, when they are asked for."""
 
     stored: Stored
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens, per sample."""
         return self.stored.num_tokens
 
     @property
     def keys(self) -> Tensor:
-        """(batch, tokens, heads, head_dim), un-rotated."""
         return self.derive(self.stored.keys)
 
     @property
     def values(self) -> Tensor:
-        """(batch, tokens, heads, head_dim)."""
         return self.derive(self.stored.values)
 
     @abstractmethod
@@ -75,11 +72,9 @@ class ChosenTokens(DerivedTokens):
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens, per sample."""
         return self.index.shape[-1]
 
     def derive(self, tensor: Tensor) -> Tensor:
-        """Take them where they lie."""
         return take_tokens(tensor, self.index.to(tensor.device)).to(self.index.device, non_blocking=True)
 
 

@@ -102,7 +102,7 @@ class _WatchedState(FrameState):
         size = self.geometry.tokens_per_frame
         context = self.select(layer, pass_, q)
         phases = self._rotary.phases(context.query_positions)
-        parts = [(read.keys, self._rotary.phases(read.positions)) for read in context.reads]
+        parts = [(read.stored.keys, self._rotary.phases(read.positions)) for read in context.reads]
         order = [frame for read in context.reads for frame in read.frames]
         keys = torch.cat([apply_phases(keys, turns).float() for keys, turns in (*parts, (k, phases))], dim=1)
         stride = max(1, q.shape[1] // MAX_QUERIES)

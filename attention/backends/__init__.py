@@ -8,19 +8,9 @@ from longtake.configs.fields import choose
 
 __all__ = ["BACKENDS", "AttentionCall", "AttentionRequest", "Backend", "BackendUnavailable", "find_backend"]
 
-_CLASSES: tuple[type[Backend], ...] = (
-    pytorch.Sdpa,
-    packages.Zentorch,
-    pytorch.SdpaMasked,
-    pytorch.GatherSdpa,
-    pytorch.Flex,
-    pytorch.FlexEager,
-    packages.Flash,
-    packages.Flash3,
-    packages.Xformers,
-    packages.Sage,
-)
-BACKENDS = {cls.name: cls for cls in _CLASSES}
+_sdpa, *_others = pytorch.BACKENDS
+_zentorch, *_dense = packages.BACKENDS
+BACKENDS = {cls.name: cls for cls in (_sdpa, _zentorch, *_others, *_dense)}
 
 
 @cache

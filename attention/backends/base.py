@@ -173,25 +173,16 @@ class Limits:
 
 
 class Backend(ABC):
-    """One way to compute attention.
+    """One way to compute attention."""
 
-    Class attributes:
-        name: Key in YAML and on the command line.
-        limits: Its capabilities.
-        exact: Whether it computes softmax attention up to rounding; quantised kernels do not.
-        verified_on: Kinds of device where the project has run it against the reference; ``auto`` takes no other.
-        package: Distribution it needs beyond PyTorch.
-        module: Module of that distribution that is looked for without importing it.
-        install: Command that installs the distribution.
-    """
-
-    name: ClassVar[str]
+    name: ClassVar[str]  # key in YAML and on the command line
     limits: ClassVar[Limits]
-    exact: ClassVar[bool] = True
+    exact: ClassVar[bool] = True  # softmax attention up to rounding; quantised kernels are not
+    # Kinds of device where the project has run it against the reference; ``auto`` takes no other
     verified_on: ClassVar[frozenset[str]] = frozenset()
-    package: ClassVar[str | None] = None
-    module: ClassVar[str] = ""
-    install: ClassVar[str] = ""
+    package: ClassVar[str | None] = None  # distribution it needs beyond PyTorch
+    module: ClassVar[str] = ""  # of that distribution, looked for without importing it
+    install: ClassVar[str] = ""  # command that installs the distribution
 
     @classmethod
     def available(cls) -> Verdict:

@@ -41,7 +41,7 @@ def zentorch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Ten
 
 @cache
 def _zentorch_operator() -> Callable:
-    fault = zentorch_fault()
+    fault = _zentorch_fault()
     if fault is not None:
         raise RuntimeError(f"{fault.text}: {fault.hint}")
     import zentorch  # noqa: F401  two seconds: only where it is used
@@ -50,7 +50,7 @@ def _zentorch_operator() -> Callable:
 
 
 @cache
-def zentorch_fault() -> Reason | None:
+def _zentorch_fault() -> Reason | None:
     """Look for a reason why ``zentorch`` cannot run here."""
     if not torch.cpu.get_capabilities().get("avx512_bf16", False):
         text = "zentorch pays on processors with AVX512-BF16, and this one has not got it"
@@ -67,12 +67,12 @@ def zentorch_fault() -> Reason | None:
 def fastest(device: torch.device, dtype: torch.dtype) -> Attention:
     """Choose the fastest exact dense attention for a device and dtype; all give the same result within rounding."""
     has_matrix_unit = torch.cpu.get_capabilities().get("amx_bf16", False)
-    if device.type == "cpu" and dtype == torch.bfloat16 and not has_matrix_unit and zentorch_fault() is None:
+    if device.type == "cpu" and dtype == torch.bfloat16 and not has_matrix_unit and _zentorch_fault() is None:
         return zentorch
     return sdpa
 
 
-class Zentorch(Backend):
+class _Zentorch(Backend):
     """AMD's fused attention in bfloat16 on the CPU."""
 
     name = "zentorch"
@@ -81,7 +81,7 @@ class Zentorch(Backend):
 
     @classmethod
     def available(cls) -> Verdict:
-        fault = zentorch_fault()
+        fault = _zentorch_fault()
         return Verdict() if fault is None else Verdict((fault,))
 
     @classmethod
@@ -115,7 +115,7 @@ class _DiffusersBackend(Backend):
         return result if call.return_lse else (result, None)
 
 
-class Flash(_DiffusersBackend):
+class _Flash(_DiffusersBackend):
     """flash-attn 2 (Dao, arXiv:2307.08691), dense."""
 
     name = dispatch_name = "flash"
@@ -125,7 +125,7 @@ class Flash(_DiffusersBackend):
     limits = Limits(min_capability=(8, 0), max_head_dim=256)
 
 
-class Flash3(_DiffusersBackend):
+class _Flash3(_DiffusersBackend):
     """flash-attn 3 for Hopper (Shah et al., arXiv:2407.08608), dense; diffusers' wrapper of it has no gradients."""
 
     name = "flash3"
@@ -141,7 +141,7 @@ class Flash3(_DiffusersBackend):
         return out, None if lse is None else lse.transpose(1, 2)
 
 
-class Xformers(_DiffusersBackend):
+class _Xformers(_DiffusersBackend):
     """xformers' memory-efficient attention: dense, and float32 on graphics cards too old for flash-attn."""
 
     name = dispatch_name = package = module = "xformers"
@@ -151,7 +151,7 @@ class Xformers(_DiffusersBackend):
     )
 
 
-class Sage(_DiffusersBackend):
+class _Sage(_DiffusersBackend):
     """SageAttention 2 (arXiv:2410.02367): queries and keys in INT8, values in FP16 or FP8; approximate."""
 
     name = dispatch_name = "sage"
@@ -159,3 +159,6 @@ class Sage(_DiffusersBackend):
     package = module = "sageattention"
     install = "pip install 'sageattention>=2.1.1' (built from source: needs nvcc)"
     limits = Limits(min_capability=(8, 0), max_head_dim=128, lse=False, backward=False)
+
+
+BACKENDS = (_Zentorch, _Flash, _Flash3, _Xformers, _Sage)

@@ -92,7 +92,7 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | N
 _ANYWHERE = Limits(devices=("cpu", "cuda", "mps", "xpu"), dtypes=FLOATS, plans="any")
 
 
-class Sdpa(Backend):
+class _Sdpa(Backend):
     """PyTorch's fused attention, on every device; it takes plans that leave nothing out."""
 
     name = "sdpa"
@@ -109,7 +109,7 @@ class Sdpa(Backend):
         return attend(call)
 
 
-class SdpaMasked(Backend):
+class _SdpaMasked(Backend):
     """PyTorch's attention under the plan's mask, token by token: all pairs are computed, slower than dense."""
 
     name = "sdpa_masked"
@@ -142,7 +142,7 @@ def _masks(plan: BlockPlan, device: torch.device) -> Iterator[Tensor]:
     yield plan.kept[device]
 
 
-class GatherSdpa(Backend):
+class _GatherSdpa(Backend):
     """Dense attention over gathered keys: exact block sparsity from PyTorch's own kernels, on every device.
 
     Queries that read the same keys are computed together, so that no mask is left inside: plans in which all heads
@@ -274,7 +274,7 @@ _MAX_FLEX_SCORES = 1 << 27  # 512 MiB in float32, and flex's uncompiled kernel h
 _MAX_COMPILED = 64  # shapes compiled in a process before the next is refused
 
 
-class FlexEager(Backend):
+class _FlexEager(Backend):
     """flex_attention uncompiled: every score is computed and held. For debugging plans on short videos."""
 
     name = "flex_eager"
@@ -296,7 +296,7 @@ class FlexEager(Backend):
             return _flex(flex_attention, call)
 
 
-class Flex(Backend):
+class _Flex(Backend):
     """flex_attention compiled, once per shape: half a minute on a CPU the first time, and only by name there."""
 
     name = "flex"
@@ -392,3 +392,6 @@ def _shared_tokens(block_of_token: Tensor, num_blocks: int, tile_size: int) -> T
     shared = torch.zeros(heads, -(-num_tokens // tile_size), num_blocks, dtype=torch.float64, device=device)
     shared[torch.arange(heads, device=device)[:, None].expand_as(tiles), tiles, block_of_token] = 1
     return shared
+
+
+BACKENDS = (_Sdpa, _SdpaMasked, _GatherSdpa, _Flex, _FlexEager)

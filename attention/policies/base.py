@@ -58,23 +58,14 @@ class Recent(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class SparsePolicy(ABC):
-    """Validated settings that turn attention calls into plans.
+    """Validated settings that turn attention calls into plans."""
 
-    Class attributes:
-        name: Key in YAML and on the command line.
-        source: Paper or repository.
-        needs_values: Whether ``plan`` has to be given the values.
-        needs_frames: Whether every key has to be of a whole frame.
-        has_bidirectional_form: Whether it means anything where every frame asks every frame.
-        is_static: Whether plans follow from the geometry alone. Otherwise they depend on the tokens, so on the sample.
-    """
-
-    name: ClassVar[str]
-    source: ClassVar[str]
-    needs_values: ClassVar[bool] = False
-    needs_frames: ClassVar[bool] = False
-    has_bidirectional_form: ClassVar[bool] = True
-    is_static: ClassVar[bool] = True
+    name: ClassVar[str]  # key in YAML and on the command line
+    source: ClassVar[str]  # paper or repository
+    needs_values: ClassVar[bool] = False  # ``plan`` has to be given the values
+    needs_frames: ClassVar[bool] = False  # every key has to be of a whole frame
+    has_bidirectional_form: ClassVar[bool] = True  # it means something where every frame asks every frame
+    is_static: ClassVar[bool] = True  # plans follow from the geometry alone, not from the tokens of a sample
 
     def plan(
         self,
@@ -216,17 +207,9 @@ class DensityMeter:
         self.num_calls = self.num_dense_calls = 0  # of them, those that the policy declined
         self.num_pairs = self.num_computed = 0.0  # (query, key) pairs, and those that plans kept, the mean over heads
 
-    def plan(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        geometry: AttentionGeometry,
-        *,
-        v: Tensor | None = None,
-        memory: Memory | None = None,
-    ) -> BlockPlan | None:
+    def plan(self, q: Tensor | None, k: Tensor | None, geometry: AttentionGeometry, **given: Any) -> BlockPlan | None:
         """The policy's plan; see ``SparsePolicy.plan``."""
-        plan = self.policy.plan(q, k, geometry, v=v, memory=memory)
+        plan = self.policy.plan(q, k, geometry, **given)
         pairs = geometry.num_queries * geometry.num_keys
         self.num_calls += 1
         self.num_dense_calls += plan is None

@@ -16,17 +16,13 @@ from longtake.cache.recache import RecacheState
 class Anchor(SinkWindow):
     """Junction cache and tri-region RoPE (Anchor Forcing, arXiv:2603.13405, built on LongLive).
 
-    The junction is the first frames after a change of prompt. They are read from the moment they leave the window
-    until those of the next change do. In a long video the sinks stand at 0-2, the window ends at
-    ``num_position_frames`` - 1 (12-20, the block at 18-20), and the junction stands a window and its own length below
-    that end (6-8). A change of prompt also encodes the window anew, as LongLive does: sinks and junction are read, and
-    the frames stand at 9-20. As released for single prompts, every ``num_refresh_blocks``-th block makes a junction
-    while the prompt stays the same.
+    The junction, the first frames after a change of prompt, is read from when it leaves the window until the next one
+    does. In a long video the sinks stand at 0-2, the window at 12-20 with the block at 18-20, and the junction a
+    window and its own length below that end (6-8). A re-cache puts the window at 9-20 and reads sinks and junction. As
+    released, every ``num_refresh_blocks``-th block makes a junction while the prompt stays the same.
 
-    Differs: the released junction appears one block late where a prompt changes exactly between two blocks, and its
-    "previous" junction is an earlier pass of the same block; here it is that of the prompt before. Released are
-    junctions of one block of three, here any number of frames with any block. A junction that has not left the window
-    when the prompt changes again is encoded anew with it.
+    Differs: the released junction has one block of three frames, comes one block late where a prompt changes between
+    blocks, and the "previous" one is an earlier pass of the same block.
     """
 
     name: ClassVar[str] = "anchor"
@@ -36,7 +32,7 @@ class Anchor(SinkWindow):
     num_context_frames: int = 15  # everything attended: sinks, junction, history and the block itself
     num_junction_frames: int = 3
     num_position_frames: int = 21  # positions run from 0 to one less
-    num_refresh_blocks: int = 6  # while the prompt stays the same; 0: no junction then
+    num_refresh_blocks: int = 6  # 0: none while the prompt stays the same
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,9 +57,9 @@ class Anchor(SinkWindow):
         )
         check_room(self.num_context_frames, needed, content, remedy=", or fewer sinks")
 
-    def start(self, geometry: Geometry) -> "AnchorState":
+    def start(self, geometry: Geometry) -> "_AnchorState":
         self.check(geometry.frames_per_block, geometry.max_frames)
-        return AnchorState(self, geometry)
+        return _AnchorState(self, geometry)
 
     def oldest(self, start_frame: int, num_frames: int) -> int:
         """First frame of the window that a block sees."""
@@ -103,7 +99,7 @@ class Anchor(SinkWindow):
         return FramePlan(kept, tuple(map(float, positions)), tuple(map(float, queries)), roles)
 
 
-class AnchorState(RecacheState[Anchor]):
+class _AnchorState(RecacheState[Anchor]):
     """Whole frames, and where junctions start."""
 
     def __init__(self, policy: Anchor, geometry: Geometry) -> None:

@@ -12,9 +12,8 @@ from longtake.cache.recache import RecacheState
 class AttentionSink(SinkWindow):
     """First frames plus a sliding window (StreamingLLM, arXiv:2309.17453).
 
-    ``positions: contiguous`` is StreamingLLM proper: every frame at its place among those attended, so nothing ever
-    leaves the range 0 to ``num_context_frames`` - 1. ``absolute`` is what Self-Forcing's sink_size and LongLive do:
-    every frame at its own index, with a gap behind the sink that grows.
+    ``positions: contiguous`` is StreamingLLM: every frame at its place among those attended, 0 to
+    ``num_context_frames`` - 1. ``absolute``, every frame at its own index, is Self-Forcing's sink_size and LongLive.
     """
 
     name: ClassVar[str] = "attention_sink"

@@ -31,22 +31,19 @@ _CHUNK_QUERIES = 256  # scored at a time, where every query has its own say
 class DeepForcing(CachePolicy):
     """Deep sink with temporal re-alignment and participative compression (Deep Forcing, arXiv:2512.05081).
 
-    About half of the window is sink, and the sink moves along in time, so that its distance to the block stays what
-    it was. When a block no longer fits into the window, the tokens between the sink and the recent frames are scored
-    by the recent queries, in every layer and for every video by itself, and only the best stay: as many as
-    ``num_budget_frames`` leaves room for. A token counts for the whole layer: all its heads are summed.
+    About half of the window is sink, which moves along in time. When a block no longer fits, the tokens between the
+    sink and the recent frames are scored by the recent queries, all heads summed, per layer and video, and only the
+    best stay: as many as ``num_budget_frames`` leaves room for, none where it leaves none.
 
-    The defaults do what the released code does, which differs from the paper. The sink moves only when something is
+    The defaults do what the released code does, which differs from the paper: the sink moves only when something is
     compressed (every second block at the published sizes) and stays a block's length short of what follows it; kept
-    tokens stay at their own frames; a token is kept seven times at most. ``positions: contiguous`` closes the gap,
+    tokens stay at their own frames, and are kept seven times at most. ``positions: contiguous`` closes the gap,
     ``unify_top`` lays the kept tokens out between the sink and the recent frames, as the paper describes.
-    Where the budget has no room beside sink and recent frames, nothing is chosen and both are kept all the same.
     ``compression: none`` is the deep sink alone: the window slides, and the sink moves with every block.
 
-    Different from the released code: positions are given when keys are read, so nothing is rotated twice; nothing
-    is left over from an earlier video; a token that was kept too often stays where its place would be left empty; a
-    window other than the release's fixed 21 frames moves the sink by what compression takes of it. Where more than
-    two blocks are recent, their queries come from commits alone (the release counts the last block's passes again).
+    Differs from the release: nothing is left over from an earlier video; a token kept too often stays where its place
+    would be empty; windows other than 21 frames move the sink by what compression takes of them. If more than two
+    blocks are recent, their queries come from commits alone.
     """
 
     name: ClassVar[str] = "deep_forcing"
@@ -59,8 +56,8 @@ class DeepForcing(CachePolicy):
     num_recent_frames: int = 4  # never compressed, and asked for the scores; the block included
     positions: Literal["released", "contiguous"] = "released"
     unify_top: bool = False
-    fusion: Literal["sum", "max"] = "sum"  # of the scores that the recent queries give a token
-    max_reuse: int = 7  # compressions that a token can survive; 0: any number
+    fusion: Literal["sum", "max"] = "sum"  # of recent queries' scores of a token
+    max_reuse: int = 7  # compressions that a token survives; 0: any number
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,15 +11,11 @@ from longtake.cache.frames import FramePlan, FramePolicy, ends
 class DilatedWindow(FramePolicy):
     """A window whose far part is dilated (Longformer, arXiv:2004.05150), over frames instead of tokens.
 
-    The near past is read frame by frame; before it stand the newest ``num_dilated_frames`` frames whose index is a
-    multiple of ``dilation``. What is attended reaches back ``num_dilated_frames * dilation`` frames further than a
-    plain window of the same cost, and like it forgets everything older: a memory without a sink.
+    Before the window stand the newest ``num_dilated_frames`` frames whose index is a multiple of ``dilation``.
+    ``positions: contiguous`` closes the gaps and stays in the trained range.
 
-    ``contiguous`` closes the gaps and stays in the trained range; with ``absolute`` the dilated frames stand where
-    they were, up to ``num_dilated_frames * dilation`` frames before the window.
-
-    Differs: Longformer dilates some heads and not others, and moves the dilated grid along with the query; here all
-    heads read the same frames, and the grid stands still, so that a frame once kept is kept until it is too old.
+    Differs: Longformer dilates some heads only, and its grid moves with the query; here all heads read the same frames
+    and the grid stands still.
     """
 
     name: ClassVar[str] = "dilated_window"

@@ -12,25 +12,21 @@ from longtake.cache.storage import KeysValues
 class EmaSink(SinkWindow, AveragingPolicy):
     """EMA sink of Reward-Forcing (arXiv:2512.04678; released settings: 9 frames, 3 of them sinks, alpha 0.999).
 
-    The sinks begin as the first frames. Whatever leaves the window is averaged into them, frame i of the leaving
-    block into sink i, raw keys and values alike:
+    The sinks begin as the first frames. What leaves the window is averaged into them, frame i of the leaving block
+    into sink i, raw keys and values alike; positions are places in the reading order:
 
         sink = alpha * sink + (1 - alpha) * leaving
 
-    Positions are places in the reading order: sinks from 0, then the window, then the block.
-
-    Differs: the averages are float32, where the released code keeps them in the rollout's bfloat16, in which 0.999
-    of a number rounds back to it. Where as many frames leave as there are sinks, as with the released settings, the
-    numbers are the released ones. Where not, the released code writes the leaving frames over the first sinks
-    (``uneven: replace``); here they go round, frame f into sink f modulo ``num_sink_frames``, so that sinks stay
-    averages at any block size.
+    Differs: averages are float32; in the released bfloat16, 0.999 of a number rounds back to it. Where other than
+    ``num_sink_frames`` leave at once, frame f goes into sink f modulo ``num_sink_frames``; the released code writes
+    the leaving frames over the first sinks (``uneven: replace``).
     """
 
     name: ClassVar[str] = "ema_sink"
     source: ClassVar[str] = "Reward-Forcing, arXiv:2512.04678"
 
     num_context_frames: int = 9  # everything attended: sinks, window and the block itself
-    alpha: float = 0.999  # share of a sink that survives a leaving frame; 1: sinks never change
+    alpha: float = 0.999  # share of a sink that survives a leaving frame
     uneven: Literal["average", "replace"] = "average"  # when other than num_sink_frames leave at once
 
     def __post_init__(self) -> None:

@@ -33,17 +33,15 @@ class ForcingKV(CachePolicy):
     """Static and dynamic heads, told apart by a head map (Forcing-KV, arXiv:2605.09681).
 
     A static head reads the sink and the last frame. A dynamic head also reads a frame's worth of the frames that have
-    just become older: each is cut into segments of neighbouring tokens, and those stay whose keys are least like the
-    same tokens' one frame later, since that is where something moves. The first layer with dynamic heads chooses, the
-    others follow. The first layer of all is not split: its heads read the sink and the last frame.
+    just become older: of their segments of neighbouring tokens, those whose keys are least like the same tokens' one
+    frame later, where something moves. The first layer with dynamic heads chooses for all; layer 0 is not split, and
+    reads as static heads do.
 
-    ``head_map`` says which heads are static: ``auto`` is the shipped map of a model of this shape (``mini``, and the
-    published one of Self-Forcing, which also fits Causal-Forcing); ``longtake profile-heads`` makes one for any other.
-    ``heads`` gives the static heads of each layer here, in place of a map.
+    ``head_map: auto`` is the shipped map of a model of this shape (``mini``, or the published one of Self-Forcing,
+    which also fits Causal-Forcing); ``longtake profile-heads`` makes others.
 
-    Different from the released code: a segment count that does not divide a frame's tokens is lowered to one that
-    does; the sink is never a candidate; ``positions: contiguous`` moves the sink up to the oldest frame that can be
-    read, where the release leaves it at its own. The release's sparse and quantised kernels are backends here.
+    Differs from the release: a segment count that does not divide a frame's tokens is lowered; the sink is never a
+    candidate; ``positions: contiguous`` moves the sink up to the oldest frame that can be read.
     """
 
     name: ClassVar[str] = "forcing_kv"
@@ -51,7 +49,7 @@ class ForcingKV(CachePolicy):
 
     num_sink_frames: int = 1
     num_recent_frames: int = 1  # before the block
-    num_dynamic_frames: int = 1  # frames' worth of segments that dynamic heads keep
+    num_dynamic_frames: int = 1  # frames' worth of segments of dynamic heads
     num_segments: int = 6  # of neighbouring tokens, per frame, at most
     num_plain_layers: int = 1  # first layers that are not split
     head_map: str = "auto"  # or a shipped map's name, or a file

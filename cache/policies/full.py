@@ -11,8 +11,7 @@ from longtake.cache.frames import FramePlan, FramePolicy
 class Full(FramePolicy):
     """Every frame so far, at its own position (CausVid, arXiv:2412.07772; Self-Forcing, arXiv:2506.08009).
 
-    Memory and time per block grow with the video. Self-Forcing's released code stops hard at 21 frames; here
-    ``num_context_frames`` sets such a limit, and a longer rollout is refused before it starts.
+    Self-Forcing's released code stops at 21 frames; here a rollout longer than ``num_context_frames`` is refused.
     """
 
     name: ClassVar[str] = "full"

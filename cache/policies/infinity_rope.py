@@ -14,18 +14,16 @@ from longtake.cache.frames import FramePlan, FrameState, SinkWindow, ends
 class InfinityRope(SinkWindow):
     """Block-relativistic RoPE, KV flush and RoPE cut (Infinity-RoPE, arXiv:2511.20649).
 
-    ``placement: released`` puts every frame at its place among those attended, so nothing leaves the range 0 to
-    ``num_context_frames`` - 1. ``paper`` lets the newest block start at its own index until that is ``onset`` and
-    there from then on; what is older keeps its distance, and stands at 0 once it would stand before it.
+    ``placement: released`` puts every frame at its place among those attended, 0 to ``num_context_frames`` - 1.
+    ``paper`` lets the newest block start at its own index, ``onset`` at most; older frames keep their distance, down
+    to 0.
 
     The event ``flush`` keeps the sinks and the last ``num_flush_frames`` frames (released: 2, paper: 1). ``cut``
-    flushes as well, and its first block, in all its passes, stands at ``cut`` and up; the block after it stands as
-    ever.
+    flushes too, and the next block alone stands at ``cut`` and up.
 
-    Differs: released are slots and token counts of a sink of one frame, blocks of three and a full window; here any
-    of them, and a flush keeps what there is. The released cut moves the last three frames attended, here those of
-    the block. Without sinks the released code attends to one un-rotated frame. Its cut belongs to the scene before
-    the one marked; here the driver says which.
+    Differs: the release fixes a sink of one frame, blocks of three and a full window; its cut moves the last three
+    frames attended, not the block, and belongs to the scene before the one marked; without sinks it attends to one
+    un-rotated frame.
     """
 
     name: ClassVar[str] = "infinity_rope"
@@ -43,9 +41,9 @@ class InfinityRope(SinkWindow):
         super().__post_init__()
         self.at_least(0, "num_flush_frames", "onset", "cut")
 
-    def start(self, geometry: Geometry) -> "InfinityRopeState":
+    def start(self, geometry: Geometry) -> "_InfinityRopeState":
         self.check(geometry.frames_per_block, geometry.max_frames)
-        return InfinityRopeState(self, geometry)
+        return _InfinityRopeState(self, geometry)
 
     def after_flush(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The sinks and the newest frames."""
@@ -60,7 +58,7 @@ class InfinityRope(SinkWindow):
         return FramePlan(kept, positions, tuple(map(float, range(first, first + num_frames))))
 
 
-class InfinityRopeState(FrameState[InfinityRope]):
+class _InfinityRopeState(FrameState[InfinityRope]):
     """Whole frames, and which block a cut has moved."""
 
     def __init__(self, policy: InfinityRope, geometry: Geometry) -> None:

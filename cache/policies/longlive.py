@@ -12,24 +12,21 @@ from longtake.cache.recache import RecacheState
 class LongLive(AttentionSink):
     """Frame sink, short window and KV re-cache (LongLive, arXiv:2509.22622, release 1.0).
 
-    ``positions: absolute`` is the released default; ``contiguous`` is its "infinity" mode, in which nothing leaves
-    the range 0 to ``num_context_frames`` - 1. The event ``recache`` encodes the last ``num_context_frames`` clean
-    frames again under the new prompt. With ``global_sink`` the first frames keep their old keys and are read by it;
-    without, the oldest frames encoded anew become the sinks. As released, a video no longer than the window is
-    encoded anew whole, its sinks included, whatever ``global_sink`` says.
+    ``positions: absolute`` is the released default, ``contiguous`` its "infinity" mode, all below
+    ``num_context_frames``. The event ``recache`` encodes the last ``num_context_frames`` clean frames again under the
+    new prompt. As released, a video no longer than the window is encoded anew whole, sinks included.
 
-    Differs: the released infinity mode positions the first video of a batch only, here all. Where a block is
-    smaller than ``num_sink_frames`` the released code attends to sinks that are still empty, and keeps those it
-    fills in a block's later passes as they were at the first, noisy one; here a sink is a committed frame like any
-    other. ``recache: causal`` is not in the release, though it prepares such a mask.
+    Differs: the released infinity mode positions the first video of a batch only. Where a block is smaller than
+    ``num_sink_frames`` the released code attends to empty sinks, and keeps those of a block's later passes as they
+    were at the first, noisy one; here a sink is a committed frame. ``recache: causal`` is not in the release.
     """
 
     name: ClassVar[str] = "longlive"
     source: ClassVar[str] = "LongLive, arXiv:2509.22622"
 
     positions: Literal["absolute", "contiguous"] = "absolute"
-    global_sink: bool = True  # the sinks outlive a re-cache; false: they move to the oldest frame encoded anew
-    recache: Literal["bidirectional", "causal"] = "bidirectional"  # what frames see of each other in a re-cache
+    global_sink: bool = True  # sinks outlive a re-cache; false: the oldest frames encoded anew are the sinks
+    recache: Literal["bidirectional", "causal"] = "bidirectional"  # frames of a re-cache see all, or earlier ones
 
     def start(self, geometry: Geometry) -> RecacheState[AttentionSink]:
         self.check(geometry.frames_per_block, geometry.max_frames)

@@ -17,19 +17,15 @@ LONG, SHORT = 0, 1
 class MemRoPE(SinkWindow, AveragingPolicy):
     """Evolving memory frames and positions given at reading (MemRoPE, arXiv:2603.12513; 3 + 1 + 1 + 4 + 3 frames).
 
-    Reads, at positions 0 to ``num_context_frames`` - 1: the first frames, one long and one short memory frame, the
-    last frames, the block. When a block's worth of frames leaves, their mean m at each place of the grid moves both
-    memories, raw keys and values alike:
+    Reads, from position 0: sinks, a long and a short memory frame, the last frames, the block. The mean m of a leaving
+    block's frames, at each place of the grid, moves both memories, raw keys and values alike, and begins them the
+    first time; until something leaves there are none:
 
         long = long + long_rate * (m - long)        short = short + short_rate * (m - short)
 
-    and begins them the first time. Averages of rotated keys would be no rotation of any key, so keys have to be raw.
-    Until a video has outgrown ``num_context_frames`` all of it is read, and there are no memories.
-
-    Differs: the released code's plain mode averages over the places of the grid too, so that a memory is one token
-    many times; here it keeps its picture, as in the released "adaptive" mode, whose rate per token is not offered.
-    The first time, two frames make room for the memories: the released code drops them, here they are averaged with
-    the others. Memories are float32.
+    Differs: the released plain mode averages over the grid too, so that a memory is one token many times; here it
+    keeps its picture, as in the released "adaptive" mode. The two frames that first make room for the memories are
+    averaged with the others, not dropped. Memories are float32.
     """
 
     name: ClassVar[str] = "memrope"
@@ -37,7 +33,7 @@ class MemRoPE(SinkWindow, AveragingPolicy):
     traits: ClassVar[Traits] = Traits(breaks_frames=True)  # averages have a place in the picture, and none in time
 
     num_context_frames: int = 12  # everything attended: sinks, two memories, last frames and the block itself
-    long_rate: float = 0.01  # share of the long memory that a leaving block replaces
+    long_rate: float = 0.01  # share that a leaving block replaces
     short_rate: float = 0.1
 
     def __post_init__(self) -> None:

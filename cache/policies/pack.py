@@ -38,24 +38,21 @@ Size = tuple[int, int, int]
 class Pack(CachePolicy):
     """Sinks, a compressed middle and recent frames (PackForcing, arXiv:2603.25730).
 
-    Each block that is no sink is stored twice when it is committed: in full, and compressed into a bank. When it is
-    no longer recent the full version is dropped. Before a block's first step the ``num_selected_blocks`` best
-    compressed blocks are chosen, per layer and sample, and every read frame gets a packed position: recent frames
-    stand where they are, chosen blocks directly before them, sinks directly before those.
+    A block that is no sink is kept in full while recent, and compressed in a bank. Before a block's first step the
+    ``num_selected_blocks`` best compressed blocks are chosen, per layer and sample. Read frames get packed positions:
+    recent frames stand where they are, chosen blocks directly before them, sinks directly before those.
 
-    ``compressor``: ``none`` stores the middle in full (retrieval); ``pool`` stores means of un-rotated keys and values
-    over cells of 2 frames by 4x4 tokens; ``lr`` decodes the block, averages pixels over the same cells, encodes and
-    runs the small clip through the transformer at timestep 0; ``hr`` does so with tokens of a trained network;
-    ``hr+lr`` with their sum. ``none``, ``pool`` and ``lr`` need no training. ``selection``: ``query_score`` is the
-    paper's sum of query-key products, exactly; ``softmax_mass`` the attention candidates would get; ``recency`` the
-    newest.
+    ``compressor``: ``none`` stores the middle in full (retrieval); ``pool`` takes means of un-rotated keys and values
+    over cells of 2 frames by 4x4 tokens; ``lr`` averages decoded pixels over these cells and runs the small clip
+    through the transformer at timestep 0; ``hr`` runs tokens of a trained network, ``hr+lr`` their sum. ``selection``:
+    ``query_score`` is the paper's sum of query-key products, exactly; ``softmax_mass`` the attention candidates would
+    get; ``recency`` the newest.
 
-    Published sizes are the defaults and suit blocks of 4 frames (182 tokens each). Counts of frames are rounded up to
-    whole blocks. A block of 3 frames becomes 1 in time, one of 1 stays 1.
+    Published sizes are the defaults, for blocks of 4 frames (182 tokens each); counts of frames are rounded up to
+    whole blocks.
 
-    What differs: no code was released. Compressed tokens run through the whole transformer and see the sinks, the bank
-    and older recent frames, not their own block in full; the selection is per sample; products are of un-rotated
-    queries and keys; the bank's cap and the coordinates inside a compressed block (centres of cells) are ours.
+    Differs (no code was released): compressed tokens do not see their own block in full; selection is per sample, by
+    un-rotated queries and keys; the bank's cap and cell centres as coordinates are ours.
     """
 
     name: ClassVar[str] = "pack"
@@ -73,9 +70,9 @@ class Pack(CachePolicy):
     num_scored_heads: int | None = None  # None: all; the paper: half of them
     positions: Literal["packed", "absolute"] = "packed"
     spatial: Literal["scaled", "compact"] = "scaled"  # rows and columns of cells: centres in the full grid, or 0, 1, 2
-    mid_span: float | None = None  # positions that a compressed block takes up at most; None: its frames
+    mid_span: float | None = None  # most positions of a compressed block; None: its frames
     archive: Literal["device", "host"] = "device"  # where the bank lies
-    is_count_biased: bool = False  # adds log(tokens per cell) to the scores of cells
+    is_count_biased: bool = False  # adds log(tokens per cell) to cells' scores
 
     def __post_init__(self) -> None:
         super().__post_init__()

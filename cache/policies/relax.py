@@ -22,16 +22,13 @@ class Relax(SinkWindow):
 
         cos(candidate, sinks) - redundancy * cos(candidate, tail)
 
-    and the best are read, in all layers and steps of the block: like the beginning, unlike what was just seen.
-    Of ``num_context_frames``, history is what sinks, tail and block leave. Until a video has outgrown
-    ``num_context_frames``, all of it is read.
+    and the best, as many as ``num_context_frames`` has room for, are read in all layers and steps of the block.
 
-    ``positions: contiguous`` equals the released "hybrid" positions but for a shift that attention does not see: the
-    block and the tail at their own places, history and sinks right before. ``absolute`` is its ablation, every frame
-    at its own index.
+    ``positions: contiguous`` equals the released "hybrid" but for a shift that attention does not see; ``absolute`` is
+    its ablation.
 
-    Differs: every video of a batch chooses for itself, where the released code asks the first one; where fewer
-    candidates than history frames are left after rounding, the whole newer half stands for election.
+    Differs: every video chooses for itself; where rounding leaves fewer candidates than history frames, the whole
+    newer half is scored.
     """
 
     name: ClassVar[str] = "relax"
@@ -42,7 +39,7 @@ class Relax(SinkWindow):
     num_recent_frames: int = 1  # the tail: last frames before the block
     num_budget_frames: int = 120  # everything kept to choose from, the block itself included
     num_candidates: int = 4
-    redundancy: float = 2.0  # how much likeness to the tail counts against a candidate
+    redundancy: float = 2.0  # weight of likeness to the tail
     positions: Literal["absolute", "contiguous"] = "contiguous"
 
     def __post_init__(self) -> None:

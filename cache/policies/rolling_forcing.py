@@ -13,18 +13,15 @@ from longtake.cache.frames import FramePlan, FrameState, SinkWindow, ends
 class RollingForcing(SinkWindow):
     """Sinks right before the working frames, working frames right before the window (arXiv:2509.25161).
 
-    Made for the sampler ``rolling_window``: while a window of blocks is denoised together, the sinks, the last
-    committed frames and the window make ``num_context_frames``; all but the sinks stand at their own frames, the
-    sinks right before the working frames. With a sampler of single blocks the window is the block.
+    Made for the sampler ``rolling_window``: sinks, the last committed frames and the window of blocks denoised
+    together make ``num_context_frames``; all but the sinks stand at their own frames.
 
-    ``commit: released`` is what the released code does: a commit reads the last ``num_context_frames`` of what is
-    stored, the block included, all at their own frames. More frames are stored than that, so the sinks drop out once
-    the store is full, and from then on clean keys are made without them. ``keep_sinks`` commits with what a
-    denoising pass of the block would read.
+    ``commit: released`` reads the last ``num_context_frames`` of what is stored, the block included, all at their own
+    frames: once the store is full, clean keys are made without the sinks. ``keep_sinks`` commits with what a denoising
+    pass of the block would read.
 
-    Differs: the released store has room for its window of frames and one block; here sinks, working frames and the
-    block follow ``num_context_frames`` and ``num_sink_frames``. Given first latents count as committed frames, which
-    the released code mishandles.
+    Differs: the released store has room for its window and one block, here for ``num_context_frames``; given first
+    latents count as committed frames, which the released code mishandles.
     """
 
     name: ClassVar[str] = "rolling_forcing"
@@ -60,12 +57,12 @@ class RollingForcing(SinkWindow):
         recent = ends(stored, 0, self.num_context_frames - num_frames)
         return FramePlan.absolute(recent, start_frame, num_frames)
 
-    def start(self, geometry: Geometry) -> "RollingForcingState":
+    def start(self, geometry: Geometry) -> "_RollingForcingState":
         self.check(geometry.frames_per_block, geometry.max_frames)
-        return RollingForcingState(self, geometry)
+        return _RollingForcingState(self, geometry)
 
 
-class RollingForcingState(FrameState[RollingForcing]):
+class _RollingForcingState(FrameState[RollingForcing]):
     """Whole frames; commits read by a plan of their own."""
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:

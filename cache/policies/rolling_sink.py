@@ -11,17 +11,15 @@ from longtake.cache.frames import FramePlan, FramePolicy
 class RollingSink(FramePolicy):
     """Replayed first frames and the last block (Rolling Sink, arXiv:2602.07775), written from its description.
 
-    The first N = ``num_context_frames`` - block frames are kept for good. A window that has grown full still stands
-    where the recent past would, but only its last block is the recent past: at every place p before it the first
-    frames are shown, in order where p div N is even and backwards where it is odd, so that neighbours stay neighbours:
+    The first N = ``num_context_frames`` - block frames are kept for good. In a full window only the last block is the
+    recent past; at every place p before it stands a first frame, forwards and backwards in turn, so that neighbours
+    stay neighbours:
 
         frame shown at p = m if (p div N) is even else N - 1 - m,  m = p mod N
 
     With 21 frames and blocks of 3 the window shows 17, 16, 15 at p = 18, 14, 13, 12 at p = 21, and 0, 1, 2 at p = 36.
-    What the model sees of the past thus never gets older than the first seconds, and never drifts.
 
-    Differs: places are counted in frames, so that any block size and window work; the description speaks of 18 first
-    frames and blocks of 3.
+    Differs: any block size and window work; the description speaks of 18 first frames and blocks of 3.
     """
 
     name: ClassVar[str] = "rolling_sink"
@@ -52,14 +50,14 @@ class RollingSink(FramePolicy):
         num_first = self.num_context_frames - num_frames
         places = range(max(start_frame - num_first, 0), start_frame)
         last = start_frame - num_frames
-        frames = tuple(place if place >= last else shown(place, num_first) for place in places)
+        frames = tuple(place if place >= last else _shown(place, num_first) for place in places)
         roles = tuple("recent" if place >= last else "sink" for place in places)
         shift = places.start if self.positions == "contiguous" else 0
         positions = tuple(float(place - shift) for place in range(places.start, start_frame + num_frames))
         return FramePlan(frames, positions[: len(frames)], positions[len(frames) :], roles)
 
 
-def shown(place: int, num_first: int) -> int:
+def _shown(place: int, num_first: int) -> int:
     """The one of the first ``num_first`` frames at a place: 0, 1, ..., then back, and forth again."""
     cycle, frame = divmod(place, num_first)
     return num_first - 1 - frame if cycle % 2 else frame

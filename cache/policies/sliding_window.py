@@ -12,8 +12,7 @@ from longtake.cache.recache import RecacheState
 class SlidingWindow(FramePolicy):
     """The last frames, the block itself included (Self-Forcing's local_attn_size, arXiv:2506.08009).
 
-    Equal to the released code with ``positions: absolute``; ``contiguous`` gives the same distances between frames
-    and keeps every position below ``num_context_frames``.
+    Equal to the released code with ``positions: absolute``; ``contiguous`` has the same distances, from 0.
     """
 
     name: ClassVar[str] = "sliding_window"

@@ -17,17 +17,14 @@ from longtake.cache.storage import KeysValues, saved_part
 class SlowFast(SinkWindow):
     """Slow-fast memory of Context Forcing (arXiv:2602.06028; published: 3 sinks, 12 slow, 6 fast, threshold 0.95).
 
-    The fast memory is a queue: the last ``num_recent_frames``, the block included. A block whose keys resemble those
-    before it less than ``threshold`` brings something new: when it leaves the queue its first frame enters the slow
-    memory, and the oldest one there makes room. Only every ``num_blocks_per_update``-th block is looked at. Positions
-    are sinks, slow, fast and block one after the other, so none ever leaves 0 to ``num_context_frames`` - 1.
+    The fast memory is a queue: the last ``num_recent_frames``, the block included. When a block whose keys resemble
+    those before it less than ``threshold`` leaves the queue, its first frame enters the slow memory, and the oldest
+    one there makes room. Only every ``num_blocks_per_update``-th block is looked at.
 
-    The paper leaves open, and here is an option or a choice: how alike two frames are (``similarity``: mean cosine of
-    the raw keys at each place of the grid with all heads side by side, or cosine of the frames' mean keys), and which
-    layers say so (``decided_by``). Compared are the first frame of a block and the one before it. A frame enters the
-    slow memory when it leaves the fast one, not while it is in both. Until the slow memory is full, everything that
-    leaves the queue enters it, so that a short video is read whole and the number of tokens does not depend on what
-    is in them. Every video of a batch decides for itself.
+    The paper leaves open, and is chosen here: likeness of the first frame of a block and the one before it, as the
+    mean cosine of raw keys at each place of the grid with all heads side by side, or the cosine of mean keys
+    (``similarity``), in the first or each layer (``decided_by``), for every video by itself. Until the slow memory is
+    full, everything that leaves the queue enters it.
     """
 
     name: ClassVar[str] = "slow_fast"
@@ -36,7 +33,7 @@ class SlowFast(SinkWindow):
 
     num_context_frames: int = 21  # everything attended: sinks, slow, fast and the block itself
     num_recent_frames: int = 6  # the fast memory, the block itself included
-    threshold: float = 0.95  # a block that is less alike than this brings something new
+    threshold: float = 0.95  # cosine below which a block brings something new
     num_blocks_per_update: int = 2
     similarity: Literal["places", "means"] = "places"
     decided_by: Literal["first_layer", "each_layer"] = "first_layer"

@@ -32,16 +32,13 @@ _OF_TOKENS = ("numbers", "counts", "seen")  # which they are, what they count, w
 class TempCache(CachePolicy):
     """Merges keys that correspond to each other across time (TempCache of FAST-AR, arXiv:2602.01801).
 
-    A new token and a stored one whose keys are each other's nearest, with a cosine of ``min_similarity`` or more, are
-    one from then on: the new key and its position stay, the value is the mean over all that were merged, and the
-    logarithm of their number is added to the scores. For keys that are equal this is exact. What does not repeat
-    stays as it is; when ``num_context_frames`` frames' worth of tokens are full, the oldest go.
+    A new and a stored token whose keys are each other's nearest, with a cosine of ``min_similarity`` or more, become
+    one: the new key and its position stay, the value is the mean over all that were merged, and the logarithm of their
+    number is added to the scores, which is exact for equal keys.
 
-    Different from the paper: neighbours are found by keys before rotation (rotated keys of equal content differ
-    across time), in random directions of all heads together, and merged in all of them alike; what is near there is
-    merged only if it is similar in all channels. The cache is bounded. ``positions: clamped`` keeps
-    what is older than the window at its edge, so that no distance leaves the trained range; ``absolute`` keeps every
-    token at its own frame. The same paper's sparse attention and prompt pruning are no cache policies.
+    Differs from the paper: neighbours are found by un-rotated keys (rotated ones of equal content differ across time),
+    in random directions of all heads together, and merged in all heads if they are similar in all channels. The cache
+    is bounded. ``positions: clamped`` keeps what is older than the window at its edge, within the trained range.
     """
 
     name: ClassVar[str] = "tempcache"
@@ -51,7 +48,7 @@ class TempCache(CachePolicy):
 
     num_context_frames: int = 21  # everything attended, in frames' worth of tokens: history and the block itself
     min_similarity: float = 0.9  # of un-rotated keys
-    num_projections: int = 64  # random directions in which neighbours are sought; 0: all channels, kept twice
+    num_projections: int = 64  # random directions; 0: all channels
     positions: Literal["absolute", "clamped"] = "clamped"
 
     def __post_init__(self) -> None:
@@ -64,12 +61,12 @@ class TempCache(CachePolicy):
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         check_room(self.num_context_frames, frames_per_block, f"a block of {frames_per_block} frames")
 
-    def start(self, geometry: Geometry) -> "TempCacheState":
+    def start(self, geometry: Geometry) -> "_TempCacheState":
         self.check(geometry.frames_per_block, geometry.max_frames)
-        return TempCacheState(self, geometry)
+        return _TempCacheState(self, geometry)
 
 
-class TempCacheState(PolicyState):
+class _TempCacheState(PolicyState):
     """Per layer the tokens in the order of their last appearance; one that is merged into another counts 0."""
 
     def __init__(self, policy: TempCache, geometry: Geometry) -> None:
@@ -111,10 +108,10 @@ class TempCacheState(PolicyState):
         self._origin = pass_.start_frame if self._origin < 0 else self._origin
         numbers, size = self._numbers[layer], self.size
         old = self.buffer.read(layer, 0, numbers.shape[1])
-        seen = torch.cat((self._seen[layer], directions(k, self._projection)), dim=1)
+        seen = torch.cat((self._seen[layer], _directions(k, self._projection)), dim=1)
         known = seen, self._counts[layer], numbers % size
         least = self.policy.min_similarity
-        values, counts = merge_repeats(old, k, v, *known, tokens_per_frame=size, min_similarity=least)
+        values, counts = _merge_repeats(old, k, v, *known, tokens_per_frame=size, min_similarity=least)
         self.buffer.write(layer, numbers.shape[1], k, values)
         new = token_numbers(self.geometry, pass_.start_frame, pass_.num_frames)
         numbers = torch.cat((numbers, new), dim=1)
@@ -159,13 +156,13 @@ def _random_projection(num_channels: int, num_projections: int, like: Tensor) ->
     return torch.randn(num_channels, num_projections, generator=generator).to(like.device, like.dtype)
 
 
-def directions(keys: Tensor, projection: Tensor | None) -> Tensor:
+def _directions(keys: Tensor, projection: Tensor | None) -> Tensor:
     """Vectors (batch, tokens, channels) of un-rotated keys; the product of two is the mean cosine of their heads."""
     unit = _unit(keys)
     return unit if projection is None else normalize(unit @ projection, dim=-1)
 
 
-def merge_repeats(
+def _merge_repeats(
     old: Stored,
     keys: Tensor,
     values: Tensor,
@@ -185,7 +182,7 @@ def merge_repeats(
         old: Stored tokens; only those that correspond to a new one are looked at.
         keys: (batch, new tokens, heads, head_dim), un-rotated; whole frames.
         values: Same shape.
-        seen: ``directions`` of all tokens, the stored ones first.
+        seen: ``_directions`` of all tokens, the stored ones first.
         counts: (batch, stored tokens), how many each stands for; 0: none any more.
         cells: (batch, stored tokens), int64, their places in the frame.
         tokens_per_frame: Tokens of a new frame.

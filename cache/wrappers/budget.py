@@ -20,17 +20,15 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KI
 class Budget(Wrapper):
     """A policy as it is if it fits, else with fewer bits per number, else with a shorter window as well.
 
-    What is counted is what the cache of one guidance branch holds at most: stored tokens and assembled read sets.
-    Bits go first, because eight of them cost half a percent of error per token and a window's frames are gone for
-    good. The choice is made when a rollout starts, from its geometry; it is logged, as a warning if it gives up
-    anything, and ``choose`` returns it.
+    Counted are stored tokens and assembled read sets of one guidance branch. Bits go first: eight of them cost half a
+    percent of error per token, a window's frames are gone for good. The choice is logged when a rollout starts.
     """
 
     name: ClassVar[str] = "budget"
     source: ClassVar[str] = "longtake"
 
     max_bytes: int | str = "4GB"  # a number, or one with KB, MB, GB, MiB, GiB, ...
-    min_bits: int = 8  # of the encoding that may be chosen: 16 keeps tokens as they are, 4 is the last resort
+    min_bits: int = 8  # 16 never encodes, 4 is the last resort
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,29 +6,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from longtake.cache.base import (
-    BlockTrace,
-    CacheStats,
-    Context,
-    EncodeJob,
-    Geometry,
-    Number,
-    Pass,
-    PolicyState,
-    Read,
-)
+from longtake.cache.base import BlockTrace, CacheStats, Context, EncodeJob, Geometry, Number, Pass, PolicyState, Read
 from longtake.cache.storage import DerivedTokens
 from longtake.cache.wrappers.wrapper import Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommitReads(Wrapper):
-    """Denoising reads what any policy says, the commit pass the block and recent frames alone.
+    """Any policy, with commit passes that read the block and recent frames alone: what is stored echoes no sinks.
 
-    What a commit stores is then no echo of sinks and memories, which later blocks read anyway; and the pass is
-    shorter. Rolling Forcing's released code does this once its sink drops out of the commit's window
-    (arXiv:2509.25161); here it holds from the first block on, for every policy. Reads of whole frames are cut to the
-    last ``num_recent_frames``; reads of single tokens stay if their role is ``recent``. Positions stay as they are.
+    As in Rolling Forcing's released code once its sink drops out of the commit's window (arXiv:2509.25161), but from
+    the first block on. Reads of whole frames are cut to the last ``num_recent_frames``; reads of single tokens stay if
+    their role is ``recent``.
     """
 
     name: ClassVar[str] = "commit_reads"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longtake.cache.base import Geometry, PolicyState
 from longtake.cache.storage import Codec, Raw
-from longtake.cache.wrappers.wrapper import Wrapper, start_coded
+from longtake.cache.wrappers.wrapper import Wrapper
 
 BITS = (4, 8, 16)
 _SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
@@ -19,13 +19,12 @@ _SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
 class Quantized(Wrapper):
     """Keys and values of any policy in eight bits per number, or four (KV-cache quantisation study, arXiv:2603.27469).
 
-    Eight bits: one scale per token and head. Four: one per group of channels. A token is encoded once, when it is
-    committed, as the un-rotated key it is, and decoded layer by layer when it is read; moving, saving and loading
-    handle codes. Groups never span tokens, so a window that moves on does not shift them, which in the study's
-    methods (groups along tokens) means encoding again and again. A pass's own keys and values stay as they are.
+    Eight bits: one scale per token and head. Four: one per group of channels. A token is encoded once, at its commit,
+    un-rotated, and decoded when it is read. Groups never span tokens, as the study's do, so a moving window encodes
+    nothing again.
 
-    Read sets are built anew for every pass in one buffer for all layers: otherwise the decoded copies would take
-    more memory than the codes save.
+    Read sets are built anew for every pass in one buffer for all layers: decoded copies would take more than codes
+    save.
     """
 
     name: ClassVar[str] = "quantized"
@@ -56,8 +55,8 @@ class Quantized(Wrapper):
         if geometry.storage.is_encoded:
             raise ValueError("a quantized policy is inside another one: keep one of the two.")
         bits = (self.bits, self.bits if self.value_bits is None else self.value_bits)
-        keys, values = (codec_of(number, group_size=self.group_size) for number in bits)
-        return start_coded(self, geometry, replace(geometry.storage, keys=keys, values=values))
+        keys, values = (_codec_of(number, group_size=self.group_size) for number in bits)
+        return self._start_coded(geometry, replace(geometry.storage, keys=keys, values=values))
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,6 @@ def _scales(x: Tensor, levels: int) -> Tensor:
     return (x.abs().amax(dim=-1, keepdim=True) / levels).clamp_(min=_SMALLEST_SCALE).half()
 
 
-def codec_of(bits: int, *, group_size: int = 16) -> Codec:
+def _codec_of(bits: int, *, group_size: int = 16) -> Codec:
     """The codec of 16 (as they are), 8 or 4 bits; the last has groups of channels."""
     return {16: Raw(), 8: _Int8(), 4: _Int4(group_size)}[bits]

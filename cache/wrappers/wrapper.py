@@ -56,13 +56,8 @@ class Wrapper(CachePolicy):
         """Name and fields, the inner policy's mapping among them."""
         return super().settings() | {"inner": self.inner.settings()}
 
-
-def start_coded(policy: Wrapper, geometry: Geometry, storage: Storage) -> PolicyState:
-    """Start a wrapper's inner policy on other storage, whose read sets do not stay in memory.
-
-    Raises:
-        ValueError: If the inner policy refuses the geometry.
-    """
-    state = policy.inner.start(replace(geometry, storage=storage))
-    state.keeps_read_sets = False
-    return state
+    def _start_coded(self, geometry: Geometry, storage: Storage) -> PolicyState:
+        """Start the inner policy on other storage, whose read sets do not stay in memory."""
+        state = self.inner.start(replace(geometry, storage=storage))
+        state.keeps_read_sets = False
+        return state

@@ -24,20 +24,19 @@ INTRO = f"""# Cache policies
 <!-- written by `make docs-policies` from docstrings, presets and sizes; change those instead -->
 
 A policy chooses the context of a block: frames or tokens of the past, and their temporal positions. `cache: NAME`
-in YAML or `--cache NAME` selects one; `longtake policies NAME --explain --out FILE.png` draws the pictures below
-for any settings. [adding_a_policy.md](adding_a_policy.md) shows how to write one.
+in YAML or `--cache NAME` selects one; `longtake policies NAME --explain --out FILE.png` draws these pictures for any
+settings. [Adding a policy](adding_a_policy.md).
 
 **Table**: the presets on Wan2.1 1.3B at 832x480 (30 layers, 12 heads of 128, 1,560 tokens a frame) in bfloat16,
-with the source's block size. *Attends*: frames' worth of tokens, the block included. *Reads* and *stores*: keys and
-values read beside the block's own, and kept; of an unbounded policy after one minute.
+with the source's block size. *Attends*: frames' worth of tokens, the block included. *Reads*: keys and values beside
+the block's own. *Stores*: of an unbounded policy after one minute.
 
-**Pictures** of {FRAMES} frames. Left: the frames that a block (row) reads, with their temporal positions. Right:
-the same by position; shaded is the trained range of a five-second model. Pale: part of a frame's tokens. Content is
-random where a policy chooses by it.
+**Pictures** of {FRAMES} frames. Left: frames that a block (row) reads, with temporal positions. Right: the same by
+position; shaded is the trained range of a five-second model. Pale: part of a frame's tokens. Content is random where
+a policy chooses by it.
 
-**Fields** common to many policies: `num_context_frames` counts everything attended (sinks, history and the block
-itself), `num_sink_frames` the first frames that are always kept, `positions` places frames at their own index
-(`absolute`) or side by side (`contiguous`).
+**Common fields**: `num_context_frames` counts everything attended, the block included; `num_sink_frames` first frames
+always kept; `positions` places frames at their own index (`absolute`) or side by side (`contiguous`).
 """
 
 
@@ -94,7 +93,10 @@ def section(name: str, shown: Pictures) -> str:
     cls = POLICIES[name]
     parts = [f"## {name}", docstring(cls)]
     code = cls.__module__.removeprefix("longtake.").replace(".", "/") + ".py"
-    parts.append(f"Source: {cls.source}. Code: [{code}](../{code}).")
+    papers = re.findall(r"arXiv:\d+\.\d+", cls.source)
+    is_said = papers and all(paper in parts[1] for paper in papers)
+    source = "" if is_said else f"Source: {cls.source}. "
+    parts.append(f"{source}Code: [{code}](../{code}).")
     if shown.twin is not None:
         parts.append(f"Picture: as [{shown.twin}](#{shown.twin}).")
     for event in shown.events:

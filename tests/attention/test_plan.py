@@ -134,21 +134,6 @@ def test_contents_are_validated(changes, message):
     assert _plan().validate().density == pytest.approx(4 / 6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"q_edges": torch.tensor([0, 10, 20])}, "q_edges is int64"),
-        ({"counts": torch.tensor([[2, 2, 2]], dtype=torch.int32)}, r"counts is int32 \(1, 3\)"),
-        ({"index": torch.zeros(1, 3, 2, dtype=torch.int32)}, "index is int32"),
-        ({"q_perm": torch.arange(20)}, "q_perm is int64"),
-        ({"q_perm": torch.zeros(2, 20).long(), "k_perm": torch.zeros(3, 30).long()}, "2, 3"),
-    ],
-)
-def test_shapes_are_refused_at_once(changes, message):
-    with pytest.raises(ValueError, match=message):
-        _plan(**changes)
-
-
 def test_empty_blocks_need_read_nothing():
     edges = torch.tensor([[0, 10, 10, 20], [0, 5, 12, 20]], dtype=torch.int32)
     mask = torch.ones(2, 3, 2, dtype=torch.bool)
@@ -185,21 +170,22 @@ def test_geometry():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("make", "changes", "message"),
     [
-        ({"grid": (2, 4)}, "frame_tokens=6"),
-        ({"query_positions": ()}, "query_positions"),
-        ({"segments": ()}, "no keys"),
-        ({"segments": (_segment(start=1),)}, "starts at 1"),
-        ({"kind": "dream"}, "kind='dream'"),
+        (_plan, {"q_edges": torch.tensor([0, 10, 20])}, "q_edges is int64"),
+        (_plan, {"counts": torch.tensor([[2, 2, 2]], dtype=torch.int32)}, r"counts is int32 \(1, 3\)"),
+        (_plan, {"index": torch.zeros(1, 3, 2, dtype=torch.int32)}, "index is int32"),
+        (_plan, {"q_perm": torch.arange(20)}, "q_perm is int64"),
+        (_plan, {"q_perm": torch.zeros(2, 20).long(), "k_perm": torch.zeros(3, 30).long()}, "2, 3"),
+        (_geometry, {"grid": (2, 4)}, "frame_tokens=6"),
+        (_geometry, {"query_positions": ()}, "query_positions"),
+        (_geometry, {"segments": ()}, "no keys"),
+        (_geometry, {"segments": (_segment(start=1),)}, "starts at 1"),
+        (_geometry, {"kind": "dream"}, "kind='dream'"),
+        (_segment, {"role": "near"}, "role='near'"),
+        (_segment, {"length": 0}, "length=0"),
     ],
 )
-def test_geometry_refuses(changes, message):
+def test_shapes_are_refused_at_once(make, changes, message):
     with pytest.raises(ValueError, match=message):
-        _geometry(**changes)
-
-
-@pytest.mark.parametrize(("changes", "message"), [({"role": "near"}, "role='near'"), ({"length": 0}, "length=0")])
-def test_segments_refuse(changes, message):
-    with pytest.raises(ValueError, match=message):
-        _segment(**changes)
+        make(**changes)

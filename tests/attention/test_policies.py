@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse import EAGER, tokens
 
-from longtake.attention import AttentionGeometry, Segment, make_attention_policy, sparse_attention
+from longtake.attention import AttentionGeometry, make_attention_policy, sparse_attention
 from longtake.attention.geometry import make_geometry
 from longtake.attention.policies import POLICIES, BlockPolicy, SparsePolicy, base
 from longtake.attention.policies.base import DensityMeter
@@ -51,11 +51,9 @@ def test_a_policy_is_a_file_with_its_name_and_a_preset(name):
     assert set(preset) == {"policy", *(field.name for field in fields(cls))}, "every field is in the preset"
     assert make_attention_policy(policy.settings()) == policy == make_attention_policy(name)
     assert make_attention_policy(policy) is policy
-
-
-def test_no_preset_without_a_policy():
-    folder = files("longtake.configs") / "attention"
-    assert {entry.name for entry in folder.iterdir()} == {f"{name}.yaml" for name in POLICIES}
+    assert {entry.name for entry in (files("longtake.configs") / "attention").iterdir()} == {
+        f"{n}.yaml" for n in POLICIES
+    }
 
 
 @pytest.mark.parametrize(
@@ -174,24 +172,13 @@ def test_asking_frames_have_to_be_among_the_keys():
 
 def rolling(block_index, *, positions):
     """A sink and a window of eight frames, as absolute positions or moved up behind the sink."""
-    last = 3 * block_index + 2
-    frames = [0, *range(last - 7, last + 1)]
-    places = frames if positions == "absolute" else list(range(9))
-    roles = ["sink", *["recent"] * 5, *["current"] * 3]
-    segments = tuple(
-        Segment(frame=frame, position=float(place), start=index * 200, length=200, role=role)
-        for index, (frame, place, role) in enumerate(zip(frames, places, roles, strict=True))
-    )
-    return AttentionGeometry(
-        frame_tokens=200,
-        grid=GRID,
-        frames_per_block=3,
-        segments=segments,
-        query_frames=tuple(frames[-3:]),
-        query_positions=tuple(map(float, places[-3:])),
-        block_index=block_index,
-        **PLACE,
-    )
+    plain, last = make_geometry(9, GRID, block_frames=3), 3 * block_index + 2
+    frames = (0, *range(last - 7, last + 1))
+    places = tuple(map(float, frames if positions == "absolute" else range(9)))
+    rows = zip(plain.segments, frames, places, strict=True)
+    segments = tuple(replace(segment, frame=frame, position=place) for segment, frame, place in rows)
+    own = {"query_frames": frames[-3:], "query_positions": places[-3:], "block_index": block_index}
+    return replace(plain, segments=segments, **own, **PLACE)
 
 
 @pytest.mark.parametrize("positions", ["absolute", "moved"])

@@ -18,10 +18,6 @@ from longtake.attention.policies.svg2 import Svg2, _Clusters, _kmeans
 GRID = (10, 20)
 
 
-def softmax64(q, k, v, mask=None):
-    return attention(q, k, v, mask)[0]
-
-
 def geometries():
     return [AttentionGeometry.bidirectional(6, GRID), make_geometry(9, GRID, block_frames=3)]
 
@@ -84,9 +80,10 @@ def test_planted_heads_are_told_apart(geometry):
     plan = Svg(density=0.3, **EAGER).plan(q, k, geometry, v=v)
     expected = torch.stack([both[kind == "temporal"].q_perm for kind in kinds])
     assert torch.equal(plan.q_perm, expected)
-    right = (softmax64(q, k, v, plan.to_dense_mask()[None]) - softmax64(q, k, v)).square().mean((0, 1, 3))
-    other = plan.to_dense_mask()[[1, 0, 3, 2]][None]
-    wrong = (softmax64(q, k, v, other) - softmax64(q, k, v)).square().mean((0, 1, 3))
+    exact, mask = attention(q, k, v)[0], plan.to_dense_mask()
+    right, wrong = (
+        (attention(q, k, v, heads[None])[0] - exact).square().mean((0, 1, 3)) for heads in (mask, mask[[1, 0, 3, 2]])
+    )
     assert (right < wrong).all()
 
 
@@ -148,7 +145,7 @@ def test_top_p_is_the_shortest_prefix_that_exceeds_it(seed, top_p, min_share):
 def test_svg2_equals_dense_attention_at_p_1(geometry, key_heads):
     q, k, v = tokens(geometry, key_heads=key_heads, batch=2)
     exact = sparse_attention(q, k, v, geometry, policy=Svg2(top_p=1.0, **EAGER))
-    assert (exact - softmax64(q, k, v)).abs().max() < 2e-6
+    assert (exact - attention(q, k, v)[0]).abs().max() < 2e-6
     half = Svg2(top_p=0.5, **EAGER)
     assert all(0.3 < half.plan(q[i : i + 1], k[i : i + 1], geometry).density < 0.95 for i in range(2))
 
@@ -164,7 +161,7 @@ def test_svg2_does_not_mind_the_order_of_keys():
     plain = sparse_attention(q, k, v, geometry, policy=policy, memory=dict(memory))
     turned = sparse_attention(q, k[:, order], v[:, order], geometry, policy=policy, memory=dict(memory))
     assert (plain - turned).abs().max() < 1e-5
-    assert (plain - softmax64(q, k, v)).abs().max() > 1e-2, "something is left out"
+    assert (plain - attention(q, k, v)[0]).abs().max() > 1e-2, "something is left out"
 
 
 def test_svg2_goes_on_from_the_last_centroids_of_the_layer():

@@ -5,7 +5,7 @@ import torch
 from deep_forcing import DeepForcingReference
 from policy_driver import Player, make_geometry, random, spans
 
-from longtake.cache import Pass, make_policy
+from longtake.cache import Pass
 from longtake.cache.policies.deep_forcing import _ParticipativeState
 
 SMALL = {"num_context_frames": 9, "num_sink_frames": 2, "num_budget_frames": 7, "num_recent_frames": 4}
@@ -89,20 +89,12 @@ def test_reuse_is_limited_as_in_the_release():
     assert (unlimited - theirs).abs().max() > 1e-2, "the limit makes no difference here"
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num_recent_frames": 3},
-        {"fusion": "max"},
-        {"positions": "contiguous"},
-        {"unify_top": True},
-        {"compression": "none"},
-    ],
-)
-def test_another_method_differs(wrong):
+def test_another_method_differs():
     _, theirs, _ = both(policy(), 3, 8)
-    ours, _, _ = both(policy(**wrong), 3, 8)
-    assert (ours - theirs).abs().max() > 1e-2
+    wrong = {"num_recent_frames": 3, "fusion": "max", "positions": "contiguous", "unify_top": True}
+    for name, value in (wrong | {"compression": "none"}).items():
+        ours, _, _ = both(policy(**{name: value}), 3, 8)
+        assert (ours - theirs).abs().max() > 1e-2, name
 
 
 def watch(settings, num_blocks, block=3):
@@ -123,16 +115,7 @@ def watch(settings, num_blocks, block=3):
 
 def test_published_trace_of_compression():
     seen = watch({"policy": "deep_forcing"}, 14)
-    assert {start: total for start, (total, *_) in seen.items() if start >= 18} == {
-        18: 21,
-        21: 16,
-        24: 19,
-        27: 16,
-        30: 19,
-        33: 16,
-        36: 19,
-        39: 16,
-    }
+    assert [seen[start][0] for start in range(18, 42, 3)] == [21, 16, 19, 16, 19, 16, 19, 16]
     sinks = {start: roles["sink"].positions for start, (_, roles, _) in seen.items() if roles}
     assert sinks[18] == tuple(map(float, range(10)))
     for start, first in ((21, 5), (24, 5), (27, 11), (30, 11), (33, 17), (36, 17), (39, 23)):
@@ -173,12 +156,6 @@ def test_every_layer_and_every_video_chooses_for_itself():
     held = player.cache.state._layers
     numbers = [layer.numbers[sample] for layer in held for sample in (0, 1)]
     assert all(not torch.equal(a, b) for i, a in enumerate(numbers) for b in numbers[:i])
-
-
-def test_a_longer_saved_cache_is_refused():
-    state = make_policy({"policy": "deep_forcing"}).start(make_geometry(3))
-    with pytest.raises(ValueError, match="holds 30 frames, this policy stores 21"):
-        state.load_state_dict({"num_frames": 30})
 
 
 def test_a_choice_made_without_queries_does_not_stand_in_the_way():

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from policy_checks import CHECKS, WRAPPERS, check_far_frames, groups_of, verdict
 from policy_driver import Player, make_geometry, marked, read_marks, spans
 from policy_rows import POLICY_ROWS, Row
 
-from longtake.cache import POLICIES, FramePlan, FramePolicy, make_policy
-from longtake.cache.frames import FrameState
+from longtake.cache import POLICIES, FramePlan, make_policy
+from longtake.cache.frames import FrameState, ends
 from longtake.cache.policies.attention_sink import AttentionSink
 from longtake.cache.policies.sliding_window import SlidingWindow
 
@@ -78,7 +77,7 @@ def trace(settings_, block, until):
     def watch(layer, pass_, context):
         own = range(pass_.start_frame, pass_.start_frame + pass_.num_frames)
         (group,) = groups_of(context)
-        frames = [frame for read in group.reads for frame in read_marks(read.keys)[0, ::2, 0, 0].tolist()]
+        frames = [frame for read in group.reads for frame in read_marks(read.stored.keys)[0, ::2, 0, 0].tolist()]
         assert frames == [frame for read in group.reads for frame in read.frames]
         seen[pass_.start_frame] = frames + list(own)
 
@@ -116,8 +115,6 @@ def test_a_context_is_refused_exactly_when_it_has_no_room(window, sinks, block):
 class ForgetsTheNewest(SlidingWindow):
     """Lets go of the frame just made."""
 
-    name: ClassVar[str] = "broken"
-
     def keep(self, stored, start_frame, num_frames):
         return super().keep(stored, start_frame, num_frames)[:-1]
 
@@ -140,8 +137,7 @@ class Grows(SlidingWindow):
         return None
 
     def keep(self, stored, start_frame, num_frames):
-        room = self.num_context_frames - num_frames + start_frame // 100
-        return stored[max(len(stored) - room, 0) :]
+        return ends(stored, 0, self.num_context_frames - num_frames + start_frame // 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,22 +159,11 @@ class Drifts(SlidingWindow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithState(FramePolicy):
+class WithState(SlidingWindow):
     """A window whose state is a faulty one."""
 
-    name: ClassVar[str] = "broken"
     state: type
     num_context_frames: int = 12
-
-    def check(self, frames_per_block, num_frames=None):
-        pass
-
-    def keep(self, stored, start_frame, num_frames):
-        room = self.num_context_frames - num_frames
-        return stored[max(len(stored) - room, 0) :]
-
-    def read(self, kept, start_frame, num_frames):
-        return FramePlan.absolute(kept, start_frame, num_frames)
 
     def start(self, geometry):
         return self.state(self, geometry)
@@ -191,7 +176,7 @@ class StoresInDenoising(FrameState):
         context = super().select(layer, pass_, q)
         if pass_.kind == "denoise" and q is not None and q.device.type != "meta":
             for read in context.reads:
-                read.keys[:, :1] += 0.01 * q[:, :1]
+                read.stored.keys[:, :1] += 0.01 * q[:, :1]
         return replace(context, holds="pass")
 
 
@@ -279,9 +264,14 @@ def test_a_state_of_another_size_is_refused():
     player = Player(sink, make_geometry(3))
     for span in spans(10, 3):
         player.block(span)
-    state = player.cache.state
+    state = player.cache.state.state_dict()
     other = make_policy({"policy": "attention_sink", "num_context_frames": 9}).start(make_geometry(3))
     with pytest.raises(ValueError, match="holds 9 frames, this policy stores 6"):
-        other.load_state_dict(state.state_dict())
+        other.load_state_dict(state)
     with pytest.raises(ValueError, match="saved keys are"):
-        make_policy(sink).start(make_geometry(3, batch=2)).load_state_dict(state.state_dict())
+        make_policy(sink).start(make_geometry(3, batch=2)).load_state_dict(state)
+    with pytest.raises(ValueError, match="holds 30 frames, this policy stores 21"):
+        make_policy("deep_forcing").start(make_geometry(3)).load_state_dict({"num_frames": 30})
+    one, two = (make_policy("slow_fast").start(make_geometry(3, batch=batch)) for batch in (1, 2))
+    with pytest.raises(ValueError, match="resume with the settings and batch"):
+        two.load_state_dict(one.state_dict())

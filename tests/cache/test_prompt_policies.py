@@ -73,14 +73,7 @@ def compare_longlive(settings, block, *, actual=None, **how):
 @pytest.mark.parametrize("global_sink", [True, False])
 @pytest.mark.parametrize(
     ("window", "sinks", "block", "first"),
-    [
-        (9, 3, 3, None),
-        (10, 2, 3, None),
-        (6, 1, 1, None),
-        (12, 4, 4, None),
-        (11, 1, 4, 1),
-        (7, 0, 3, None),
-    ],
+    [(9, 3, 3, None), (10, 2, 3, None), (6, 1, 1, None), (12, 4, 4, None), (11, 1, 4, 1), (7, 0, 3, None)],
 )
 def test_longlive_equals_its_release(positions, global_sink, window, sinks, block, first):
     settings = longlive(num_context_frames=window, num_sink_frames=sinks, positions=positions, global_sink=global_sink)
@@ -131,8 +124,8 @@ def reads(settings, block, events, num_blocks, *, marks=True):
         key = ("job", pass_.start_frame) if pass_.kind == "encode" else pass_.start_frame
         frames = [frame for read in context.reads for frame in read.frames]
         if marks:
-            size = read_marks(context.reads[0].keys).shape[1] // len(context.reads[0].frames) if frames else 1
-            found = [f for read in context.reads for f in read_marks(read.keys)[0, ::size, 0, 0].tolist()]
+            size = read_marks(context.reads[0].stored.keys).shape[1] // len(context.reads[0].frames) if frames else 1
+            found = [f for read in context.reads for f in read_marks(read.stored.keys)[0, ::size, 0, 0].tolist()]
             assert found == frames
         seen[key] = frames, [p for read in context.reads for p in read.positions], list(context.query_positions)
 

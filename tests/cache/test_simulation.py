@@ -19,16 +19,12 @@ from longtake.cache import (
 from longtake.cache.base import CacheStats
 from longtake.cache.simulation import job_shape, simulate
 
-SHAPES = {"num_layers": 2, "num_heads": 4, "head_dim": 12, "num_rows": 4, "num_columns": 4}
-
-
-def geometry(block=3, device="cpu"):
-    return Geometry(**SHAPES, frames_per_block=block, device=torch.device(device))
+GEOMETRY = Geometry(num_layers=2, num_heads=4, head_dim=12, num_rows=4, num_columns=4, frames_per_block=3)
 
 
 def test_it_reads_what_the_published_trace_says():
     sink = make_policy({"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3})
-    blocks = list(simulate(sink, geometry(), 7))
+    blocks = list(simulate(sink, GEOMETRY, 7))
     read = {b.start_frame: [f for span in b.denoise.spans for f in span.frames] for b in blocks}
     assert read[9] == [*range(9)] and read[12] == [0, 1, 2, *range(6, 12)] and read[18] == [0, 1, 2, *range(12, 18)]
     last = blocks[-1].denoise
@@ -111,7 +107,7 @@ class OddState(PolicyState):
 
 
 def test_head_groups_tokens_commits_and_jobs_are_noted():
-    first, second, third = simulate(Odd(), geometry(), 3, events={2: "recache"})
+    first, second, third = simulate(Odd(), GEOMETRY, 3, events={2: "recache"})
     assert first.denoise.spans == () and first.commit is not None
     memory, sink = second.denoise.spans
     assert (memory.heads, memory.positions, memory.frames) == ((0,), (0.5, 2.5), (0, 1, 2))
@@ -133,6 +129,6 @@ def test_job_shapes_follow_pooling_and_added_tokens():
 
 def test_events_that_cannot_be_played_are_refused():
     with pytest.raises(ValueError, match="does not know the event 'cut'; known: keep, recache"):
-        list(simulate(Odd(), geometry(), 3, events={1: "cut"}))
+        list(simulate(Odd(), GEOMETRY, 3, events={1: "cut"}))
     with pytest.raises(ValueError, match="there are blocks 1 to 2"):
-        list(simulate(Odd(), geometry(), 3, events={3: "recache"}))
+        list(simulate(Odd(), GEOMETRY, 3, events={3: "recache"}))

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from policy_driver import Player, make_geometry, spans
+from policy_driver import Player, make_geometry, spans, wan_geometry
 
 from longtake.attention import sdpa
-from longtake.cache import Geometry, KVCache, Pass, Storage, make_policy
+from longtake.cache import KVCache, Pass, Storage, make_policy
 from longtake.cache.footprint import footprint
 from longtake.cache.storage import Raw
-from longtake.cache.wrappers.quantized import _Int4, _Int8, codec_of
+from longtake.cache.wrappers.quantized import _Int4, _Int8
 from longtake.rope import axis_frequencies, rotate
 
 SINK = {"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3}
@@ -27,13 +27,6 @@ def tokens(*shape, seed=0):
 
 def error(found, wanted):
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
-
-
-def full_size(**changes):
-    """Wan2.1-T2V-1.3B at 832x480, without memory."""
-    shape = {"num_layers": 30, "num_heads": 12, "head_dim": 128, "num_rows": 30, "num_columns": 52}
-    settings = {"frames_per_block": 3, "dtype": torch.bfloat16, "device": torch.device("meta")}
-    return Geometry(**(shape | settings | changes))
 
 
 def coded(codec, x):
@@ -63,11 +56,6 @@ def test_a_token_is_encoded_by_itself(codec, head_dim):
     assert torch.allclose(coded(codec, whole), whole, rtol=1e-3, atol=1e-6)
     zero = torch.zeros(1, 1, 1, head_dim)
     assert torch.equal(coded(codec, zero), zero)
-
-
-def test_no_codec_for_other_numbers():
-    with pytest.raises(KeyError):
-        codec_of(5)
 
 
 @pytest.mark.parametrize("position", [0, 1.5, 20, 1023, 1024, 10_000, 60_000])
@@ -133,7 +121,7 @@ def test_plain_and_offloaded_states_are_interchangeable():
 @pytest.mark.parametrize("inner", [SINK, "deep_forcing", "full"])
 def test_bytes_of_quantized_storage(settings, most, inner):
     """Against bfloat16, at the 1.3B model's size, from ``stats``."""
-    geometry = full_size(num_layers=2)
+    geometry = wan_geometry(num_layers=2)
     sizes = []
     for policy in (inner, {"policy": "quantized", "inner": inner, **settings}):
         player = Player(policy, geometry, content=_empty, attends=False)
@@ -200,7 +188,7 @@ def test_only_the_footprint_that_was_foretold():
     [("12GB", 8, None, 21), ("4GB", 8, 8, 21), ("2GB", 8, 8, 15), ("2GB", 4, 4, 21), ("6GB", 16, None, 11)],
 )
 def test_budget_gives_up_bits_first_then_frames(max_bytes, min_bits, bits, window, caplog):
-    geometry = full_size()
+    geometry = wan_geometry()
     inner = {"policy": "sliding_window", "num_context_frames": 21}
     budget = make_policy({"policy": "budget", "inner": inner, "max_bytes": max_bytes, "min_bits": min_bits})
     with caplog.at_level(logging.INFO, logger="longtake"):
@@ -220,7 +208,7 @@ def test_budget_gives_up_bits_first_then_frames(max_bytes, min_bits, bits, windo
 def test_budget_too_small_for_anything():
     budget = make_policy({"policy": "budget", "inner": SINK, "max_bytes": "10MB"})
     with pytest.raises(ValueError, match="max_bytes='10MB' is too little .* the least it takes is"):
-        budget.start(full_size(num_layers=4))
+        budget.start(wan_geometry(num_layers=4))
     growing = make_policy({"policy": "budget", "inner": "full", "max_bytes": 1000})
     with pytest.raises(ValueError, match="grows with the video"):
         growing.start(make_geometry(3))

@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity
 
 from longtake.cache import Pass
 from longtake.cache.policies import tempcache
-from longtake.cache.policies.tempcache import _random_projection, directions, merge_repeats
+from longtake.cache.policies.tempcache import _directions, _merge_repeats, _random_projection
 from longtake.cache.storage import KeysValues
 
 GRID = (2, 2)
@@ -59,10 +59,10 @@ def test_without_its_count_a_representative_is_worth_too_little(monkeypatch):
     exact, _ = outputs("full", scene())
 
     def uncounted(*args, **settings):
-        values, counts = merge_repeats(*args, **settings)
+        values, counts = _merge_repeats(*args, **settings)
         return values, counts.clamp(max=1)
 
-    monkeypatch.setattr(tempcache, "merge_repeats", uncounted)
+    monkeypatch.setattr(tempcache, "_merge_repeats", uncounted)
     ours, _ = outputs({"policy": "tempcache", "num_context_frames": 9}, scene())
     assert (ours[-1][0] - exact[-1][0]).abs().max() > 1e-2
 
@@ -96,7 +96,7 @@ def merge(keys, values, counts, cells, projection=None, **settings):
     num_old = counts.shape[1]
     old = KeysValues(keys[:, :num_old], values[:, :num_old])
     new = keys[:, num_old:], values[:, num_old:]
-    return merge_repeats(old, *new, directions(keys, projection), counts, cells, **settings)
+    return _merge_repeats(old, *new, _directions(keys, projection), counts, cells, **settings)
 
 
 @pytest.mark.parametrize("least", [0.9, 0.3])

@@ -16,8 +16,6 @@ def frame_mask(num_frames, reads):
 
 
 class Masked(WanAttnProcessor):
-    """diffusers' own processor, given a mask of tokens."""
-
     def __init__(self, mask):
         super().__init__()
         self.mask = mask

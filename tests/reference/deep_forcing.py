@@ -23,18 +23,15 @@ class DeepForcingReference:
         self.log = []
 
     def turned(self, x, frame, row, column):
-        """A token's channels turned to a place."""
         phases = token_phases(torch.tensor([[frame, row, column]], dtype=torch.float64), frequencies=self.frequencies)
         pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * phases[0].to(torch.complex128)).flatten(-2)
 
     def at_own_place(self, x, start):
-        """Tokens of whole frames from ``start`` on, each turned to where it stands."""
         places = [(start + i // self.size, i % self.size // self.grid[1], i % self.grid[1]) for i in range(len(x))]
         return [self.turned(token, *place) for token, place in zip(x, places, strict=True)]
 
     def score(self, key):
-        """Score of a key by the recent queries."""
         products = [(query * key).sum() for query in self.queries[-self.recent * self.size :]]
         return torch.stack(products).sum() if self.fusion == "sum" else torch.stack(products).max()
 

@@ -14,7 +14,6 @@ class ForcingKVReference:
         self.keys, self.values, self.chosen = [], [], []
 
     def rotated(self, x, numbers):
-        """Tokens at their own frames and cells."""
         cells = [(n // self.size, n % self.size // self.grid[1], n % self.size % self.grid[1]) for n in numbers]
         coordinates = torch.tensor(cells, dtype=torch.float64)
         return rotate(x[None].float(), coordinates, frequencies=axis_frequencies(x.shape[-1]))[0].double()
@@ -26,7 +25,6 @@ class ForcingKVReference:
         return numbers + (self.chosen if self.is_split and head not in self.static else [])
 
     def attend(self, start, q, k, v):
-        """One pass's output: (tokens, heads, head_dim)."""
         own = [start * self.size + i for i in range(len(q))]
         all_keys, all_values = torch.cat([*self.keys, k]), torch.cat([*self.values, v])
         out = torch.zeros(q.shape, dtype=torch.float64)

@@ -3,7 +3,7 @@
 import torch
 
 
-def token_mask(i, j, tokens, *, block_size, decay_factor, model, adjacent="full", thin_below=128):
+def token_mask(i, j, tokens, *, block_size, decay_factor=1.0, model="wan", adjacent="full", thin_below=128):
     """(tokens, tokens): which keys of frame j the queries of frame i attend to."""
     if j == 0 and model == "wan":
         return torch.ones(tokens, tokens, dtype=torch.bool)
@@ -32,7 +32,7 @@ def shrink(mask, block_size):
     return kept
 
 
-def block_mask(num_frames, tokens, *, block_size=128, decay_factor=1.0, model="wan", adjacent="full", thin_below=128):
+def block_mask(num_frames, tokens, *, block_size=128, **options):
     """The mask over whole blocks: what is left of the last tokens is not covered."""
     count = num_frames * tokens // block_size
     grid = torch.zeros(count, count, dtype=torch.bool)
@@ -42,16 +42,8 @@ def block_mask(num_frames, tokens, *, block_size=128, decay_factor=1.0, model="w
             row, column = i * tokens, j * tokens
             offsets = row % block_size, column % block_size
             padded = torch.zeros(*(offset + canvas * block_size for offset in offsets), dtype=torch.bool)
-            padded[offsets[0] : offsets[0] + tokens, offsets[1] : offsets[1] + tokens] = token_mask(
-                i,
-                j,
-                tokens,
-                block_size=block_size,
-                decay_factor=decay_factor,
-                model=model,
-                adjacent=adjacent,
-                thin_below=thin_below,
-            )
+            frames = token_mask(i, j, tokens, block_size=block_size, **options)
+            padded[offsets[0] : offsets[0] + tokens, offsets[1] : offsets[1] + tokens] = frames
             blocks = shrink(padded, block_size)
             place = grid[row // block_size :, column // block_size :][: blocks.shape[0], : blocks.shape[1]]
             place |= blocks[: place.shape[0], : place.shape[1]]

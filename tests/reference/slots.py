@@ -38,7 +38,6 @@ class Slots:
         return torch.view_as_real(pairs * phases[:, None]).flatten(-2)
 
     def attend(self, q, query_positions, read, key_positions):
-        """Attention of turned queries to turned frames."""
         queries = self.turned(q, query_positions)
         keys = self.turned(torch.cat([k for _, k, _ in read], dim=1), key_positions)
         values = torch.cat([v for _, _, v in read], dim=1).double()
@@ -46,7 +45,6 @@ class Slots:
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
 
     def write(self, start, k, v, *, over_sinks=False):
-        """Put a pass's frames into their slots; how many it has."""
         new = list(zip(*(x.split(self.size, dim=1) for x in (k, v)), strict=True))
         new = [(start + i, *kv) for i, kv in enumerate(new)]
         count = len(new)

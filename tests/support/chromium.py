@@ -98,17 +98,17 @@ class Chromium:
         return message
 
     def _note(self, method, params):
+        noted = {
+            "Runtime.consoleAPICalled": "args",
+            "Runtime.exceptionThrown": "exceptionDetails",
+            "Log.entryAdded": "entry",
+        }
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
-        elif method == "Runtime.consoleAPICalled":
-            self.messages.append(json.dumps(params["args"]))
-        elif method == "Runtime.exceptionThrown":
-            self.messages.append(json.dumps(params["exceptionDetails"]))
-        elif method == "Log.entryAdded":
-            self.messages.append(json.dumps(params["entry"]))
+        elif method in noted:
+            self.messages.append(json.dumps(params[noted[method]]))
 
     def open(self, path, *, width=1280, height=900, dark=False, scripts=True, media=""):
-        """Open a file in a window of a size; waits until it has loaded."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
@@ -122,14 +122,12 @@ class Chromium:
             pass
 
     def run(self, expression):
-        """Value of a JavaScript expression in the page."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"].get("description"))
         return result["result"].get("value")
 
     def screenshot(self, path, *, clip=None, scale=1.0):
-        """The whole page, or a part of it (x, y, width, height), as a PNG."""
         options = {"captureBeyondViewport": True}
         if clip is not None:
             options["clip"] = {**dict(zip(("x", "y", "width", "height"), clip, strict=True)), "scale": scale}

@@ -31,7 +31,6 @@ def start(*words, cwd=ROOT, program=PROGRAM):
 
 
 def run(*words, **settings):
-    """Run the program; returns (exit code, stdout, stderr)."""
     process = start(*words, **settings)
     stdout, stderr = process.communicate(timeout=300)
     return process.returncode, stdout, stderr
@@ -47,5 +46,4 @@ def assert_one_line(result, *messages):
 
 
 def hashes(path):
-    """Hashes of a run's blocks."""
     return [entry["sha256"] for entry in RunFolder(path).blocks()]

@@ -39,93 +39,51 @@ def seeded(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(key))
 
 
+def _case(policy, **settings):
+    return {"cache": {"policy": policy} | settings}
+
+
+def _switch(frame, event):
+    return {"schedule": ((frame, seeded("next prompt", TEXT_SHAPE), event),)}
+
+
+_GUIDED = {"name": "multi_step", "num_inference_steps": 6, "guidance_scale": 2.0}
+_PACK = {"num_sink_frames": 3, "num_recent_frames": 3}
+_SINK = {"policy": "attention_sink", "num_context_frames": 8}
+_WINDOW = {"policy": "sliding_window", "num_context_frames": 12}
+
 CASES = {
-    "full": {"cache": "full"},
-    "sliding_window": {"cache": {"policy": "sliding_window", "num_context_frames": 7}},
-    "attention_sink_contiguous": {"cache": {"policy": "attention_sink", "num_context_frames": 9}},
-    "attention_sink_absolute": {
-        "cache": {"policy": "attention_sink", "num_context_frames": 9, "num_sink_frames": 2, "positions": "absolute"}
-    },
-    "deep_forcing": {
-        "cache": {
-            "policy": "deep_forcing",
-            "num_context_frames": 10,
-            "num_sink_frames": 2,
-            "num_budget_frames": 8,
-            "num_recent_frames": 4,
-        }
-    },
-    "tempcache": {"cache": {"policy": "tempcache", "num_context_frames": 7, "min_similarity": 0.4}},
-    "forcing_kv": {"cache": {"policy": "forcing_kv", "heads": [[], [1]]}},
-    "deep_sink": {
-        "cache": {
-            "policy": "deep_forcing",
-            "compression": "none",
-            "num_context_frames": 9,
-            "num_sink_frames": 4,
-        }
-    },
-    "longlive": {
-        "cache": {"policy": "longlive", "num_context_frames": 9, "num_sink_frames": 2},
-        "schedule": ((12, seeded("next prompt", TEXT_SHAPE), "recache"),),
-    },
-    "infinity_rope": {
-        "cache": {"policy": "infinity_rope", "num_context_frames": 7},
-        "schedule": ((12, seeded("next prompt", TEXT_SHAPE), "cut"),),
-    },
-    "anchor": {
-        "cache": {"policy": "anchor", "num_context_frames": 12, "num_sink_frames": 2},
-        "schedule": ((6, seeded("next prompt", TEXT_SHAPE), "recache"),),
-    },
-    "quantized": {
-        "cache": {"policy": "quantized", "inner": {"policy": "attention_sink", "num_context_frames": 8}, "bits": 4}
-    },
-    "offloaded": {"cache": {"policy": "offloaded", "inner": {"policy": "sliding_window", "num_context_frames": 12}}},
-    "commit_reads": {
-        "cache": {"policy": "commit_reads", "inner": {"policy": "attention_sink", "num_context_frames": 10}}
-    },
-    "budget": {
-        "cache": {
-            "policy": "budget",
-            "inner": {"policy": "sliding_window", "num_context_frames": 21},
-            "max_bytes": "60KB",
-        }
-    },
-    "rolling_forcing": {
-        "cache": {"policy": "rolling_forcing", "num_context_frames": 12, "num_sink_frames": 3},
-        "sampler": {"name": "rolling_window", "timesteps": [1000, 600, 300]},
-    },
-    "dilated_window": {
-        "cache": {"policy": "dilated_window", "num_context_frames": 8, "num_dilated_frames": 2, "dilation": 2}
-    },
-    "ema_sink": {"cache": {"policy": "ema_sink", "num_context_frames": 9, "alpha": 0.7}},
-    "memrope": {"cache": {"policy": "memrope", "num_context_frames": 9, "num_sink_frames": 2, "long_rate": 0.1}},
-    "rolling_sink": {"cache": {"policy": "rolling_sink", "num_context_frames": 9}},
-    "relax": {"cache": {"policy": "relax", "num_context_frames": 8, "num_budget_frames": 18}},
-    "slow_fast": {
-        "cache": {"policy": "slow_fast", "num_context_frames": 12, "num_sink_frames": 2, "num_blocks_per_update": 1}
-    },
-    "pack": {"cache": {"policy": "pack", "num_sink_frames": 3, "num_recent_frames": 3, "num_selected_blocks": 2}},
-    "pack_in_full": {
-        "cache": {
-            "policy": "pack",
-            "num_sink_frames": 3,
-            "num_recent_frames": 3,
-            "num_selected_blocks": 1,
-            "compressor": "none",
-            "selection": "softmax_mass",
-        }
-    },
-    "context_noise": {"cache": "full", "context_timestep": 100},
-    "frame_first": {"cache": "full", "first_block_frames": 1, "frames_per_block": 4},
-    "euler_guided": {
-        "cache": {"policy": "sliding_window", "num_context_frames": 9},
-        "sampler": {"name": "multi_step", "solver": "euler", "num_inference_steps": 6, "guidance_scale": 2.0},
-    },
-    "unipc_guided": {
-        "cache": {"policy": "sliding_window", "num_context_frames": 9},
-        "sampler": {"name": "multi_step", "solver": "unipc", "num_inference_steps": 6, "guidance_scale": 2.0},
-    },
+    "full": _case("full"),
+    "sliding_window": _case("sliding_window", num_context_frames=7),
+    "attention_sink_contiguous": _case("attention_sink", num_context_frames=9),
+    "attention_sink_absolute": _case("attention_sink", num_context_frames=9, num_sink_frames=2, positions="absolute"),
+    "deep_forcing": _case(
+        "deep_forcing", num_context_frames=10, num_sink_frames=2, num_budget_frames=8, num_recent_frames=4
+    ),
+    "tempcache": _case("tempcache", num_context_frames=7, min_similarity=0.4),
+    "forcing_kv": _case("forcing_kv", heads=[[], [1]]),
+    "deep_sink": _case("deep_forcing", compression="none", num_context_frames=9, num_sink_frames=4),
+    "longlive": _case("longlive", num_context_frames=9, num_sink_frames=2) | _switch(12, "recache"),
+    "infinity_rope": _case("infinity_rope", num_context_frames=7) | _switch(12, "cut"),
+    "anchor": _case("anchor", num_context_frames=12, num_sink_frames=2) | _switch(6, "recache"),
+    "quantized": _case("quantized", inner=_SINK, bits=4),
+    "offloaded": _case("offloaded", inner=_WINDOW),
+    "commit_reads": _case("commit_reads", inner=_SINK | {"num_context_frames": 10}),
+    "budget": _case("budget", inner=_WINDOW | {"num_context_frames": 21}, max_bytes="60KB"),
+    "rolling_forcing": _case("rolling_forcing", num_context_frames=12, num_sink_frames=3)
+    | {"sampler": {"name": "rolling_window", "timesteps": [1000, 600, 300]}},
+    "dilated_window": _case("dilated_window", num_context_frames=8, num_dilated_frames=2, dilation=2),
+    "ema_sink": _case("ema_sink", num_context_frames=9, alpha=0.7),
+    "memrope": _case("memrope", num_context_frames=9, num_sink_frames=2, long_rate=0.1),
+    "rolling_sink": _case("rolling_sink", num_context_frames=9),
+    "relax": _case("relax", num_context_frames=8, num_budget_frames=18),
+    "slow_fast": _case("slow_fast", num_context_frames=12, num_sink_frames=2, num_blocks_per_update=1),
+    "pack": _case("pack", **_PACK, num_selected_blocks=2),
+    "pack_in_full": _case("pack", **_PACK, num_selected_blocks=1, compressor="none", selection="softmax_mass"),
+    "context_noise": _case("full") | {"context_timestep": 100},
+    "frame_first": _case("full") | {"first_block_frames": 1, "frames_per_block": 4},
+    "euler_guided": _case("sliding_window", num_context_frames=9) | {"sampler": _GUIDED | {"solver": "euler"}},
+    "unipc_guided": _case("sliding_window", num_context_frames=9) | {"sampler": _GUIDED | {"solver": "unipc"}},
 }
 
 
@@ -141,11 +99,7 @@ def tiny_transformer() -> WanTransformer3DModel:
 
 
 def golden_rollouts() -> dict[str, Tensor]:
-    """Roll every case out.
-
-    Returns:
-        Case name to (2, 3, 4, 4, 6): of the clean latents the first frame, the middle one and the last.
-    """
+    """(2, 3, 4, 4, 6) for every case: of the clean latents the first frame, the middle one and the last."""
     transformer, prompt_embeds = tiny_transformer(), seeded("prompt", TEXT_SHAPE)
     results = {}
     for name, case in CASES.items():
@@ -163,13 +117,6 @@ def golden_rollouts() -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Write the golden file of this checkout.
-
-    Raises:
-        ValueError: If this is an installed copy, which has no tests.
-    """
-    if not FOLDER.parent.is_dir():
-        raise ValueError(f"{FOLDER.parent} is not there: golden numbers belong to a checkout, run make golden in one.")
     FOLDER.mkdir(exist_ok=True)
     save_file(golden_rollouts(), FOLDER / "rollouts.safetensors")
     Console().print(f"wrote {FOLDER / 'rollouts.safetensors'}")

@@ -14,13 +14,6 @@ class LiveBytes(TorchDispatchMode):
 
     Tensors that exist before are not counted, and neither are views of them. Operators' own working memory is not
     seen, only what they return.
-
-    Args:
-        device_type: Count tensors of this kind of device alone.
-
-    Attributes:
-        now: Bytes alive.
-        peak: Most of ``now`` since the beginning or since ``restart``.
     """
 
     def __init__(self, device_type: str = "meta") -> None:
@@ -35,7 +28,6 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.now
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run an operator and count what is new among its results."""
         kwargs = kwargs or {}
         before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
         result = func(*args, **kwargs)

@@ -18,17 +18,14 @@ from longtake.cache.wrappers.budget import Budget
 
 
 def plain(settings):
-    """No wrapper."""
     return settings
 
 
 def quantized(settings):
-    """Eight bits."""
     return {"policy": "quantized", "bits": 8, "inner": settings}
 
 
 def offloaded(settings):
-    """Host memory, which on the CPU is the same memory, under another buffer."""
     return {"policy": "offloaded", "inner": settings}
 
 
@@ -46,7 +43,6 @@ def _encoded_to_fit(policy, geometry):
 
 
 def budget(settings):
-    """Too little for the tokens as they are."""
     return OneByteLess(inner=make_policy(settings))
 
 
@@ -60,7 +56,6 @@ def within(row, end):
 
 
 def number_range(positions):
-    """Lowest and highest temporal position of a read or a query."""
     if isinstance(positions, torch.Tensor):
         assert positions.isfinite().all(), "a position is not finite"
         return (positions[..., 0].min().item(), positions[..., 0].max().item()) if positions.numel() else None
@@ -69,7 +64,6 @@ def number_range(positions):
 
 
 def groups_of(context):
-    """Reads by heads, whether or not heads differ."""
     if not context.groups:
         return (HeadGroup(tuple(range(HEADS)), context.reads, context.capacity),)
     heads = sorted(head for group in context.groups for head in group.heads)
@@ -78,8 +72,6 @@ def groups_of(context):
 
 
 class Watcher:
-    """Checks every read set of a rollout against a row, and keeps how much was attended."""
-
     def __init__(self, row, geometry, is_looked_at):
         self.row, self.geometry, self.is_looked_at = row, geometry, is_looked_at
         self.attended = Counter()
@@ -106,7 +98,6 @@ class Watcher:
             assert lowest - 1e-6 <= span[0] and span[1] <= highest + 1e-6, f"position outside the range: {span}"
 
     def check_read(self, read, end):
-        """A read says what it is."""
         count, size = read.stored.num_tokens, self.geometry.tokens_per_frame
         by_token = isinstance(read.positions, torch.Tensor)
         assert count == (read.positions.shape[-2] if by_token else len(read.positions) * size), "a position for each"
@@ -117,8 +108,8 @@ class Watcher:
         """No stored token is lost, doubled or mixed up with another's."""
         row, start, size = self.row, pass_.start_frame, self.geometry.tokens_per_frame
         exact = [read for read in group.reads if row.exact_roles is None or read.role in row.exact_roles]
-        keys = [read_marks(read.keys) for read in exact]
-        values = [read_marks(read.values) for read in exact]
+        keys = [read_marks(read.stored.keys) for read in exact]
+        values = [read_marks(read.stored.values) for read in exact]
         for k, v in zip(keys, values, strict=True):
             k[..., 4] += 1
             assert torch.equal(k, v), "keys and values belong to each other"
@@ -185,13 +176,11 @@ def check_far_frames(row, block, wrap=plain):
 
 
 def check_frame_first(row, block, wrap=plain):
-    """A first block of one frame."""
     check_a_thousand_blocks(row, block, wrap, num_blocks=24, first=1)
     same(*(roll(row, block, wrap, num_blocks=8, first=1) for _ in range(2)))
 
 
 def roll(row, block, wrap=plain, *, num_blocks=12, first=None, samples=(0, 1), steps=2, events=None, settings=None):
-    """Outputs of every block of a rollout of random keys and values."""
     geometry = make_geometry(block, grid=row.grid)
     player = Player(wrap(row.settings) if settings is None else settings, geometry, samples=samples)
     return [
@@ -201,7 +190,6 @@ def roll(row, block, wrap=plain, *, num_blocks=12, first=None, samples=(0, 1), s
 
 
 def same(first, second, *, atol=0.0):
-    """Whether two rollouts' outputs are equal."""
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
         for x, y in zip(a, b, strict=True):
             assert torch.allclose(x, y, rtol=0, atol=atol), f"block {index} differs by {(x - y).abs().max():.2g}"
@@ -285,7 +273,6 @@ def check_events(row, block, wrap=plain):
 
 
 def check_meta_device(row, block, wrap=plain):
-    """Shapes and bytes can be had without memory."""
     geometry = make_geometry(block, grid=row.grid, device=torch.device("meta"))
     meta = Player(wrap(row.settings), geometry, attends=False)
     real = Player(wrap(row.settings), make_geometry(block, grid=row.grid), attends=False)
@@ -313,11 +300,6 @@ CHECKS = {
 
 
 def verdict(case):
-    """What is wrong with a case of the matrix, as text; nothing: None. For worker processes.
-
-    Args:
-        case: (row, block size, wrapper, check), all but the size by name.
-    """
     name, block, wrapper, check = case
     try:
         CHECKS[check](POLICY_ROWS[name], block, WRAPPERS[wrapper])

@@ -18,9 +18,15 @@ MAX_FRAMES = 10_300
 
 
 def make_geometry(block, *, grid=(1, 2), batch=1, layers=2, **changes):
-    """Shapes of a small rollout."""
     shape = {"num_heads": HEADS, "head_dim": HEAD_DIM, "num_rows": grid[0], "num_columns": grid[1]}
     return Geometry(**({"num_layers": layers, "frames_per_block": block, "batch_size": batch} | shape | changes))
+
+
+def wan_geometry(block=3, **changes):
+    """Wan2.1-T2V-1.3B at 832x480, sizes only."""
+    shape = {"num_layers": 30, "num_heads": 12, "head_dim": 128, "num_rows": 30, "num_columns": 52}
+    settings = {"frames_per_block": block, "dtype": torch.bfloat16, "device": torch.device("meta")}
+    return Geometry(**(shape | settings | changes))
 
 
 def _digits(numbers, count):
@@ -79,15 +85,12 @@ def random(layer, pass_, geometry, samples):
 
 @dataclass(frozen=True)
 class Span:
-    """A block of a rollout."""
-
     index: int
     start: int
     count: int
 
 
 def spans(num_blocks, block, *, first=None):
-    """Blocks of a rollout whose first one may be shorter."""
     first = first or block
     return [Span(i, first + (i - 1) * block if i else 0, block if i else first) for i in range(num_blocks)]
 
@@ -95,13 +98,8 @@ def spans(num_blocks, block, *, first=None):
 class Player:
     """A cache and the calls that a rollout makes.
 
-    Args:
-        settings: Policy.
-        geometry: Shapes.
-        content: ``marked`` or ``random``.
-        samples: Which videos the batch holds.
-        watch: Called with (layer, pass, context) for every read set that is asked for.
-        attends: Whether to compute attention, or only to select and commit.
+    ``content`` is ``marked`` or ``random``, ``samples`` are the batch's videos, ``watch`` is called with (layer, pass,
+    context) for every read set; without ``attends`` passes only select and commit.
     """
 
     def __init__(self, settings, geometry, *, content=random, samples=(0,), watch=None, attends=True):
@@ -112,7 +110,6 @@ class Player:
         self._asked = {}
 
     def one(self, layer, pass_):
-        """One layer of one pass; the output of its attention."""
         q, k, v = (x.to(self.geometry.device) for x in self.content(layer, pass_, self.geometry, self.samples))
         if self.attends:
             return self.cache.attend(layer, q, k, v, pass_)
@@ -126,7 +123,6 @@ class Player:
         return None
 
     def _holds(self, layer, pass_):
-        """Whether a cache would ask again."""
         index, kind, holds = self._asked.get(layer, (-1, "", "pass"))
         if pass_.kind == "encode" or kind == "encode":
             return False
@@ -134,18 +130,18 @@ class Player:
 
     def denoise(self, span, *, steps=2):
         """All denoising passes of a block; outputs of the last."""
-        outputs = []
         for step in range(steps):
-            pass_ = Pass("denoise", span.index, span.start, span.count, step)
-            outputs = [self.one(layer, pass_) for layer in self.layers]
+            outputs = self._pass("denoise", span, step)
         return outputs
 
     def commit(self, span, event="keep"):
-        """The commit pass and what the policy makes of it; outputs of the pass."""
-        pass_ = Pass("commit", span.index, span.start, span.count)
-        outputs = [self.one(layer, pass_) for layer in self.layers]
+        outputs = self._pass("commit", span)
         self.end(span, event)
         return outputs
+
+    def _pass(self, kind, span, step=0):
+        pass_ = Pass(kind, span.index, span.start, span.count, step)
+        return [self.one(layer, pass_) for layer in self.layers]
 
     def commit_with(self, span, following):
         """The commit pass and the next block's first denoising pass, layer by layer; outputs of the second."""
@@ -159,7 +155,6 @@ class Player:
         return outputs
 
     def end(self, span, event="keep"):
-        """Let the policy work on a committed block, and run the jobs it asks for."""
         g = self.geometry
         shape = (len(self.samples), span.count, 4, 2 * g.num_rows, 2 * g.num_columns)
         latents = torch.stack([self._latents(span, sample, shape[1:]) for sample in self.samples]).to(g.device)
@@ -175,7 +170,6 @@ class Player:
                 self.one(layer, pass_)
 
     def block(self, span, *, steps=2, event="keep"):
-        """A block from its first denoising pass to its end; outputs of the last pass of each kind."""
         return self.denoise(span, steps=steps) + self.commit(span, event)
 
     @staticmethod

@@ -22,38 +22,25 @@ from typing import Any
 from longtake.cache import CachePolicy
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
-    """What a policy promises.
+    """Promises of a policy."""
 
-    Attributes:
-        settings: As ``make_policy`` takes them.
-        limit: Frames' worth of tokens attended at most, the block included; None: unbounded.
-        sinks: First frames of which every token is read, for ever.
-        recent: Last frames before the block of which every token is read; None: all of ``limit`` that neither the
-            sinks nor the block take, or 0 where ``exact_roles`` is given.
-        exact_roles: Roles of reads whose tokens are as they were stored, at most once each; None: all roles.
-        full_until: Equal to full attention in blocks that end at or before this frame; None: ``limit``.
-        positions: Lowest and highest temporal position, ever; None: 0 to the newest frame's index.
-        grid: Token rows and columns of a frame.
-        settles: Blocks after which the number of tokens and bytes repeats itself.
-        layers: Fewest layers that show all that the policy does.
-        is_per_sample: What a video reads does not depend on the others in its batch.
-        is_same_in_commits: Commit passes read what denoising does; False: they may read less.
-    """
-
-    settings: Mapping[str, Any] | CachePolicy
-    limit: float | None
-    sinks: int = 0
+    settings: Mapping[str, Any] | CachePolicy  # as ``make_policy`` takes them
+    limit: float | None  # frames' worth of tokens attended at most, the block included; None: unbounded
+    sinks: int = 0  # first frames of which every token is read, for ever
+    # Last frames before the block of which every token is read; None: all of ``limit`` that neither the sinks nor the
+    # block take, or 0 where ``exact_roles`` is given
     recent: int | None = None
+    # Roles of reads whose tokens are as they were stored, at most once each; None: all roles
     exact_roles: tuple[str, ...] | None = None
-    full_until: float | None = None
-    positions: tuple[float, float] | None = None
-    grid: tuple[int, int] = (1, 2)
-    settles: int = 100
-    layers: int = 1
-    is_per_sample: bool = True
-    is_same_in_commits: bool = True
+    full_until: float | None = None  # equal to full attention in blocks that end at or before it; None: ``limit``
+    positions: tuple[float, float] | None = None  # lowest and highest ever; None: 0 to the newest frame's index
+    grid: tuple[int, int] = (1, 2)  # token rows and columns of a frame
+    settles: int = 100  # blocks after which the number of tokens and bytes repeats itself
+    layers: int = 1  # fewest layers that show all that the policy does
+    is_per_sample: bool = True  # what a video reads does not depend on the others in its batch
+    is_same_in_commits: bool = True  # commit passes read what denoising does; False: they may read less
 
     @property
     def until(self) -> float:
@@ -70,32 +57,25 @@ def policy(name: str, **values: Any) -> dict[str, Any]:
 SMALL_PACK = {"num_sink_frames": 4, "num_recent_frames": 4, "num_selected_blocks": 2, "num_archive_blocks": 5}
 
 POLICY_ROWS = {
-    "full": Row(settings=policy("full"), limit=None),
-    "sliding_window": Row(settings=policy("sliding_window", num_context_frames=12), limit=12),
+    "full": Row(policy("full"), None),
+    "sliding_window": Row(policy("sliding_window", num_context_frames=12), 12),
     "sliding_window.contiguous": Row(
-        settings=policy("sliding_window", num_context_frames=10, positions="contiguous"), limit=10, positions=(0, 9)
+        policy("sliding_window", num_context_frames=10, positions="contiguous"), 10, positions=(0, 9)
     ),
     "attention_sink": Row(
-        settings=policy("attention_sink", num_context_frames=12, num_sink_frames=3),
-        limit=12,
-        sinks=3,
-        positions=(0, 11),
+        policy("attention_sink", num_context_frames=12, num_sink_frames=3), 12, sinks=3, positions=(0, 11)
     ),
     "attention_sink.absolute": Row(
-        settings=policy("attention_sink", num_context_frames=11, num_sink_frames=4, positions="absolute"),
-        limit=11,
-        sinks=4,
+        policy("attention_sink", num_context_frames=11, num_sink_frames=4, positions="absolute"), 11, sinks=4
     ),
     "deep_forcing": Row(
-        settings=policy(
-            "deep_forcing", num_context_frames=12, num_sink_frames=4, num_budget_frames=10, num_recent_frames=4
-        ),
-        limit=12,
+        policy("deep_forcing", num_context_frames=12, num_sink_frames=4, num_budget_frames=10, num_recent_frames=4),
+        12,
         sinks=4,
         recent=0,
     ),
     "deep_forcing.paper": Row(
-        settings=policy(
+        policy(
             "deep_forcing",
             num_context_frames=12,
             num_sink_frames=3,
@@ -106,27 +86,19 @@ POLICY_ROWS = {
             fusion="max",
             max_reuse=0,
         ),
-        limit=12,
+        12,
         sinks=3,
         recent=1,
     ),
     "deep_forcing.none": Row(
-        settings=policy("deep_forcing", compression="none", num_context_frames=12, num_sink_frames=5),
-        limit=12,
-        sinks=5,
+        policy("deep_forcing", compression="none", num_context_frames=12, num_sink_frames=5), 12, sinks=5
     ),
     "pack": Row(
-        settings=policy("pack", **SMALL_PACK),
-        limit=16,
-        sinks=4,
-        recent=4,
-        exact_roles=("sink", "recent"),
-        full_until=9,
-        grid=(4, 4),
+        policy("pack", **SMALL_PACK), 16, sinks=4, recent=4, exact_roles=("sink", "recent"), full_until=9, grid=(4, 4)
     ),
     "pack.lr": Row(
-        settings=policy("pack", **SMALL_PACK | {"num_recent_frames": 2, "compressor": "lr", "mid_span": 2.0}),
-        limit=14,
+        policy("pack", **SMALL_PACK | {"num_recent_frames": 2, "compressor": "lr", "mid_span": 2.0}),
+        14,
         sinks=4,
         recent=2,
         exact_roles=("sink", "recent"),
@@ -134,17 +106,17 @@ POLICY_ROWS = {
         grid=(4, 4),
     ),
     "pack.softmax_mass": Row(
-        settings=policy(
+        policy(
             "pack", **SMALL_PACK, compressor="none", selection="softmax_mass", positions="absolute", archive="host"
         ),
-        limit=22,
+        22,
         sinks=4,
         recent=4,
         full_until=11,
     ),
-    "longlive": Row(settings=policy("longlive", num_context_frames=12, num_sink_frames=3), limit=12, sinks=3),
+    "longlive": Row(policy("longlive", num_context_frames=12, num_sink_frames=3), 12, sinks=3),
     "longlive.infinity": Row(
-        settings=policy(
+        policy(
             "longlive",
             num_context_frames=11,
             num_sink_frames=2,
@@ -152,60 +124,48 @@ POLICY_ROWS = {
             global_sink=False,
             recache="causal",
         ),
-        limit=11,
+        11,
         sinks=2,
         positions=(0, 10),
     ),
     "infinity_rope": Row(
-        settings=policy("infinity_rope", num_context_frames=7, num_sink_frames=1), limit=7, sinks=1, positions=(0, 48)
+        policy("infinity_rope", num_context_frames=7, num_sink_frames=1), 7, sinks=1, positions=(0, 48)
     ),
     "infinity_rope.paper": Row(
-        settings=policy(
-            "infinity_rope", num_context_frames=9, num_sink_frames=2, num_flush_frames=1, placement="paper"
-        ),
-        limit=9,
+        policy("infinity_rope", num_context_frames=9, num_sink_frames=2, num_flush_frames=1, placement="paper"),
+        9,
         sinks=2,
         positions=(0, 48),
     ),
     "anchor": Row(
-        settings=policy("anchor", num_context_frames=14, num_sink_frames=3),
-        limit=14,
+        policy("anchor", num_context_frames=14, num_sink_frames=3),
+        14,
         sinks=3,
         recent=4,
         full_until=11,
         positions=(0, 20),
     ),
-    "tempcache": Row(settings=policy("tempcache", num_context_frames=12), limit=12, exact_roles=()),
-    "tempcache.absolute": Row(
-        settings=policy("tempcache", num_context_frames=10, positions="absolute"), limit=10, exact_roles=()
-    ),
+    "tempcache": Row(policy("tempcache", num_context_frames=12), 12, exact_roles=()),
+    "tempcache.absolute": Row(policy("tempcache", num_context_frames=10, positions="absolute"), 10, exact_roles=()),
     "ema_sink": Row(
-        settings=policy("ema_sink", num_context_frames=12, num_sink_frames=3, alpha=0.9),
-        limit=12,
+        policy("ema_sink", num_context_frames=12, num_sink_frames=3, alpha=0.9),
+        12,
         recent=5,
         exact_roles=("recent",),
         positions=(0, 11),
     ),
     "memrope": Row(
-        settings=policy("memrope", num_context_frames=12, num_sink_frames=3),
-        limit=12,
+        policy("memrope", num_context_frames=12, num_sink_frames=3),
+        12,
         sinks=3,
         recent=3,
         exact_roles=("sink", "recent"),
         positions=(0, 11),
     ),
-    "rolling_sink": Row(
-        settings=policy("rolling_sink", num_context_frames=13), limit=13, recent=1, exact_roles=("recent",)
-    ),
-    "relax": Row(
-        settings=policy("relax", num_context_frames=9, num_budget_frames=24),
-        limit=9,
-        sinks=2,
-        recent=1,
-        positions=(0, 8),
-    ),
+    "rolling_sink": Row(policy("rolling_sink", num_context_frames=13), 13, recent=1, exact_roles=("recent",)),
+    "relax": Row(policy("relax", num_context_frames=9, num_budget_frames=24), 9, sinks=2, recent=1, positions=(0, 8)),
     "relax.absolute": Row(
-        settings=policy(
+        policy(
             "relax",
             num_context_frames=12,
             num_sink_frames=1,
@@ -214,33 +174,31 @@ POLICY_ROWS = {
             num_candidates=2,
             positions="absolute",
         ),
-        limit=12,
+        12,
         sinks=1,
         recent=4,
     ),
     "slow_fast": Row(
-        settings=policy("slow_fast", num_context_frames=15, num_sink_frames=2, num_recent_frames=8),
-        limit=15,
+        policy("slow_fast", num_context_frames=15, num_sink_frames=2, num_recent_frames=8),
+        15,
         sinks=2,
         recent=4,
         positions=(0, 14),
     ),
     "commit_reads": Row(
-        settings=policy(
+        policy(
             "commit_reads",
             num_recent_frames=2,
             inner=policy("attention_sink", num_context_frames=12, num_sink_frames=3),
         ),
-        limit=12,
+        12,
         sinks=3,
         positions=(0, 11),
         is_same_in_commits=False,
     ),
-    "forcing_kv": Row(
-        settings=policy("forcing_kv", heads=[[], [1]]), limit=7, sinks=1, recent=1, full_until=3, layers=2
-    ),
+    "forcing_kv": Row(policy("forcing_kv", heads=[[], [1]]), 7, sinks=1, recent=1, full_until=3, layers=2),
     "forcing_kv.contiguous": Row(
-        settings=policy(
+        policy(
             "forcing_kv",
             heads=[[0], []],
             num_sink_frames=2,
@@ -248,32 +206,25 @@ POLICY_ROWS = {
             num_plain_layers=0,
             positions="contiguous",
         ),
-        limit=9,
+        9,
         sinks=2,
         recent=2,
         full_until=4,
         layers=2,
     ),
     "rolling_forcing": Row(
-        settings=policy("rolling_forcing", num_context_frames=12, num_sink_frames=3),
-        limit=12,
-        sinks=3,
-        is_same_in_commits=False,
+        policy("rolling_forcing", num_context_frames=12, num_sink_frames=3), 12, sinks=3, is_same_in_commits=False
     ),
     "rolling_forcing.keep_sinks": Row(
-        settings=policy("rolling_forcing", num_context_frames=11, num_sink_frames=2, commit="keep_sinks"),
-        limit=11,
-        sinks=2,
+        policy("rolling_forcing", num_context_frames=11, num_sink_frames=2, commit="keep_sinks"), 11, sinks=2
     ),
     "dilated_window": Row(
-        settings=policy("dilated_window", num_context_frames=12, num_dilated_frames=3, dilation=4),
-        limit=12,
+        policy("dilated_window", num_context_frames=12, num_dilated_frames=3, dilation=4),
+        12,
         recent=5,
         positions=(0, 11),
     ),
     "dilated_window.absolute": Row(
-        settings=policy("dilated_window", num_context_frames=12, num_dilated_frames=4, positions="absolute"),
-        limit=12,
-        recent=4,
+        policy("dilated_window", num_context_frames=12, num_dilated_frames=4, positions="absolute"), 12, recent=4
     ),
 }

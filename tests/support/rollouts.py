@@ -23,17 +23,14 @@ class RecordedNoise:
 
 
 def embeds(batch=1, *, seed=2):
-    """Random prompt embeddings."""
     return torch.randn(batch, 7, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def given_latents(num_frames):
-    """Latents from outside."""
     return torch.randn(1, num_frames, *SHAPE, generator=torch.Generator().manual_seed(3))
 
 
 def joined(blocks):
-    """(batch, frames, ...) latents of all blocks of a rollout."""
     return torch.cat([block.latents for block in blocks], 1)
 
 
@@ -63,5 +60,4 @@ def make_video(pipe, prompt=PROMPT, **settings):
 
 
 def joined_frames(chunks):
-    """(batch, frames, ...) pixels of all chunks of a stream."""
     return torch.cat([chunk.frames for chunk in chunks], 1)

@@ -92,18 +92,15 @@ def make_config(*overrides, seconds=SECONDS, prompt=PROMPT):
 
 
 def hashes(path):
-    """The hash of each block's pixels."""
     return [entry["sha256"] for entry in RunFolder(path).blocks()]
 
 
 def generate(path, *, config=None, **session):
-    """Make a new run with a fake session."""
     config = config or make_config()
     with RunFolder.create(path, config=config, record={"versions": {}}) as folder:
         return run_video(folder, FakeSession(config, **session))
 
 
 def resume(path, *, delay=0.0, break_at=None, **settings):
-    """Go on with a run with a fake session."""
     with RunFolder.open(path) as folder:
         return run_video(folder, FakeSession(folder.config, delay=delay, break_at=break_at), **settings)

@@ -16,6 +16,5 @@ def tokens(geometry, *, batch=1, heads=4, key_heads=2, dtype=torch.float32, seed
 
 
 def with_role(geometry, frame, role):
-    """The geometry with another role of a frame."""
     segments = tuple(replace(s, role=role) if s.frame == frame else s for s in geometry.segments)
     return replace(geometry, segments=segments)

@@ -40,18 +40,7 @@ class Stub:
         return torch.cos(torch.arange(48.0) * sum(map(ord, text)))[None]
 
 
-ROLES = (
-    "dino",
-    "clip",
-    "aesthetic_clip",
-    "aesthetic_head",
-    "musiq",
-    "raft",
-    "amt",
-    "viclip",
-    "dinov2",
-    "dreamsim",
-)
+ROLES = ("dino", "clip", "aesthetic_clip", "aesthetic_head", "musiq", "raft", "amt", "viclip", "dinov2", "dreamsim")
 
 
 def stubs(*, official=False, without=()):
