@@ -9,7 +9,6 @@ import pytest
 import typer
 import yaml
 
-from longtake.evaluation import vbench_io
 from longtake.evaluation.intervals import _sign_test, holm
 from longtake.evaluation.metric import PREFIXES
 from longtake.evaluation.metrics import GROUPS
@@ -77,12 +76,6 @@ def test_prompts_needed_for_the_sign_test():
         best = {n: max(holm(dict.fromkeys(labels, _sign_test(n, 0))).values()) for n in (needed, needed - 1)}
         assert best[needed] <= 0.05 < best[needed - 1]
         assert needed == 1 + ceil(log2(count / 0.05))
-
-
-def test_the_environment_is_the_one_of_the_exports():
-    (text,) = _blocks("sh")
-    template = (ROOT / "evaluation" / "vbench_export" / "README.md.j2").read_text(encoding="utf-8")
-    assert text in template.replace("{{ commit[:7] }}", vbench_io.COMMIT[:7])
 
 
 @pytest.mark.parametrize("name", ["policies", "history", "compressors", "attention"])
