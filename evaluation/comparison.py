@@ -204,7 +204,6 @@ def _compare(
     baseline: str,
     num_resamples: int,
 ) -> dict[str, dict[str, Any]]:
-    """{metric: {"runs": {label: cell}, "paired": {label: cell}}}."""
     table: dict[str, dict[str, Any]] = {name: {"runs": {}, "paired": {}} for name in names}
     pairs: dict[str, list[Paired]] = {}
     for run in runs:

@@ -27,30 +27,20 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """Difference of a measure to the baseline's, over the videos that both have.
+    """Difference of a measure to the baseline's, over the videos that both have."""
 
-    Attributes:
-        difference: Mean over prompts of the mean over seeds; NaN without a common video.
-        low: Lower limit of its 95 % interval, prompts redrawn; NaN under two prompts.
-        high: Upper limit.
-        num_pairs: Common videos.
-        num_prompts: Prompts among them.
-        sign_p: Two-sided sign test over prompts; NaN without a common video.
-        minimum_detectable: The smallest true difference that such a comparison finds in 80 of 100 repetitions, at the
-            two-sided 5 % level; NaN under two prompts. A smaller difference that was not found may still be there.
-    """
-
-    difference: float
-    low: float
-    high: float
-    num_pairs: int
-    num_prompts: int
-    sign_p: float
+    difference: float  # mean over prompts of the mean over seeds; NaN without a common video
+    low: float  # lower limit of its 95 % interval, prompts redrawn; NaN under two prompts
+    high: float  # upper limit
+    num_pairs: int  # common videos
+    num_prompts: int  # prompts among them
+    sign_p: float  # two-sided sign test over prompts; NaN without a common video
+    # The smallest true difference that such a comparison finds in 80 of 100 repetitions, at the two-sided 5 % level;
+    # NaN under two prompts. A smaller difference that was not found may still be there.
     minimum_detectable: float
 
     @property
     def excludes_zero(self) -> bool:
-        """True where the whole interval lies on one side of zero."""
         return self.low > 0.0 or self.high < 0.0
 
 

@@ -25,53 +25,33 @@ _LONGEST_NAME = 255 - len(".json")
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestLine:
-    """Facts about one video: the text it was made from, how, and with what.
+    """Facts about one video: the text it was made from, how, and with what."""
 
-    Attributes:
-        id: Unique within the run; the file name's stem. No underscore: the official VBench stumbles over it.
-        file: Path of the video, relative to the manifest; empty: the one named after ``id``.
-        prompt: The text it is judged by.
-        prompt_index: Of the prompt within its list; videos of one prompt are not independent.
-        seed_index: 0, 1, ... within the prompt.
-        seed: Of the noise.
-        policy: Label of the cache policy; empty if unknown.
-        prompt_extended: The longer text it was generated from, if another.
-        segments: Prompts over time.
-        config_hash: Of everything the video depends on beside prompt and seed.
-        checkpoint: Name and hash of the weights.
-        chunk_starts: First frame of each block.
-        encoder: Codec settings.
-        sha256: Of the file; empty if unknown.
-        dimensions: Of VBench, those that its list has this prompt for; empty: any.
-    """
-
-    id: str
-    file: str
-    prompt: str = ""
-    prompt_index: int = 0
-    seed_index: int = 0
-    seed: int = 0
-    policy: str = ""
-    prompt_extended: str = ""
-    segments: tuple[Segment, ...] = ()
-    config_hash: str = ""
-    checkpoint: str = ""
+    id: str  # unique within the run; the file name's stem. No underscore: the official VBench stumbles over it.
+    file: str  # path of the video, relative to the manifest; empty: the one named after ``id``
+    prompt: str = ""  # the text it is judged by
+    prompt_index: int = 0  # of the prompt within its list; videos of one prompt are not independent
+    seed_index: int = 0  # 0, 1, ... within the prompt.
+    seed: int = 0  # of the noise
+    policy: str = ""  # label of the cache policy; empty if unknown
+    prompt_extended: str = ""  # the longer text it was generated from, if another
+    segments: tuple[Segment, ...] = ()  # prompts over time
+    config_hash: str = ""  # of everything the video depends on beside prompt and seed
+    checkpoint: str = ""  # name and hash of the weights
     num_frames: int = 0
     fps: float = 0.0
     height: int = 0
     width: int = 0
-    chunk_starts: tuple[int, ...] = ()
-    encoder: Mapping[str, Any] = field(default_factory=dict)
-    sha256: str = ""
-    dimensions: tuple[str, ...] = ()
+    chunk_starts: tuple[int, ...] = ()  # first frame of each block
+    encoder: Mapping[str, Any] = field(default_factory=dict)  # codec settings
+    sha256: str = ""  # of the file; empty if unknown
+    dimensions: tuple[str, ...] = ()  # of VBench, those that its list has this prompt for; empty: any
 
     @property
     def is_shown(self) -> bool:
-        """True if the report of a whole evaluation has frames of it."""
         return self.prompt_index < NUM_SHOWN_PROMPTS and self.seed_index == 0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able values."""
         values = asdict(self)
         return values if self.dimensions else {name: value for name, value in values.items() if name != "dimensions"}
 
@@ -102,7 +82,6 @@ class VideoScores:
     scores: Mapping[str, Score]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able values."""
         scores = {name: asdict(score) for name, score in sorted(self.scores.items())}
         for score in scores.values():
             score["windows"] = [[w["start_frame"], w["num_frames"], w["value"]] for w in score["windows"]]
@@ -110,7 +89,6 @@ class VideoScores:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "VideoScores":
-        """Inverse of :meth:`to_json`."""
         scores = {}
         for name, score in values["scores"].items():
             windows = tuple(Window(start_frame=s, num_frames=n, value=v) for s, n, v in score["windows"])
@@ -120,22 +98,16 @@ class VideoScores:
 
 @dataclass(frozen=True, kw_only=True)
 class RunScores:
-    """All videos of one run (one policy, or one folder of videos) with what the numbers mean.
+    """All videos of one run (one policy, or one folder of videos) with what the numbers mean."""
 
-    Attributes:
-        label: Of the run, e.g. the policy.
-        specs: {name: spec} of every metric that was asked for.
-        videos: In the order of the manifest.
-        header: Of the run: tool, protocol, model, command; JSON-able, free of times and paths.
-        skipped: {metric name or dimension: why it was not computed at all}.
-        costs: {name: value} such as ``ms_per_block``, ``kv_mb``, ``first_frame_s``; not part of ``results.json``.
-    """
-
-    label: str
-    specs: Mapping[str, MetricSpec]
-    videos: Sequence[VideoScores]
+    label: str  # of the run, e.g. the policy.
+    specs: Mapping[str, MetricSpec]  # {name: spec} of every metric that was asked for
+    videos: Sequence[VideoScores]  # in the order of the manifest
+    # Of the run: tool, protocol, model, command; JSON-able, free of times and paths.
     header: Mapping[str, Any] = field(default_factory=dict)
+    # {metric name or dimension: why it was not computed at all}.
     skipped: Mapping[str, str] = field(default_factory=dict)
+    # {name: value} such as ``ms_per_block``, ``kv_mb``, ``first_frame_s``; not part of ``results.json``.
     costs: Mapping[str, float] = field(default_factory=dict)
 
     def values(self, name: str) -> dict[tuple[int, int], float]:

@@ -44,8 +44,6 @@ class _NoValueError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class _Curve:
-    """Windows with a value, in order."""
-
     windows: tuple[Window, ...]
     num_frames: int
     fps: float
@@ -126,7 +124,6 @@ SCALARS = {
 
 
 def _drift_specs(spec: MetricSpec) -> tuple[MetricSpec, ...]:
-    """Specs of the drift of a measure, one per scalar; none for a measure that is a drift or of a set itself."""
     if spec.name.startswith(("drift/", "set/")):
         return ()
     return tuple(_spec(spec, name, scalar) for name, scalar in SCALARS.items())
@@ -218,7 +215,6 @@ def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
 
 
 def _with_drift(run: RunScores) -> RunScores:
-    """A run with the drift numbers of every measure that has a curve."""
     curved = [spec for spec in run.specs.values() if any(video.scores[spec.name].windows for video in run.videos)]
     specs = {own.name: own for spec in curved for own in _drift_specs(spec)}
     videos = []
@@ -265,7 +261,6 @@ def results_json(run: RunScores) -> dict[str, Any]:
 
 @cache
 def _git_commit() -> str | None:
-    """Commit of the checkout that the program runs from, None for an installed package."""
     git = Path(__file__).resolve().parents[1] / ".git"
     try:
         head = (git / "HEAD").read_text(encoding="utf-8").strip()
@@ -363,7 +358,6 @@ def _per_video(name: str, score: Score) -> dict[str, Any]:
 
 
 def _codec(run: RunScores) -> Mapping[str, Any]:
-    """Encoder settings of the measured files; where they differ, every way that occurs."""
     known = {json.dumps(video.video.encoder, sort_keys=True) for video in run.videos}
     encoders = [json.loads(text) for text in sorted(known)]
     return encoders[0] if len(encoders) == 1 else {"mixed": encoders} if encoders else {}

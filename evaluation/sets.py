@@ -118,7 +118,6 @@ class FeatureCollector:
         self.features: dict[str, np.ndarray] = {}
 
     def start(self, video: VideoInfo) -> "_FeatureMeter":
-        """Make a meter for one video; refuses one with fewer frames than are kept."""
         if video.num_frames < self.num_frames:
             raise ValueError(
                 f"video {video.id!r} has {video.num_frames} frames, and num_frames={self.num_frames} are to be kept: "
@@ -128,8 +127,6 @@ class FeatureCollector:
 
 
 class _FeatureMeter:
-    """Encodes the wanted frames of one video as they come."""
-
     def __init__(self, collector: FeatureCollector, video: VideoInfo) -> None:
         self._collector, self._video = collector, video
         self._wanted = middle(collector.num_frames, video.num_frames)
@@ -138,7 +135,6 @@ class _FeatureMeter:
         self._position = 0
 
     def push(self, frames: np.ndarray) -> None:
-        """Take the next frames: (F, H, W, 3) uint8 RGB."""
         end = self._position + len(frames)
         taken = len(self._waiting) + sum(map(len, self._rows))
         for index in self._wanted[taken:]:
@@ -150,7 +146,6 @@ class _FeatureMeter:
         self._position = end
 
     def finish(self) -> Mapping[str, Score]:
-        """Keep the features; no scores."""
         self._encode()
         self._collector.features[self._video.id] = np.concatenate(self._rows)
         return {}

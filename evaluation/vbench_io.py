@@ -151,7 +151,6 @@ def export_standard(
 
 
 def _check_dimensions(dimensions: Sequence[str], allowed: Sequence[str], *, mode: str) -> None:
-    """Refuse dimensions that a mode of the official tool does not have, or none."""
     for name in dimensions:
         if name not in DIMENSIONS:
             raise ValueError(
@@ -250,7 +249,6 @@ def _write(
 
 
 def _texts(export: Export) -> dict[str, str]:
-    """The README of an export, and the script that scores it dimension by dimension."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("longtake.evaluation", "vbench_export")
@@ -269,7 +267,6 @@ def _texts(export: Export) -> dict[str, str]:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Hard link; True if it had to be a copy, e.g. onto another disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
     try:
@@ -288,8 +285,6 @@ _WEIGHT_KEYS = ("cnt_per_video", "frame_count")
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """One video, or one clip of VBench-Long."""
-
     video: str  # stem of the scored video's file
     clip: str  # of the clip's file; empty for whole videos
     value: float  # as the tool has it per video: imaging quality 0..100
@@ -310,7 +305,6 @@ class Imported:
 
     @property
     def metric(self) -> str:
-        """Name of the metric that it is."""
         return member_name(self.dimension, self.variant)
 
     def __str__(self) -> str:
@@ -347,11 +341,6 @@ def import_results(files: Sequence[Path], *, dev_flag: bool | None = None) -> di
     if not results:
         raise ValueError("no results to import: give one or more *_eval_results.json.")
     return results
-
-
-def official_values(results: Mapping[str, Imported]) -> dict[str, float]:
-    """{metric name: the tool's own score}, which Quality, Semantic and Total are made of."""
-    return {name: result.official_score for name, result in results.items()}
 
 
 def _read_json(path: Path) -> Any:

@@ -119,7 +119,6 @@ def render_page(data: ReportData, *, file_names: Sequence[str]) -> str:
 
 
 def _breakable(text: object) -> Markup:
-    """Mark where a long name may be broken: where its parts meet."""
     return Markup(re.sub(r"(?<=[_/+=,])(?=[A-Za-z0-9])|(?=\[)", "<wbr>", escape(text)))
 
 
@@ -221,7 +220,6 @@ def _verdict(data: ReportData, label: str) -> Markup:
 
 
 def _composites(data: ReportData) -> dict[str, Any]:
-    """Composite scores with their titles, and the reasons for missing ones."""
     scores = data.comparison.get("scores") or {}
     entries = {label: {name: (scores.get(label) or {}).get(name) for name in _COMPOSITES} for label in data.labels}
     found = [entry for own in entries.values() for entry in own.values() if entry]
@@ -358,7 +356,6 @@ def _published(data: ReportData) -> dict[str, Any] | None:
 
 
 def _official_numbers(data: ReportData, label: str) -> dict[str, float]:
-    """{column: percent} of a policy, official numbers only."""
     found: dict[str, float] = {}
     scores: Mapping[str, Mapping[str, object]] = (data.comparison.get("scores") or {}).get(label) or {}
     for name in _PUBLISHED:

@@ -101,7 +101,6 @@ class Estimate:
 
     @property
     def is_significant(self) -> bool:
-        """Significance of a difference after Holm's correction."""
         return bool(self.extra.get("significant"))
 
 
@@ -177,23 +176,19 @@ class Measure:
 
     @property
     def note(self) -> str:
-        """Place, stand-ins for the official backbone, unit and direction."""
         stand_in = f"[{self.backbone}]" if self.backbone else ""
         return " \u00b7 ".join(filter(None, (self.place + stand_in, self.unit, self.direction_text)))
 
     @property
     def description(self) -> str:
-        """Formula, unit, direction and description."""
         formula = self.spec.get("formula")
         notes = (formula and f"formula {formula}", self.unit, self.direction_text, self.spec.get("description"))
         return " \u00b7 ".join(str(note) for note in notes if note)
 
     def level(self, label: str, moment: str | None = None) -> Estimate:
-        """Mean of a run: over whole videos, or at a moment."""
         return Estimate.read(self._part("runs", moment).get(label))
 
     def difference(self, label: str, moment: str | None = None) -> Estimate:
-        """Paired difference of a run to the baseline."""
         return Estimate.read(self._part("paired", moment).get(label), "difference")
 
     def verdict(self, label: str, moment: str | None = None) -> str:
@@ -205,7 +200,6 @@ class Measure:
         return "up" if gain > 0 else "down" if gain < 0 else "sig"
 
     def digits(self, moment: str | None = None) -> int:
-        """Decimals of the column of levels."""
         return digits_for(self.level(label, moment) for label in self._part("runs", moment))
 
     def detectable(self, labels: Iterable[str], moment: str | None = None) -> float | None:
@@ -230,53 +224,41 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Contents of one report.
+    """Contents of one report."""
 
-    Attributes:
-        runs: One per policy; flags, costs, points of the scatter and reasons for missing numbers come from them.
-        comparison: Result of :func:`longtake.evaluation.comparison.compare_runs`.
-        commands: Command lines that reproduce the numbers.
-        protocol: The resolved protocol; its ``name`` and ``fingerprint`` stand in the page's head.
-        videos: {label: folder of its videos} for filmstrips; without it there are none.
-        published: Rows of published numbers, shown in grey as context; best those of videos about as long.
-        headline: Names of the measures in the first table; None takes the usual ones.
-    """
-
+    # One per policy; flags, costs, points of the scatter and reasons for missing numbers come from them.
     runs: Sequence[RunScores]
-    comparison: Mapping[str, Any]
-    commands: Sequence[str] = ()
+    comparison: Mapping[str, Any]  # result of :func:`longtake.evaluation.comparison.compare_runs`
+    commands: Sequence[str] = ()  # command lines that reproduce the numbers
+    # The resolved protocol; its ``name`` and ``fingerprint`` stand in the page's head.
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    # {label: folder of its videos} for filmstrips; without it there are none.
     videos: Mapping[str, Path] = field(default_factory=dict)
+    # Rows of published numbers, shown in grey as context; best those of videos about as long.
     published: Sequence[Row] = ()
-    headline: Sequence[str] | None = None
+    headline: Sequence[str] | None = None  # names of the measures in the first table; None takes the usual ones
 
     @cached_property
     def labels(self) -> list[str]:
-        """Labels of the policies, the baseline first."""
         labels = [str(label) for label in self.comparison.get("labels") or [run.label for run in self.runs]]
         return sorted(labels, key=lambda label: label != self.baseline)
 
     @property
     def baseline(self) -> str:
-        """The policy that the others are compared with."""
         return str(self.comparison.get("baseline") or "")
 
     @property
     def is_compared(self) -> bool:
-        """True if there are a baseline and policies to compare with it."""
         return bool(self.baseline and self.others)
 
     @property
     def others(self) -> list[str]:
-        """Labels without the baseline."""
         return [label for label in self.labels if label != self.baseline]
 
     def run(self, label: str) -> RunScores | None:
-        """The run of a label."""
         return next((run for run in self.runs if run.label == label), None)
 
     def index(self, label: str) -> int:
-        """Position of a policy in every legend."""
         return self.labels.index(label)
 
     def hue_and_line(self, label: str) -> tuple[int, int]:
@@ -287,7 +269,6 @@ class ReportData:
         return order.index(label) % _NUM_HUES + 1, order.index(label) // _NUM_HUES % _NUM_STYLES
 
     def style(self, label: str) -> str:
-        """CSS classes of a policy's colour and line style."""
         return "h{} s{}".format(*self.hue_and_line(label))
 
     @cached_property
@@ -339,18 +320,15 @@ class ReportData:
 
     @cached_property
     def costs(self) -> dict[str, str]:
-        """{cost: its title} of every cost that a run has, known ones first."""
         present = {name for run in self.runs for name, value in run.costs.items() if finite(value) is not None}
         names = [*(name for name in COSTS if name in present), *sorted(present - COSTS.keys())]
         return {name: COSTS.get(name, name.replace("_", " ")) for name in names}
 
     def cost(self, label: str, name: str) -> float | None:
-        """A run's cost; None where it was not recorded."""
         run = self.run(label)
         return None if run is None else finite(run.costs.get(name))
 
     def largest_cost(self, name: str) -> float:
-        """The largest absolute cost of any run."""
         known = [finite(run.costs.get(name)) for run in self.runs]
         return max((abs(value) for value in known if value is not None), default=0.0)
 
@@ -370,12 +348,10 @@ class ReportData:
 
     @cached_property
     def lines(self) -> list[tuple[str, ManifestLine]]:
-        """(label, line of its manifest) of every video."""
         return [(run.label, video.video) for run in self.runs for video in run.videos]
 
     @property
     def num_prompts(self) -> int:
-        """Number of different prompts."""
         return len({line.prompt_index for _, line in self.lines})
 
     @property
@@ -385,7 +361,6 @@ class ReportData:
 
     @property
     def seconds(self) -> tuple[float, float] | None:
-        """Shortest and longest video; None where no manifest says so."""
         lengths = [line.num_frames / line.fps for _, line in self.lines if line.num_frames and line.fps]
         return (min(lengths), max(lengths)) if lengths else None
 

@@ -169,7 +169,6 @@ def _draw_rows(
 def _draw_estimates(
     axes: Axes, data: ReportData, label: str, *, x: Estimate, y: Estimate, is_filled: bool = True
 ) -> None:
-    """A marker with whiskers where there are intervals."""
     if x.value is None or y.value is None:
         return
     colour = LIGHT[data.hue_and_line(label)[0]]
@@ -200,7 +199,6 @@ def _or_nan(value: Any) -> float:
 
 
 def _bound(axes: Axes, measure: Measure) -> None:
-    """Leave no room for values that the measure cannot have."""
     low, high = axes.get_ylim()
     if measure.least is not None and low < measure.least <= axes.dataLim.y0:
         axes.set_ylim(bottom=measure.least)
@@ -387,13 +385,11 @@ def _film(folder: Path, line: ManifestLine, label: str) -> _Film:
 
 
 def _find_video(folder: Path, line: ManifestLine) -> Path | None:
-    """Return a manifest line's video below the folder, or in it under its own name; None if there is none."""
     candidates = (folder / line.file, folder / PurePosixPath(line.file).name)
     return next((path for path in candidates if path.exists()), None)
 
 
 def _strip_indices(num_frames: int) -> list[int]:
-    """Return indices of the first frame, of one at each quarter and of the last."""
     return [round(share * (num_frames - 1)) for share in _SHARES]
 
 
@@ -416,7 +412,6 @@ def _strip(source: VideoSource) -> Image.Image:
 
 
 def _resized(frame: np.ndarray) -> Image.Image:
-    """A frame in its box; small ones are enlarged by a whole factor with sharp edges."""
     image = Image.fromarray(np.ascontiguousarray(frame))
     factor = int(min(_FRAME[0] / image.width, _FRAME[1] / image.height))
     if factor:

@@ -132,7 +132,6 @@ def summary_table(comparison: Mapping[str, Any]) -> Table:
 
 
 def _terminal_row(data: ReportData, measure: Measure, *, with_interval: bool) -> list[Text]:
-    """A measure's cells, one per policy."""
     digits = digits_for(measure.level(label) for label in data.labels)
     styles = {"up": "green", "down": "red"}
     cells = []
@@ -245,7 +244,6 @@ def replace_section(page: Path, section: str, text: str | None) -> None:
 
 
 def _restricted(runs: Sequence[RunScores], columns: Sequence[str]) -> list[RunScores]:
-    """Runs with some of their metrics."""
     return [replace(run, specs={name: run.specs[name] for name in columns if name in run.specs}) for run in runs]
 
 

@@ -28,32 +28,21 @@ _PROMPT_FILES = ("prompt_file.json", "prompts.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Videos that are made together, or one that exists.
+    """Videos that are made together, or one that exists."""
 
-    Attributes:
-        label: Of the run.
-        number: Within the run, from 0.
-        share: The process it falls to is this modulo their number.
-        folder: Of the run.
-        lines: One per video; what only the finished video tells is filled in when it is there.
-        prompts: What to generate from; empty for a video that exists.
-    """
-
-    label: str
-    number: int
-    share: int
-    folder: Path
-    lines: tuple[ManifestLine, ...]
-    prompts: tuple[Prompt, ...] = ()
+    label: str  # of the run
+    number: int  # within the run, from 0
+    share: int  # the process it falls to is this modulo their number
+    folder: Path  # of the run
+    lines: tuple[ManifestLine, ...]  # one per video; what only the finished video tells is filled in when it is there
+    prompts: tuple[Prompt, ...] = ()  # what to generate from; empty for a video that exists
 
     @property
     def title(self) -> str:
-        """Name for messages."""
         return f"{self.label}, videos {self.lines[0].id} to {self.lines[-1].id}"
 
     @property
     def is_generated(self) -> bool:
-        """Tell whether the unit makes its videos."""
         return bool(self.prompts)
 
     @property
@@ -63,32 +52,26 @@ class Unit:
 
     @property
     def record_path(self) -> Path:
-        """File that says that the videos of a generated unit are whole."""
         return self.folder / UNITS / f"{self.number:05d}.json"
 
     def score_path(self, line: ManifestLine) -> Path:
-        """File of a video's scores."""
         return self.folder / SCORES / score_name(line.id)
 
     def finished_lines(self) -> tuple[ManifestLine, ...]:
-        """The videos' lines, as their record has them; empty while they are not whole."""
         if not self.is_generated:
             return self.lines
         record = read_json(self.record_path) or {"lines": ()}
         return tuple(ManifestLine.from_json(values) for values in record["lines"])
 
     def videos_exist(self, lines: Sequence[ManifestLine]) -> bool:
-        """Tell whether every video's file is there."""
         return bool(lines) and all((self.folder / line.file).exists() for line in lines)
 
     def is_measured(self, line: ManifestLine) -> bool:
-        """Tell whether the scores of this very video are there."""
         values = read_json(self.score_path(line))
         # Through JSON, so that tuples and lists are the same.
         return values is not None and values["video"] == json.loads(json.dumps(line.to_json()))
 
     def is_done(self, *, keep_videos: bool) -> bool:
-        """Tell whether nothing is left to do."""
         lines = self.finished_lines()
         if not lines or not all(self.is_measured(line) for line in lines):
             return False
@@ -255,7 +238,6 @@ def video_info(line: ManifestLine, source: VideoSource) -> VideoInfo:
 
 
 def _names(path: Path, root: Path) -> tuple[str, str, str]:
-    """Names that a file of prompts may have for a video."""
     return path.relative_to(root).as_posix(), path.name, path.stem
 
 

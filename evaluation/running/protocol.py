@@ -57,72 +57,45 @@ _HASHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Everything that decides the numbers of an evaluation.
+    """Everything that decides the numbers of an evaluation."""
 
-    Attributes:
-        name: Of the protocol, for people.
-        videos: Folder of existing videos to measure; None to generate them.
-        manifest: JSON lines that say what the existing videos were made from.
-        prompt_file: JSON mapping of the existing videos' file names to prompts.
-        fps: Frames per second of folders of frames, which do not say it.
-        mixed_rates: Whether a run may hold existing videos of different frame rates. None: with given networks,
-            because VBench measures every clip at its own rate.
-        model: A family with bundled weights, or a diffusers folder.
-        family: How a folder is run; a bundled model has its own.
-        model_sha256: Of the weights; filled in when it is resolved.
-        dtype: What the model is loaded in; diffusers keeps what it has to in float32.
-        device: ``cpu`` or ``cuda``; with several GPUs every worker takes the next.
-        sampler: Mapping for ``make_sampler`` instead of the family's.
-        caches: {label: cache policy, as ``longtake generate`` takes it}; the label names the run's folder. A mapping
-            may have ``attention`` too: a sparse attention policy's name or mapping.
-        prompts: ``suite:NAME`` or a file; see :func:`longtake.evaluation.running.suites.load_prompts`.
-        prompts_extended: File with the longer twin of every prompt.
-        prompts_sha256: Of the list that is used; a list that does not fit is refused.
-        num_prompts: Only the first so many.
-        dimensions: Only the prompts of these VBench dimensions.
-        samples: Videos per prompt, each with a noise seed of its own.
-        seconds: Length of every video.
-        segment_seconds: Prompts of the list follow each other within a video, each for so long.
-        segment_event: What happens to the cache when the prompt changes: keep, recache, flush or cut.
-        batch: Videos made together. Fixed, so that no number depends on how many processes work.
-        threads: Of each process, for the same reason.
-        crf: H.264 quality of the files that are measured: 0 (lossless) to 51.
-        metrics: Groups of metrics: vbench, long, weight_free, judge.
-        backbones: Python or YAML file that names the networks; None for the classical stand-ins.
-        backbones_sha256: Of that file; filled in when it is resolved.
-        baseline: Label that the others are compared with; the first one unless given.
-        moments: Seconds at which runs are compared; each stands for the five seconds of video that end there.
-    """
-
-    name: str = "custom"
-    videos: str | None = None
-    manifest: str | None = None
-    prompt_file: str | None = None
-    fps: float | None = None
+    name: str = "custom"  # of the protocol, for people
+    videos: str | None = None  # folder of existing videos to measure; None to generate them
+    manifest: str | None = None  # JSON lines that say what the existing videos were made from
+    prompt_file: str | None = None  # JSON mapping of the existing videos' file names to prompts
+    fps: float | None = None  # frames per second of folders of frames, which do not say it
+    # Whether a run may hold existing videos of different frame rates. None: with given networks, because VBench
+    # measures every clip at its own rate.
     mixed_rates: bool | None = None
-    model: str = "mini"
-    family: str | None = None
-    model_sha256: str | None = None
+    model: str = "mini"  # a family with bundled weights, or a diffusers folder
+    family: str | None = None  # how a folder is run; a bundled model has its own
+    model_sha256: str | None = None  # of the weights; filled in when it is resolved
+    # What the model is loaded in; diffusers keeps what it has to in float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
-    sampler: Mapping[str, Any] | None = None
+    device: Literal["cpu", "cuda"] = "cpu"  # ``cpu`` or ``cuda``; with several GPUs every worker takes the next
+    sampler: Mapping[str, Any] | None = None  # mapping for ``make_sampler`` instead of the family's
+    # {label: cache policy, as ``longtake generate`` takes it}; the label names the run's folder. A mapping may have
+    # ``attention`` too: a sparse attention policy's name or mapping.
     caches: Mapping[str, Any] | None = None
+    # ``suite:NAME`` or a file; see :func:`longtake.evaluation.running.suites.load_prompts`.
     prompts: str = "suite:moving_scenes"
-    prompts_extended: str | None = None
-    prompts_sha256: str | None = None
-    num_prompts: int | None = None
-    dimensions: tuple[str, ...] = ()
-    samples: int = 1
-    seconds: float = 60.0
-    segment_seconds: float | None = None
+    prompts_extended: str | None = None  # file with the longer twin of every prompt
+    prompts_sha256: str | None = None  # of the list that is used; a list that does not fit is refused
+    num_prompts: int | None = None  # only the first so many
+    dimensions: tuple[str, ...] = ()  # only the prompts of these VBench dimensions
+    samples: int = 1  # videos per prompt, each with a noise seed of its own
+    seconds: float = 60.0  # length of every video
+    segment_seconds: float | None = None  # prompts of the list follow each other within a video, each for so long
+    # What happens to the cache when the prompt changes: keep, recache, flush or cut.
     segment_event: Literal["keep", "recache", "flush", "cut"] = "keep"
-    batch: int = 4
-    threads: int = 1
-    crf: int = 12
-    metrics: tuple[str, ...] = GROUPS
-    backbones: str | None = None
-    backbones_sha256: str | None = None
-    baseline: str | None = None
+    batch: int = 4  # videos made together. Fixed, so that no number depends on how many processes work.
+    threads: int = 1  # of each process, for the same reason
+    crf: int = 12  # H.264 quality of the files that are measured: 0 (lossless) to 51
+    metrics: tuple[str, ...] = GROUPS  # groups of metrics: vbench, long, weight_free, judge
+    backbones: str | None = None  # Python or YAML file that names the networks; None for the classical stand-ins
+    backbones_sha256: str | None = None  # of that file; filled in when it is resolved
+    baseline: str | None = None  # label that the others are compared with; the first one unless given
+    # Seconds at which runs are compared; each stands for the five seconds of video that end there.
     moments: tuple[float, ...] = (5.0, 30.0, 60.0)
 
     def __post_init__(self) -> None:
@@ -155,7 +128,6 @@ class Protocol:
             raise ValueError(f"baseline {self.baseline!r} is none of the runs: {', '.join(caches)}.{hint}")
 
     def as_mapping(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers that load into an equal protocol."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def identity(self) -> dict[str, Any]:
@@ -167,7 +139,6 @@ class Protocol:
         return {key: value for key, value in self.as_mapping().items() if key not in left_out}
 
     def fingerprint(self) -> str:
-        """Hash of :meth:`identity`, 16 hexadecimal digits."""
         return _hash(self.identity())
 
     def config_hash(self, label: str) -> str:

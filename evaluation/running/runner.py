@@ -71,12 +71,10 @@ class Evaluation:
 
     @property
     def labels(self) -> list[str]:
-        """Labels of the runs, in order."""
         return [run.label for run in self.runs]
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """Protocol, its fingerprint and its settings, for every run's results."""
         return {
             "protocol": self.protocol.name,
             "fingerprint": self.protocol.fingerprint(),
@@ -100,11 +98,9 @@ class Evaluation:
             yield
 
     def todo(self) -> list[Unit]:
-        """Units that are not finished."""
         return [unit for unit in self.units if not unit.is_done(keep_videos=self.keep_videos)]
 
     def setup(self, units: Sequence[Unit]) -> Setup:
-        """Settings of workers, which may be in another folder."""
         protocol = self.protocol
         if protocol.backbones is not None:
             protocol = replace(protocol, backbones=str(Path(protocol.backbones).absolute()))
@@ -131,7 +127,6 @@ class Evaluation:
                     )
 
     def finish(self) -> None:
-        """Write every run's manifest, costs and results, the comparison and the report."""
         for run in self.runs:
             lines = [line for unit in run.units for line in unit.finished_lines()]
             lines.sort(key=lambda line: (line.prompt_index, line.seed_index, line.id))

@@ -28,7 +28,6 @@ class _Text:
 
     @property
     def generated_from(self) -> str:
-        """The text that the model reads."""
         return self.extended or self.text
 
 

@@ -210,7 +210,6 @@ class _LocalWorker:
             os.environ.update(before)
 
     def steps(self) -> float | None:
-        """Latest news of the unit in work, if there is any."""
         latest = None
         while self._steps.poll():
             latest = self._steps.recv()
@@ -254,14 +253,12 @@ class _RayWorker:
         self._thread = ThreadPoolExecutor(1)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
-        """Call a function in the actor."""
         return self._thread.submit(self._call, function, *args)
 
     def steps(self) -> None:
         """Nothing: actors tell of whole units only."""
 
     def stop(self) -> None:
-        """End the actor at once; what it has written whole stays."""
         self._ray.kill(self._actor)
         self._thread.shutdown()
 
@@ -358,11 +355,9 @@ class _Worker:
 
     @cached_property
     def generator(self) -> "_Generator":
-        """The model, loaded when the first video is missing."""
         return _Generator(self.setup.protocol, device=self.device)
 
     def describe(self) -> dict[str, Any]:
-        """``specs``, ``skipped`` and ``files`` of what is measured."""
         specs = [asdict(spec) for metric in self.metrics for spec in metric.specs]
         return {"specs": specs, "skipped": dict(self.skipped), "files": self.files}
 
@@ -401,8 +396,6 @@ class _Worker:
 
 
 class _Generator:
-    """The model of a resolved protocol, which makes the videos of units."""
-
     def __init__(self, protocol: Protocol, *, device: str) -> None:
         self.protocol = protocol
         self.pipe = _load(protocol, device)
@@ -527,7 +520,6 @@ def _set_up(setup: Setup, slot: int) -> dict[str, Any]:
 
 
 def _do_unit(unit: Unit) -> None:
-    """Make and measure what a unit lacks, in a worker that is set up."""
     with _plain_errors(unit.title):
         if _worker is None:
             raise RuntimeError("the worker is not set up")
@@ -575,7 +567,6 @@ def _whole_video(path: Path, form: VideoFormat) -> Iterator[VideoWriter]:
 
 
 def _blocks(rollout: "VideoRollout") -> "Iterator[tuple[VideoBlock, float]]":
-    """Blocks, each with the processor seconds of its denoising."""
     while True:
         begin = time.process_time()
         with torch.no_grad():
