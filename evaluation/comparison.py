@@ -16,10 +16,8 @@ from longtake.evaluation.scores import TOTALS
 
 SCHEMA = 1
 LEVEL = 0.05
-REACH_SECONDS = 1.0
-"""A video counts at a moment if it ends no earlier than this before it: rollouts are whole blocks."""
-_MOMENT_SECONDS = 5.0
-"""A moment stands for the seconds before it."""
+REACH_SECONDS = 1.0  # a video counts at a moment if it ends no earlier than this before it: rollouts are whole blocks
+_MOMENT_SECONDS = 5.0  # a moment stands for the seconds before it
 _SLACK_SECONDS = 0.1
 """Windows are whole frames: at 23.976 frames a second, two seconds are 48 frames and end a little late."""
 _CURVE_RESAMPLES = 2_000
@@ -28,8 +26,7 @@ _ALWAYS = ("quality7", "quality6_long", "total")
 """Scores that are there if only with the reason why they have no value; the others where they have one."""
 _NO_INTERVAL = {"reason": "an interval needs two prompts"}
 
-_Key = tuple[int, int]
-"""(prompt index, seed index): the rows of every matrix are those of all runs, in order."""
+_Key = tuple[int, int]  # (prompt index, seed index): the rows of every matrix are those of all runs, in order
 _Curve = tuple[NDArray, NDArray, NDArray]
 """Starts (windows,), ends (windows,) and values (videos, windows) of one measure."""
 

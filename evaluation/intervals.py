@@ -11,8 +11,7 @@ from scipy.special import stdtrit
 
 NUM_RESAMPLES = 10_000
 _MEASURES_AT_ONCE = 64  # times 10,000 resamples: 5 MB, which a cache of the second level nearly holds
-Values = Mapping[tuple[int, int], float]
-"""{(prompt index, seed index): value} of one measure, one entry per video."""
+Values = Mapping[tuple[int, int], float]  # {(prompt index, seed index): value} of one measure, one entry per video
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,9 @@ MANIFEST = "manifest.jsonl"
 SCORES = "scores"
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
-NUM_SHOWN_PROMPTS = 3
-"""The report shows frames of so many prompts: the first ones, their first seed."""
+NUM_SHOWN_PROMPTS = 3  # the report shows frames of so many prompts: the first ones, their first seed
 _OTHER_NAMES = {"n_frames": "num_frames", "H": "height", "W": "width"}
-_LONGEST_NAME = 255 - len(".json")
-"""Bytes of a file's name that file systems take."""
+_LONGEST_NAME = 255 - len(".json")  # bytes of a file's name that file systems take
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ from longtake.evaluation.video import VideoSource, measure
 
 SETS_FILE = "sets.json"
 NUM_NEIGHBOURS = 5
-NUM_FRAMES = 32
-"""Frames kept of each video, evenly spaced: as many per video for all, and even, which STREAM needs."""
+NUM_FRAMES = 32  # frames kept of each video, evenly spaced: as many per video for all, and even, which STREAM needs
 _NUM_BINS = 50
 _FLOOR = 1e-6
 _ROWS_AT_ONCE = 256

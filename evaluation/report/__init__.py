@@ -62,12 +62,9 @@ _PUBLISHED = {
 }
 """Columns of published tables that a report can set its own numbers beside, in percent, and their titles."""
 _FEW_PROMPTS = 10
-_MANY_POLICIES = 8
-"""Above this number the tables of moments are folded at first."""
-_MAX_FLAGS = 200
-"""Rows of the page's table of flags; the CSV file has all."""
-_MAX_CURVE_POINTS = 80_000
-"""Windows drawn over all figures; the curves of further measures are in curves.csv only."""
+_MANY_POLICIES = 8  # above this number the tables of moments are folded at first
+_MAX_FLAGS = 200  # rows of the page's table of flags; the CSV file has all
+_MAX_CURVE_POINTS = 80_000  # windows drawn over all figures; the curves of further measures are in curves.csv only
 
 
 def write_report(out: Path, data: ReportData) -> Path:

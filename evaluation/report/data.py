@@ -14,8 +14,7 @@ from longtake.evaluation.metric import PREFIXES, Score
 from longtake.evaluation.published import Row
 from longtake.evaluation.records import ManifestLine, RunScores
 
-_NUM_HUES, _NUM_STYLES = 8, 3
-"""Hues times line styles are the policies that can be told apart; then colours repeat."""
+_NUM_HUES, _NUM_STYLES = 8, 3  # hues times line styles are the policies that can be told apart; then colours repeat
 _HEADLINES = (
     r"vbench(_form)?/(long/)?subject_consistency",
     r"vbench(_form)?/(long/)?background_consistency",
@@ -370,12 +369,10 @@ class ReportData:
 _STATIC_SHARE = 0.98
 """Of the video's quarter seconds, which leaves room for a hiccup; or every frame looks like the last. True scenes in
 which objects hide reach 0.1."""
-_FROZEN_SECONDS = 1.75
-"""Objects of true scenes hide behind their pillar for up to 1.6."""
+_FROZEN_SECONDS = 1.75  # objects of true scenes hide behind their pillar for up to 1.6
 _FROZEN_OVER_REST = 1.5
 """A tail is longer than any rest before it by this factor: objects may be out of view for a while now and then."""
-_LOOP_SHARE = 0.25
-"""Of the video; a loop is followed for two periods before it scores at all."""
+_LOOP_SHARE = 0.25  # of the video; a loop is followed for two periods before it scores at all
 _LOOP_MARGIN_S = 0.25
 _PERIOD_TOLERANCE = 0.03
 _FLICKER_LEVELS = 1.0
@@ -385,11 +382,9 @@ _DRIFT_LEVELS = 12.0
 """Grey levels within a shot: clearly seen side by side. True scenes stay under 1, moving shapes under 3."""
 _DRIFT_STEADINESS = 0.7
 """Drifts of any course reach 0.95; the colours of what comes and goes may be far apart, but stay under 0.6."""
-_SEAM_RATIO = 2.0
-"""The mini model's blocks give 0.9 to 1.1."""
+_SEAM_RATIO = 2.0  # the mini model's blocks give 0.9 to 1.1
 
-Stretch = tuple[float, float, str]
-"""(start, end, sentence for the report), in seconds."""
+Stretch = tuple[float, float, str]  # (start, end, sentence for the report), in seconds
 _Rule = Callable[[float, Mapping[str, Any], Mapping[str, Score]], Iterator[Stretch]]
 
 

@@ -45,15 +45,11 @@ _VARIABLES |= {LIGHT_PAGE: "page", _SOFT: "soft", _RULE: "line", _BLIND: "blind"
 """{colour of a drawing: variable of the page's style sheet}, which has other values on a dark screen."""
 _LINES = ("-", "--", ":")
 _MARKERS = ("o", "D", "s")
-CURVE_LEFT, CURVE_RIGHT = 0.06, 0.79
-"""Sides of the axes as shares of the width; the page's readout lies over them."""
-_MAX_DOTS = 1500
-"""Videos in a scatter; of more, every second, third, ... is drawn."""
-_MAX_BANDS = 6
-"""Policies with bands in a PNG; the page has a switch."""
+CURVE_LEFT, CURVE_RIGHT = 0.06, 0.79  # sides of the axes as shares of the width; the page's readout lies over them
+_MAX_DOTS = 1500  # videos in a scatter; of more, every second, third, ... is drawn.
+_MAX_BANDS = 6  # policies with bands in a PNG; the page has a switch
 
-Points = list[tuple[float, Mapping[str, Any]]]
-"""(middle of the window in seconds, window)."""
+Points = list[tuple[float, Mapping[str, Any]]]  # (middle of the window in seconds, window)
 Draw = Callable[[Axes, ReportData, Measure], list[str]]
 """Draws a panel; returns the policies of its legend from top to bottom."""
 
@@ -326,11 +322,9 @@ def _png(
 
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_FRAME = (144, 128)
-"""Width and height that a frame fits into, in pixels."""
+_FRAME = (144, 128)  # width and height that a frame fits into, in pixels
 _QUALITY = 62
-_GAP = 3
-"""Transparent pixels between two frames of a strip."""
+_GAP = 3  # transparent pixels between two frames of a strip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,8 +104,7 @@ def _video_rows(data: ReportData) -> Iterable[Sequence[Any]]:
 
 
 _MOST_COLUMNS = 3
-_MOST_MEASURES = 5
-"""Policies, or measures, that stand side by side in a terminal of 80 columns."""
+_MOST_MEASURES = 5  # policies, or measures, that stand side by side in a terminal of 80 columns
 
 
 def summary_table(comparison: Mapping[str, Any]) -> Table:
@@ -146,8 +145,7 @@ def _terminal_row(data: ReportData, measure: Measure, *, with_interval: bool) ->
     return cells
 
 
-Levels = Mapping[str, Mapping[str, float]]
-"""{reference: {metric: value}}: rows above the policies."""
+Levels = Mapping[str, Mapping[str, float]]  # {reference: {metric: value}}: rows above the policies
 
 JUDGE = "judge/"
 _SIX = ("shape", "colour", "background", "texture", "motion", "camera")
@@ -163,8 +161,7 @@ TITLES = {
 _SHARES = {"judge/motion_magnitude": "motion magnitude"}
 """Shown as a share of the same videos' first seconds; a difference is one of the measure itself, under this title."""
 _FIRST_SECONDS = 5.0
-_PLAIN_COSTS = ("attention_density", "ms_per_block", "kv_mb")
-"""Costs in the last columns, where a run has them."""
+_PLAIN_COSTS = ("attention_density", "ms_per_block", "kv_mb")  # costs in the last columns, where a run has them
 
 
 def choose_columns(runs: Sequence[RunScores], wanted: Sequence[str] | None) -> list[str]:

@@ -23,28 +23,17 @@ from longtake.evaluation.records import write_atomically
 
 PROTOCOL_FILE = "protocol.yaml"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-ATTENTION = "attention"
-"""Key of an entry of ``caches`` beside the cache policy's own."""
-GROUPS = ("vbench", "long", "weight_free", "judge")
-"""Groups of metrics, as ``evaluation/metrics`` makes them."""
-_PLACES = set(
-    [
-        "name",
-        "videos",
-        "manifest",
-        "prompt_file",
-        "mixed_rates",
-        "model",
-        "prompts",
-        "prompts_extended",
-        "num_prompts",
-        "backbones",
-    ]
-)
+ATTENTION = "attention"  # key of an entry of ``caches`` beside the cache policy's own
+GROUPS = ("vbench", "long", "weight_free", "judge")  # groups of metrics, as ``evaluation/metrics`` makes them
+_PLACES = {
+    *("name", "videos", "manifest", "prompt_file", "mixed_rates"),
+    *("model", "prompts", "prompts_extended", "num_prompts", "backbones"),
+}
 """Keys that say where something is, or repeat what a hash says: not part of the fingerprint."""
-_GENERATION = set(
-    ["family", "model_sha256", "dtype", "device", "sampler", "seconds", "segment_event", "batch", "threads", "crf"]
-)
+_GENERATION = {
+    *("family", "model_sha256", "dtype", "device", "sampler"),
+    *("seconds", "segment_event", "batch", "threads", "crf"),
+}
 """Keys that a video depends on beside prompt, seed and policy."""
 _HASHES = {
     "model": "model_sha256",

@@ -11,12 +11,9 @@ from longtake.configs.fields import choose, did_you_mean
 from longtake.evaluation.mini_world.scenes import describe, held_back_scenes
 
 SUITE = "suite:"
-PROMPT_SEED = 64
-"""Of the held-back scenes; not the ones the mini model's score uses."""
-_SEED_STEP = 1_000_003
-"""Between the noise seeds of one prompt."""
-_NUM_SCENES = 16
-"""Scenes of ``suite:moving_scenes`` where no number is given; there is no end of them."""
+PROMPT_SEED = 64  # of the held-back scenes; not the ones the mini model's score uses
+_SEED_STEP = 1_000_003  # between the noise seeds of one prompt
+_NUM_SCENES = 16  # scenes of ``suite:moving_scenes`` where no number is given; there is no end of them
 
 
 @dataclass(frozen=True, kw_only=True)
