@@ -24,6 +24,12 @@ PROMPT_DIMENSIONS = ("overall_consistency", "temporal_style", "human_action")
 """Run on videos of one's own, and read the prompt."""
 LONG_DIMENSIONS = tuple(name for name in QUALITY if name != "temporal_flickering")
 """VBench-Long's on videos of one's own; it would read prompts from folder names, so none that needs a prompt."""
+_MODES = {
+    "custom": (CUSTOM_DIMENSIONS, (*CUSTOM_DIMENSIONS, "temporal_style", "human_action"), "custom_input"),
+    "long": (LONG_DIMENSIONS, LONG_DIMENSIONS, "long_custom_input"),
+    "standard": (DIMENSIONS, DIMENSIONS, "vbench_standard"),
+}
+"""{mode: (dimensions scored unless others are named, all that it has, its name in the official tool)}."""
 FOLDERS = {
     "background_consistency": "scene",
     "aesthetic_quality": "overall_consistency",
@@ -51,76 +57,64 @@ class Export:
     notes: tuple[str, ...]  # for a reader of the scores
 
 
-def export_custom(run: Path, out: Path, *, dimensions: Sequence[str] = CUSTOM_DIMENSIONS) -> Export:
-    """Lay videos out for VBench on whole videos, mode ``custom_input``.
-
-    Args:
-        run: Folder with ``manifest.jsonl``.
-        out: New or empty folder: ``videos/p0007-0.mp4``, ``prompt_file.json``, ``run.sh``, ``README.md``,
-            ``export.json``. Videos are hard links where the disk allows it, else copies.
-        dimensions: To score.
-
-    Raises:
-        ValueError: If the folder is not empty, a video is missing or no ``.mp4``, a prompt is missing, or a dimension
-            needs VBench's own prompts. Nothing is left behind.
-    """
-    _check_dimensions(dimensions, (*CUSTOM_DIMENSIONS, "temporal_style", "human_action"), mode="custom")
-    lines = _lines(run)
-    needing = [name for name in dimensions if name in PROMPT_DIMENSIONS]
-    if needing and (nameless := [line.id for line in lines if not line.prompt]):
-        raise ValueError(f"video {nameless[0]!r} has no prompt, and {needing[0]} reads it: leave that dimension out.")
-    notes = _notes(lines)
-    if any(_seconds(line) >= LONG_SECONDS for line in lines):
-        notes.append(f"videos of {LONG_SECONDS:g} s and more: VBench's FAQ says VBench-Long; mode long is for that")
-    links = {f"{_name(line)}.mp4": line for line in lines}
-    prompts = {name: line.prompt for name, line in links.items()}
-    return _write(run, out, "custom_input", dimensions, links, notes=notes, extra={"prompt_file.json": prompts})
-
-
-def export_long(
-    run: Path, out: Path, *, dimensions: Sequence[str] = LONG_DIMENSIONS, dev_flag: bool = False
-) -> Export:
-    """Lay videos out for VBench-Long, mode ``long_custom_input``: clips of two seconds.
-
-    Args and errors are those of :func:`export_custom`; this mode reads no prompts. The official tool writes its clips
-    into the folder and uses them again, so it must not have been used before. ``dev_flag`` is the tool's own: half
-    clip-to-clip consistency through a quantile table instead of in-clip alone. Papers rarely say which they used.
-    """
-    _check_dimensions(dimensions, LONG_DIMENSIONS, mode="long")
-    lines = _lines(run)
-    notes = _notes(lines)
-    if any(0 < _seconds(line) < LONG_SECONDS for line in lines):
-        notes.append(f"videos under {LONG_SECONDS:g} s: VBench's FAQ says VBench; mode custom is for that")
-    links = {f"{_name(line)}.mp4": line for line in lines}
-    return _write(run, out, "long_custom_input", dimensions, links, notes=notes, dev_flag=dev_flag)
-
-
-def export_standard(
+def export_videos(
     run: Path,
     out: Path,
     *,
+    mode: str,
+    dimensions: Sequence[str] | None = None,
+    dev_flag: bool = False,
     full_info: Path | None = None,
-    dimensions: Sequence[str] = DIMENSIONS,
     num_samples: int = NUM_SAMPLES,
     allow_missing: bool = False,
 ) -> Export:
-    """Lay videos of VBench's own prompts out for mode ``vbench_standard``: ``videos/FOLDER/PROMPT-0.mp4``.
+    """Lay a run's videos out for the official VBench; papers rarely say which mode and flag they used.
 
     Args:
-        run: Folder with ``manifest.jsonl``; prompts as VBench has them, also where a longer text was generated from.
-        out: New or empty folder.
-        full_info: VBench's ``VBench_full_info.json``.
-        dimensions: To score.
-        num_samples: Videos per prompt.
+        run: Folder with ``manifest.jsonl``; in mode ``standard`` its prompts are VBench's, also where the model read
+            longer ones.
+        out: New or empty folder: ``videos/p0007-0.mp4`` (``standard``: ``videos/FOLDER/PROMPT-0.mp4``), ``run.sh``,
+            ``README.md``, ``export.json``. Videos are hard links where the disk allows it, else copies. The tool
+            writes clips into the folder and uses them again, so it must not have been used before.
+        mode: ``custom`` for whole videos; ``long`` for VBench-Long's clips of two seconds, which reads no prompts;
+            ``standard`` for VBench's own prompts.
+        dimensions: To score; all of the mode unless given.
+        dev_flag: VBench-Long's: half clip-to-clip consistency through a quantile table instead of in-clip alone.
+        full_info: VBench's ``VBench_full_info.json``, for mode ``standard``.
+        num_samples: Videos per prompt, for mode ``standard``.
         allow_missing: Lay out what is there. VBench only warns of missing videos, and its score is then of others.
 
     Raises:
-        ValueError: As for :func:`export_custom`; if the list cannot be read, a prompt of the run is not in it, or
-            a video of it is not in the run.
+        ValueError: If the folder is not empty, a video is missing or no ``.mp4``, a prompt is missing or none of
+            VBench's, or a dimension needs VBench's own prompts. Nothing is left behind.
     """
-    _check_dimensions(dimensions, DIMENSIONS, mode="standard")
-    if full_info is None:
-        raise ValueError("mode standard needs VBench's list of prompts: give the path of VBench_full_info.json.")
+    if mode not in _MODES:
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(_MODES)}.")
+    usual, allowed, name = _MODES[mode]
+    dimensions = usual if dimensions is None else dimensions
+    _check_dimensions(dimensions, allowed, mode=mode)
+    if mode == "standard":
+        if full_info is None:
+            raise ValueError("mode standard needs VBench's list of prompts: give the path of VBench_full_info.json.")
+        return _export_standard(run, out, full_info, dimensions, num_samples=num_samples, allow_missing=allow_missing)
+    lines = _lines(run)
+    notes, links = _notes(lines), {f"{_name(line)}.mp4": line for line in lines}
+    if mode == "long":
+        if any(0 < _seconds(line) < LONG_SECONDS for line in lines):
+            notes.append(f"videos under {LONG_SECONDS:g} s: VBench's FAQ says VBench; mode custom is for that")
+        return _write(run, out, name, dimensions, links, notes=notes, dev_flag=dev_flag)
+    needing = [name for name in dimensions if name in PROMPT_DIMENSIONS]
+    if needing and (nameless := [line.id for line in lines if not line.prompt]):
+        raise ValueError(f"video {nameless[0]!r} has no prompt, and {needing[0]} reads it: leave that dimension out.")
+    if any(_seconds(line) >= LONG_SECONDS for line in lines):
+        notes.append(f"videos of {LONG_SECONDS:g} s and more: VBench's FAQ says VBench-Long; mode long is for that")
+    prompts = {name: line.prompt for name, line in links.items()}
+    return _write(run, out, name, dimensions, links, notes=notes, extra={"prompt_file.json": prompts})
+
+
+def _export_standard(
+    run: Path, out: Path, full_info: Path, dimensions: Sequence[str], *, num_samples: int, allow_missing: bool
+) -> Export:
     prompts = _read_full_info(full_info)
     lines, links, missing = _lines(run), {}, []
     found = {(line.prompt, line.seed_index): line for line in lines}
@@ -147,7 +141,9 @@ def export_standard(
     if "temporal_flickering" in dimensions:
         notes.append("VBench takes 25 samples per prompt for temporal_flickering, and filters static videos first")
     info = json.loads(full_info.read_text(encoding="utf-8"))
-    return _write(run, out, "vbench_standard", dimensions, links, notes=notes, extra={"VBench_full_info.json": info})
+    return _write(
+        run, out, _MODES["standard"][2], dimensions, links, notes=notes, extra={"VBench_full_info.json": info}
+    )
 
 
 def _check_dimensions(dimensions: Sequence[str], allowed: Sequence[str], *, mode: str) -> None:

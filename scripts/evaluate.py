@@ -316,18 +316,18 @@ def _export_vbench(
 
     `longtake evaluate export-vbench study/pack --mode standard --full-info VBench_full_info.json --out vbench-pack`
     """
-    from longtake.evaluation.vbench_io import export_custom, export_long, export_standard
+    from longtake.evaluation.vbench_io import export_videos
 
-    chosen: dict[str, Any] = {} if dimensions is None else {"dimensions": _words(dimensions)}
-    if mode == "custom":
-        export = export_custom(run, out_folder, **chosen)
-    elif mode == "long":
-        export = export_long(run, out_folder, dev_flag=dev_flag, **chosen)
-    elif mode == "standard":
-        own = {"full_info": full_info, "num_samples": num_samples, "allow_missing": allow_missing}
-        export = export_standard(run, out_folder, **own, **chosen)
-    else:
-        raise ValueError(f"unknown mode {mode!r}; known: custom, long, standard.")
+    export = export_videos(
+        run,
+        out_folder,
+        mode=mode,
+        dimensions=None if dimensions is None else _words(dimensions),
+        dev_flag=dev_flag,
+        full_info=full_info,
+        num_samples=num_samples,
+        allow_missing=allow_missing,
+    )
     for note in export.notes:
         err.print(note, style="yellow", markup=False)
     out.print(str(out_folder), markup=False)

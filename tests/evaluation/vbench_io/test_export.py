@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -13,12 +14,13 @@ from longtake.evaluation.records import read_manifest, write_manifest
 from longtake.evaluation.vbench_io import (
     CUSTOM_DIMENSIONS,
     LONG_DIMENSIONS,
-    export_custom,
-    export_long,
-    export_standard,
+    export_videos,
     import_results,
 )
 
+export_custom, export_long, export_standard = (
+    partial(export_videos, mode=mode) for mode in ("custom", "long", "standard")
+)
 FAKE_TOOL = """
 import argparse, json, os, sys
 p = argparse.ArgumentParser()
