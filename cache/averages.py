@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,38 +17,20 @@ from longtake.cache.storage import KeysValues, Storage, Stored
 class AveragingPolicy(FramePolicy):
     """A policy that reads averages beside frames. Its ``plan`` leaves their positions free."""
 
+    average_role: ClassVar[str]  # role under which averages are read
+
     @property
     @abstractmethod
     def num_averages(self) -> int:
         """Most frames' worth of averages."""
 
-    @property
-    @abstractmethod
-    def average_role(self) -> str:
-        """Role under which averages are read."""
-
     @abstractmethod
     def averages(self, start_frame: int, num_frames: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Averages that the block at ``start_frame`` reads.
-
-        Args:
-            start_frame: First frame of the block.
-            num_frames: Frames of the block.
-
-        Returns:
-            Of the first averages, in order: the frame that each stands for most, and its temporal position.
-        """
+        """The frames that the averages of a block stand for most, in order, and their positions."""
 
     @abstractmethod
     def update(self, averages: "FrameAverages", layer: int, frames: tuple[int, ...], tokens: list[KeysValues]) -> None:
-        """Take released frames into the averages of one layer.
-
-        Args:
-            averages: To be changed.
-            layer: Self-attention layer.
-            frames: Released frames, ascending.
-            tokens: Of each frame.
-        """
+        """Take released frames, ascending, and their tokens into the averages of one layer."""
 
     def start(self, geometry: Geometry) -> "_AveragingState":
         self.check(geometry.frames_per_block, geometry.max_frames)
@@ -60,10 +42,6 @@ class FrameAverages:
 
     An average moves by a thousandth of a difference, which bfloat16 and eight bits round away: kept in the rollout's
     own storage it would never move.
-
-    Args:
-        geometry: Shapes of the rollout.
-        num_frames: Frames to make room for.
     """
 
     def __init__(self, geometry: Geometry, num_frames: int) -> None:

@@ -185,11 +185,9 @@ def _num_tokens(part: Context | HeadGroup) -> int:
 
 
 def held_bytes(value: Any, seen: set[int] | None = None) -> tuple[int, int]:
-    """Bytes of the buffers and tensors that an object holds: on its device, and in host memory.
+    """Bytes of the buffers and tensors that a state holds: on its device, and in host memory; views count once.
 
-    Args:
-        value: A policy's state: plain objects, containers and tensors.
-        seen: Objects and storages that are counted already, to which those found are added; views count once.
+    ``seen`` are objects and storages that are counted already, to which those found are added.
     """
     seen = set() if seen is None else seen
     key = value.untyped_storage()._cdata if isinstance(value, Tensor) else id(value)

@@ -155,13 +155,7 @@ P = TypeVar("P", bound=FramePolicy)
 
 
 def assign_places(places: Mapping[T, int], wanted: Iterable[T], num_places: int) -> dict[T, int]:
-    """Let whoever has a place keep it, and give the others places that nobody wanted has.
-
-    Args:
-        places: Of what is stored now.
-        wanted: What is to be stored, in order.
-        num_places: Places in all.
-    """
+    """Let whoever is wanted and has a place keep it, and give the others the first free ones."""
     wanted = list(wanted)
     kept = {item: places[item] for item in wanted if item in places}
     taken = set(kept.values())
@@ -328,15 +322,10 @@ class FrameState(PolicyState, Generic[P]):
         self._after = assign_places(self._after, frames, self.store.num_slots)
 
     def release(self, layer: int, pass_: Pass, frames: tuple[int, ...], own: KeysValues) -> None:
-        """Take leave of frames that no later block reads, before their slots are written over.
+        """Take leave of frames that no later block reads, before their slots are written over; here nothing.
 
-        Called once per layer and block; does nothing by itself.
-
-        Args:
-            layer: Self-attention layer.
-            pass_: The commit pass.
-            frames: Ascending; still in the slots that ``self._before`` says, but for those of the pass.
-            own: Tokens of the pass.
+        Called once per layer and block. ``frames`` ascend, and are still in the slots that ``self._before`` says, but
+        for those of the pass, whose tokens are ``own``.
         """
 
     def stats(self) -> CacheStats:

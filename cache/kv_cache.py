@@ -6,7 +6,7 @@ written into the tail at every pass. Where storage is encoded or far away, one b
 at every pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ from longtake.cache.base import (
     HeadGroup,
     Number,
     Pass,
-    Read,
 )
 from longtake.rope import GridRotary, apply_phases, axis_frequencies
 
@@ -37,12 +36,6 @@ class Run:
     # Temporal position of each whole frame; empty where every token has coordinates of its own
     positions: tuple[float, ...]
     role: str  # sink, recent, mid, memory, ...
-
-    @classmethod
-    def of(cls, read: Read) -> "Run":
-        """The run of one read."""
-        positions = () if isinstance(read.positions, Tensor) else read.positions
-        return cls(read.stored.num_tokens, read.frames, positions, read.role)
 
 
 @dataclass(frozen=True)
@@ -60,27 +53,16 @@ class SparseAttention(Protocol):
     """Attention of one rollout's cache that may leave blocks of keys out."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, bias: Tensor | None) -> Tensor:
-        """Attend.
+        """Attend from ``q`` to the call's runs and the pass's own tokens, in this order in ``k`` and ``v``.
 
-        Args:
-            q: (batch, frames * tokens_per_frame, heads, head_dim), rotated.
-            k: (batch, keys, heads, head_dim), rotated: the runs, then the pass's own tokens.
-            v: As ``k``.
-            call: What they are.
-            bias: (batch, heads, 1, keys), added to the scores, or None.
-
-        Returns:
-            Same shape as ``q``.
+        All are (batch, tokens, heads, head_dim), q and k rotated, the result as ``q``; ``bias`` is (batch, heads, 1,
+        keys), added to the scores.
         """
         ...
 
 
-class _Attention(Protocol):
-    """Dense attention of (batch, tokens, heads, head_dim) tensors; ``bias`` is (batch or 1, heads, 1, keys)."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return (batch, queries, heads, head_dim)."""
-        ...
+Attention = Callable[..., Tensor]
+"""Dense attention (q, k, v, bias=None) of (batch, tokens, heads, head_dim); ``bias``: (batch or 1, heads, 1, keys)."""
 
 
 @dataclass
@@ -117,7 +99,7 @@ class KVCache:
     Args:
         policy: What to keep and read.
         geometry: Shapes of the rollout.
-        attention: Dense attention of (batch, tokens, heads, head_dim) tensors.
+        attention: Dense attention.
         sparse: Takes its place in passes of the rollout's blocks; passes that a policy asked for stay dense.
         phase_dtype: Of the rotation: complex64, or complex128 for products in float64.
     """
@@ -127,7 +109,7 @@ class KVCache:
         policy: CachePolicy,
         geometry: Geometry,
         *,
-        attention: _Attention,
+        attention: Attention,
         sparse: SparseAttention | None = None,
         phase_dtype: torch.dtype = torch.complex64,
     ) -> None:
@@ -262,15 +244,16 @@ class KVCache:
             scratch = _Scratch(self._empty(num_places, num_heads), self._empty(num_places, num_heads), heads)
         scratch.num_context_tokens = num_context
         scratch.bias = self._bias(scratch, source)
-        scratch.runs = tuple(Run.of(read) for read in source.reads) if self.sparse is not None else ()
-        start = 0
+        start, runs = 0, []
         for read in source.reads:
-            stored = read.stored
+            stored, positions = read.stored, () if isinstance(read.positions, Tensor) else read.positions
+            runs.append(Run(stored.num_tokens, read.frames, positions, read.role))
             keys = stored.keys
             end = start + keys.shape[1]
             apply_phases(keys, self._rotary.phases(read.positions), out=scratch.keys[:, start:end])
             scratch.values[:, start:end] = stored.values
             start = end
+        scratch.runs = tuple(runs)
         return scratch
 
     def _doubled(self, scratch: _Scratch | None) -> int:

@@ -16,15 +16,6 @@ class RecacheState(FrameState[P]):
     As released by LongLive: one forward over the last ``num_frames`` clean frames, at the timestep of commit passes,
     in which every frame sees every other. The sinks outlive it and are read in place of the oldest of them, whose keys
     are neither seen nor stored. While the video is no longer than the window nothing outlives it: all is encoded anew.
-
-    Args:
-        policy: What to keep and read between changes of prompt.
-        geometry: Shapes of the rollout.
-        num_frames: Window: sinks, recent past and a block.
-        num_sink_frames: How many of these are sinks.
-        protects_sinks: Frames that are not recent outlive a re-cache; without, the oldest frames encoded anew take
-            the place of the sinks.
-        is_causal: Encode block by block instead, each seeing only what came before, as the rollout itself does.
     """
 
     def __init__(
@@ -32,9 +23,11 @@ class RecacheState(FrameState[P]):
         policy: P,
         geometry: Geometry,
         *,
-        num_frames: int,
+        num_frames: int,  # window: sinks, recent past and a block
         num_sink_frames: int = 0,
+        # Frames that are not recent outlive a re-cache; without, the oldest ones encoded anew become the sinks
         protects_sinks: bool = True,
+        # Encode block by block, each seeing only what came before, as the rollout itself does
         is_causal: bool = False,
     ) -> None:
         super().__init__(policy, geometry)

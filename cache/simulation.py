@@ -118,7 +118,8 @@ def simulate(
         denoise, holds = player.select(Pass("denoise", index, start, size * window_blocks), window)
         committing = Pass("commit", index, start, size)
         commit = None if holds == "block" else player.select(committing, qkv)[0]
-        player.commit(committing, qkv)
+        for at in range(geometry.num_layers):
+            player.state.commit(at, committing, *qkv)
         trace = BlockTrace(index, start, player.latents(size, latent_channels), events.get(index + 1, "keep"))
         jobs = tuple(player.encode(job, index) for job in player.state.end_block(trace))
         event = events.get(index, "keep")
@@ -159,10 +160,6 @@ class _Player:
         """Ask every layer; returns one layer's answer, and for how long it holds."""
         contexts = [self._select(layer, pass_, qkv[0]) for layer in range(self.geometry.num_layers)]
         return self._record(pass_, contexts), contexts[self.layer].holds
-
-    def commit(self, pass_: Pass, qkv: list[Tensor]) -> None:
-        for layer in range(self.geometry.num_layers):
-            self.state.commit(layer, pass_, *qkv)
 
     def encode(self, job: EncodeJob, block_index: int) -> PassRecord:
         """Play a job: layer by layer, as a forward does."""

@@ -164,10 +164,6 @@ class TokenBuffer:
         num_tokens: Places per layer and sample.
         num_heads: Heads that are kept; None keeps all.
         storage: Codecs and memory.
-
-    Attributes:
-        is_on_host: Whether places are kept in the host's memory wherever the rollout runs.
-        is_encoded: Whether a codec makes other numbers of them.
     """
 
     def __init__(
@@ -324,15 +320,7 @@ class TokenBuffer:
 
 
 def take_tokens(tensor: Tensor, index: Tensor) -> Tensor:
-    """Tokens of (batch, tokens, ...) by an index that is the same for all samples or has a row for each.
-
-    Args:
-        tensor: (batch, tokens, ...).
-        index: (n,) or (batch, n), int64.
-
-    Returns:
-        (batch, n, ...), a copy.
-    """
+    """Tokens of (batch, tokens, ...) by an int64 index, (n,) or (batch, n): (batch, n, ...), a copy."""
     if index.ndim == 1:
         return tensor.index_select(1, index)
     # Whole rows at a time: several times as fast as gathering single channels.
@@ -370,15 +358,7 @@ def token_numbers(geometry: Geometry, start_frame: int, num_frames: int) -> Tens
 
 
 def coordinates(numbers: Tensor, geometry: Geometry) -> Tensor:
-    """Locate tokens in the video.
-
-    Args:
-        numbers: (batch, tokens), as ``token_numbers`` counts them.
-        geometry: Shapes of the rollout.
-
-    Returns:
-        (batch, tokens, 3), float64: frame, row, column.
-    """
+    """Frame, row and column of tokens by their ``token_numbers``, (batch, tokens): (batch, tokens, 3), float64."""
     if numbers.device.type == "meta":
         # Played for sizes alone, where PyTorch's arithmetic is Python: milliseconds for each operation.
         return numbers.new_empty((*numbers.shape, 3), dtype=torch.float64)

@@ -41,8 +41,7 @@ def zentorch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Ten
 
 @cache
 def _zentorch_operator() -> Callable:
-    fault = _zentorch_fault()
-    if fault is not None:
+    if (fault := _zentorch_fault()) is not None:
         raise RuntimeError(f"{fault.text}: {fault.hint}")
     import zentorch  # noqa: F401  two seconds: only where it is used
 
@@ -51,7 +50,6 @@ def _zentorch_operator() -> Callable:
 
 @cache
 def _zentorch_fault() -> Reason | None:
-    """Look for a reason why ``zentorch`` cannot run here."""
     if not torch.cpu.get_capabilities().get("avx512_bf16", False):
         text = "zentorch pays on processors with AVX512-BF16, and this one has not got it"
         return Reason(text, "arch", "Use 'sdpa'.")

@@ -86,7 +86,6 @@ class Paro(TokenPolicy):
             _load_calibration(self.calibration)
 
     def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan:
-        """Order the tokens of every head, and choose blocks."""
         q, own = tokens.q, geometry.own_segments()
         before, after = geometry.segments[: own[0]], geometry.segments[own[-1] + 1 :]
         calibration = None if self.calibration is None else _load_calibration(self.calibration)

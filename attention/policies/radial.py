@@ -52,13 +52,11 @@ class Radial(StaticPolicy):
             )
 
     def rules(self, geometry: AttentionGeometry) -> Hashable:
-        """Reach of each frame into each segment."""
         if _is_whole_video(geometry):
             return len(geometry.segments), geometry.frame_tokens
         return geometry.frame_tokens, tuple(geometry.key_lengths), self._reaches(geometry)
 
     def layout_plan(self, geometry: AttentionGeometry) -> BlockPlan:
-        """The published mask, or the rows of the frames that ask."""
         if _is_whole_video(geometry):
             mask = self.video_mask(len(geometry.segments), geometry.frame_tokens)
             edges = uniform_edges(geometry.num_keys, self.block_size)
@@ -116,10 +114,8 @@ class Radial(StaticPolicy):
         Blocks are consecutive runs of ``block_size`` tokens and may straddle frames. Where the tokens are no multiple
         of it, the last row and column hold what is left, by the same rule over the tokens there are; the source leaves
         those tokens out. Everywhere else the mask is the source's bit for bit, even where frames begin so late in a
-        block that the source drops it. Text tokens, which HunyuanVideo appends, are not part of it.
-
-        Returns:
-            (rows, columns), bool, on the CPU; both are the tokens divided by ``block_size``, rounded up.
+        block that the source drops it. Text tokens, which HunyuanVideo appends, are not part of it. The result is
+        (blocks, blocks), bool, on the CPU, the tokens divided by ``block_size``, rounded up.
         """
         size = self.block_size
         num_whole, num_left = divmod(num_frames * frame_tokens, size)

@@ -34,7 +34,6 @@ class SlidingTile(StaticPolicy):
                 raise ValueError(f"{name}={list(value)} must be three numbers of 1 or more: frames, rows, columns.")
 
     def layout_plan(self, geometry: AttentionGeometry) -> BlockPlan:
-        """Sort the tokens by tile, and give every tile its window."""
         own = geometry.own_segments()
         whole = [index for index, segment in enumerate(geometry.segments) if geometry.is_whole(segment)]
         tiles = _Tiles(len(whole), geometry.grid, self.tile)

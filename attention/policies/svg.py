@@ -40,7 +40,6 @@ class Svg(TokenPolicy):
         self._check_least(1, "num_sampled_rows", "num_sampled_from", "block_size")
 
     def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan:
-        """Give each head the spatial or the temporal order, and its band."""
         geometry.own_segments()
         if not all(map(geometry.is_whole, geometry.segments)):
             raise ValueError(

@@ -42,7 +42,6 @@ class Svg2(TokenPolicy):
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1.")
 
     def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan:
-        """Cluster, choose, and sort the tokens by cluster."""
         queries = self._clusters(tokens.q, self.num_query_clusters, (self.name, geometry.layer, "q"), memory)
         keys = self._clusters(tokens.k, self.num_key_clusters, (self.name, geometry.layer, "k"), memory)
         # Key heads are clustered once, however many query heads share them.

@@ -27,11 +27,9 @@ class Window(StaticPolicy):
         self._check_least(0, "num_window_frames", "num_sink_frames")
 
     def rules(self, geometry: AttentionGeometry) -> Hashable:
-        """Segments that each frame reads."""
         return geometry.frame_tokens, tuple(geometry.key_lengths), self._reads(geometry)
 
     def layout_plan(self, geometry: AttentionGeometry) -> BlockPlan:
-        """One block a frame."""
         return BlockPlan.from_dense_block_mask(
             torch.tensor(self._reads(geometry)),
             split_runs(geometry.query_lengths, geometry.frame_tokens),

@@ -66,13 +66,7 @@ class Anchor(SinkWindow):
         return start_frame + num_frames - (self.num_window_frames - self.num_sink_frames)
 
     def junction(self, start_frame: int, num_frames: int, anchors: tuple[int, ...]) -> range:
-        """Frames of the junction that a block reads: of the last one of which a frame has left the window.
-
-        Args:
-            start_frame: First frame of the block.
-            num_frames: Frames of the block.
-            anchors: Where junctions start.
-        """
+        """Frames of the junction that a block reads: of the last one of which a frame has left the window."""
         anchor = max((a for a in anchors if a < self.oldest(start_frame, num_frames)), default=None)
         return range(0) if anchor is None else range(anchor, anchor + self.num_junction_frames)
 
@@ -120,11 +114,9 @@ class _AnchorState(RecacheState[Anchor]):
         return super().end_block(trace)
 
     def kept(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep what the policy does, with this rollout's junctions."""
         return self.policy.keep(stored, start_frame, num_frames, anchors=self._anchors)
 
     def plan(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read what the policy does, with this rollout's junctions."""
         kept = self.kept(stored, start_frame, num_frames)
         return self.policy.read(kept, start_frame, num_frames, anchors=self._anchors)
 

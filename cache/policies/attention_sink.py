@@ -28,5 +28,4 @@ class AttentionSink(SinkWindow):
         return RecacheState(self, geometry, num_frames=self.num_context_frames, num_sink_frames=self.num_sink_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all, where ``positions`` says."""
         return FramePlan.placed(self.positions, kept, start_frame, num_frames)

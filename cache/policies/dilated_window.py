@@ -51,5 +51,4 @@ class DilatedWindow(FramePolicy):
         return ends(grid, 0, self.num_dilated_frames) + window
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all, where ``positions`` says."""
         return FramePlan.placed(self.positions, kept, start_frame, num_frames)

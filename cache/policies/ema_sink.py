@@ -24,6 +24,7 @@ class EmaSink(SinkWindow, AveragingPolicy):
 
     name: ClassVar[str] = "ema_sink"
     source: ClassVar[str] = "Reward-Forcing, arXiv:2512.04678"
+    average_role: ClassVar[str] = "sink"
 
     num_context_frames: int = 9  # everything attended: sinks, window and the block itself
     alpha: float = 0.999  # share of a sink that survives a leaving frame
@@ -39,11 +40,6 @@ class EmaSink(SinkWindow, AveragingPolicy):
     def num_averages(self) -> int:
         """Every sink is an average."""
         return self.num_sink_frames
-
-    @property
-    def average_role(self) -> str:
-        """Averages take the place of sinks."""
-        return "sink"
 
     def num_read_frames(self, frames_per_block: int) -> int | None:
         """The window; sinks are kept apart."""

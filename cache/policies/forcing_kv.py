@@ -80,11 +80,7 @@ class ForcingKV(CachePolicy):
         return _HeadGroupState(self, geometry, self.map_for(geometry))
 
     def map_for(self, geometry: Geometry) -> "HeadMap":
-        """The head map of a rollout's model.
-
-        Raises:
-            ValueError: If there is none, or it belongs to a model of another shape.
-        """
+        """The head map of a rollout's model; ``ValueError`` if there is none of its shape."""
         if not self.heads:
             return _find_head_map(self.head_map, geometry.num_layers, geometry.num_heads)
         if len(self.heads) != geometry.num_layers:
@@ -323,7 +319,6 @@ class HeadMap:
 
 
 def _shipped_maps() -> dict[str, HeadMap]:
-    """Maps that come with the package, by name."""
     return {name: _parse_head_map(read_bundled("heads", f"{name}.yaml"), name) for name in preset_names("heads")}
 
 

@@ -37,9 +37,7 @@ class Full(FramePolicy):
         return None  # places grow with the video, up to the limit
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep all."""
         return stored
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all, at absolute positions."""
         return FramePlan.absolute(kept, start_frame, num_frames)

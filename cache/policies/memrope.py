@@ -30,6 +30,7 @@ class MemRoPE(SinkWindow, AveragingPolicy):
 
     name: ClassVar[str] = "memrope"
     source: ClassVar[str] = "MemRoPE, arXiv:2603.12513"
+    average_role: ClassVar[str] = "memory"
     traits: ClassVar[Traits] = Traits(breaks_frames=True)  # averages have a place in the picture, and none in time
 
     num_context_frames: int = 12  # everything attended: sinks, two memories, last frames and the block itself
@@ -46,11 +47,6 @@ class MemRoPE(SinkWindow, AveragingPolicy):
     def num_averages(self) -> int:
         """A long memory and a short one."""
         return 2
-
-    @property
-    def average_role(self) -> str:
-        """Averages stand for everything that has left."""
-        return "memory"
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         content = f"num_sink_frames={self.num_sink_frames}, two memories and a block of {frames_per_block} frames"

@@ -118,11 +118,6 @@ class Pack(CachePolicy):
         return (1, 1, 1) if self.compressor == "none" else cell_factors(size, self.cell)
 
     def start(self, geometry: Geometry) -> "_PackState":
-        """Make the empty state of one rollout.
-
-        Raises:
-            ValueError: If the compressor's weights are missing.
-        """
         network = None
         if self.compressor_weights is not None and self.traits.needs_weights:
             network = load_compressor(self.compressor_weights, self.compressor, geometry.device)
@@ -411,12 +406,7 @@ _SCORED_QUERIES_IN = 8  # one query in so many is scored by softmax mass; PackFo
 class _Bank(FrameStore):
     """Compressed blocks of ``block_tokens``, one in a slot, first in first out, and the sums of their keys.
 
-    Args:
-        geometry: Shapes of the rollout.
-        num_places: Blocks to make room for.
-        block_tokens: Tokens of a block, per sample.
-        on_host: Keep them in host memory, and bring what is chosen to the device once per block. Their key sums
-            stay on the device.
+    ``on_host`` keeps the tokens, not the sums, in host memory, and brings what is chosen to the device once per block.
     """
 
     def __init__(self, geometry: Geometry, *, num_places: int, block_tokens: int, on_host: bool = False) -> None:
@@ -454,14 +444,8 @@ class _Bank(FrameStore):
     def query_scores(self, layer: int, starts: Sequence[int], query_sum: Tensor, num_heads: int) -> Tensor:
         """Sum of the products of all queries with all keys of a block, by sums: exact, as products are bilinear.
 
-        Args:
-            layer: Self-attention layer.
-            starts: Candidates.
-            query_sum: (batch, heads, head_dim) float32, un-rotated.
-            num_heads: First heads that are scored.
-
-        Returns:
-            (batch, candidates), mean over heads; PackForcing's eq. 11 averages over the batch as well.
+        ``query_sum`` is (batch, heads, head_dim) float32, un-rotated. The result is (batch, candidates), the mean over
+        the first ``num_heads`` heads; PackForcing's eq. 11 averages over the batch as well.
         """
         places = torch.tensor([self.places[start] for start in starts], device=query_sum.device)
         keys = self._sums(layer).index_select(1, places)[:, :, :num_heads]
@@ -471,14 +455,8 @@ class _Bank(FrameStore):
     def softmax_masses(self, layer: int, starts: Sequence[int], q: Tensor, num_heads: int) -> Tensor:
         """Share of attention that each candidate would get if all candidates and nothing else were read.
 
-        Args:
-            layer: Self-attention layer.
-            starts: Candidates.
-            q: (batch, queries, heads, head_dim), un-rotated; an even eighth of them, 32 at least, is scored.
-            num_heads: First heads that are scored.
-
-        Returns:
-            (batch, candidates), each sample's adding up to 1.
+        An even eighth of the queries ``q``, un-rotated, 32 at least, is scored, in the first ``num_heads`` heads. The
+        result is (batch, candidates), each sample's adding up to 1.
         """
         count = min(max(q.shape[1] // _SCORED_QUERIES_IN, _MIN_SCORED_QUERIES), q.shape[1])
         sampled = torch.arange(count, device=q.device) * q.shape[1] // count

@@ -39,5 +39,4 @@ class SlidingWindow(FramePolicy):
         return ends(stored, 0, self.num_context_frames - num_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all, where ``positions`` says."""
         return FramePlan.placed(self.positions, kept, start_frame, num_frames)

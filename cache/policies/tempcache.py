@@ -173,25 +173,14 @@ def _merge_repeats(
     tokens_per_frame: int,
     min_similarity: float,
 ) -> tuple[Tensor, Tensor]:
-    """Merge new tokens, frame by frame, with those before them that they repeat.
+    """Merge whole frames of new tokens, frame by frame, with those before them that they repeat.
 
     Two tokens correspond if each is the other's nearest by the mean cosine of their heads' keys. The older one is
-    counted with the newer one from then on, whose value becomes the mean over all that it stands for.
-
-    Args:
-        old: Stored tokens; only those that correspond to a new one are looked at.
-        keys: (batch, new tokens, heads, head_dim), un-rotated; whole frames.
-        values: Same shape.
-        seen: ``_directions`` of all tokens, the stored ones first.
-        counts: (batch, stored tokens), how many each stands for; 0: none any more.
-        cells: (batch, stored tokens), int64, their places in the frame.
-        tokens_per_frame: Tokens of a new frame.
-        min_similarity: Mean cosine from which tokens are merged.
-
-    Returns:
-        Values of the new tokens, (batch, new tokens, heads, head_dim); counts of all tokens, (batch, tokens).
-
-    Source: lemma and "last key" of TempCache, arXiv:2602.01801.
+    counted with the newer one from then on, whose value becomes the mean over all that it stands for (lemma and "last
+    key" of TempCache, arXiv:2602.01801). New ``keys``, un-rotated, and ``values`` are (batch, new tokens, heads,
+    head_dim); ``seen`` are the ``_directions`` of all tokens, the stored ones first; ``counts``, how many each stored
+    token stands for (0: none any more), and ``cells``, its int64 place in the frame, are (batch, stored tokens).
+    Returns the values of the new tokens, and the counts of all.
     """
     batch, num_old, values = keys.shape[0], counts.shape[1], values.clone()
     if keys.device.type == "meta":  # played for sizes alone, which merging does not change
@@ -230,15 +219,9 @@ def _take(old: Tensor, new: Tensor, index: Tensor) -> Tensor:
 
 
 def _nearest(similarity: Tensor, counts: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Find every new token's nearest known one, and whether it is the nearest of that one, too.
+    """Find every new token's nearest known one, and whether it is the nearest of that one, too: (batch, new tokens).
 
-    Args:
-        similarity: (batch, new tokens, known tokens); changed in place.
-        counts: (batch, known tokens).
-        cells: (batch, known tokens).
-
-    Returns:
-        Indices and truth, (batch, new tokens) each.
+    ``similarity`` is (batch, new tokens, known tokens) and changed in place, the others are (batch, known tokens).
     """
     similarity = similarity.float().masked_fill_(counts[:, None] == 0, -torch.inf)
     ahead = torch.full_like(similarity[:, :1], _SAME_PLACE)

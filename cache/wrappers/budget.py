@@ -39,22 +39,13 @@ class Budget(Wrapper):
 
     @property
     def num_bytes(self) -> int:
-        """``max_bytes`` as a number.
-
-        Raises:
-            ValueError: If it is no size.
-        """
+        """``max_bytes`` as a number."""
         size = parse_bytes(str(self.max_bytes))
         if size is None:
             raise ValueError(f"max_bytes={self.max_bytes!r} is no size: write a number, or for example 4GB or 900MiB.")
         return size
 
     def start(self, geometry: Geometry) -> PolicyState:
-        """Make the chosen policy's empty state.
-
-        Raises:
-            ValueError: If nothing fits.
-        """
         return self.choose(geometry).start(geometry)
 
     def chosen(self, geometry: Geometry) -> CachePolicy:
@@ -62,11 +53,7 @@ class Budget(Wrapper):
         return self.choose(geometry).chosen(geometry)
 
     def choose(self, geometry: Geometry) -> CachePolicy:
-        """The first policy that fits, of those tried in order.
-
-        Raises:
-            ValueError: If nothing fits; says what the smallest would take.
-        """
+        """The first policy that fits, of those tried in order; ``ValueError`` says what the smallest would take."""
         self.inner.check(geometry.frames_per_block, geometry.max_frames)
         for policy in self._encoded(self.inner):
             size = footprint(policy, geometry).budgeted

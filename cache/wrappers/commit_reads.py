@@ -30,7 +30,6 @@ class CommitReads(Wrapper):
         self.at_least(0, "num_recent_frames")
 
     def start(self, geometry: Geometry) -> PolicyState:
-        """Make the inner policy's empty state, with other reads for commits."""
         return _CommitReadsState(self, self.inner.start(geometry))
 
 

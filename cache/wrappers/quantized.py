@@ -47,11 +47,6 @@ class Quantized(Wrapper):
         self.at_least(2, "group_size", note=" channels")
 
     def start(self, geometry: Geometry) -> PolicyState:
-        """Make the inner policy's empty state on encoded storage.
-
-        Raises:
-            ValueError: If the tokens are encoded already, or the inner policy refuses the geometry.
-        """
         if geometry.storage.is_encoded:
             raise ValueError("a quantized policy is inside another one: keep one of the two.")
         bits = (self.bits, self.bits if self.value_bits is None else self.value_bits)

@@ -191,18 +191,17 @@ def test_tensors_that_do_not_fit(shapes, message):
 
 def test_plans_that_do_not_fit():
     q, k, v = _tokens()
-    with pytest.raises(ValueError, match="256 queries and 640 keys"):
-        attention(q, k, v, _plan(keys=640))
-    with pytest.raises(ValueError, match="tells 3 heads apart but q has 2"):
-        attention(q, k, v, _plan(heads=3))
-    with pytest.raises(ValueError, match="Did you mean 'gather_sdpa'"):
-        attention(q, k, v, backend="gather_spda")
-    with pytest.raises(ValueError, match="float32 on cpu, float64 on cpu"):
-        attention(q, k.double(), v)
     empty = torch.tensor([[True, False], [False, False]])
-    plan = BlockPlan.from_dense_block_mask(empty, uniform_edges(256, 128), uniform_edges(512, 256))
-    with pytest.raises(ValueError, match="reads no key"):
-        attention(q, k, v, plan)
+    empty = BlockPlan.from_dense_block_mask(empty, uniform_edges(256, 128), uniform_edges(512, 256))
+    for args, options, message in (
+        ((q, k, v, _plan(keys=640)), {}, "256 queries and 640 keys"),
+        ((q, k, v, _plan(heads=3)), {}, "tells 3 heads apart but q has 2"),
+        ((q, k, v, empty), {}, "reads no key"),
+        ((q, k, v), {"backend": "gather_spda"}, "Did you mean 'gather_sdpa'"),
+        ((q, k.double(), v), {}, "float32 on cpu, float64 on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(*args, **options)
 
 
 @pytest.mark.parametrize("heads", [1, 4])

@@ -91,27 +91,21 @@ def test_settings_that_do_not_fit_are_named(values, match):
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
-def test_plans_hold_and_leave_something_out(name, form):
-    geometry = FORMS[form]
-    q, k, v = tokens(geometry)
-    plan = make(name).plan(q, k, geometry, v=v)
-    plan.validate()
-    assert (plan.num_queries, plan.num_keys) == (geometry.num_queries, geometry.num_keys)
-    assert plan.num_heads in (1, 4) and plan.counts.device.type == "cpu"
-    assert 0.02 < plan.density < 1
-    again = make(name).plan(q, k, geometry, v=v)
-    assert signature(again) == signature(plan), "the same call, the same plan"
-
-
-@pytest.mark.parametrize(("name", "form"), CASES)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_attention_is_the_softmax_over_the_plan(name, form, batch):
+def test_plans_hold_and_attention_is_the_softmax_over_them(name, form):
     geometry, policy = FORMS[form], make(name)
-    q, k, v = tokens(geometry, batch=batch)
-    samples = [[x[index : index + 1] for x in (q, k, v)] for index in range(batch)]
-    masks = [policy.plan(one[0], one[1], geometry, v=one[2]).to_dense_mask().expand(4, -1, -1) for one in samples]
-    expected, _ = attention(q, k, v, torch.stack(masks))
-    assert (sparse_attention(q, k, v, geometry, policy=policy) - expected).abs().max() < 2e-6
+    tensors, masks = tokens(geometry, batch=2), []
+    for q, k, v in zip(*(x.split(1) for x in tensors), strict=True):
+        plan = policy.plan(q, k, geometry, v=v)
+        plan.validate()
+        assert (plan.num_queries, plan.num_keys) == (geometry.num_queries, geometry.num_keys)
+        assert plan.num_heads in (1, 4) and plan.counts.device.type == "cpu"
+        assert 0.02 < plan.density < 1
+        assert signature(policy.plan(q, k, geometry, v=v)) == signature(plan), "the same call, the same plan"
+        masks.append(plan.to_dense_mask().expand(4, -1, -1))
+        expected, _ = attention(q, k, v, masks[-1][None])
+        assert (sparse_attention(q, k, v, geometry, policy=policy) - expected).abs().max() < 2e-6
+    expected, _ = attention(*tensors, torch.stack(masks))
+    assert (sparse_attention(*tensors, geometry, policy=policy) - expected).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)

@@ -1,6 +1,7 @@
 """Pack against a slow version of the description, its published numbers, and its parts one by one."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -70,14 +71,10 @@ class Reference:
         """Means over cells, by loops, in float64."""
         grid = x.double().unflatten(0, self.size)
         out = torch.zeros(*self.cells, *x.shape[1:], dtype=torch.float64)
-        for t in range(self.cells[0]):
-            for r in range(self.cells[1]):
-                for c in range(self.cells[2]):
-                    spans_ = [
-                        slice(math.floor(i * s / n), math.ceil((i + 1) * s / n))
-                        for i, s, n in zip((t, r, c), self.size, self.cells, strict=True)
-                    ]
-                    out[t, r, c] = grid[tuple(spans_)].flatten(0, 2).mean(0)
+        for cell in product(*map(range, self.cells)):
+            sides = zip(cell, self.size, self.cells, strict=True)
+            tokens = [slice(math.floor(i * s / n), math.ceil((i + 1) * s / n)) for i, s, n in sides]
+            out[cell] = grid[tuple(tokens)].flatten(0, 2).mean(0)
         return out.flatten(0, 2)
 
     def partition(self):
@@ -94,14 +91,10 @@ class Reference:
 
     def coordinates(self, start, cells, span):
         points = []
-        for t in range(cells[0]):
-            for r in range(cells[1]):
-                for c in range(cells[2]):
-                    point = [
-                        (i + 0.5) * s / n - 0.5
-                        for i, s, n in zip((t, r, c), (span, *self.size[1:]), cells, strict=True)
-                    ]
-                    points.append([start + point[0], *point[1:]])
+        for cell in product(*map(range, cells)):
+            sides = zip(cell, (span, *self.size[1:]), cells, strict=True)
+            frame, row, column = ((i + 0.5) * s / n - 0.5 for i, s, n in sides)
+            points.append([start + frame, row, column])
         return torch.tensor(points, dtype=torch.float64)
 
     def attend(self, start, q, k, v):

@@ -1,8 +1,11 @@
 """Settings that do not fit: every error names the value, the limit and the remedy, before any work."""
 
+from dataclasses import fields
+from typing import Literal, get_origin
+
 import pytest
 
-from longtake.cache import make_policy
+from longtake.cache import POLICIES, make_policy
 
 SINK = {"policy": "attention_sink", "num_context_frames": 5}
 
@@ -68,23 +71,10 @@ def test_settings_that_do_not_fit(policy, settings, block, message):
         make_policy({"policy": policy, **settings}).check(block)
 
 
-# Fields with a few known words.
-WORDS = {
-    "attention_sink": ["positions"],
-    "deep_forcing": ["compression", "positions", "fusion"],
-    "dilated_window": ["positions"],
-    "ema_sink": ["uneven"],
-    "forcing_kv": ["positions"],
-    "infinity_rope": ["placement"],
-    "longlive": ["recache", "positions"],
-    "pack": ["compressor", "selection", "archive"],
-    "rolling_forcing": ["commit"],
-    "slow_fast": ["similarity", "decided_by"],
-    "tempcache": ["positions"],
-}
+WORDS = [(name, f.name) for name in POLICIES for f in fields(POLICIES[name]) if get_origin(f.type) is Literal]
 
 
-@pytest.mark.parametrize(("policy", "field"), [(policy, field) for policy, names in WORDS.items() for field in names])
+@pytest.mark.parametrize(("policy", "field"), WORDS)
 def test_an_unknown_word_is_refused_in_yaml_and_in_python(policy, field):
     with pytest.raises(ValueError, match=f"{field} of cache policy '{policy}' is 'other'; known: "):
         make_policy({"policy": policy, field: "other"})

@@ -14,24 +14,11 @@ from longtake.cache import (
     KeysValues,
     PolicyState,
     Read,
-    make_policy,
 )
 from longtake.cache.base import CacheStats
 from longtake.cache.simulation import job_shape, simulate
 
 GEOMETRY = Geometry(num_layers=2, num_heads=4, head_dim=12, num_rows=4, num_columns=4, frames_per_block=3)
-
-
-def test_it_reads_what_the_published_trace_says():
-    sink = make_policy({"policy": "attention_sink", "num_context_frames": 12, "num_sink_frames": 3})
-    blocks = list(simulate(sink, GEOMETRY, 7))
-    read = {b.start_frame: [f for span in b.denoise.spans for f in span.frames] for b in blocks}
-    assert read[9] == [*range(9)] and read[12] == [0, 1, 2, *range(6, 12)] and read[18] == [0, 1, 2, *range(12, 18)]
-    last = blocks[-1].denoise
-    assert last.spans[0].role == "sink" and {span.role for span in last.spans[1:]} == {"recent"}
-    assert [p for span in last.spans for p in span.positions] == list(range(9))
-    assert last.query_positions == (9.0, 10.0, 11.0) and last.is_bounded
-    assert all(span.share == 1.0 for span in last.spans)
 
 
 # Presets with the published sizes of blocks of 3 that have to refuse blocks of 4.

@@ -7,8 +7,7 @@ import pytest
 import torch
 from policy_driver import Player, make_geometry, spans, wan_geometry
 
-from longtake.attention import sdpa
-from longtake.cache import KVCache, Pass, Storage, make_policy
+from longtake.cache import Pass, Storage, make_policy
 from longtake.cache.footprint import footprint
 from longtake.cache.storage import Raw
 from longtake.cache.wrappers.quantized import _Int4, _Int8
@@ -231,20 +230,6 @@ def test_commit_passes_read_recent_frames_only():
     for number, same in ((0, False), (20, True)):
         policy = {"policy": "commit_reads", "inner": "full", "num_recent_frames": number}
         assert torch.equal(outputs(policy, num_blocks=4)[0], outputs("full", num_blocks=4)[0]) is same
-
-
-def test_commit_reads_what_attention_would_read_without_the_rest():
-    """A commit that reads the block alone is attention of the block alone."""
-    geometry = make_geometry(3, layers=1)
-    cache = KVCache(
-        make_policy({"policy": "commit_reads", "inner": SINK, "num_recent_frames": 0}), geometry, attention=sdpa
-    )
-    alone = KVCache(make_policy("full"), geometry, attention=sdpa)
-    for index in range(5):
-        q, k, v = torch.randn(3, 1, 6, 2, 16, generator=torch.Generator().manual_seed(index))
-        cache.attend(0, q, k, v, Pass("denoise", index, 3 * index, 3))
-        found = cache.attend(0, q, k, v, Pass("commit", index, 3 * index, 3))
-    assert torch.allclose(found, alone.attend(0, q, k, v, Pass("denoise", 0, 0, 3)), atol=1e-6)
 
 
 def test_a_policy_twice_encoded_is_refused():

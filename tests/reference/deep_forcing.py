@@ -20,7 +20,6 @@ class DeepForcingReference:
         self.keys, self.values, self.uses, self.frames = [], [], [], []  # one entry per cached token
         self.queries = []  # of the last frames of all passes
         self.end, self.sink_start, self.kept = 0, None, []
-        self.log = []
 
     def turned(self, x, frame, row, column):
         phases = token_phases(torch.tensor([[frame, row, column]], dtype=torch.float64), frequencies=self.frequencies)
@@ -50,7 +49,6 @@ class DeepForcingReference:
             self.end = start + count
         else:
             self.keys[-len(k) :], self.values[-len(k) :] = new_keys, list(v.double())
-        self.log.append((start, sorted(set(self.frames)), self.sink_start))
         keys, values = torch.stack(self.keys), torch.stack(self.values)
         weights = torch.einsum("qhd,khd->hqk", torch.stack(new_queries), keys) / keys.shape[-1] ** 0.5
         return torch.einsum("hqk,khd->qhd", weights.softmax(-1), values)

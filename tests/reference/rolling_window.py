@@ -7,15 +7,8 @@ import torch
 def rollout(transformer, embeds, *, noise, blocks, sigmas, context_timestep=0.0, given=None, joint=True):
     """Window w holds blocks w - T + 1 to w; block k is at level w - k in it; the first one leaves clean.
 
-    Args:
-        transformer: Stock.
-        embeds: (batch, text_len, text_dim).
-        noise: With ``initial`` and ``renoise`` as a rollout uses it.
-        blocks: Frames of every block, given ones included.
-        sigmas: Noise shares of the levels.
-        context_timestep: Of committed frames that were generated; given ones are at 0.
-        given: Latents of the first blocks.
-        joint: False: blocks of a window see what is before them only, which is wrong.
+    Arguments as of ``rollout.rollout``. Without ``joint`` blocks of a window see what is before them only, which is
+    wrong.
     """
     given = given if given is not None else torch.zeros(embeds.shape[0], 0, *noise.shape[1:])
     starts = [sum(blocks[:i]) for i in range(len(blocks))]

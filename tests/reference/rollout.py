@@ -7,15 +7,9 @@ import torch
 def rollout(transformer, embeds, *, noise, blocks, sigmas, reads, context_timestep=0.0, given=None):
     """Few-step rollout of (batch, frames, channels, height, width) latents.
 
-    Args:
-        transformer: Stock.
-        embeds: (batch, text_len, text_dim).
-        noise: With ``initial`` and ``renoise`` as a rollout uses it.
-        blocks: Frames of every block, given ones included.
-        sigmas: Noise shares.
-        reads: (block start, block length) -> frames before the block that it attends to.
-        context_timestep: Of clean frames that were generated; given ones are at 0.
-        given: Latents of the first blocks.
+    ``blocks`` are the frames of every block, those of ``given`` latents included; ``reads`` gives, for a block's start
+    and length, the frames before it that it attends to. Given frames are at timestep 0, generated ones at
+    ``context_timestep``.
     """
     clean = given if given is not None else torch.zeros(embeds.shape[0], 0, *noise.shape[1:])
     num_given, starts = clean.shape[1], [sum(blocks[:i]) for i in range(len(blocks))]

@@ -10,15 +10,7 @@ from longtake.rope import axis_frequencies, token_phases
 
 
 class Slots:
-    """Sink and window by slot arithmetic.
-
-    Args:
-        window: Slots.
-        sinks: First slots that never move.
-        grid: Token rows and columns of a frame.
-        head_dim: Channels per head.
-        by_slot: Positions are slot indices, not frame indices.
-    """
+    """Sink and window by slot arithmetic; ``by_slot``: positions are slot indices, not frame indices."""
 
     protects = True  # passes that run again leave the sinks as they are, even where these are still being filled
 

@@ -54,143 +54,62 @@ def policy(name: str, **values: Any) -> dict[str, Any]:
     return {"policy": name} | values
 
 
+def framed(
+    name: str, limit: int, settings: Mapping[str, Any] | None = None, *, sinks: int = 0, **promises: Any
+) -> Row:
+    """A row of a policy that has ``num_context_frames`` of its limit and, where there are any, ``num_sink_frames``."""
+    sizes = {"num_context_frames": limit} | ({"num_sink_frames": sinks} if sinks else {})
+    return Row(policy(name, **sizes, **(settings or {})), limit, sinks=sinks, **promises)
+
+
 SMALL_PACK = {"num_sink_frames": 4, "num_recent_frames": 4, "num_selected_blocks": 2, "num_archive_blocks": 5}
+PACKED = {"exact_roles": ("sink", "recent"), "grid": (4, 4)}
+DEEP_PAPER = {"positions": "contiguous", "unify_top": True, "fusion": "max", "max_reuse": 0}
+INFINITY = {"positions": "contiguous", "global_sink": False, "recache": "causal"}
+IN_FULL = {"compressor": "none", "selection": "softmax_mass", "positions": "absolute", "archive": "host"}
+FEW_CANDIDATES = {"num_recent_frames": 4, "num_budget_frames": 15, "num_candidates": 2, "positions": "absolute"}
+TWO_HEADS = {"num_sink_frames": 2, "num_recent_frames": 2, "num_plain_layers": 0, "positions": "contiguous"}
 
 POLICY_ROWS = {
     "full": Row(policy("full"), None),
-    "sliding_window": Row(policy("sliding_window", num_context_frames=12), 12),
-    "sliding_window.contiguous": Row(
-        policy("sliding_window", num_context_frames=10, positions="contiguous"), 10, positions=(0, 9)
+    "sliding_window": framed("sliding_window", 12),
+    "sliding_window.contiguous": framed("sliding_window", 10, {"positions": "contiguous"}, positions=(0, 9)),
+    "attention_sink": framed("attention_sink", 12, sinks=3, positions=(0, 11)),
+    "attention_sink.absolute": framed("attention_sink", 11, {"positions": "absolute"}, sinks=4),
+    "deep_forcing": framed("deep_forcing", 12, {"num_budget_frames": 10, "num_recent_frames": 4}, sinks=4, recent=0),
+    "deep_forcing.paper": framed(
+        "deep_forcing", 12, {"num_budget_frames": 10, "num_recent_frames": 5} | DEEP_PAPER, sinks=3, recent=1
     ),
-    "attention_sink": Row(
-        policy("attention_sink", num_context_frames=12, num_sink_frames=3), 12, sinks=3, positions=(0, 11)
-    ),
-    "attention_sink.absolute": Row(
-        policy("attention_sink", num_context_frames=11, num_sink_frames=4, positions="absolute"), 11, sinks=4
-    ),
-    "deep_forcing": Row(
-        policy("deep_forcing", num_context_frames=12, num_sink_frames=4, num_budget_frames=10, num_recent_frames=4),
-        12,
-        sinks=4,
-        recent=0,
-    ),
-    "deep_forcing.paper": Row(
-        policy(
-            "deep_forcing",
-            num_context_frames=12,
-            num_sink_frames=3,
-            num_budget_frames=10,
-            num_recent_frames=5,
-            positions="contiguous",
-            unify_top=True,
-            fusion="max",
-            max_reuse=0,
-        ),
-        12,
-        sinks=3,
-        recent=1,
-    ),
-    "deep_forcing.none": Row(
-        policy("deep_forcing", compression="none", num_context_frames=12, num_sink_frames=5), 12, sinks=5
-    ),
-    "pack": Row(
-        policy("pack", **SMALL_PACK), 16, sinks=4, recent=4, exact_roles=("sink", "recent"), full_until=9, grid=(4, 4)
-    ),
+    "deep_forcing.none": framed("deep_forcing", 12, {"compression": "none"}, sinks=5),
+    "pack": Row(policy("pack", **SMALL_PACK), 16, sinks=4, recent=4, full_until=9, **PACKED),
     "pack.lr": Row(
         policy("pack", **SMALL_PACK | {"num_recent_frames": 2, "compressor": "lr", "mid_span": 2.0}),
         14,
         sinks=4,
         recent=2,
-        exact_roles=("sink", "recent"),
         full_until=7,
-        grid=(4, 4),
+        **PACKED,
     ),
-    "pack.softmax_mass": Row(
-        policy(
-            "pack", **SMALL_PACK, compressor="none", selection="softmax_mass", positions="absolute", archive="host"
-        ),
-        22,
-        sinks=4,
-        recent=4,
-        full_until=11,
+    "pack.softmax_mass": Row(policy("pack", **SMALL_PACK, **IN_FULL), 22, sinks=4, recent=4, full_until=11),
+    "longlive": framed("longlive", 12, sinks=3),
+    "longlive.infinity": framed("longlive", 11, INFINITY, sinks=2, positions=(0, 10)),
+    "infinity_rope": framed("infinity_rope", 7, sinks=1, positions=(0, 48)),
+    "infinity_rope.paper": framed(
+        "infinity_rope", 9, {"num_flush_frames": 1, "placement": "paper"}, sinks=2, positions=(0, 48)
     ),
-    "longlive": Row(policy("longlive", num_context_frames=12, num_sink_frames=3), 12, sinks=3),
-    "longlive.infinity": Row(
-        policy(
-            "longlive",
-            num_context_frames=11,
-            num_sink_frames=2,
-            positions="contiguous",
-            global_sink=False,
-            recache="causal",
-        ),
-        11,
-        sinks=2,
-        positions=(0, 10),
+    "anchor": framed("anchor", 14, sinks=3, recent=4, full_until=11, positions=(0, 20)),
+    "tempcache": framed("tempcache", 12, exact_roles=()),
+    "tempcache.absolute": framed("tempcache", 10, {"positions": "absolute"}, exact_roles=()),
+    "ema_sink": framed(
+        "ema_sink", 12, {"num_sink_frames": 3, "alpha": 0.9}, recent=5, exact_roles=("recent",), positions=(0, 11)
     ),
-    "infinity_rope": Row(
-        policy("infinity_rope", num_context_frames=7, num_sink_frames=1), 7, sinks=1, positions=(0, 48)
-    ),
-    "infinity_rope.paper": Row(
-        policy("infinity_rope", num_context_frames=9, num_sink_frames=2, num_flush_frames=1, placement="paper"),
-        9,
-        sinks=2,
-        positions=(0, 48),
-    ),
-    "anchor": Row(
-        policy("anchor", num_context_frames=14, num_sink_frames=3),
-        14,
-        sinks=3,
-        recent=4,
-        full_until=11,
-        positions=(0, 20),
-    ),
-    "tempcache": Row(policy("tempcache", num_context_frames=12), 12, exact_roles=()),
-    "tempcache.absolute": Row(policy("tempcache", num_context_frames=10, positions="absolute"), 10, exact_roles=()),
-    "ema_sink": Row(
-        policy("ema_sink", num_context_frames=12, num_sink_frames=3, alpha=0.9),
-        12,
-        recent=5,
-        exact_roles=("recent",),
-        positions=(0, 11),
-    ),
-    "memrope": Row(
-        policy("memrope", num_context_frames=12, num_sink_frames=3),
-        12,
-        sinks=3,
-        recent=3,
-        exact_roles=("sink", "recent"),
-        positions=(0, 11),
-    ),
-    "rolling_sink": Row(policy("rolling_sink", num_context_frames=13), 13, recent=1, exact_roles=("recent",)),
-    "relax": Row(policy("relax", num_context_frames=9, num_budget_frames=24), 9, sinks=2, recent=1, positions=(0, 8)),
-    "relax.absolute": Row(
-        policy(
-            "relax",
-            num_context_frames=12,
-            num_sink_frames=1,
-            num_recent_frames=4,
-            num_budget_frames=15,
-            num_candidates=2,
-            positions="absolute",
-        ),
-        12,
-        sinks=1,
-        recent=4,
-    ),
-    "slow_fast": Row(
-        policy("slow_fast", num_context_frames=15, num_sink_frames=2, num_recent_frames=8),
-        15,
-        sinks=2,
-        recent=4,
-        positions=(0, 14),
-    ),
+    "memrope": framed("memrope", 12, sinks=3, recent=3, exact_roles=("sink", "recent"), positions=(0, 11)),
+    "rolling_sink": framed("rolling_sink", 13, recent=1, exact_roles=("recent",)),
+    "relax": framed("relax", 9, {"num_budget_frames": 24}, sinks=2, recent=1, positions=(0, 8)),
+    "relax.absolute": framed("relax", 12, FEW_CANDIDATES, sinks=1, recent=4),
+    "slow_fast": framed("slow_fast", 15, {"num_recent_frames": 8}, sinks=2, recent=4, positions=(0, 14)),
     "commit_reads": Row(
-        policy(
-            "commit_reads",
-            num_recent_frames=2,
-            inner=policy("attention_sink", num_context_frames=12, num_sink_frames=3),
-        ),
+        policy("commit_reads", num_recent_frames=2, inner=framed("attention_sink", 12, sinks=3).settings),
         12,
         sinks=3,
         positions=(0, 11),
@@ -198,33 +117,14 @@ POLICY_ROWS = {
     ),
     "forcing_kv": Row(policy("forcing_kv", heads=[[], [1]]), 7, sinks=1, recent=1, full_until=3, layers=2),
     "forcing_kv.contiguous": Row(
-        policy(
-            "forcing_kv",
-            heads=[[0], []],
-            num_sink_frames=2,
-            num_recent_frames=2,
-            num_plain_layers=0,
-            positions="contiguous",
-        ),
-        9,
-        sinks=2,
-        recent=2,
-        full_until=4,
-        layers=2,
+        policy("forcing_kv", heads=[[0], []], **TWO_HEADS), 9, sinks=2, recent=2, full_until=4, layers=2
     ),
-    "rolling_forcing": Row(
-        policy("rolling_forcing", num_context_frames=12, num_sink_frames=3), 12, sinks=3, is_same_in_commits=False
+    "rolling_forcing": framed("rolling_forcing", 12, sinks=3, is_same_in_commits=False),
+    "rolling_forcing.keep_sinks": framed("rolling_forcing", 11, {"commit": "keep_sinks"}, sinks=2),
+    "dilated_window": framed(
+        "dilated_window", 12, {"num_dilated_frames": 3, "dilation": 4}, recent=5, positions=(0, 11)
     ),
-    "rolling_forcing.keep_sinks": Row(
-        policy("rolling_forcing", num_context_frames=11, num_sink_frames=2, commit="keep_sinks"), 11, sinks=2
-    ),
-    "dilated_window": Row(
-        policy("dilated_window", num_context_frames=12, num_dilated_frames=3, dilation=4),
-        12,
-        recent=5,
-        positions=(0, 11),
-    ),
-    "dilated_window.absolute": Row(
-        policy("dilated_window", num_context_frames=12, num_dilated_frames=4, positions="absolute"), 12, recent=4
+    "dilated_window.absolute": framed(
+        "dilated_window", 12, {"num_dilated_frames": 4, "positions": "absolute"}, recent=4
     ),
 }
