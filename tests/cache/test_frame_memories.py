@@ -30,7 +30,7 @@ def bursts(layer, pass_, geometry, samples):
 
 
 def play(settings, block, first=None, *, num_blocks=16, content=random, samples=SAMPLES, layer=0):
-    """What one layer reads in every block: [(positions by video, keys, values, own position)]."""
+    """Reads of one layer in every block: [(positions by video, keys, values, own position)]."""
     geometry, seen = make_geometry(block, grid=GRID), []
 
     def watch(at, pass_, context):

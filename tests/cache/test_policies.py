@@ -1,4 +1,4 @@
-"""What every policy must keep to, crossed with block sizes and storage wrappers; rows are in policy_rows.py.
+"""Promises of every policy, crossed with block sizes and storage wrappers; rows are in policy_rows.py.
 
 A stored token is recognisable: its channels say which frame, place, video and head it belongs to.
 """
@@ -43,7 +43,7 @@ def test_every_policy_has_a_row():
 
 @pytest.fixture(scope="module")
 def verdicts(request):
-    """What the selected cases come to, worked out by one process per core."""
+    """Verdicts of the selected cases, worked out by one process per core."""
     chosen = [i.callspec.params["case"] for i in request.session.items if "verdicts" in getattr(i, "fixturenames", ())]
     if len(chosen) < FEW:
         return {case: verdict(case) for case in chosen}
@@ -212,7 +212,7 @@ class SavesHalf(FrameState):
 
 
 class NeedsTheLastLayer(FrameState):
-    """What it reads depends on all layers having committed, and it does not say so."""
+    """Reads depend on all layers having committed, and it does not say so."""
 
     done = True
 

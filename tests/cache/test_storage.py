@@ -1,4 +1,4 @@
-"""What tokens cost and lose: codecs, buffers, and the policies that wrap a policy."""
+"""Cost and loss of tokens: codecs, buffers, and the policies that wrap a policy."""
 
 import logging
 from dataclasses import replace

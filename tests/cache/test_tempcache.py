@@ -92,7 +92,7 @@ def slow_merge(keys, values, counts, cells, least):
 
 
 def merge(keys, values, counts, cells, projection=None, **settings):
-    """Of all tokens, the last of which are new."""
+    """Merge tokens, the last of which are new."""
     num_old = counts.shape[1]
     old = KeysValues(keys[:, :num_old], values[:, :num_old])
     new = keys[:, num_old:], values[:, num_old:]

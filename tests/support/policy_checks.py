@@ -1,4 +1,4 @@
-"""What every policy has to keep to (ARCHITECTURE, section 3): functions of a row, a block size and a wrapper."""
+"""Promises of every policy (ARCHITECTURE, section 3): functions of a row, a block size and a wrapper."""
 
 import json
 import math
@@ -125,7 +125,7 @@ class Watcher:
                     self.check_complete(seen, start, pass_.num_frames, size)
 
     def check_complete(self, seen, start, num_frames, size):
-        """Whether one head of one sample reads all that it has to, from (frame, token) pairs."""
+        """One head of one sample reads all that it has to, from (frame, token) pairs."""
         row = self.row
         until = row.until
         complete = Counter(frame for frame, _ in seen)
@@ -261,7 +261,7 @@ def check_batch_order(row, block, wrap=plain):
 
 
 def check_events(row, block, wrap=plain):
-    """What a change of prompt may do leaves a cache in order: nothing doubled, nothing of the future, no growth."""
+    """A change of prompt leaves a cache in order: nothing doubled, nothing of the future, no growth."""
     geometry = make_geometry(block, grid=row.grid)
     for event in sorted(make_policy(row.settings).events - {"keep"}):
         for at in (1, 9):
