@@ -186,7 +186,6 @@ def _verdict(name: str, request: AttentionRequest, allow_approx: bool = False) -
 
 
 def _refuse(name: str, request: AttentionRequest, allow_approx: bool) -> None:
-    """Raise unless the named backend can take the call."""
     choose(BACKENDS, name, what="attention backend")
     verdict = _verdict(name, request, allow_approx)
     if verdict.ok:

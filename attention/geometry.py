@@ -29,7 +29,6 @@ class Segment:
 
     @property
     def stop(self) -> int:
-        """First key after the run."""
         return self.start + self.length
 
 
@@ -81,22 +80,18 @@ class AttentionGeometry:
 
     @property
     def num_queries(self) -> int:
-        """Query tokens."""
         return len(self.query_frames) * self.frame_tokens
 
     @property
     def num_keys(self) -> int:
-        """Key tokens."""
         return self.segments[-1].stop
 
     @property
     def query_lengths(self) -> list[int]:
-        """Tokens of every frame that asks."""
         return [self.frame_tokens] * len(self.query_frames)
 
     @property
     def key_lengths(self) -> list[int]:
-        """Keys of every segment."""
         return [segment.length for segment in self.segments]
 
     def is_whole(self, segment: Segment) -> bool:

@@ -24,7 +24,6 @@ class RowGroup:
 
     @property
     def num_queries(self) -> int:
-        """Queries of each head."""
         return sum(stop - start for start, stop in self.q_ranges)
 
     @property
@@ -110,12 +109,10 @@ class BlockPlan:
 
     @cached_property
     def num_queries(self) -> int:
-        """Query tokens."""
         return int(self.q_edges.reshape(-1)[-1])
 
     @cached_property
     def num_keys(self) -> int:
-        """Key tokens."""
         return int(self.k_edges.reshape(-1)[-1])
 
     @cached_property
@@ -182,7 +179,6 @@ class BlockPlan:
         return self if self.q_perm is None and self.k_perm is None else replace(self, q_perm=None, k_perm=None)
 
     def to(self, device: Any) -> "BlockPlan":
-        """The same plan with its tensors on a device."""
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
@@ -310,7 +306,6 @@ def _with_order(blocks: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _sizes(edges: Tensor) -> Tensor:
-    """(1 or heads, blocks), int64."""
     return edges.reshape(-1, edges.shape[-1]).long().diff(dim=-1)
 
 

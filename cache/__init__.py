@@ -80,11 +80,9 @@ POLICIES = Registry(
     group=POLICY_GROUP,
 )
 
-DEFAULT_POLICY = "attention_sink"
-"""Default of videos: bounded, and no position leaves the trained range."""
+DEFAULT_POLICY = "attention_sink"  # default of videos: bounded, and no position leaves the trained range
 
-EXACT_POLICY = "full"
-"""Default of a bare rollout: nothing is lost."""
+EXACT_POLICY = "full"  # default of a bare rollout: nothing is lost
 
 
 def make_policy(settings: CachePolicy | Mapping[str, Any] | str) -> CachePolicy:

@@ -14,8 +14,7 @@ from torch import Tensor
 from longtake.cache.storage import Geometry, Stored
 
 Number = int | float | str | bool | None
-Event = Literal["keep", "recache", "flush", "cut"]
-"""Effect of a change of prompt on the cache."""
+Event = Literal["keep", "recache", "flush", "cut"]  # effect of a change of prompt on the cache
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,10 @@ class CacheStats:
 
     @property
     def num_tokens(self) -> int:
-        """Stored tokens per layer and sample."""
         return sum(self.tokens.values())
 
     @property
     def num_bytes(self) -> int:
-        """Stored bytes over layers and batch."""
         return sum(self.bytes.values())
 
 
@@ -190,7 +187,6 @@ class CachePolicy(ABC):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """The policy as its YAML mapping: name and fields."""
         return {"policy": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
 
 

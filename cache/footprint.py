@@ -92,8 +92,6 @@ def footprint(
 
 
 class _Buffers:
-    """Sizes of the buffers that a ``KVCache`` would have."""
-
     def __init__(self, geometry: Geometry, *, stay: bool, is_wide: bool) -> None:
         self.geometry = geometry
         self.stay = stay

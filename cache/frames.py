@@ -115,7 +115,6 @@ class FramePolicy(CachePolicy):
         return tuple(f for f, role in zip(stored, roles, strict=True) if role == "sink" or f == stored[-1])
 
     def start(self, geometry: Geometry) -> "FrameState[Any]":
-        """Make the empty state of one rollout."""
         self.check(geometry.frames_per_block, geometry.max_frames)
         return FrameState(self, geometry)
 
@@ -141,12 +140,10 @@ class SinkWindow(FramePolicy):
         return sum(frame < self.num_sink_frames for frame in stored)
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
-        """Sinks, then the recent past."""
         num_sinks = self.num_sinks(frames)
         return ("sink",) * num_sinks + ("recent",) * (len(frames) - num_sinks)
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the sinks and the last frames that fit beside them and the block."""
         num_sinks = self.num_sinks(stored)
         return ends(stored, num_sinks, self.num_context_frames - num_frames - num_sinks)
 
@@ -187,7 +184,6 @@ class FrameStore:
         return self.buffer.bytes_per_token * self.frame_size
 
     def grow(self, num_slots: int) -> None:
-        """Make room for ``num_slots`` frames, keeping what is stored."""
         if num_slots > self.num_slots:
             self.num_slots = max(num_slots, self.num_slots + self.num_slots // 2)
             self.buffer.grow(self.num_slots * self.frame_size)
@@ -279,18 +275,15 @@ class FrameState(PolicyState, Generic[P]):
         self._plan: tuple[tuple, FramePlan] | None = None
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
-        """Read the frames that the policy plans for this block."""
         slots = self.slots(pass_)
         plan = self._planned(tuple(slots), pass_)
         capacity = (self.policy.num_read_frames(self.geometry.frames_per_block) or 0) * self.store.frame_size
         return Context(self._reads(layer, plan, slots), plan.query_positions, capacity=capacity)
 
     def slots(self, pass_: Pass) -> Mapping[int, int]:
-        """Slots of the frames at hand for a pass."""
         return self._before if pass_.start_frame <= self._committed else self._after
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keep the block's frames in the slots of those that are gone."""
         if pass_.start_frame != self._committed:
             self._hand_over(pass_)
         new = range(pass_.start_frame, pass_.start_frame + pass_.num_frames)
@@ -300,7 +293,6 @@ class FrameState(PolicyState, Generic[P]):
         self.store.write(layer, [self._after.get(f, -1) for f in new], k, v)
 
     def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
-        """Let go of frames if the next prompt asks for it."""
         if trace.event in ("flush", "cut"):
             self.assign(self.policy.after_flush(tuple(sorted(self._after))))
         return []
@@ -314,7 +306,6 @@ class FrameState(PolicyState, Generic[P]):
         return self.policy.read(self.kept(stored, start_frame, num_frames), start_frame, num_frames)
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
-        """Role of each stored frame."""
         return self.policy.roles(frames)
 
     def assign(self, frames: tuple[int, ...]) -> None:

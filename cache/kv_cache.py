@@ -86,7 +86,6 @@ class _ReadSet:
     context: Context  # what the policy selected; without its reads where ``parts`` stay
 
     def serves(self, pass_: Pass) -> bool:
-        """Tell whether a pass reads just this."""
         own, holds = self.pass_, self.context.holds
         if (own.block_index, own.num_frames) != (pass_.block_index, pass_.num_frames) or pass_.kind == "encode":
             return False
@@ -167,11 +166,9 @@ class KVCache:
         return out
 
     def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
-        """Tell the policy that a block is committed in all layers."""
         return self.state.end_block(trace)
 
     def stats(self) -> CacheStats:
-        """Contents by role."""
         return self.state.stats()
 
     @property
@@ -185,7 +182,6 @@ class KVCache:
         return self.state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state."""
         self._read_sets.clear()
         self.state.load_state_dict(state)
 

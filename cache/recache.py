@@ -48,7 +48,6 @@ class RecacheState(FrameState[P]):
         return self._recache(self._latents, trace.start_frame + trace.latents.shape[1])
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
-        """Read what the block reads; in a re-cache, what outlives it."""
         if pass_.kind != "encode" or self.is_causal:
             return super().select(layer, pass_, q)
         plan = self.plan(self._outlive, pass_.start_frame, pass_.num_frames)
@@ -71,7 +70,6 @@ class RecacheState(FrameState[P]):
         self.store.write(layer, [self._after.get(f, -1) for f in new], k, v)
 
     def state_dict(self) -> dict[str, Tensor | Number]:
-        """Frames at hand and the last clean latents."""
         state = super().state_dict()
         return state if self._latents is None else state | {"latents": self._latents.contiguous()}
 

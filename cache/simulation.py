@@ -44,7 +44,6 @@ class Span:
 
     @property
     def share(self) -> float:
-        """Tokens per frame, mean."""
         return sum(self.shares) / len(self.shares) if self.shares else 0.0
 
 
@@ -162,7 +161,6 @@ class _Player:
         return self._record(pass_, contexts), contexts[self.layer].holds
 
     def encode(self, job: EncodeJob, block_index: int) -> PassRecord:
-        """Play a job: layer by layer, as a forward does."""
         num_frames, grid = job_shape(job, self.geometry)
         pass_ = Pass("encode", block_index, job.start_frame, num_frames, label=job.label, grid=grid)
         qkv = self.made_up(job.start_frame, num_frames, grid)

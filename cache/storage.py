@@ -23,9 +23,7 @@ class Stored(Protocol):
         ...
 
     @property
-    def values(self) -> Tensor:
-        """Same shape."""
-        ...
+    def values(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class KeysValues:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens, per sample."""
         return self.keys.shape[1]
 
 
@@ -122,7 +119,6 @@ class Storage:
         return self.keys != Raw() or self.values != Raw()
 
     def buffer(self, geometry: "Geometry", num_tokens: int, *, num_heads: int | None = None) -> "TokenBuffer":
-        """Make an empty buffer."""
         return TokenBuffer(geometry, num_tokens, num_heads=num_heads, storage=self)
 
 
@@ -148,8 +144,7 @@ class PlacedTokens(Stored):
         return self.buffer.decode("values", self.layer, self.start, self.end)
 
 
-_Places = tuple[str, int, int, int]
-"""``keys`` or ``values``, layer, first place, place behind the last."""
+_Places = tuple[str, int, int, int]  # ``keys`` or ``values``, layer, first place, place behind the last
 
 
 class TokenBuffer:
@@ -197,7 +192,6 @@ class TokenBuffer:
         self._forget(layer)
 
     def read(self, layer: int, start: int, end: int) -> PlacedTokens:
-        """Tokens of places ``start`` to ``end``."""
         return PlacedTokens(self, layer, start, end)
 
     def decode(self, side: str, layer: int, start: int, end: int) -> Tensor:
@@ -214,7 +208,6 @@ class TokenBuffer:
         self._forget(layer)
 
     def grow(self, num_tokens: int) -> None:
-        """Make room for more places, keeping what is stored."""
         self._settle()
         self.num_tokens = num_tokens
         for layer, old in self._layers.items():
@@ -346,7 +339,6 @@ class Geometry:
 
     @property
     def tokens_per_frame(self) -> int:
-        """Tokens of one latent frame."""
         return self.num_rows * self.num_columns
 
 

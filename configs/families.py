@@ -53,7 +53,6 @@ class ModelFamily:
 
     @property
     def bundled(self) -> Path | None:
-        """Folder of the weights that come with the package."""
         return None if self.folder is None else Path(str(files("longtake.models"))) / self.folder
 
     def num_latent_frames(self, num_pixel_frames: int, *, frames_per_block: int | None = None) -> int:

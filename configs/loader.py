@@ -31,8 +31,6 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
 class _Group(NamedTuple):
-    """A folder of presets and the key by which a mapping names one."""
-
     folder: str
     key: str
     what: str

@@ -12,8 +12,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-POLICY_GROUP = "longtake.policies"
-"""Entry-point group of cache policies."""
+POLICY_GROUP = "longtake.policies"  # entry-point group of cache policies
 
 
 @cache

@@ -44,8 +44,6 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _OutputConfig:
-    """Files of a run, and the checkpoints that are kept."""
-
     folder: str | None = None  # run folder; None makes one under ``runs``
     crf: int = 18  # H.264 quality: 0 (lossless) to 51
     scale: int = 1  # whole-number enlargement of the pixels in the file
@@ -87,12 +85,10 @@ class StartConfig:
 
     @property
     def kind(self) -> Literal["image", "video"]:
-        """Field that is set."""
         return "video" if self.image is None else "image"
 
     @property
     def path(self) -> str:
-        """Image or video file."""
         return self.image or self.video or ""
 
 

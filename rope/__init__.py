@@ -22,7 +22,6 @@ class AxisFrequencies:
 
     @property
     def num_pairs(self) -> int:
-        """Rotated pairs per head: head_dim / 2."""
         return len(self.temporal) + len(self.height) + len(self.width)
 
 

@@ -39,8 +39,7 @@ Denoise = Callable[[Tensor, float], Tensor]
 DenoiseTogether = Callable[[list[Tensor], list[float]], list[Tensor]]
 """(blocks, their timesteps) -> x0 of each; a block is (batch, frames, channels, height, width)."""
 
-Renoise = Callable[[int], Tensor]
-"""index -> Gaussian noise of the block's shape, on its device and in its dtype."""
+Renoise = Callable[[int], Tensor]  # index -> Gaussian noise of the block's shape, on its device and in its dtype
 
 
 def shifted(share: float, shift: float) -> float:
@@ -151,7 +150,6 @@ class Sampler(ABC):
         return 1.0
 
     def settings(self) -> dict[str, Any]:
-        """The sampler as its YAML mapping: name and fields."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -184,7 +182,6 @@ class FewStep(Sampler):
             _check_timesteps("first_block_timesteps", self.first_block_timesteps)
 
     def sigmas(self, block_index: int) -> tuple[float, ...]:
-        """Noise shares of a block's steps, warped."""
         raw = (block_index == 0 and self.first_block_timesteps) or self.timesteps
         return tuple(shifted(timestep / 1000.0, self.flow_shift if self.warp else 1.0) for timestep in raw)
 
@@ -268,7 +265,6 @@ class RollingWindow(Sampler):
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """Noise shares of the levels, warped."""
         return tuple(shifted(timestep / 1000.0, self.flow_shift) for timestep in self.timesteps)
 
     @property
@@ -279,7 +275,6 @@ class RollingWindow(Sampler):
         return len(self.timesteps)
 
     def sample(self, denoise: Denoise, x: Tensor, *, renoise: Renoise, block_index: int) -> Tensor:
-        """Denoise a block that is alone in its window."""
         return few_step(denoise, x, sigmas=self.sigmas, renoise=renoise)
 
     def advance(
@@ -330,9 +325,7 @@ class NoiseSource(Protocol):
     answers with zero frames, and the rollout ends there.
     """
 
-    def initial(self, block_index: int, start_frame: int, shape: Sequence[int]) -> Tensor:
-        """Noise that a block starts from."""
-        ...
+    def initial(self, block_index: int, start_frame: int, shape: Sequence[int]) -> Tensor: ...
 
     def renoise(self, block_index: int, start_frame: int, step_index: int, shape: Sequence[int]) -> Tensor:
         """Fresh noise after denoising step ``step_index``."""

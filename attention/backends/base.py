@@ -49,17 +49,14 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """True if it can run."""
         return not self.reasons
 
     @property
     def text(self) -> str:
-        """All reasons in one line."""
         return "; ".join(reason.text for reason in self.reasons)
 
     @property
     def hint(self) -> str:
-        """The first remedy there is."""
         return next((reason.hint for reason in self.reasons if reason.hint), "")
 
 
@@ -86,19 +83,16 @@ class AttentionCall(NamedTuple):
 
     @property
     def blocks(self) -> BlockPlan:
-        """The plan of a call that has one."""
         if self.plan is None:
             raise ValueError("this backend is only for block plans: give one, or use 'sdpa'.")
         return self.plan
 
     @property
     def factor(self) -> float:
-        """Factor of the scores."""
         return float(self.q.shape[-1] ** -0.5) if self.scale is None else self.scale
 
     @property
     def needs_grad(self) -> bool:
-        """True if gradients are wanted."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
 

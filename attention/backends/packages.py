@@ -92,8 +92,6 @@ class _Zentorch(Backend):
 
 
 class _DiffusersBackend(Backend):
-    """A dense kernel that diffusers' attention dispatch calls."""
-
     dispatch_name: ClassVar[str]
 
     def _execute(self, call: AttentionCall) -> Result:

@@ -23,8 +23,7 @@ Memory = MutableMapping[Any, Any]
 """State of a policy between the calls of a rollout. The caller owns it and begins every video with an empty one."""
 
 
-_Given = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Queries, keys and values as a policy is given them."""
+_Given = tuple[Tensor | None, Tensor | None, Tensor | None]  # queries, keys and values as a policy is given them
 
 
 class Tokens(NamedTuple):
@@ -46,7 +45,6 @@ class Recent(Generic[T]):
         return len(self._values)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value kept under a key, or a new one."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
@@ -100,11 +98,9 @@ class SparsePolicy(ABC):
         """True if a call is computed densely whatever its tokens."""
 
     def _plan(self, given: _Given, geometry: AttentionGeometry, memory: Memory) -> BlockPlan | None:
-        """Choose blocks for a call that is not dense."""
         return None
 
     def settings(self) -> dict[str, Any]:
-        """The policy as its YAML mapping: name and fields."""
         return {"policy": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _check_least(self, least: int, *names: str) -> None:
@@ -145,7 +141,6 @@ class BlockPolicy(SparsePolicy):
         self._check_least(0, "dense_blocks", "dense_layers", "dense_steps")
 
     def is_dense(self, geometry: AttentionGeometry) -> bool:
-        """True if a call belongs to the dense beginning."""
         if geometry.frames_per_block is not None and geometry.block_index < self.dense_blocks:
             return True
         if geometry.kind == "commit":
@@ -208,7 +203,6 @@ class DensityMeter:
         self.num_pairs = self.num_computed = 0.0  # (query, key) pairs, and those that plans kept, the mean over heads
 
     def plan(self, q: Tensor | None, k: Tensor | None, geometry: AttentionGeometry, **given: Any) -> BlockPlan | None:
-        """The policy's plan; see ``SparsePolicy.plan``."""
         plan = self.policy.plan(q, k, geometry, **given)
         pairs = geometry.num_queries * geometry.num_keys
         self.num_calls += 1

@@ -74,7 +74,6 @@ class LightForcing(TokenPolicy):
         return schedule[min(block_index, len(schedule) - 1)]
 
     def token_plan(self, tokens: Tokens, geometry: AttentionGeometry, memory: Memory) -> BlockPlan | None:
-        """Choose blocks; None where the schedule leaves nothing out or there is no past."""
         if geometry.frames_per_block is None:
             raise ValueError(
                 "attention policy 'light_forcing' is for block-autoregressive models and has no bidirectional form: "

@@ -35,7 +35,6 @@ class Calibration:
     masks: Tensor | None = None  # (sets, layers, heads, blocks, blocks), bool
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
         save_file({"orders": self.orders} | ({} if self.masks is None else {"masks": self.masks}), path)
 
     @classmethod

@@ -17,8 +17,7 @@ from longtake.attention.geometry import AttentionGeometry, Segment
 from longtake.attention.plan import BlockPlan, split_runs, uniform_edges
 from longtake.attention.policies.base import StaticPolicy
 
-_Reach = int | None
-"""Half the width of the band that a frame reads of a segment; _WHOLE: all of it; None: nothing."""
+_Reach = int | None  # half the width of the band that a frame reads of a segment; _WHOLE: all of it; None: nothing
 _WHOLE = -1
 
 
@@ -181,6 +180,5 @@ def _band_blocks(reach: int, row_edges: Tensor, column_edges: Tensor, row_sizes:
 
 
 def _sums(values: Tensor, edges: Tensor) -> Tensor:
-    """Add up the columns between edges."""
     total = torch.nn.functional.pad(values.long().cumsum(1), (1, 0))
     return total[:, edges - edges[0]].diff(dim=1)

@@ -91,8 +91,6 @@ class Svg(TokenPolicy):
 
 
 class _Layout(NamedTuple):
-    """An order of queries and keys."""
-
     q_perm: Tensor  # (queries,), int64: the query at each place
     k_perm: Tensor  # (keys,), int64: the key at each place
     own: Tensor  # (queries,), int64: for each query place the place of the query's own key

@@ -81,8 +81,6 @@ class Svg2(TokenPolicy):
 
 
 class _Clusters(NamedTuple):
-    """Tokens by cluster."""
-
     labels: Tensor  # (heads, tokens), int64
     centroids: Tensor  # (heads, clusters, head_dim), float32
     sizes: Tensor  # (heads, clusters), int64; a cluster may be empty

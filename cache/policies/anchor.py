@@ -73,14 +73,12 @@ class Anchor(SinkWindow):
     def keep(
         self, stored: tuple[int, ...], start_frame: int, num_frames: int, *, anchors: tuple[int, ...] = ()
     ) -> tuple[int, ...]:
-        """Keep sinks, junction and window."""
         oldest, junction = self.oldest(start_frame, num_frames), self.junction(start_frame, num_frames, anchors)
         return tuple(f for f in stored if f < self.num_sink_frames or f >= oldest or f in junction)
 
     def read(
         self, kept: tuple[int, ...], start_frame: int, num_frames: int, *, anchors: tuple[int, ...] = ()
     ) -> FramePlan:
-        """Read all, each region where it stands."""
         oldest, junction = self.oldest(start_frame, num_frames), self.junction(start_frame, num_frames, anchors)
         junction_shift = self.num_position_frames - self.num_context_frames - junction.start
         query = min(self.num_position_frames - num_frames, start_frame)

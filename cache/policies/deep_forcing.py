@@ -79,7 +79,6 @@ class DeepForcing(CachePolicy):
 
     @property
     def traits(self) -> Traits:
-        """Tokens are chosen one by one."""
         return Traits(breaks_frames=self.compression == "participative")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
@@ -123,17 +122,14 @@ class _DeepSink(FramePolicy):
         return self.own.num_context_frames - frames_per_block
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
-        """The first stored frames are the sink."""
         num_sinks = min(self.own.num_sink_frames, len(frames))
         return ("sink",) * num_sinks + ("recent",) * (len(frames) - num_sinks)
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the sink and the last frames that fit beside it and the block."""
         num_sinks = min(self.own.num_sink_frames, len(stored))
         return ends(stored, num_sinks, self.own.num_context_frames - num_frames - num_sinks)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read all, with the sink moved up once something has been dropped."""
         plan = FramePlan.absolute(kept, start_frame, num_frames)
         elapsed = start_frame - kept[0] if kept else 0
         if elapsed + num_frames <= self.own.num_context_frames:
@@ -240,7 +236,6 @@ class _ParticipativeState(PolicyState):
             held.queries = known[:, max(known.shape[1] - num_rows, 0) :].clone()
 
     def stats(self) -> CacheStats:
-        """Tokens and bytes of sink, kept tokens and recent frames; the queries that are remembered come on top."""
         held = self._layers[-1]
         num_sinks = min(self.policy.num_sink_frames, held.num_frames)
         counts = {"sink": num_sinks, "mid": held.num_kept, "recent": held.num_frames - num_sinks - held.num_kept}
@@ -279,7 +274,6 @@ class _ParticipativeState(PolicyState):
         return held.num_frames + pass_.num_frames > self.policy.num_context_frames
 
     def _num_staying(self, pass_: Pass) -> int:
-        """Recent frames that are stored already."""
         return self.policy.num_recent_frames - pass_.num_frames
 
     def _top(self, end: int) -> int:

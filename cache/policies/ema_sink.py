@@ -38,24 +38,19 @@ class EmaSink(SinkWindow, AveragingPolicy):
 
     @property
     def num_averages(self) -> int:
-        """Every sink is an average."""
         return self.num_sink_frames
 
     def num_read_frames(self, frames_per_block: int) -> int | None:
-        """The window; sinks are kept apart."""
         return self.num_context_frames - frames_per_block - self.num_sink_frames
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the last frames that fit beside the sinks and the block."""
         window = tuple(frame for frame in stored if frame >= self.num_sink_frames)
         return ends(window, 0, self.num_context_frames - num_frames - self.num_sink_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read the window behind the sinks that there are."""
         return FramePlan.contiguous(kept, num_frames, gap=min(self.num_sink_frames, start_frame))
 
     def averages(self, start_frame: int, num_frames: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """The sinks that are there, at 0 and up."""
         sinks = tuple(range(min(self.num_sink_frames, start_frame)))
         return sinks, tuple(map(float, sinks))
 

@@ -92,8 +92,6 @@ class ForcingKV(CachePolicy):
 
 @dataclass
 class _Group:
-    """Heads of one layer that read the same."""
-
     heads: tuple[int, ...] | None  # which ones; None: all of them
     is_dynamic: bool  # whether they keep chosen segments
     buffer: TokenBuffer  # of these heads and this layer alone
@@ -114,7 +112,6 @@ class _HeadGroupState(PolicyState):
         self._span: tuple[float, float] | None = None
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
-        """Read what each group of heads has."""
         start = pass_.start_frame
         own = tuple(float(frame) for frame in range(start, start + pass_.num_frames))
         parts = self._layers[layer]
@@ -125,7 +122,6 @@ class _HeadGroupState(PolicyState):
         return Context((), own, groups=tuple(groups))
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the block and let go of what is neither recent nor chosen."""
         self._origin = pass_.start_frame if self._origin < 0 else self._origin
         for group in self._layers[layer]:
             own_k, own_v = (k, v) if group.heads is None else (k[:, :, list(group.heads)], v[:, :, list(group.heads)])
@@ -259,7 +255,6 @@ class _HeadGroupState(PolicyState):
             group.numbers = token_numbers(self.geometry, first, num_older).gather(1, index)
 
     def _move(self, buffer: TokenBuffer, source: int, num_frames: int, target: int) -> None:
-        """Move whole frames to another place."""
         if num_frames and source != target:
             places = torch.arange(source * self.size, (source + num_frames) * self.size, device=self.geometry.device)
             buffer.move(0, places, target * self.size)
@@ -293,17 +288,14 @@ class HeadMap:
 
     @property
     def num_layers(self) -> int:
-        """Self-attention layers."""
         return len(self.static)
 
     @property
     def shape(self) -> str:
-        """Shape of the model, in words."""
         return f"{self.num_layers} layers of {self.num_heads} heads"
 
     @property
     def num_static(self) -> int:
-        """Static heads of all layers."""
         return sum(map(len, self.static))
 
     def __post_init__(self) -> None:
@@ -314,7 +306,6 @@ class HeadMap:
                 )
 
     def dynamic(self, layer: int) -> tuple[int, ...]:
-        """The other heads of a layer."""
         return tuple(head for head in range(self.num_heads) if head not in self.static[layer])
 
 

@@ -46,11 +46,9 @@ class InfinityRope(SinkWindow):
         return _InfinityRopeState(self, geometry)
 
     def after_flush(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The sinks and the newest frames."""
         return ends(stored, self.num_sinks(stored), self.num_flush_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read the sinks and the window, at positions that do not grow."""
         if self.placement == "released":
             return FramePlan.contiguous(kept, num_frames)
         first = min(start_frame, self.onset)

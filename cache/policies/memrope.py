@@ -45,7 +45,6 @@ class MemRoPE(SinkWindow, AveragingPolicy):
 
     @property
     def num_averages(self) -> int:
-        """A long memory and a short one."""
         return 2
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
@@ -54,7 +53,6 @@ class MemRoPE(SinkWindow, AveragingPolicy):
         check_room(self.num_context_frames, needed, content, remedy=", or fewer sinks")
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep all while all fits; then the sinks and the last frames."""
         if start_frame + num_frames <= self.num_context_frames:
             return stored
         return ends(stored, self.num_sinks(stored), self._room(num_frames))
@@ -74,7 +72,6 @@ class MemRoPE(SinkWindow, AveragingPolicy):
         return tuple(max(newest - age, oldest) for age in ages), (first, first + 1.0)
 
     def update(self, averages: FrameAverages, layer: int, frames: tuple[int, ...], tokens: list[KeysValues]) -> None:
-        """Move both memories towards the mean of the leaving frames."""
         keys = torch.stack([frame.keys.float() for frame in tokens]).mean(dim=0)
         values = torch.stack([frame.values.float() for frame in tokens]).mean(dim=0)
         is_first = frames[0] == self.num_sink_frames

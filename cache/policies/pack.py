@@ -30,8 +30,7 @@ from longtake.cache.frames import FrameStore, assign_places
 from longtake.cache.storage import ChosenTokens, Stored, saved_part
 from longtake.rope import cell_centres, cell_coordinates, pack_backward
 
-Size = tuple[int, int, int]
-"""Frames, rows, columns."""
+Size = tuple[int, int, int]  # frames, rows, columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +106,12 @@ class Pack(CachePolicy):
 
     @property
     def is_encoded(self) -> bool:
-        """Compressed blocks run through the transformer."""
         return self.compressor in ("lr", "hr", "hr+lr")
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
         """Every block size fits: counts are rounded up to whole blocks."""
 
     def factors(self, size: Size) -> Size:
-        """Frames, rows and columns of a block that become one."""
         return (1, 1, 1) if self.compressor == "none" else cell_factors(size, self.cell)
 
     def start(self, geometry: Geometry) -> "_PackState":
@@ -152,12 +149,10 @@ class _Partitions:
         return _Partitions(self.sinks, mids[max(len(mids) - policy.num_archive_blocks, 0) :], recents)
 
     def without(self, start: int) -> "_Partitions":
-        """The same but for the block that starts at ``start``."""
         kept = ([b for b in part if b.start != start] for part in (self.sinks, self.mids, self.recents))
         return _Partitions(*map(tuple, kept))
 
     def full_frames(self) -> list[int]:
-        """Frames that are kept in full."""
         return _frames((*self.sinks, *self.recents))
 
     def small_blocks(self, block_size: int) -> list[int]:
@@ -166,8 +161,7 @@ class _Partitions:
 
 
 _PARTS = ("sinks", "mids", "recents")
-_Ranks = tuple[int, ...] | Tensor
-"""Chosen candidates in time order: the same for all samples, or (batch, chosen)."""
+_Ranks = tuple[int, ...] | Tensor  # chosen candidates in time order: the same for all samples, or (batch, chosen)
 
 
 class _PackState(PolicyState):
@@ -196,7 +190,6 @@ class _PackState(PolicyState):
         self._span: tuple[float, float] | None = None
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
-        """Read the sinks, the chosen compressed blocks and the recent frames, packed up to the block."""
         if pass_.kind == "encode":
             parts = self._after.without(pass_.start_frame)
         else:
@@ -240,7 +233,6 @@ class _PackState(PolicyState):
             self.bank.put(layer, start, k, v)
 
     def end_block(self, trace: BlockTrace) -> list[EncodeJob]:
-        """Ask for the forward that makes the compressed version of a block that is no sink."""
         if not self.policy.is_encoded or trace.start_frame not in self._after.small_blocks(self.size[0]):
             return []
         latents, tokens, pooling = trace.latents, None, None

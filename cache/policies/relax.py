@@ -65,17 +65,14 @@ class Relax(SinkWindow):
         return _HistoryState(self, geometry)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """Everything to choose from."""
         return self.num_budget_frames - frames_per_block
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
-        """Sinks come first, the tail last, and what may be chosen in between."""
         last = len(frames) - self.num_recent_frames
         roles = ("recent" if index >= last else "mid" for index in range(len(frames)))
         return tuple("sink" if f < self.num_sink_frames else role for f, role in zip(frames, roles, strict=True))
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the sinks and the last frames that fit into the budget."""
         first = start_frame - (self.num_budget_frames - num_frames - self.num_sink_frames)
         return tuple(frame for frame in stored if frame < self.num_sink_frames or frame >= first)
 
@@ -144,7 +141,6 @@ class _HistoryState(FrameState[Relax]):
         self._choices: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
-        """Read what the policy plans and, behind the sinks, the chosen history."""
         context = super().select(layer, pass_, q)
         if not self.policy.num_history(pass_.start_frame, pass_.num_frames):
             return context

@@ -38,11 +38,9 @@ class RollingForcing(SinkWindow):
         return self.num_context_frames
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the sinks, and as many of the last frames as fit beside them."""
         return super().keep(stored, start_frame, 0)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
-        """Read the sinks and the last frames that fit beside them and the window."""
         frames = super().keep(kept, start_frame, num_frames)
         num_sinks = self.num_sinks(frames)
         first = start_frame - (len(frames) - num_sinks) - num_sinks

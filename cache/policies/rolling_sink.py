@@ -33,11 +33,9 @@ class RollingSink(FramePolicy):
         check_room(self.num_context_frames, 2 * frames_per_block, content)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """The first frames and the last block."""
         return self.num_context_frames
 
     def roles(self, frames: tuple[int, ...]) -> tuple[str, ...]:
-        """First frames are sinks, those behind a gap are the last block's."""
         return tuple("sink" if frame == index else "recent" for index, frame in enumerate(frames))
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:

@@ -35,7 +35,6 @@ class SlidingWindow(FramePolicy):
         return RecacheState(self, geometry, num_frames=self.num_context_frames)
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the last frames that fit beside the block."""
         return ends(stored, 0, self.num_context_frames - num_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:

@@ -63,20 +63,16 @@ class SlowFast(SinkWindow):
         return _SlowMemoryState(self, geometry)
 
     def num_stored_frames(self, frames_per_block: int) -> int | None:
-        """Sinks and the fast memory without the block."""
         return self.num_sink_frames + self.num_recent_frames - frames_per_block
 
     def num_extra_frames(self, frames_per_block: int) -> int:
-        """The slow memory."""
         return self.num_slow_frames
 
     def num_slow(self, start_frame: int, num_frames: int) -> int:
-        """Frames in the slow memory for the block at ``start_frame``."""
         gone = start_frame - (self.num_recent_frames - num_frames) - self.num_sink_frames
         return min(max(gone, 0), self.num_slow_frames)
 
     def keep(self, stored: tuple[int, ...], start_frame: int, num_frames: int) -> tuple[int, ...]:
-        """Keep the sinks and the fast memory."""
         return ends(stored, self.num_sinks(stored), self.num_recent_frames - num_frames)
 
     def read(self, kept: tuple[int, ...], start_frame: int, num_frames: int) -> FramePlan:
@@ -102,7 +98,6 @@ class _SlowMemoryState(FrameState[SlowFast]):
         self._end = 0  # frame behind the last committed one
 
     def select(self, layer: int, pass_: Pass, q: Tensor | None = None) -> Context:
-        """Read sinks, slow memory and queue."""
         context = super().select(layer, pass_, q)
         count, first = self.policy.num_slow(pass_.start_frame, pass_.num_frames), self.policy.num_sink_frames
         if not count:
@@ -119,7 +114,6 @@ class _SlowMemoryState(FrameState[SlowFast]):
         return replace(context, reads=(*sinks, slow, *context.reads[len(sinks) :]))
 
     def commit(self, layer: int, pass_: Pass, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Compare the block with what was before it, and keep it."""
         if self._decides(layer) and self._is_looked_at(pass_.block_index) and pass_.start_frame:
             self._compare(layer, pass_, k)
         super().commit(layer, pass_, q, k, v)

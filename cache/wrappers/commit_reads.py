@@ -35,8 +35,6 @@ class CommitReads(Wrapper):
 
 @dataclass(frozen=True)
 class _Part(DerivedTokens):
-    """Consecutive ones of stored tokens."""
-
     start: int
     end: int
 
@@ -49,8 +47,6 @@ class _Part(DerivedTokens):
 
 
 class _CommitReadsState(PolicyState):
-    """The inner policy's state; only what commits read is different."""
-
     def __init__(self, policy: CommitReads, inner: PolicyState) -> None:
         self.policy = policy
         self.inner = inner

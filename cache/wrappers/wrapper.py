@@ -27,22 +27,18 @@ class Wrapper(CachePolicy):
 
     @property
     def events(self) -> frozenset[Event]:
-        """Those of the inner policy."""
         return self.inner.events
 
     @property
     def published_block(self) -> int:
-        """That of the inner policy."""
         return self.inner.published_block
 
     @property
     def published_window(self) -> int:
-        """That of the inner policy."""
         return self.inner.published_window
 
     @property
     def traits(self) -> Traits:
-        """Those of the inner policy."""
         return self.inner.traits
 
     def check(self, frames_per_block: int, num_frames: int | None = None) -> None:
@@ -53,7 +49,6 @@ class Wrapper(CachePolicy):
         return replace(self, inner=self.inner.chosen(geometry))
 
     def settings(self) -> dict[str, Any]:
-        """Name and fields, the inner policy's mapping among them."""
         return super().settings() | {"inner": self.inner.settings()}
 
     def _start_coded(self, geometry: Geometry, storage: Storage) -> PolicyState:
