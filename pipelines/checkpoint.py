@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: If the file is missing or no JSON.
-    """
+    """Read JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -63,11 +59,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
-        """Read a file.
-
-        Raises:
-            ValueError: If it is no checkpoint.
-        """
+        """Read a file."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -79,7 +71,6 @@ class Checkpoint:
             ) from error
 
     def save(self, path: Path) -> None:
-        """Write a file atomically."""
         values = {key: value for key, value in vars(self).items() if key != "tensors"}
         tensors = {key: _own_memory(tensor) for key, tensor in self.tensors.items()}
 
@@ -93,50 +84,6 @@ class Checkpoint:
                 raise OSError(number, os.strerror(number) if number else str(error), str(temporary)) from error
 
         with_temporary(path, write)
-
-
-@dataclass(frozen=True)
-class CheckpointFolder:
-    """``states/NNNNNN.safetensors``, named by the next block; the newest is also the run's ``state.safetensors``."""
-
-    folder: Path  # made when the first checkpoint is saved
-    newest: Path
-    num_kept: int
-
-    def blocks(self) -> list[int]:
-        """The checkpoints' next blocks, rising."""
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.safetensors"))
-
-    def path(self, next_block: int) -> Path:
-        """File of the checkpoint before a block."""
-        return self.folder / f"{next_block:06d}.safetensors"
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint atomically, then drop the most crowded of the older ones."""
-        self.folder.mkdir(exist_ok=True)
-        path = self.path(checkpoint.next_block)
-        checkpoint.save(path)
-        with_temporary(self.newest, lambda temporary: link_or_copy(path, temporary))
-        for block in _crowded(self.blocks(), num_kept=self.num_kept):
-            self.path(block).unlink(missing_ok=True)
-
-    def load(self, next_block: int) -> Checkpoint:
-        """Read one of ``blocks()``."""
-        return Checkpoint.load(self.path(next_block))
-
-
-def _crowded(blocks: Sequence[int], *, num_kept: int) -> list[int]:
-    """Choose the checkpoints to drop so that ``num_kept`` stay and spread over the video.
-
-    Those go, one after the other, whose neighbours are nearest to each other; never the newest, and never the one
-    before block 0, without which a fork would need the file of the conditioning frames.
-    """
-    kept = [block for block in blocks if block]
-    dropped = []
-    while len(kept) > num_kept - (0 in blocks):
-        gaps = [after - before for before, after in zip([0, *kept[:-2]], kept[1:], strict=True)]
-        dropped.append(kept.pop(gaps.index(min(gaps))))
-    return dropped
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,54 +27,30 @@ from longtake.pipelines.video_file import probe, read_frames
 
 logger = logging.getLogger(__name__)
 
-Frame = Image.Image | Tensor
-"""An RGB picture, or (3, height, width) float32 in [0, 1]."""
+Frame = Image.Image | Tensor  # an RGB picture, or (3, height, width) float32 in [0, 1]
 
 _PIECE_FRAMES = 8
 # A crop that keeps less of the picture than this shows something else.
 _LEAST_KEPT = 0.1
 
 
-class ConditioningLatents(Protocol):
-    """Latents that a rollout continues, as it takes them: from the first frame on, a block at a time, each once."""
+class ConditioningLatents:
+    """Latents that a rollout continues, as it takes them: from the first frame on, a block at a time, each once.
 
-    num_frames: int
-    """Latent frames in all."""
+    These are given as (batch, frames, channels, height, width), normalised; others are made when they are taken.
+    """
 
-    def take(self, num_frames: int) -> Tensor:
-        """The next latent frames: (batch, frames, channels, height, width), normalised."""
-        ...
-
-
-class _TensorLatents:
     def __init__(self, latents: Tensor) -> None:
         self.num_frames = latents.shape[1]
-        self._latents = latents
-        self._next_frame = 0
+        self._rest = latents
 
     def take(self, num_frames: int) -> Tensor:
-        start = self._next_frame
-        self._next_frame += num_frames
-        return self._latents[:, start : self._next_frame]
+        """Return the next latent frames."""
+        taken, self._rest = self._rest[:, :num_frames], self._rest[:, num_frames:]
+        return taken
 
 
-def as_conditioning(
-    latents: Tensor | ConditioningLatents | None, *, batch_size: int, frame_shape: Sequence[int]
-) -> ConditioningLatents | None:
-    """Make a stream of given latents.
-
-    Raises:
-        ValueError: If a tensor has another shape than (batch, frames, channels, height, width).
-    """
-    if not isinstance(latents, Tensor):
-        return latents
-    wanted = (batch_size, latents.shape[1] if latents.ndim > 1 else 0, *frame_shape)
-    if tuple(latents.shape) != wanted:
-        raise ValueError(f"initial_latents has shape {tuple(latents.shape)}, expected {wanted}.")
-    return _TensorLatents(latents)
-
-
-class _EncodedClips:
+class _EncodedClips(ConditioningLatents):
     """Clips of equal length as conditioning latents: read, resized and encoded a block at a time."""
 
     def __init__(self, clips: Sequence["Clip"], cuts: Sequence["Cut"], *, encoder: "ClipEncoder") -> None:
@@ -91,7 +67,7 @@ class _EncodedClips:
         pictures = [list(islice(frames, num_pictures)) for frames in self._frames]
         if any(len(own) != num_pictures for own in pictures):
             raise ValueError("the clip has fewer frames than when it was opened: was it replaced?")
-        videos = torch.stack([to_pixels(own, s.processor, height=s.height, width=s.width) for own in pictures])
+        videos = torch.stack([_to_pixels(own, s.processor, height=s.height, width=s.width) for own in pictures])
         latents = self._encoder.encode(videos.to(s.vae.device, s.vae.dtype))
         if self._encoder.num_frames == self.num_frames:
             for frames in self._frames:
@@ -134,12 +110,10 @@ class ClipEncoder:
             raise ValueError(
                 f"the videos fill {lengths} latent frames: give equally long ones, or make them one by one."
             )
-        left_out = cuts[0].num_left_out
-        if left_out:
+        if left_out := cuts[0].num_left_out:
+            seconds = left_out / self.family.fps
             logger.warning(
-                "%d frames (%.2f s) at the beginning of the clip fill no block and are left out.",
-                left_out,
-                left_out / self.family.fps,
+                "%d frames (%.2f s) at the beginning of the clip fill no block and are left out.", left_out, seconds
             )
         return _EncodedClips(clips, cuts, encoder=self)
 
@@ -152,7 +126,7 @@ class ClipEncoder:
         if len(shape) != 5 or shape[0] not in (1, self.batch_size) or (shape[1], *shape[3:]) != wanted:
             expected = f"({self.batch_size}, {wanted[0]}, frames, {wanted[1]}, {wanted[2]})"
             raise ValueError(f"video_latents has shape {shape}, expected {expected}.")
-        return _TensorLatents(latents.transpose(1, 2).expand(self.batch_size, -1, -1, -1, -1))
+        return ConditioningLatents(latents.transpose(1, 2).expand(self.batch_size, -1, -1, -1, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +148,6 @@ class Clip:
 
     @property
     def name(self) -> str:
-        """Name in error messages."""
         return "the clip" if self.path is None else str(self.path)
 
     def take(self, indices: Sequence[int]) -> Iterator[Frame]:
@@ -196,7 +169,6 @@ class Cut:
 
     @property
     def num_latent_frames(self) -> int:
-        """Latent frames that the VAE makes of them."""
         return 1 + (len(self.indices) - 1) // PIXELS_PER_LATENT
 
 
@@ -207,8 +179,8 @@ def plan_cut(clip: Clip, kind: str, *, family: ModelFamily, height: int, width: 
         ValueError: If the model does not start from the kind, or the clip is too short or of another shape.
     """
     first = family.first_block_frames or family.frames_per_block
+    least = 1 + PIXELS_PER_LATENT * (first - 1)
     if kind == "image" and first > 1:
-        least = 1 + PIXELS_PER_LATENT * (first - 1)
         raise ValueError(
             f"a single image is 1 latent frame and this model's first block takes {first}: give a video of {least} "
             f"frames or more ({least / family.fps:.2f} s), the image repeated if need be, or use a model that starts "
@@ -223,27 +195,19 @@ def plan_cut(clip: Clip, kind: str, *, family: ModelFamily, height: int, width: 
             f"{clip.name} is {clip.width}x{clip.height}: cropped to the shape of {width}x{height} it would keep "
             f"{shares[0] / shares[1]:.1%} of the picture: crop it yourself, or choose another height and width."
         )
-    return _cut(clip, fps=family.fps, first_block_frames=first, frames_per_block=family.frames_per_block)
-
-
-def _cut(clip: Clip, *, fps: float, first_block_frames: int, frames_per_block: int) -> Cut:
-    """Choose the frames of a clip that are encoded; the last is the clip's last.
-
-    The encoder makes one latent frame of the first pixel frame and one of every four behind it.
-    """
-    ratio, step = (clip.fps or fps) / fps, PIXELS_PER_LATENT
-    last = clip.num_frames - 1
+    # The encoder makes one latent frame of the first pixel frame and one of every four behind it.
+    fps, step = family.fps, PIXELS_PER_LATENT
+    ratio, last = (clip.fps or fps) / fps, clip.num_frames - 1
     num_frames = 1 + math.floor(last / ratio + 1e-6)
     if clip.seconds is not None:
         num_frames = min(num_frames, 1 + step * math.ceil((max(1, round(clip.seconds * fps)) - 1) / step))
     num_latents = 1 + (num_frames - 1) // step
-    if num_latents < first_block_frames:
-        least = 1 + step * (first_block_frames - 1)
+    if num_latents < first:
         raise ValueError(
             f"{clip.name} has {num_frames} frames at the model's {fps:g} per second, the first block takes {least}: "
             f"give {least / fps:.2f} s or more."
         )
-    num_latents -= (num_latents - first_block_frames) % frames_per_block
+    num_latents -= (num_latents - first) % family.frames_per_block
     num_kept = 1 + step * (num_latents - 1)
     indices = tuple(max(0, math.floor(last - ratio * back + 0.5)) for back in reversed(range(num_kept)))
     return Cut(indices, num_frames - num_kept)
@@ -299,34 +263,21 @@ def _open_file(path: Path, fps: float | None, seconds: float | None) -> Clip:
 
 
 def make_clips(video: Any) -> list[Clip]:
-    """One clip, or one for each prompt.
+    """One clip, or one for each prompt: of a list, or of an array or a tensor of five dimensions."""
 
-    Args:
-        video: What ``make_clip`` takes; a list of such, one per prompt; or an array or a tensor of five dimensions,
-            (batch, frames, channels, height, width) or with the channels last.
+    def is_picture(item: Any) -> bool:
+        return isinstance(item, Image.Image) or (isinstance(item, Tensor | np.ndarray) and item.ndim == 3)
 
-    Raises:
-        ValueError: If it is none of these, or cannot be read.
-    """
-    is_list = isinstance(video, list | tuple) and video and not all(_is_picture(item) for item in video)
-    if is_list or (isinstance(video, Tensor | np.ndarray) and video.ndim == 5):
-        return [make_clip(item) for item in video]
-    return [make_clip(video)]
-
-
-def _is_picture(item: Any) -> bool:
-    return isinstance(item, Image.Image) or (isinstance(item, Tensor | np.ndarray) and item.ndim == 3)
+    is_list = isinstance(video, list | tuple) and video and not all(map(is_picture, video))
+    is_batch = isinstance(video, Tensor | np.ndarray) and video.ndim == 5
+    return [make_clip(item) for item in video] if is_list or is_batch else [make_clip(video)]
 
 
 def make_stills(image: Any) -> list[Clip]:
     """Clips of one frame: of an image, or of one image for each prompt.
 
-    Args:
-        image: A path, a PIL image, an array or tensor (height, width, 3) or (3, height, width); a list of such; or
-            arrays and tensors of four dimensions.
-
-    Raises:
-        ValueError: If it is none of these, or cannot be read.
+    An image is a path, a PIL image, or an array or tensor (height, width, 3) or (3, height, width); several are a list
+    of such, or four dimensions.
     """
     if isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4):
         if not len(image):
@@ -350,13 +301,10 @@ def _open_image(path: Path) -> Image.Image:
         raise ValueError(f"cannot read {path} as an image: {error}") from error
 
 
-def to_pixels(frames: Sequence[Frame], processor: VideoProcessor, *, height: int, width: int) -> Tensor:
-    """Bring frames to the video's size and the encoder's range.
+def _to_pixels(frames: Sequence[Frame], processor: VideoProcessor, *, height: int, width: int) -> Tensor:
+    """Bring frames to the video's size and the encoder's range: (3, frames, height, width) float32 in [-1, 1].
 
     Frames of the right size are taken as they are; others are resized and cropped in the middle, at eight bits.
-
-    Returns:
-        (3, frames, height, width) float32 in [-1, 1].
     """
 
     def covering(frame: Frame) -> Tensor:

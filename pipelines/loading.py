@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from longtake.configs.families import ModelFamily, family_names, load_family
@@ -15,8 +14,6 @@ from longtake.configs.loader import FOLDER_FAMILY
 from longtake.models import StreamingDecoder, TiledDecoder, VaePixels, streaming_decoder, use_fast_kernels
 from longtake.models.numerics import Numerics, check_numerics
 from longtake.models.tiny_vae import StreamingTinyDecoder, TinyVae, load_tiny_vae
-
-Config = Mapping[str, Any]
 
 _CLASSES: dict[str, Any] = {
     "transformer": WanTransformer3DModel,
@@ -35,23 +32,15 @@ TRANSFORMERS: dict[str, dict[str, int]] = {
 _CONFIG_FILES = dict.fromkeys(WEIGHTS, "config.json") | {"tokenizer": "tokenizer_config.json"}
 # Latent channels of Wan2.1, and of Wan2.2's 5B with its VAE of another compression.
 WAN21_CHANNELS = 16
-WAN22_CHANNELS = 48
+_WAN22_CHANNELS = 48
 
 
 class ModelLoading(WanPipeline):
-    """The part of ``LongVideoPipeline`` that loads models and lets go of them.
+    """The part of ``LongVideoPipeline`` that loads models."""
 
-    Attributes:
-        family: Settings that the checkpoint does not hold.
-        numerics: Where half precision is rounded in the transformer and between steps; see docs/numerics.md.
-        tiny_vae: Decodes in place of ``vae`` where it is set, by ``use_fast_vae``; encoding stays with ``vae``.
-    """
-
-    family: ModelFamily = ModelFamily()
-    numerics: Numerics = "native"
-    tiny_vae: TinyVae | None = None
-    # Prompts that were encoded before the text encoder was freed; replaced, never changed.
-    _embedded: dict[str, Tensor] = {}  # noqa: RUF012
+    family: ModelFamily = ModelFamily()  # settings that the checkpoint does not hold
+    numerics: Numerics = "native"  # where half precision is rounded; see docs/numerics.md
+    tiny_vae: TinyVae | None = None  # set by ``use_fast_vae``: decodes in place of ``vae``, which still encodes
 
     @classmethod
     def from_pretrained(
@@ -123,53 +112,15 @@ class ModelLoading(WanPipeline):
     def enable_vae_tiling(self, **sizes: int) -> None:
         """Decode in overlapping tiles from the next video on: less memory at once, seams faded into each other.
 
-        Args:
-            **sizes: Pixels, as ``AutoencoderKLWan.enable_tiling`` takes them: ``tile_sample_min_height``,
-                ``tile_sample_min_width``, ``tile_sample_stride_height``, ``tile_sample_stride_width``.
+        ``sizes`` are pixels, as ``AutoencoderKLWan.enable_tiling`` takes them, such as ``tile_sample_min_height``.
         """
         self.vae.enable_tiling(**sizes)
 
     def disable_vae_tiling(self) -> None:
-        """Decode whole frames from the next video on."""
         self.vae.disable_tiling()
 
-    def free_text_encoder(self, prompts: Sequence[str] = ()) -> None:
-        """Encode prompts, keep what came out, and let the text encoder go.
-
-        From then on only these prompts, and the empty one, can be shown; a video under way keeps those that it has.
-
-        Args:
-            prompts: All that will be asked for: first, negative and later ones, and those of checkpoints to be loaded.
-
-        Raises:
-            ValueError: If a prompt is empty or too long, or the encoder is gone and a prompt is not known.
-        """
-        texts = list(dict.fromkeys(["", *prompts]))
-        known = {text: self.embed_text([text], is_negative=not text).cpu() for text in texts}
-        self._embedded = self._embedded | known
-        self.text_encoder = None
-        # Offloading chains the components to each other and would keep the encoder alive.
-        self.maybe_free_model_hooks()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _embed(self, text: str) -> Tensor:
-        """(1, text_len, text_dim) of a text that has been checked."""
-        if text in self._embedded:
-            return self._embedded[text]
-        if self.text_encoder is None:
-            raise ValueError(
-                f"the text encoder is freed and never read the prompt {text[:60]!r}: give it to free_text_encoder "
-                "with the others, or load the model again."
-            )
-        limit = self.family.max_sequence_length
-        return self.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=limit)[0]
-
     def use_fast_vae(self, vae: TinyVae | str | Path | None) -> None:
-        """Decode videos that are started from now on with a small decoder; None goes back to the VAE.
-
-        Args:
-            vae: A decoder, or its file: ``taew2_1.safetensors`` or ``.pth`` for Wan 2.1.
+        """Decode videos that are started from now on with a small decoder or its file; None goes back to the VAE.
 
         Raises:
             ValueError: If the file cannot be read, or the decoder belongs to another VAE than the model's.
@@ -227,11 +178,7 @@ def check_model_folder(folder: Path, *, parts: Sequence[str] = WEIGHTS, preset: 
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config file of diffusers.
-
-    Raises:
-        ValueError: If it is missing, or no JSON mapping.
-    """
+    """Read a config file of diffusers."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -241,21 +188,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_configs(folder: Path) -> dict[str, Config]:
+def _read_configs(folder: Path) -> dict[str, Any]:
     """Configurations of a diffusers folder by part, as far as they are there, and its ``model_index``."""
     files = {part: folder / part / name for part, name in _CONFIG_FILES.items()}
     files["model_index"] = folder / "model_index.json"
     return {part: read_config(file) for part, file in files.items() if file.is_file()}
 
 
-def _check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where: str, size: str | None = None) -> None:
+def _check_configs(configs: Mapping[str, Any], family: ModelFamily, *, where: str, size: str | None = None) -> None:
     """Refuse parts that are no causal Wan2.1 model, do not fit each other, or are not of the family's size.
 
-    Args:
-        configs: By part, and ``model_index``; what is missing is not checked.
-        family: Settings that the model will run with.
-        where: Subject of error messages: a folder in quotes, or what it is instead.
-        size: Required of the transformer, ``1.3B`` or ``14B``; None for any.
+    What is missing of ``configs`` (by part, and ``model_index``) is not checked; ``where`` is the subject of messages.
     """
     for part in ("transformer", "vae"):
         wanted = _CLASSES[part].__name__
@@ -289,9 +232,9 @@ def _check_configs(configs: Mapping[str, Config], family: ModelFamily, *, where:
         )
 
 
-def _check_kind(transformer: Config, where: str) -> None:
+def _check_kind(transformer: Mapping[str, Any], where: str) -> None:
     channels = transformer.get("in_channels", WAN21_CHANNELS)
-    if channels == WAN22_CHANNELS:
+    if channels == _WAN22_CHANNELS:
         raise ValueError(
             f"the transformer of {where} has in_channels={channels}, which is Wan2.2's 5B: Wan2.1 is needed, with "
             f"{WAN21_CHANNELS}."
@@ -305,7 +248,7 @@ def _check_kind(transformer: Config, where: str) -> None:
         )
 
 
-def _check_size(transformer: Config, where: str, size: str) -> None:
+def _check_size(transformer: Mapping[str, Any], where: str, size: str) -> None:
     wanted = TRANSFORMERS[size] | {"in_channels": WAN21_CHANNELS}
     wrong = {key: transformer[key] for key, value in wanted.items() if transformer.get(key, value) != value}
     if not wrong:
@@ -337,7 +280,7 @@ def _folder(name: str, folder: str | Path | None, settings: ModelFamily, given: 
     return None
 
 
-def _config(part: str, value: Any) -> Config:
+def _config(part: str, value: Any) -> Mapping[str, Any]:
     """Configuration of a given part; a folder's is read without loading it."""
     if isinstance(value, str | Path):
         path = Path(value)

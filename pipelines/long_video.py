@@ -29,29 +29,17 @@ StepCallback = Callable[["LongVideoPipeline", int, float, dict[str, Any]], dict[
 
 @dataclass(frozen=True)
 class VideoBlock:
-    """A finished block as pixels.
+    """A finished block as pixels."""
 
-    Attributes:
-        index: From 0; blocks of conditioning frames come before, and the last of them is -1.
-        start_frame: First latent frame, conditioning latents counted.
-        frames: (batch, frames, channels, height, width) float32 in [0, 1].
-        latents: (batch, latent frames, channels, height, width), normalised.
-        stats: Contents of the cache.
-        num_cache_bytes: Storage and read sets of all guidance branches.
-        seconds: Time spent in ``denoise`` and ``decode``; ``observe`` where conditioning frames were taken in.
-        is_last: Whether the video ends here.
-        prompt: The prompts in force, one per sample.
-    """
-
-    index: int
-    start_frame: int
-    frames: Tensor
-    latents: Tensor
-    stats: CacheStats
-    num_cache_bytes: int
-    seconds: Mapping[str, float]
-    is_last: bool
-    prompt: tuple[str, ...]
+    index: int  # from 0; blocks of conditioning frames come before, and the last of them is -1
+    start_frame: int  # first latent frame, conditioning latents counted
+    frames: Tensor  # (batch, frames, channels, height, width) float32 in [0, 1]
+    latents: Tensor  # (batch, latent frames, channels, height, width), normalised
+    stats: CacheStats  # contents of the cache
+    num_cache_bytes: int  # storage and read sets of all guidance branches
+    seconds: Mapping[str, float]  # spent in ``denoise`` and ``decode``; ``observe`` where conditioning was taken in
+    is_last: bool  # the video ends here
+    prompt: tuple[str, ...]  # the prompts in force, one per sample
 
     def uint8(self) -> np.ndarray:
         """Frames as (batch, frames, height, width, channels) bytes, rounded."""
@@ -68,22 +56,21 @@ def to_pixels(video: Tensor) -> Tensor:
     return video.float().mul(0.5).add(0.5).clamp_(0.0, 1.0).transpose(1, 2)
 
 
+@dataclass
 class _PositionUse:
-    """Watches the positions of every block's reads, and warns once when they leave the trained range.
+    """Positions of every block's reads; warns once when they leave the trained range.
 
     Attention sees distances only, so the largest distance within one read is what counts; those below the latent
     frames of the training clips are known to the model.
     """
 
-    def __init__(self, policy: str, num_trained_frames: int) -> None:
-        self.policy = policy
-        self.num_trained_frames = num_trained_frames
-        self.lowest: float | None = None
-        self.highest: float | None = None
-        self.reach = 0.0
+    policy: str
+    num_trained_frames: int
+    lowest: float | None = None  # of the last read
+    highest: float | None = None
+    reach: float = 0.0  # largest distance so far
 
     def see(self, positions: tuple[float, float] | None) -> None:
-        """Take note of the lowest and highest position of a block's read."""
         if positions is None:
             return
         trained = self.num_trained_frames - 1
@@ -101,16 +88,10 @@ class _PositionUse:
             )
 
     def as_mapping(self) -> dict[str, Any]:
-        """The last read's lowest and highest position, the largest distance so far, and the largest in training."""
-        return {
-            "lowest": self.lowest,
-            "highest": self.highest,
-            "largest_distance": self.reach,
-            "trained_distance": self.num_trained_frames - 1,
-        }
+        numbers = {"lowest": self.lowest, "highest": self.highest, "largest_distance": self.reach}
+        return numbers | {"trained_distance": self.num_trained_frames - 1}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a mapping of ``as_mapping``."""
         self.lowest, self.highest, self.reach = saved["lowest"], saved["highest"], saved["largest_distance"]
 
 
@@ -155,22 +136,18 @@ class VideoRollout:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks to make."""
         r = self.rollout
         return r.next_index + max(0, -(-(r.end_frame - r.next_frame) // r.frames_per_block))
 
     @property
     def next_block_index(self) -> int:
-        """Index of the block that comes next."""
         return self.rollout.next_index
 
     def __iter__(self) -> Iterator[VideoBlock]:
-        """Yield the blocks that are still to be made."""
         while (block := self.next_block()) is not None:
             yield block
 
     def next_block(self) -> VideoBlock | None:
-        """Make the next block, or None at the end."""
         for block in self.observe():
             if self.include_start:
                 return block
@@ -272,10 +249,9 @@ class VideoRollout:
         return changes
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything a continuation needs beside the arguments of ``LongVideoPipeline.start``.
+        """Tensors, and values that fit into JSON: what a continuation needs beside the arguments of ``start``.
 
-        Returns:
-            Tensors, and plain values that fit into JSON. Valid between blocks.
+        Valid between blocks.
         """
         tensors, numbers = self.rollout.state_dict()
         tensors = {f"rollout.{key}": value for key, value in tensors.items()}
@@ -324,7 +300,6 @@ class VideoRollout:
         return 0 if seconds == 0 else max(1, math.ceil((seconds * self.fps - 1e-6 - 1) / step) + 1)
 
     def _place(self, latent_frame: int) -> int:
-        """Its first pixel frame, conditioning frames counted."""
         return 0 if latent_frame == 0 else 1 + (latent_frame - 1) * self.pipe.vae_scale_factor_temporal
 
     @torch.no_grad()
@@ -353,10 +328,9 @@ class _GivenNoise(SeededNoise):
 class LongVideoPipelineOutput(BaseOutput):
     """A finished video.
 
-    Attributes:
-        frames: ``np``: (batch, frames, height, width, channels) float32 in [0, 1]; ``pt``: (batch, frames, channels,
-            height, width); ``pil``: a list of images per sample; ``latent``: (batch, channels, latent frames,
-            height, width), normalised.
+    ``frames`` are for ``np`` (batch, frames, height, width, channels) float32 in [0, 1]; for ``pt`` (batch, frames,
+    channels, height, width); for ``pil`` a list of images per sample; for ``latent`` (batch, channels, latent frames,
+    height, width), normalised.
     """
 
     frames: Any
@@ -368,6 +342,9 @@ class LongVideoPipeline(ModelLoading):
     A ``WanPipeline`` with the same components, so folders, LoRA, offload and quantisation are diffusers' own.
     ``family`` holds what the checkpoint does not.
     """
+
+    # Prompts that were encoded before the text encoder was freed; replaced, never changed.
+    _embedded: dict[str, Tensor] = {}  # noqa: RUF012
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a stock ``WanPipeline`` folder that any diffusers tool opens.
@@ -550,6 +527,36 @@ class LongVideoPipeline(ModelLoading):
                     f"(it begins {text[:40]!r})."
                 )
         return torch.cat([self._embed(text) for text in prompts])
+
+    def _embed(self, text: str) -> Tensor:
+        """(1, text_len, text_dim) of a text that has been checked."""
+        if text in self._embedded:
+            return self._embedded[text]
+        if self.text_encoder is None:
+            raise ValueError(
+                f"the text encoder is freed and never read the prompt {text[:60]!r}: give it to free_text_encoder "
+                "with the others, or load the model again."
+            )
+        limit = self.family.max_sequence_length
+        return self.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=limit)[0]
+
+    def free_text_encoder(self, prompts: Sequence[str] = ()) -> None:
+        """Encode prompts, keep what came out, and let the text encoder go.
+
+        From then on only these prompts, and the empty one, can be shown; a video under way keeps those that it has.
+        ``prompts`` are first, negative and later ones, and those of checkpoints to be loaded.
+
+        Raises:
+            ValueError: If a prompt is empty or too long, or the encoder is gone and a prompt is not known.
+        """
+        texts = list(dict.fromkeys(["", *prompts]))
+        known = {text: self.embed_text([text], is_negative=not text).cpu() for text in texts}
+        self._embedded = self._embedded | known
+        self.text_encoder = None
+        # Offloading chains the components to each other and would keep the encoder alive.
+        self.maybe_free_model_hooks()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _frame_shape(self, height: int, width: int) -> tuple[int, int, int]:
         factor = self.vae_scale_factor_spatial

@@ -64,11 +64,7 @@ class ModelShapes:
 
 
 def _shapes_of(family: ModelFamily, folder: Path | None = None) -> ModelShapes:
-    """Sizes of a folder's parts, or of the family's published ones where there is no folder.
-
-    Raises:
-        ValueError: If the folder is no diffusers Wan folder, or there is none and the family's size is not known.
-    """
+    """Sizes of a folder's parts, or of the family's published ones where there is no folder."""
     if folder is not None:
         check_model_folder(folder)
         configs = {part: read_config(folder / part / "config.json") for part in WEIGHTS}
@@ -114,11 +110,7 @@ class PlanRequest:
     def of_run(
         cls, run: RunConfig, *, folder: Path | None, device_type: Literal["cpu", "cuda"], batch_size: int = 1
     ) -> Self:
-        """Request of a run's settings; of the family's published shapes where there is no folder.
-
-        Raises:
-            ValueError: If the folder is no model, or a setting does not fit.
-        """
+        """Request of a run's settings; of the family's published shapes where there is no folder."""
         family = load_family(run.model.family)
         num_pixel_frames = max(1, round(run.seconds * family.fps))
         return cls(
@@ -145,7 +137,6 @@ class PlanRequest:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the video."""
         return -(-self.num_latent_frames // self.frames_per_block)
 
     @property
@@ -156,7 +147,6 @@ class PlanRequest:
         return config.get("in_channels", 16), self.height // factor, self.width // factor
 
     def geometry(self) -> Geometry:
-        """Shapes of the rollout."""
         config = self.shapes.configs["transformer"]
         _, rows, columns = config.get("patch_size", (1, 2, 2))
         _, height, width = self.frame_shape
@@ -212,7 +202,6 @@ class MemoryPlan:
         return self.request.num_branches * branch + self.staging + self.modulation + self.features
 
     def weights_in(self, phase: str) -> int:
-        """Bytes of the parts that are on the device in a phase."""
         request, active = self.request, _PART_OF_PHASE[phase]
         if request.offloads:
             return self.weights[active]
@@ -221,7 +210,6 @@ class MemoryPlan:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes on the device at the largest moment of each phase."""
         moments = {
             "text encoding": self.encoding,
             "denoising": self.held + self.denoising,
@@ -233,7 +221,6 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Most bytes on the device."""
         return max(self.phases.values())
 
     @property
@@ -285,11 +272,7 @@ def plan_memory(request: PlanRequest) -> MemoryPlan:
 
 
 def device_kind(name: str) -> Literal["cpu", "cuda"]:
-    """``cpu`` or ``cuda``, the latter also for planning where there is none.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """``cpu`` or ``cuda``, the latter also for planning where there is none."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     for kind in ("cpu", "cuda"):

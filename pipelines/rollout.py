@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from longtake.attention.policies.base import DensityMeter
 from longtake.cache import BlockTrace, CacheStats, EncodeJob, Event, KVCache, Pass
+from longtake.models import VaePixels
 from longtake.models.causal import CausalTransformer, Prompt, Segment, fitting_threads
 from longtake.models.sparse_attention import SparseSelfAttention
 from longtake.models.wan import config_of
-from longtake.pipelines.conditioning import ConditioningLatents, as_conditioning
+from longtake.pipelines.conditioning import ConditioningLatents
 from longtake.pipelines.settings import EVENTS, PromptSwitch, RolloutSettings, takes_fields_of
-from longtake.samplers import NoiseSource, RollingWindow
+from longtake.samplers import NoiseSource, RollingWindow, rolling_window
 
 StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
 """(step_index, timestep, x0, prompt_embeds) -> x0, after every denoising step."""
@@ -26,29 +27,19 @@ StepHook = Callable[[int, float, Tensor, Tensor], Tensor]
 MERGE_LIMIT = 4096
 
 
-class _Pixels(Protocol):
-    """The part of a VAE that a rollout needs."""
+@dataclass(frozen=True)
+class Block:
+    """A finished block."""
 
-    def pool(self, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
-        """Decode normalised latents as a clip of their own, average ``size`` frames, rows, columns, encode again."""
-        ...
+    index: int  # from 0; blocks of conditioning latents come before, -1 the last of them
+    start_frame: int  # first latent frame in the video, conditioning latents counted
+    latents: Tensor  # (batch, frames, channels, height, width), clean, normalised
+    prompt_index: int = -1  # entry of the schedule that it was made with; -1 is the first prompt
 
 
 @dataclass(frozen=True)
-class Block:
-    """A finished block.
-
-    Attributes:
-        index: From 0; blocks of conditioning latents come before, -1 the last of them.
-        start_frame: First latent frame in the video, conditioning latents counted.
-        latents: (batch, frames, channels, height, width), clean, normalised.
-        prompt_index: Entry of the schedule that it was made with; -1 is the first prompt.
-    """
-
-    index: int
-    start_frame: int
-    latents: Tensor
-    prompt_index: int = -1
+class _OpenBlock(Block):
+    level: int = 0  # denoising steps it has been through
 
 
 class LatentRollout:
@@ -68,7 +59,7 @@ class LatentRollout:
         noise: NoiseSource,
         initial_latents: Tensor | ConditioningLatents | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        pixels: _Pixels | None = None,
+        pixels: VaePixels | None = None,
         settings: RolloutSettings | None = None,
         **fields: Any,
     ) -> None:
@@ -79,9 +70,13 @@ class LatentRollout:
         self.schedule: list[PromptSwitch] = []
         self.batch_size = prompt_embeds.shape[0]
         self._frame_shape = tuple(s.frame_shape)
-        self._conditioning = as_conditioning(
-            initial_latents, batch_size=self.batch_size, frame_shape=self._frame_shape
-        )
+        if isinstance(initial_latents, Tensor):
+            length = initial_latents.shape[1] if initial_latents.ndim > 1 else 0
+            wanted = (self.batch_size, length, *self._frame_shape)
+            if tuple(initial_latents.shape) != wanted:
+                raise ValueError(f"initial_latents has shape {tuple(initial_latents.shape)}, expected {wanted}.")
+            initial_latents = ConditioningLatents(initial_latents)
+        self._conditioning = initial_latents
         self.num_given_frames = 0 if self._conditioning is None else self._conditioning.num_frames
         s.check_length(num_given=self.num_given_frames)
         if self.policy.traits.needs_vae and pixels is None:
@@ -106,7 +101,11 @@ class LatentRollout:
         kernels = {"attention": self.causal.attention, "phase_dtype": self.causal.phase_dtype}
         caches = [KVCache(self.policy, geometry, sparse=self._sparse_attention(), **kernels) for _ in embeds]
         self.branches = _Branches(self.causal, caches, embeds, settings=s, pixels=pixels)
-        self.window = _Window(s.solver) if isinstance(s.solver, RollingWindow) and len(s.solver.sigmas) > 1 else None
+        # Of the levels in a window of several blocks; empty where a block is denoised by itself.
+        self._window_sigmas = s.solver.sigmas if isinstance(s.solver, RollingWindow) else ()
+        if len(self._window_sigmas) == 1:
+            self._window_sigmas = ()
+        self._window: list[_OpenBlock] = []  # cleanest first
         self._first_prompt = prompt_embeds
         self._next_given_frame = 0
         self.next_frame, self.next_index = self.num_given_frames, 0
@@ -114,17 +113,15 @@ class LatentRollout:
         self.on_step_end: StepHook | None = None
 
     def __iter__(self) -> Iterator[Block]:
-        """Yield the blocks that are still to be made."""
         while (block := self.next_block()) is not None:
             yield block
 
     @torch.no_grad()
     def next_block(self) -> Block | None:
-        """Make the next block, or None at the end of the rollout."""
         if self.next_frame >= self.end_frame:
             return None
         with self._installed():
-            block = self._single_block() if self.window is None else self._window_block(self.window)
+            block = self._window_block() if self._window_sigmas else self._single_block()
         if block is None:
             return None
         trace = BlockTrace(self._block_id(block.start_frame), block.start_frame, block.latents)
@@ -134,10 +131,7 @@ class LatentRollout:
 
     @torch.no_grad()
     def next_given(self) -> Block | None:
-        """Take in the next block of the conditioning latents, or None once all are in.
-
-        ``next_block`` takes in those that are left.
-        """
+        """Take in the next block of the conditioning latents, or None at their end."""
         with self._installed():
             return self._take_given()
 
@@ -152,7 +146,6 @@ class LatentRollout:
             yield
 
     def _single_block(self) -> Block | None:
-        """Denoise the next block by itself."""
         start, index = self.next_frame, self.next_index
         x = self._noise(index, start)
         if x is None:
@@ -178,33 +171,51 @@ class LatentRollout:
         latents = self.sampler.sample(denoise, x, renoise=renoise, block_index=index)
         return Block(index, start, latents, self._prompt_index)
 
-    def _window_block(self, window: "_Window") -> Block | None:
+    def _window_block(self) -> Block | None:
         """Denoise the window until its first block is clean, letting a block in before every forward."""
-
-        def denoise(parts: list[Tensor], timesteps: list[float]) -> list[Tensor]:
-            x, first = torch.cat(parts, dim=1), window.blocks[0].start_frame
-            pass_ = Pass("denoise", self._block_id(first), first, x.shape[1])
-            flow = self.branches.guided_flow(x, Segment(pass_, window.frame_timesteps(timesteps)))
-            flows = flow.split([part.shape[1] for part in parts], dim=1)
-            steps = zip(window.blocks, parts, timesteps, flows, strict=True)
-            return [self._step_ended(b.level, t, self.causal.clean(part, f, t)) for b, part, t, f in steps]
-
-        def renoise(block: _OpenBlock) -> Tensor:
-            return self._renoise(block.index, block.start_frame, block.level, tuple(block.latents.shape))
-
         self._fill()
-        done = None
-        while done is None:
-            start, index = self.next_open_frame, self.next_index + len(window.blocks)
-            x = self._noise(index, start) if start < self.end_frame and not window.is_full else None
+        while True:
+            start, index = self.next_open_frame, self.next_index + len(self._window)
+            has_room = len(self._window) < len(self._window_sigmas) and start < self.end_frame
+            x = self._noise(index, start) if has_room else None
             if x is not None:
                 self._switch_prompt(start)
-                window.blocks.append(_OpenBlock(index, start, x, 0, self._prompt_index))
-            if not window.blocks:
+                self._window.append(_OpenBlock(index, start, x, self._prompt_index))
+            if not self._window:
                 return None
             self.branches.commit_pending()
-            done = window.advance(denoise, renoise)
-        return Block(done.index, done.start_frame, done.latents, done.prompt_index)
+            self._advance_window()
+            if self._window[0].level == len(self._window_sigmas):
+                done = self._window.pop(0)
+                return Block(done.index, done.start_frame, done.latents, done.prompt_index)
+
+    def _advance_window(self) -> None:
+        """Move every block of the window to its next level by one forward."""
+        blocks = self._window
+
+        def denoise(parts: list[Tensor], timesteps: list[float]) -> list[Tensor]:
+            lengths = [part.shape[1] for part in parts]
+            # Of blocks, or of frames where blocks differ in length.
+            repeats = [1] * len(parts) if len(set(lengths)) == 1 else lengths
+            levels = tuple(t for t, repeat in zip(timesteps, repeats, strict=True) for _ in range(repeat))
+            first = blocks[0].start_frame
+            pass_ = Pass("denoise", self._block_id(first), first, sum(lengths))
+            flow = self.branches.guided_flow(torch.cat(parts, dim=1), Segment(pass_, levels))
+            steps = zip(blocks, parts, timesteps, flow.split(lengths, dim=1), strict=True)
+            return [self._step_ended(b.level, t, self.causal.clean(part, f, t)) for b, part, t, f in steps]
+
+        def renoise(place: int) -> Tensor:
+            block = blocks[place]
+            return self._renoise(block.index, block.start_frame, block.level, tuple(block.latents.shape))
+
+        latents = rolling_window(
+            denoise,
+            [block.latents for block in blocks],
+            levels=[block.level for block in blocks],
+            sigmas=self._window_sigmas,
+            renoise=renoise,
+        )
+        self._window = [replace(b, latents=x, level=b.level + 1) for b, x in zip(blocks, latents, strict=True)]
 
     def _sparse_attention(self) -> SparseSelfAttention | None:
         setting = self.settings.sparsity
@@ -223,7 +234,6 @@ class LatentRollout:
         return self.on_step_end(step_index, timestep, x0, self.branches.prompts[0].embeds)
 
     def _noise(self, index: int, start: int) -> Tensor | None:
-        """Initial noise of a block; None where the source ends, and the rollout with it."""
         num_frames = self.frames_per_block if start else self.settings.num_first_frames
         shape = (self.batch_size, num_frames, *self._frame_shape)
         x = self.noise.initial(index, start, shape)
@@ -236,14 +246,7 @@ class LatentRollout:
         return self._checked(self.noise.renoise(index, start, step, shape), shape, "the noise source")
 
     def add_switch(self, switch: PromptSwitch) -> int:
-        """Extend the schedule.
-
-        Returns:
-            Index of the block at which the switch takes effect.
-
-        Raises:
-            ValueError: If the policy does not know the event.
-        """
+        """Extend the schedule; return the index of the block at which the switch takes effect."""
         self.settings.check_event(switch.event)
         self.schedule.append(switch)
         return self.switch_index(switch)
@@ -260,7 +263,6 @@ class LatentRollout:
         return self.settings.num_first_frames + (block - 1) * self.frames_per_block if block else 0
 
     def stats(self) -> CacheStats:
-        """Contents of the conditional branch's cache."""
         return self.branches.caches[0].stats()
 
     @property
@@ -271,17 +273,16 @@ class LatentRollout:
     @property
     def next_open_frame(self) -> int:
         """First latent frame of the next block that is not begun: a new prompt shows from here on."""
-        if self.window is None or not self.window.blocks:
+        if not self._window:
             return self.next_frame
-        last = self.window.blocks[-1]
-        return last.start_frame + last.latents.shape[1]
+        return self._window[-1].start_frame + self._window[-1].latents.shape[1]
 
     @property
     def last_opening_frame(self) -> int:
         """First latent frame of the last block that is begun in making the next one."""
-        if self.window is None or self.window.blocks:
+        if self._window or not self._window_sigmas:
             return self.next_open_frame
-        return self.start_of(self.next_index + self.sampler.num_window_blocks - 1)
+        return self.start_of(self.next_index + len(self._window_sigmas) - 1)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a continuation needs beside the constructor's arguments.
@@ -300,27 +301,26 @@ class LatentRollout:
         tensors, numbers = self.branches.state_dict()
         numbers["next_frame"], numbers["next_index"] = self.next_frame, self.next_index
         numbers["next_given_frame"], numbers["prompt_index"] = self._next_given_frame, self._prompt_index
-        if self.window is not None:
-            latents, numbers["window"] = self.window.state_dict()
-            tensors |= latents
+        if self._window_sigmas:
+            names = ("index", "start_frame", "level", "prompt_index")
+            numbers["window"] = [{name: getattr(block, name) for name in names} for block in self._window]
+            tensors |= {f"window.{place}": block.latents for place, block in enumerate(self._window)}
         return _unshared(tensors), numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue where another rollout with the same arguments was saved.
-
-        Raises:
-            ValueError: If the state does not belong to such a rollout.
-        """
+        """Continue where another rollout with the same arguments was saved."""
         for key in ("next_frame", "next_index", "prompt_index", "next_given_frame"):
             if key not in numbers:
                 raise ValueError(f"the saved state has no {key!r}: it was not written by a rollout.")
         self.branches.load_state_dict(tensors, numbers)
         self.next_frame, self.next_index = numbers["next_frame"], numbers["next_index"]
         self._next_given_frame, self._prompt_index = numbers["next_given_frame"], numbers["prompt_index"]
-        if self.window is not None:
+        if self._window_sigmas:
             if "window" not in numbers:
                 raise ValueError("the saved state has no 'window': it was written with another sampler.")
-            self.window.load_state_dict(tensors, numbers["window"], self.causal.device)
+            latents = [tensors[f"window.{place}"].to(self.causal.device) for place in range(len(numbers["window"]))]
+            blocks = zip(latents, numbers["window"], strict=True)
+            self._window = [_OpenBlock(latents=x, **values) for x, values in blocks]
         embeds = self._first_prompt if self._prompt_index < 0 else self.schedule[self._prompt_index].prompt_embeds
         self.branches.set_prompt(embeds)
 
@@ -373,7 +373,7 @@ def rollout_latents(
     initial_latents: Tensor | ConditioningLatents | None = None,
     schedule: Sequence[tuple[int, Tensor, Event]] = (),
     negative_prompt_embeds: Tensor | None = None,
-    pixels: _Pixels | None = None,
+    pixels: VaePixels | None = None,
     **settings: Any,
 ) -> Iterator[Block]:
     """Roll a transformer out over latent frames, without text and pixels.
@@ -411,7 +411,6 @@ class _Pending:
 
     @property
     def segment(self) -> Segment:
-        """Its commit pass."""
         pass_ = Pass("commit", self.trace.block_index, self.trace.start_frame, self.trace.latents.shape[1])
         return Segment(pass_, self.timestep)
 
@@ -429,7 +428,7 @@ class _Branches:
         embeds: Sequence[Tensor],
         *,
         settings: RolloutSettings,
-        pixels: _Pixels | None,
+        pixels: VaePixels | None,
     ) -> None:
         self.causal = causal
         self.caches = caches
@@ -473,12 +472,11 @@ class _Branches:
             self._run(*done)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Contents of the caches and the block that waits: tensors, and plain numbers."""
         values: dict[str, Any] = {}
         if self.pending is not None:
-            trace = self.pending.trace
-            values = {"latents": trace.latents, "block_index": trace.block_index, "start_frame": trace.start_frame}
-            values = {f"pending.{key}": value for key, value in {**values, "timestep": self.pending.timestep}.items()}
+            trace, values["pending.timestep"] = self.pending.trace, self.pending.timestep
+            names = ("latents", "block_index", "start_frame")
+            values |= {f"pending.{name}": getattr(trace, name) for name in names}
         for branch, cache in enumerate(self.caches):
             values |= {f"cache.{branch}.{key}": value for key, value in cache.state_dict().items()}
         tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
@@ -567,63 +565,3 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[key] = tensor.clone() if place in seen else tensor.contiguous()
         seen.add(result[key].untyped_storage().data_ptr())
     return result
-
-
-@dataclass(frozen=True)
-class _OpenBlock:
-    """A block in the window of those that are denoised together."""
-
-    index: int  # from 0, conditioning latents not counted
-    start_frame: int  # first latent frame in the video
-    latents: Tensor  # (batch, frames, channels, height, width), as noisy as ``level`` says
-    level: int  # denoising steps it has been through
-    prompt_index: int  # the prompt it entered under
-
-
-class _Window:
-    """Blocks that are denoised together, cleanest first, one block further per finished block."""
-
-    def __init__(self, sampler: RollingWindow) -> None:
-        self.sampler = sampler
-        self.blocks: list[_OpenBlock] = []
-
-    @property
-    def is_full(self) -> bool:
-        """True if the next forward finishes a block, so that no other may enter before it."""
-        return len(self.blocks) >= self.sampler.num_window_blocks
-
-    def frame_timesteps(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Timesteps of equal parts of the window: of blocks, or of frames where blocks differ in length."""
-        lengths = [block.latents.shape[1] for block in self.blocks]
-        if len(set(lengths)) == 1:
-            return tuple(timesteps)
-        return tuple(t for t, length in zip(timesteps, lengths, strict=True) for _ in range(length))
-
-    def advance(
-        self,
-        denoise: Callable[[list[Tensor], list[float]], list[Tensor]],
-        renoise: Callable[[_OpenBlock], Tensor],
-    ) -> _OpenBlock | None:
-        """Denoise the window once; its first block, if it is clean now, leaves it and is returned."""
-        following = self.sampler.advance(
-            denoise,
-            [block.latents for block in self.blocks],
-            levels=[block.level for block in self.blocks],
-            renoise=lambda place: renoise(self.blocks[place]),
-        )
-        steps = zip(self.blocks, following, strict=True)
-        self.blocks = [replace(block, latents=latents, level=block.level + 1) for block, latents in steps]
-        is_clean = self.blocks[0].level == self.sampler.num_steps(self.blocks[0].index)
-        return self.blocks.pop(0) if is_clean else None
-
-    def state_dict(self) -> tuple[dict[str, Tensor], list[dict[str, int]]]:
-        """Latents by place, and plain numbers of every block."""
-        tensors = {f"window.{place}": block.latents for place, block in enumerate(self.blocks)}
-        names = ("index", "start_frame", "level", "prompt_index")
-        return tensors, [{name: getattr(block, name) for name in names} for block in self.blocks]
-
-    def load_state_dict(
-        self, tensors: Mapping[str, Tensor], numbers: Sequence[Mapping[str, Any]], device: torch.device
-    ) -> None:
-        latents = [tensors[f"window.{place}"].to(device) for place in range(len(numbers))]
-        self.blocks = [_OpenBlock(latents=x, **values) for x, values in zip(latents, numbers, strict=True)]

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ import yaml
 
 from longtake.configs.loader import load_complete
 from longtake.configs.run import RunConfig
-from longtake.pipelines.checkpoint import Checkpoint, CheckpointFolder, read_json, with_temporary, write_json
+from longtake.pipelines.checkpoint import Checkpoint, link_or_copy, read_json, with_temporary, write_json
 from longtake.pipelines.video_file import copy_frames
 
 RUNNING = "running"
@@ -39,14 +40,47 @@ _FULL_HASH_BYTES = 1 << 28
 _NUM_SAMPLES, _SAMPLE_BYTES = 256, 1 << 16
 
 
+@dataclass(frozen=True)
+class _Checkpoints:
+    """``states/NNNNNN.safetensors``, named by the next block; the newest is also the run's ``state.safetensors``."""
+
+    folder: Path  # made when the first checkpoint is saved
+    newest: Path
+    num_kept: int
+
+    def blocks(self) -> list[int]:
+        """The checkpoints' next blocks, rising."""
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.safetensors"))
+
+    def path(self, next_block: int) -> Path:
+        return self.folder / f"{next_block:06d}.safetensors"
+
+    def load(self, next_block: int) -> Checkpoint:
+        return Checkpoint.load(self.path(next_block))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint atomically, then drop the most crowded of the older ones.
+
+        One after the other those go whose neighbours are nearest to each other, so that the rest spreads over the
+        video; never the newest, and never the one before block 0, without which a fork would need the file of the
+        conditioning frames.
+        """
+        self.folder.mkdir(exist_ok=True)
+        path = self.path(checkpoint.next_block)
+        checkpoint.save(path)
+        with_temporary(self.newest, lambda temporary: link_or_copy(path, temporary))
+        blocks = self.blocks()
+        kept = [block for block in blocks if block]
+        while len(kept) > self.num_kept - (0 in blocks):
+            gaps = [after - before for before, after in zip([0, *kept[:-2]], kept[1:], strict=True)]
+            self.path(kept.pop(gaps.index(min(gaps)))).unlink(missing_ok=True)
+
+
 class BlockLog:
     """One JSON line for every finished block, appended as it is finished; made if it is missing.
 
     A line that a kill cut short is dropped when the log is opened. A block that is made again, after a resume, must
     come out as its line says.
-
-    Raises:
-        ValueError: If a line is damaged or a block is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,11 +95,7 @@ class BlockLog:
 
     @staticmethod
     def read(path: Path) -> Iterator[dict[str, Any]]:
-        """Yield a log's blocks in order, none for a missing file; a line that is being written is left out.
-
-        Raises:
-            ValueError: If a line is no JSON.
-        """
+        """Yield a log's blocks in order, none for a missing file; a line that is being written is left out."""
         if not path.exists():
             return
         with path.open("rb") as file:
@@ -78,11 +108,7 @@ class BlockLog:
                     raise ValueError(f"{path}: line {number} is damaged: {error}") from error
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Add a block, a JSON-able mapping with ``index`` and ``sha256``, or check one that has been made again.
-
-        Raises:
-            ValueError: If the block is known and came out different.
-        """
+        """Add a block, a mapping with ``index`` and ``sha256``; refuse one that is known and came out different."""
         index = entry["index"]
         if index == self.num_blocks:
             self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
@@ -101,11 +127,9 @@ class BlockLog:
         self.num_blocks = min(self.num_blocks, num_blocks)
 
     def sync(self) -> None:
-        """Flush the log to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -125,11 +149,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, *, config: RunConfig, record: Mapping[str, Any]) -> "RunFolder":
-        """Make a new run's folder, all at once; ``record`` (versions, machine, weights) goes into ``run.json``.
-
-        Raises:
-            ValueError: If something other than an empty folder is there.
-        """
+        """Make a new run's folder, all at once; ``record`` (versions, machine, weights) goes into ``run.json``."""
         refuse_existing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Filled under another name and renamed: a run's folder is complete from its first moment.
@@ -140,7 +160,8 @@ class RunFolder:
             values["output"]["folder"] = None
             text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
             with_temporary(draft.config_path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-            first = {"status": RUNNING, "created": now(), "prompt": config.prompt, "seed": config.seed}
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            first = {"status": RUNNING, "created": created, "prompt": config.prompt, "seed": config.seed}
             write_json(draft.record_path, first | {"parent": None, "start": None} | dict(record) | {"sessions": []})
             draft.path.rename(path)
         except BaseException:
@@ -150,11 +171,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Open an existing run for work.
-
-        Raises:
-            ValueError: If it is no run's folder or another process works in it.
-        """
+        """Open an existing run for work."""
         folder = cls(path)
         folder.check()
         folder._lock = (path / "run.lock").open("ab")
@@ -169,11 +186,7 @@ class RunFolder:
         return folder
 
     def check(self) -> None:
-        """Refuse a path that is no run's folder.
-
-        Raises:
-            ValueError: Says which file is missing.
-        """
+        """Refuse a path that is no run's folder with a ``ValueError`` that says what is missing."""
         if not self.path.is_dir():
             raise ValueError(f"there is no folder {self.path}")
         for needed in (self.config_path, self.record_path):
@@ -187,19 +200,16 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Let other processes in."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     @property
     def config(self) -> RunConfig:
-        """Configuration as it was saved."""
         return load_complete(self.config_path)
 
     @property
     def record(self) -> dict[str, Any]:
-        """Contents of ``run.json``."""
         return read_json(self.record_path)
 
     @property
@@ -208,32 +218,66 @@ class RunFolder:
         return self.record["status"]
 
     @property
-    def checkpoints(self) -> CheckpointFolder:
-        """Saved states."""
+    def checkpoints(self) -> _Checkpoints:
         num_kept = self.config.output.num_kept_states
-        return CheckpointFolder(self.path / "states", self.path / "state.safetensors", num_kept)
+        return _Checkpoints(self.path / "states", self.path / "state.safetensors", num_kept)
 
     def update_record(self, **changes: Any) -> None:
-        """Change keys of ``run.json``."""
         write_json(self.record_path, self.record | changes)
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """Read the latest checkpoint, or None where there is none yet."""
         checkpoints = self.checkpoints
         blocks = checkpoints.blocks()
         return checkpoints.load(blocks[-1]) if blocks else None
 
     def blocks(self) -> list[dict[str, Any]]:
-        """Finished blocks, as the log has them."""
         return list(BlockLog.read(self.log_path))
+
+    def branch_point(self, *, at: float) -> tuple[int, int]:
+        """First block that starts at or after ``at`` seconds, and its first pixel frame."""
+        video, frame, blocks = self.record["video"], 0, self.blocks()
+        for entry in blocks:
+            if _starts_at(frame, at=at, fps=video["fps"]):
+                return entry["index"], frame
+            frame += entry["num_frames"]
+        if blocks and frame < video["num_frames"] and _starts_at(frame, at=at, fps=video["fps"]):
+            return len(blocks), frame
+        raise ValueError(f"{self.path} has {frame / video['fps']:.2f} s: give --at a time within them")
+
+    def fork(
+        self, path: Path, *, config: RunConfig, at: float, record: Mapping[str, Any], num_ahead: int = 0
+    ) -> "RunFolder":
+        """Make a new run that shares the beginning of this one.
+
+        The branch begins with the first block that starts at or after ``at`` seconds. The latest checkpoint before it
+        is copied with its part of the video; blocks in between are made again, and come out the same. ``num_ahead`` is
+        how many blocks a checkpoint has begun beyond the next one.
+        """
+        block, frame = self.branch_point(at=at)
+        starts = [number for number in self.checkpoints.blocks() if number <= max(0, block - num_ahead)]
+        seconds = frame / self.record["video"]["fps"]
+        parent = {"folder": str(self.path), "at": at, "block": block, "frame": frame, "seconds": seconds}
+        folder = RunFolder.create(path, config=config, record={**record, "parent": parent})
+        try:
+            if starts:
+                checkpoint = self.checkpoints.load(starts[-1])
+                if checkpoint.num_frames:
+                    copy_frames(self.video_path, folder.video_path, num_frames=checkpoint.num_frames)
+                log = BlockLog(folder.log_path)
+                for entry in self.blocks()[: checkpoint.next_block]:
+                    log.append(entry)
+                log.sync()
+                log.close()
+                folder.checkpoints.save(checkpoint)
+        except BaseException:
+            folder.close()
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        return folder
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse a new run's place.
-
-    Raises:
-        ValueError: If something other than an empty folder is there.
-    """
+    """Raise a ``ValueError`` if something other than an empty folder is where a new run is to be."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     folder = RunFolder(path)
@@ -248,82 +292,24 @@ def free_place(stem: Path) -> Path:
     return next(path for number in count(1) if not (path := stem.with_name(f"{stem.name}-{number}")).exists())
 
 
-def fork_run(
-    source: RunFolder, path: Path, *, config: RunConfig, at: float, record: Mapping[str, Any], num_ahead: int = 0
-) -> RunFolder:
-    """Make a new run that shares the beginning of another one.
-
-    The branch begins with the first block that starts at or after ``at`` seconds. The latest checkpoint before it is
-    copied with its part of the video; blocks in between are made again, and come out the same. ``num_ahead`` is how
-    many blocks a checkpoint has begun beyond the next one.
-
-    Raises:
-        ValueError: If the source has not come that far, or ``path`` exists.
-    """
-    block, frame = branch_point(source, at=at)
-    starts = [number for number in source.checkpoints.blocks() if number <= max(0, block - num_ahead)]
-    seconds = frame / source.record["video"]["fps"]
-    parent = {"folder": str(source.path), "at": at, "block": block, "frame": frame, "seconds": seconds}
-    folder = RunFolder.create(path, config=config, record={**record, "parent": parent})
-    try:
-        if starts:
-            checkpoint = source.checkpoints.load(starts[-1])
-            if checkpoint.num_frames:
-                copy_frames(source.video_path, folder.video_path, num_frames=checkpoint.num_frames)
-            log = BlockLog(folder.log_path)
-            for entry in source.blocks()[: checkpoint.next_block]:
-                log.append(entry)
-            log.sync()
-            log.close()
-            folder.checkpoints.save(checkpoint)
-    except BaseException:
-        folder.close()
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-    return folder
-
-
-def branch_point(source: RunFolder, *, at: float) -> tuple[int, int]:
-    """First block that starts at or after ``at`` seconds, and its first pixel frame.
-
-    Raises:
-        ValueError: If the run has not come that far.
-    """
-    video, frame, blocks = source.record["video"], 0, source.blocks()
-    for entry in blocks:
-        if _starts_at(frame, at=at, fps=video["fps"]):
-            return entry["index"], frame
-        frame += entry["num_frames"]
-    if blocks and frame < video["num_frames"] and _starts_at(frame, at=at, fps=video["fps"]):
-        return len(blocks), frame
-    raise ValueError(f"{source.path} has {frame / video['fps']:.2f} s: give --at a time within them")
-
-
 def _starts_at(frame: int, *, at: float, fps: float) -> bool:
     """Tell if a block that starts with this pixel frame starts at or after ``at`` seconds."""
     return frame >= at * fps - 1e-6
 
 
-def now() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide the numbers: Python and the packages that compute."""
-    optional = [name for name in _OPTIONAL_PACKAGES if find_spec(name) is not None]
-    return {"python": platform.python_version()} | {name: version(name) for name in (*_PACKAGES, *optional)}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Properties of the machine that decide the numbers; ``device`` is the model's."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and properties of the machine that decide the numbers; ``device`` is the model's."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = (*_PACKAGES, *(name for name in _OPTIONAL_PACKAGES if find_spec(name) is not None))
     return {
-        "platform": platform.platform(),
-        "device": str(device),
-        "device_name": name,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "num_threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "machine": {
+            "platform": platform.platform(),
+            "device": str(device),
+            "device_name": name,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "num_threads": torch.get_num_threads(),
+        },
     }
 
 
@@ -331,10 +317,7 @@ def weights_hash(folder: Path) -> dict[str, Any]:
     """Hash a model folder's weights: names, sizes and bytes of its safetensors files.
 
     Files above 256 MiB are read at 256 evenly spaced places of 64 KiB: enough to tell two checkpoints apart, and a
-    run does not wait for tens of gigabytes.
-
-    Returns:
-        ``{"sha256", "num_files", "num_bytes", "method"}``; method is ``full`` or ``sampled``.
+    run does not wait for tens of gigabytes. ``method`` of the result is then ``sampled``, otherwise ``full``.
     """
     digest = hashlib.sha256()
     sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*.safetensors"))}
@@ -354,11 +337,7 @@ def weights_hash(folder: Path) -> dict[str, Any]:
 
 
 def file_hash(path: str | Path | None) -> dict[str, Any] | None:
-    """SHA-256 and ``num_bytes`` of a whole file; None where there is none.
-
-    Raises:
-        ValueError: If the file is not there.
-    """
+    """SHA-256 and ``num_bytes`` of a whole file, or None; a ``ValueError`` if it is not there."""
     if path is None:
         return None
     path = Path(path)

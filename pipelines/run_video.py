@@ -4,54 +4,39 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from torch import Tensor
 
 from longtake.configs.families import ModelFamily
 from longtake.configs.run import RunConfig, StartConfig
 from longtake.pipelines.checkpoint import Checkpoint
-from longtake.pipelines.conditioning import Clip, Cut, make_clip, make_stills, plan_cut
+from longtake.pipelines.conditioning import Clip, ConditioningLatents, make_clip, make_stills, plan_cut
 from longtake.pipelines.long_video import VideoBlock, VideoRollout
-from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, BlockLog, RunFolder, now
+from longtake.pipelines.run_folder import FINISHED, INTERRUPTED, RUNNING, BlockLog, RunFolder
 from longtake.pipelines.video_file import VideoFormat, VideoWriter, count_frames
 
 
-class _TakenLatents:
+class _TakenLatents(ConditioningLatents):
     """Conditioning latents that a checkpoint holds already; it has none to give."""
 
     def __init__(self, num_frames: int) -> None:
         self.num_frames = num_frames
 
-    def take(self, num_frames: int) -> Tensor:
+    def take(self, num_frames: int) -> NoReturn:
         raise ValueError(
             f"the {self.num_frames} latent frames that this video goes on from are in none of its saved states: "
             "make it anew from its image or clip."
         )
 
 
-def check_start(config: RunConfig, family: ModelFamily) -> None:
-    """Refuse a run's image or clip that cannot be read or that the model cannot continue; no weights are needed.
-
-    Raises:
-        ValueError: With the value, the limit and the remedy.
-    """
-    if config.start is not None:
-        _planned(config.start, config, family)
-
-
 def start_arguments(config: RunConfig, source: RunFolder | None = None) -> dict[str, Any]:
     """Conditioning arguments of ``LongVideoPipeline.start`` for a run; none where it has no start.
 
-    Args:
-        config: The run.
-        source: Its folder, or that of the run it is forked from. With a checkpoint in it the file is not needed any
-            more; without one it has to be the one that the run began with.
-
-    Raises:
-        ValueError: If the file is needed and cannot be read, or is another one now.
+    ``source`` is its folder, or that of the run it is forked from. With a checkpoint in it the file is not needed any
+    more; without one it has to be the one that the run began with.
     """
     start = config.start
     if start is None:
@@ -66,15 +51,13 @@ def start_arguments(config: RunConfig, source: RunFolder | None = None) -> dict[
 
 
 def start_record(config: RunConfig, family: ModelFamily) -> dict[str, Any] | None:
-    """Entry ``start`` of ``run.json``; None where the run has none.
-
-    Raises:
-        ValueError: If the file cannot be read, or the model cannot continue it.
-    """
+    """Entry ``start`` of ``run.json``, made without any weights; None where the run has none."""
     start = config.start
     if start is None:
         return None
-    clip, cut = _planned(start, config, family)
+    clip = _open_start(start)
+    size = {"height": config.height or family.height, "width": config.width or family.width}
+    cut = plan_cut(clip, start.kind, family=family, **size)
     return {
         "kind": start.kind,
         "file": start.path,
@@ -91,12 +74,6 @@ def start_record(config: RunConfig, family: ModelFamily) -> dict[str, Any] | Non
     }
 
 
-def _planned(start: StartConfig, config: RunConfig, family: ModelFamily) -> tuple[Clip, Cut]:
-    clip = _open_start(start)
-    height, width = config.height or family.height, config.width or family.width
-    return clip, plan_cut(clip, start.kind, family=family, height=height, width=width)
-
-
 def _open_start(start: StartConfig) -> Clip:
     path = Path(start.path)
     return make_stills(path)[0] if start.kind == "image" else make_clip(path, seconds=start.seconds)
@@ -109,27 +86,19 @@ def _sha256(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """State of a run after a block."""
+    """State of a run after a block, or at the end of a process's part of it."""
 
-    num_done: int  # finished blocks, those of earlier processes included
-    num_frames: int  # pixel frames made so far, without the conditioning frames
-    num_new_frames: int  # pixel frames that this process made
-    seconds: float  # since this process began to make blocks
-    num_tokens: int  # in the cache, per layer and sample
-    num_cache_bytes: int  # read sets included
+    status: str = RUNNING
+    num_done: int = 0  # finished blocks, those of earlier processes included
+    num_frames: int = 0  # pixel frames made so far, without the conditioning frames
+    num_new_frames: int = 0  # pixel frames that this process made
+    seconds: float = 0.0  # since this process began to make blocks
+    num_tokens: int = 0  # in the cache, per layer and sample
+    num_cache_bytes: int = 0  # read sets included
 
     @property
     def frames_per_second(self) -> float:
-        """Pixel frames per second of this process's time."""
         return self.num_new_frames / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """End of a process's part of a run: the run's status, and its progress after the last block."""
-
-    status: str
-    progress: Progress | None
 
 
 def run_video(
@@ -139,7 +108,7 @@ def run_video(
     on_block: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     allow_changes: bool = False,
-) -> Outcome:
+) -> Progress:
     """Make the blocks that a run still lacks and write them.
 
     The conditioning frames are taken in first and a checkpoint saved, so that their file is not needed again. Before
@@ -159,27 +128,25 @@ def run_video(
     """
     run = _Run(folder, rollout, allow_changes=allow_changes)
     try:
-        outcome = run.make_blocks(on_block, should_stop)
-        outcome = run.close_video(outcome)
+        status = run.make_blocks(on_block, should_stop)
+        run.close_video(is_finished=status == FINISHED)
     finally:
         run.log.close()
         if run.video is not None:
             run.video.abandon()
-    run.record_end(outcome)
-    return outcome
+    run.record_end(status)
+    # The last frame's way into the file included.
+    return replace(run.progress, status=status, seconds=time.perf_counter() - run.started)
 
 
 class _Run:
-    """One process's part of a run."""
-
     def __init__(self, folder: RunFolder, rollout: VideoRollout, *, allow_changes: bool) -> None:
-        self.folder, self.rollout = folder, rollout
-        self.config = folder.config
-        self.began = now()
-        self.started = time.perf_counter()
+        self.folder, self.rollout, self.config = folder, rollout, folder.config
+        self.began, self.started = datetime.now(UTC), time.perf_counter()
         self.log = BlockLog(folder.log_path)
         self.video: VideoWriter | None = None
-        self.num_changes = self.num_frames = self.num_new_frames = 0
+        self.progress = Progress()
+        self.num_changes = self.num_frames = 0
         self.first_block_seconds: float | None = None
         self.is_begun = False
         self._resume(allow_changes)
@@ -212,23 +179,22 @@ class _Run:
         self.rollout.load_state_dict(checkpoint.tensors, checkpoint.numbers)
         self.num_frames, self.num_changes, self.is_begun = checkpoint.num_frames, checkpoint.num_changes, True
 
-    def make_blocks(self, on_block: Callable[[Progress], None], should_stop: Callable[[], bool]) -> Outcome:
-        progress = None
+    def make_blocks(self, on_block: Callable[[Progress], None], should_stop: Callable[[], bool]) -> str:
+        """Make blocks to the end or until a stop is asked for; return the run's status."""
         if self.rollout.num_start_frames and not self.is_begun and not self._observe(should_stop):
-            return Outcome(INTERRUPTED, None)
+            return INTERRUPTED
         while True:
             self._change_prompt()
             block = self.rollout.next_block()
             if block is None:
-                return Outcome(FINISHED, progress)
+                return FINISHED
             self._write(block)
-            progress = self._progress(block)
             stops = should_stop() and not block.is_last
-            if stops or (not block.is_last and progress.num_done % self.config.output.state_every_blocks == 0):
+            if stops or (not block.is_last and self.progress.num_done % self.config.output.state_every_blocks == 0):
                 self._save_checkpoint()
-            on_block(progress)
+            on_block(self.progress)
             if stops:
-                return Outcome(INTERRUPTED, progress)
+                return INTERRUPTED
 
     def _observe(self, should_stop: Callable[[], bool]) -> bool:
         """Take in the conditioning frames; false where a stop was asked for before their end."""
@@ -258,7 +224,6 @@ class _Run:
         frames = block.uint8()[0]
         digest = hashlib.sha256(frames.tobytes()).hexdigest()
         self._append(frames)
-        self.num_new_frames += len(frames)
         if self.first_block_seconds is None:
             self.first_block_seconds = time.perf_counter() - self.started
         seconds = {**block.seconds, "write": time.perf_counter() - started}
@@ -272,6 +237,14 @@ class _Run:
                 "num_tokens": block.stats.num_tokens,
                 "num_cache_bytes": block.num_cache_bytes,
             }
+        )
+        self.progress = Progress(
+            num_done=block.index + 1,
+            num_frames=self.num_frames - self._num_shown_frames,
+            num_new_frames=self.progress.num_new_frames + len(frames),
+            seconds=time.perf_counter() - self.started,
+            num_tokens=block.stats.num_tokens,
+            num_cache_bytes=block.num_cache_bytes,
         )
 
     def _append(self, frames: np.ndarray) -> None:
@@ -298,51 +271,38 @@ class _Run:
             )
         )
 
-    def _progress(self, block: VideoBlock) -> Progress:
-        return Progress(
-            num_done=block.index + 1,
-            num_frames=self.num_frames - self.num_shown_frames,
-            num_new_frames=self.num_new_frames,
-            seconds=time.perf_counter() - self.started,
-            num_tokens=block.stats.num_tokens,
-            num_cache_bytes=block.num_cache_bytes,
-        )
-
     @property
-    def num_shown_frames(self) -> int:
+    def _num_shown_frames(self) -> int:
         """Conditioning frames in the file, in pixel frames."""
         return self.rollout.num_start_frames if self.rollout.include_start else 0
 
-    def close_video(self, outcome: Outcome) -> Outcome:
-        """Close and count; the outcome's time then includes the last frame's way into the file."""
+    def close_video(self, *, is_finished: bool) -> None:
+        """Close the file and count its frames."""
         if self.video is not None:
             self.video.close()
-        made = self.rollout.num_frames + self.num_shown_frames
-        expected = made if outcome.status == FINISHED else self.num_frames
+        expected = self.rollout.num_frames + self._num_shown_frames if is_finished else self.num_frames
         written = count_frames(self.folder.video_path) if self.num_frames else 0
         if written != expected:
             raise OSError(
                 f"{self.folder.video_path} holds {written} frames instead of {expected}: something else changed it; "
                 "delete it and states/, then resume"
             )
-        if outcome.progress is None:
-            return outcome
-        return replace(outcome, progress=replace(outcome.progress, seconds=time.perf_counter() - self.started))
 
-    def record_end(self, outcome: Outcome) -> None:
+    def record_end(self, status: str) -> None:
+        """Write the process's part into ``run.json``."""
         part = {
-            "began": self.began,
-            "ended": now(),
-            "status": outcome.status,
+            "began": self.began.isoformat(timespec="seconds"),
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "status": status,
             "first_block": self.first_block,
             "num_blocks": self.rollout.next_block_index - self.first_block,
-            "num_frames": self.num_new_frames,
+            "num_frames": self.progress.num_new_frames,
             "seconds": round(time.perf_counter() - self.started, 3),
             "first_block_seconds": self.first_block_seconds and round(self.first_block_seconds, 3),
             "attention_density": round(self.rollout.attention_density, 4),
         }
         self.folder.update_record(
-            status=outcome.status,
+            status=status,
             positions=self.rollout.positions.as_mapping(),
             sessions=[*self.folder.record["sessions"], part],
             blocks=self.folder.blocks(),

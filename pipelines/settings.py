@@ -16,19 +16,18 @@ from longtake.models.sparse_attention import AttentionSetting
 from longtake.pipelines.conditioning import ConditioningLatents
 from longtake.samplers import SAMPLERS, Sampler, make_sampler
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-EVENTS: tuple[Event, ...] = get_args(Event)
-"""From the weakest to the strongest."""
+EVENTS: tuple[Event, ...] = get_args(Event)  # from the weakest to the strongest
 
-Schedule = Sequence[tuple[float, str | Sequence[str]] | tuple[float, str | Sequence[str], Event]]
+_Schedule = Sequence[tuple[float, str | Sequence[str]] | tuple[float, str | Sequence[str], Event]]
 """(seconds, prompt) or (seconds, prompt, event) of later prompts, in order of time."""
 
 
-def takes_fields_of(schema: type) -> Callable[[Function], Function]:
+def takes_fields_of(schema: type) -> Callable[[_Function], _Function]:
     """Show the fields of a dataclass, which a function takes as ``**settings``, in ``help`` and in notebooks."""
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: _Function) -> _Function:
         signature, fields = inspect.signature(function), inspect.signature(schema).parameters
         own = {p.name: p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD}
         parameters = [*own.values(), *(p for name, p in fields.items() if name not in own)]
@@ -51,32 +50,25 @@ class PromptSwitch:
 class RolloutSettings:
     """Settings of a rollout of latents; validated when made, without any weight.
 
-    Attributes:
-        num_frames: Latent frames to generate, beyond the conditioning latents; whole blocks.
-        frame_shape: (channels, height, width) of a latent frame.
-        frames_per_block: Latent frames denoised together.
-        first_block_frames: Frames of the very first block, where it differs (1 in frame-first models).
-        cache: Policy, its mapping, or its name; the policy afterwards is ``policy``.
-        sampler: Sampler, its mapping, or its name; the sampler afterwards is ``solver``.
-        context_timestep: Timestep of the commit pass; no noise is added.
-        attention: Attention policy, its mapping (``backend`` may name a backend), or its name.
-        numerics: ``native``, or ``upstream``: half precision is rounded where Self-Forcing's code rounds it.
-        merge_commit: Whether a block's commit shares one forward with the next block's first denoising pass; None
-            leaves it to the number of tokens.
-
     Raises:
         ValueError: For settings that are unknown or do not fit each other, with the limit and the remedy.
     """
 
-    num_frames: int = 21
-    frame_shape: Sequence[int] = (16, 60, 104)
-    frames_per_block: int = 3
-    first_block_frames: int | None = None
+    num_frames: int = 21  # latent frames to generate, beyond the conditioning latents; whole blocks
+    frame_shape: Sequence[int] = (16, 60, 104)  # (channels, height, width) of a latent frame
+    frames_per_block: int = 3  # latent frames denoised together
+    first_block_frames: int | None = None  # frames of the very first block, where it differs (1 in frame-first models)
+    # Policy, its mapping, or its name; the policy afterwards is ``policy``.
     cache: CachePolicy | Mapping[str, Any] | str = EXACT_POLICY
+    # Sampler, its mapping, or its name; the sampler afterwards is ``solver``.
     sampler: Sampler | Mapping[str, Any] | str = "few_step"
-    context_timestep: float = 0.0
+    context_timestep: float = 0.0  # timestep of the commit pass; no noise is added
+    # Attention policy, its mapping (``backend`` may name a backend), or its name.
     attention: AttentionSetting | SparsePolicy | Mapping[str, Any] | str = "dense"
+    # ``native``, or ``upstream``: half precision is rounded where Self-Forcing's code rounds it.
     numerics: Numerics = "native"
+    # Whether a block's commit shares one forward with the next block's first denoising pass; None leaves it to the
+    # number of tokens.
     merge_commit: bool | None = None
     policy: CachePolicy = field(init=False)
     solver: Sampler = field(init=False)
@@ -115,7 +107,6 @@ class RolloutSettings:
 
     @property
     def num_first_frames(self) -> int:
-        """Latent frames of the very first block."""
         return self.first_block_frames or self.frames_per_block
 
     @property
@@ -129,9 +120,6 @@ class RolloutSettings:
 
         Args:
             num_given: Conditioning latents, in frames.
-
-        Raises:
-            ValueError: With the nearest length that is, or the policy's remedy.
         """
         first, block = self.num_first_frames, self.frames_per_block
         if num_given and (num_given < first or (num_given - first) % block):
@@ -149,22 +137,14 @@ class RolloutSettings:
         self.policy.check(self.num_joint_frames, total)
 
     def check_backend(self) -> None:
-        """Refuse a named attention backend that cannot run on this machine.
-
-        Raises:
-            ValueError: With the remedy.
-        """
+        """Raise a ``ValueError`` if a named attention backend cannot run on this machine."""
         try:
             self.sparsity.check_backend()
         except BackendUnavailable as error:
             raise ValueError(str(error)) from error
 
     def check_event(self, event: str) -> None:
-        """Refuse a prompt event that does not exist, that the policy does not know, or that the sampler cannot time.
-
-        Raises:
-            ValueError: With those that there are, or the policies that know this one.
-        """
+        """Raise a ``ValueError`` for an event that does not exist, or that policy or sampler cannot serve."""
         if event not in EVENTS:
             raise ValueError(f"unknown prompt event {event!r}; known: {', '.join(EVENTS)}.")
         if event not in self.policy.events and event != "keep":
@@ -205,55 +185,39 @@ def _check_attention(policy: CachePolicy, attention: AttentionSetting) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings:
-    """Settings of one video, as ``LongVideoPipeline``'s ``start``, ``stream`` and call take them by keyword.
+    """Settings of one video, as ``LongVideoPipeline``'s ``start``, ``stream`` and call take them by keyword."""
 
-    Attributes:
-        negative_prompt: Used by samplers with guidance.
-        seconds: Length; or give ``num_frames``. Rounded up to 1 + 4 k pixel frames.
-        num_frames: Length in pixel frames.
-        height: Pixels; the family's unless given.
-        width: Pixels.
-        cache: Policy, its mapping, or its name; the one that the family was trained with unless given, else the
-            default one.
-        sampler: Sampler, its mapping, or its name; the family's unless given.
-        seed: One for all samples, or one per sample. A sample's video depends on its own prompt and seed alone.
-        guidance_scale: Overrides the sampler's.
-        num_inference_steps: Overrides a multi-step sampler's.
-        latents: (batch, channels, latent frames, height, width) noise to start from instead of the seed's.
-        prompt_embeds: (batch, text_len, text_dim) instead of ``prompt``.
-        negative_prompt_embeds: Same shape, instead of ``negative_prompt``.
-        frames_per_block: Overrides the family's.
-        schedule: Later prompts, in order of time: (seconds, prompt) or (seconds, prompt, event), from the first block
-            on that starts at or after that time; event: keep, recache, flush, cut, as far as the policy knows it.
-        attention: Attention policy, its mapping (``backend`` may name a backend), or its name.
-        decode: Whether blocks carry pixels.
-        image: Continue an image, or one per sample, with models that start from one; see ``make_stills``.
-        video: Continue the end of a video, or of one per sample: a path, PIL images, an array or a tensor; see
-            ``make_clips``. It fills the cache under the policy; time, seeds and lengths count from its end.
-        video_latents: Continue latents: (batch, channels, latent frames, height, width), normalised.
-        include_start: Whether the conditioning frames come out too, as the VAE decodes them, before the rest.
-    """
-
-    negative_prompt: str | Sequence[str] | None = None
-    seconds: float | None = None
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
+    negative_prompt: str | Sequence[str] | None = None  # used by samplers with guidance
+    seconds: float | None = None  # length; or give ``num_frames``. Rounded up to 1 + 4 k pixel frames.
+    num_frames: int | None = None  # length in pixel frames
+    height: int | None = None  # pixels; the family's unless given
+    width: int | None = None  # pixels
+    # Policy, its mapping, or its name; the one that the family was trained with unless given, else the default one.
     cache: CachePolicy | Mapping[str, Any] | str | None = None
+    # Sampler, its mapping, or its name; the family's unless given.
     sampler: Sampler | Mapping[str, Any] | str | None = None
+    # One for all samples, or one per sample. A sample's video depends on its own prompt and seed alone.
     seed: int | Sequence[int] = 0
-    guidance_scale: float | None = None
-    num_inference_steps: int | None = None
+    guidance_scale: float | None = None  # overrides the sampler's
+    num_inference_steps: int | None = None  # overrides a multi-step sampler's
+    # (batch, channels, latent frames, height, width) noise to start from instead of the seed's.
     latents: Tensor | None = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    frames_per_block: int | None = None
-    schedule: Schedule = ()
+    prompt_embeds: Tensor | None = None  # (batch, text_len, text_dim) instead of ``prompt``
+    negative_prompt_embeds: Tensor | None = None  # same shape, instead of ``negative_prompt``
+    frames_per_block: int | None = None  # overrides the family's
+    # Later prompts, in order of time: (seconds, prompt) or (seconds, prompt, event), from the first block on that
+    # starts at or after that time; event: keep, recache, flush, cut, as far as the policy knows it.
+    schedule: _Schedule = ()
+    # Attention policy, its mapping (``backend`` may name a backend), or its name.
     attention: SparsePolicy | Mapping[str, Any] | str = "dense"
-    decode: bool = True
-    image: Any = None
+    decode: bool = True  # whether blocks carry pixels
+    image: Any = None  # continue an image, or one per sample, with models that start from one; see ``make_stills``
+    # Continue the end of a video, or of one per sample: a path, PIL images, an array or a tensor; see ``make_clips``.
+    # It fills the cache under the policy; time, seeds and lengths count from its end.
     video: Any = None
+    # Continue latents: (batch, channels, latent frames, height, width), normalised.
     video_latents: Tensor | ConditioningLatents | None = None
+    # Whether the conditioning frames come out too, as the VAE decodes them, before the rest.
     include_start: bool = True
 
     def __post_init__(self) -> None:
@@ -265,11 +229,7 @@ class VideoSettings:
             raise ValueError(f"num_frames={self.num_frames} must be 1 or more.")
 
     def prompts(self, prompt: str | Sequence[str] | None) -> list[str]:
-        """The texts, one per sample; empty ones where embeddings are given.
-
-        Raises:
-            ValueError: If both are given, or none.
-        """
+        """The texts, one per sample; empty ones where embeddings are given."""
         if (prompt is None) == (self.prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds.")
         if prompt is None and self.prompt_embeds is not None:
@@ -280,11 +240,7 @@ class VideoSettings:
         return texts
 
     def seeds(self, batch_size: int) -> list[int]:
-        """One seed per sample.
-
-        Raises:
-            ValueError: If there are more or fewer.
-        """
+        """One seed per sample."""
         seeds = [self.seed] * batch_size if isinstance(self.seed, int) else list(self.seed)
         if len(seeds) != batch_size:
             raise ValueError(f"{len(seeds)} seeds for {batch_size} prompts: give one seed, or one per prompt.")

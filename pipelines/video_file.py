@@ -120,7 +120,6 @@ class VideoWriter:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush and close the file; calling it again does nothing."""
         if self._file.closed:
             return
         try:
@@ -188,7 +187,6 @@ class _Encoder:
         self._reformatter = VideoReformatter()
 
     def write(self, data: bytes) -> int:
-        """Called by the muxer."""
         self._data += data
         return len(data)
 
@@ -395,12 +393,7 @@ def _nominal(rate: float) -> float:
 
 
 def write_contact_sheet(video: Path, path: Path, *, fps: float, num_tiles: int = 12, num_columns: int = 6) -> None:
-    """Write a PNG with at most ``num_tiles`` frames at even times, first and last included, their time below.
-
-    Raises:
-        ValueError: If the video, which has to be one of ours, has no frames.
-        OSError: If the picture cannot be written.
-    """
+    """Write a PNG with at most ``num_tiles`` frames at even times, first and last included, their time below."""
     num_frames = count_frames(video)
     if not num_frames:
         raise ValueError(f"{video} has no frames to show")

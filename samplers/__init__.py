@@ -14,30 +14,8 @@ from torch import Tensor
 
 from longtake.configs.fields import make
 
-__all__ = [
-    "SAMPLERS",
-    "Denoise",
-    "DenoiseTogether",
-    "FewStep",
-    "MultiStep",
-    "NoiseSource",
-    "Renoise",
-    "RollingWindow",
-    "Sampler",
-    "SeededNoise",
-    "few_step",
-    "make_sampler",
-    "multi_step",
-    "renoised",
-    "rolling_window",
-    "shifted",
-]
-
 Denoise = Callable[[Tensor, float], Tensor]
 """(x, timestep) -> x0, all (batch, frames, channels, height, width); timestep 0 to 1000."""
-
-DenoiseTogether = Callable[[list[Tensor], list[float]], list[Tensor]]
-"""(blocks, their timesteps) -> x0 of each; a block is (batch, frames, channels, height, width)."""
 
 Renoise = Callable[[int], Tensor]  # index -> Gaussian noise of the block's shape, on its device and in its dtype
 
@@ -50,7 +28,7 @@ def shifted(share: float, shift: float) -> float:
     return shift * share / (1.0 + (shift - 1.0) * share)
 
 
-def renoised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+def _renoised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """Clean latents at noise share ``sigma``: (1 - sigma) x0 + sigma noise.
 
     Half precision is computed in float32 with the share rounded to float32, and rounded once, as Self-Forcing does.
@@ -77,7 +55,7 @@ def few_step(denoise: Denoise, x: Tensor, *, sigmas: Sequence[float], renoise: R
     for step_index, sigma in enumerate(sigmas):
         x0 = denoise(x, 1000.0 * sigma)
         if step_index + 1 < len(sigmas):
-            x = renoised(x0, renoise(step_index), sigmas[step_index + 1])
+            x = _renoised(x0, renoise(step_index), sigmas[step_index + 1])
     return x0
 
 
@@ -94,7 +72,7 @@ def multi_step(denoise: Denoise, x: Tensor, *, scheduler: Any) -> Tensor:
 
 
 def rolling_window(
-    denoise: DenoiseTogether,
+    denoise: Callable[[list[Tensor], list[float]], list[Tensor]],
     blocks: Sequence[Tensor],
     *,
     levels: Sequence[int],
@@ -104,32 +82,28 @@ def rolling_window(
     """Denoise a window once and move every block to its next level (Rolling Forcing, arXiv:2509.25161).
 
     Args:
-        denoise: One joint estimate of all clean blocks.
-        blocks: Cleanest first; one at the last level leaves clean.
+        denoise: (blocks, their timesteps) -> x0 of each, one joint estimate.
+        blocks: Each (batch, frames, channels, height, width), cleanest first; one at the last level leaves clean.
         levels: Index into ``sigmas`` of each block.
         sigmas: Noise shares, falling; the timestep is 1000 times the share.
         renoise: Fresh noise for a block, by its index in the window.
     """
     estimates = denoise(list(blocks), [1000.0 * sigmas[level] for level in levels])
     return [
-        renoised(x0, renoise(index), sigmas[level + 1]) if level + 1 < len(sigmas) else x0
+        _renoised(x0, renoise(index), sigmas[level + 1]) if level + 1 < len(sigmas) else x0
         for index, (x0, level) in enumerate(zip(estimates, levels, strict=True))
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """Validated settings of a one-block sampler.
+    """Validated settings of a one-block sampler."""
 
-    Class attributes:
-        name: Key in YAML and on the command line.
-        source: Paper or repository.
-        is_renoising: Whether it goes from level to level by ``renoised`` alone, so that latents may be half precision.
-    """
-
-    name: ClassVar[str]
-    source: ClassVar[str]
-    is_renoising: ClassVar[bool] = False
+    name: ClassVar[str]  # key in YAML and on the command line
+    source: ClassVar[str]  # paper or repository
+    is_renoising: ClassVar[bool] = (
+        False  # goes from level to level by ``_renoised`` alone: latents may be half precision
+    )
 
     @abstractmethod
     def sample(self, denoise: Denoise, x: Tensor, *, renoise: Renoise, block_index: int) -> Tensor:
@@ -141,7 +115,7 @@ class Sampler(ABC):
 
     @property
     def num_window_blocks(self) -> int:
-        """Blocks that are denoised together; more than 1 in samplers that have ``advance`` (``RollingWindow``)."""
+        """Blocks that are denoised together; more than 1 in ``RollingWindow``."""
         return 1
 
     @property
@@ -176,7 +150,7 @@ class FewStep(Sampler):
     warp: bool = True  # false: the timesteps are levels already
 
     def __post_init__(self) -> None:
-        _check_flow_shift(self.flow_shift)
+        _check_scales(flow_shift=self.flow_shift)
         _check_timesteps("timesteps", self.timesteps)
         if self.first_block_timesteps is not None:
             _check_timesteps("first_block_timesteps", self.first_block_timesteps)
@@ -209,10 +183,9 @@ class MultiStep(Sampler):
     max_sigma: float = 0.999  # UniPC's log-SNR is infinite at 1
 
     def __post_init__(self) -> None:
-        _check_flow_shift(self.flow_shift)
+        _check_scales(flow_shift=self.flow_shift, guidance_scale=self.guidance_scale)
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} must be 1 or more.")
-        _check_guidance_scale(self.guidance_scale)
         if self.solver not in ("unipc", "euler"):
             raise ValueError(f"solver={self.solver!r} is unknown: use 'unipc' or 'euler'.")
         limit = 1.0 if self.solver == "euler" else 0.9999
@@ -259,8 +232,7 @@ class RollingWindow(Sampler):
     guidance_scale: float = 1.0  # distilled models need none
 
     def __post_init__(self) -> None:
-        _check_flow_shift(self.flow_shift)
-        _check_guidance_scale(self.guidance_scale)
+        _check_scales(flow_shift=self.flow_shift, guidance_scale=self.guidance_scale)
         _check_timesteps("timesteps", self.timesteps)
 
     @property
@@ -277,12 +249,6 @@ class RollingWindow(Sampler):
     def sample(self, denoise: Denoise, x: Tensor, *, renoise: Renoise, block_index: int) -> Tensor:
         return few_step(denoise, x, sigmas=self.sigmas, renoise=renoise)
 
-    def advance(
-        self, denoise: DenoiseTogether, blocks: Sequence[Tensor], *, levels: Sequence[int], renoise: Renoise
-    ) -> list[Tensor]:
-        """Move every block of a window to its next level."""
-        return rolling_window(denoise, blocks, levels=levels, sigmas=self.sigmas, renoise=renoise)
-
 
 def _check_timesteps(name: str, timesteps: Sequence[float]) -> None:
     falls = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
@@ -293,12 +259,9 @@ def _check_timesteps(name: str, timesteps: Sequence[float]) -> None:
         )
 
 
-def _check_flow_shift(flow_shift: float) -> None:
+def _check_scales(*, flow_shift: float, guidance_scale: float = 1.0) -> None:
     if not flow_shift > 0:
         raise ValueError(f"flow_shift={flow_shift} must be above 0; Wan and Self-Forcing use 5.0.")
-
-
-def _check_guidance_scale(guidance_scale: float) -> None:
     if guidance_scale < 0:
         raise ValueError(f"guidance_scale={guidance_scale} must be 0 or more; 1 turns guidance off.")
 

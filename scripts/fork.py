@@ -9,7 +9,7 @@ from typer import Argument, Exit, Option
 
 from longtake.cache import Event
 from longtake.configs.run import PromptChange, RunConfig
-from longtake.pipelines.run_folder import FINISHED, RunFolder, branch_point, fork_run, free_place, refuse_existing
+from longtake.pipelines.run_folder import FINISHED, RunFolder, free_place, refuse_existing
 from longtake.scripts.console import EXIT_INTERRUPTED, stop_requests
 from longtake.scripts.running import load_pipeline, provenance, run_in_folder, start_rollout, use_recorded_setup
 
@@ -41,7 +41,7 @@ def fork(
     time = _parse_time(at)
     path = out or free_place(folder.with_name(f"{folder.name}-fork"))
     refuse_existing(path)
-    branch_point(source, at=time)
+    source.branch_point(at=time)
     config = _forked_config(source.config, at=time, prompt=prompt, event=event, seconds=seconds)
     use_recorded_setup(source)
     pipe = load_pipeline(config.model)
@@ -49,7 +49,7 @@ def fork(
     record = provenance(pipe, config.model) | {"start": source.record.get("start")}
     with (
         stop_requests() as should_stop,
-        fork_run(source, path, config=config, at=time, record=record, num_ahead=rollout.num_ahead) as new,
+        source.fork(path, config=config, at=time, record=record, num_ahead=rollout.num_ahead) as new,
     ):
         if run_in_folder(new, rollout, should_stop=should_stop) != FINISHED:
             raise Exit(EXIT_INTERRUPTED)

@@ -18,8 +18,8 @@ from longtake.models.wan import execution_device
 from longtake.pipelines.checkpoint import link_or_copy
 from longtake.pipelines.long_video import LongVideoPipeline, VideoRollout
 from longtake.pipelines.memory_plan import PlanRequest, device_kind, format_bytes, machine_memory, plan_memory
-from longtake.pipelines.run_folder import FINISHED, RunFolder, file_hash, machine, versions, weights_hash
-from longtake.pipelines.run_video import Outcome, Progress, check_start, run_video, start_arguments
+from longtake.pipelines.run_folder import FINISHED, RunFolder, environment, file_hash, weights_hash
+from longtake.pipelines.run_video import Progress, run_video, start_arguments, start_record
 from longtake.pipelines.settings import RolloutSettings
 from longtake.pipelines.video_file import write_contact_sheet
 from longtake.scripts.console import err, out, progress
@@ -41,7 +41,7 @@ def check_settings(config: RunConfig) -> None:
     )
     settings.check_length()
     settings.check_backend()
-    check_start(config, family)
+    start_record(config, family)
     _check_memory(config)
 
 
@@ -68,11 +68,7 @@ def _model_folder(model: ModelConfig) -> Path:
 
 
 def load_pipeline(model: ModelConfig) -> LongVideoPipeline:
-    """Load a model onto its device, whole or as its run wants it offloaded.
-
-    Raises:
-        ValueError: If the folder cannot be read, in one line.
-    """
+    """Load a model onto its device, whole or as its run wants it offloaded."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
@@ -128,19 +124,14 @@ def encode_and_free(pipe: LongVideoPipeline, runs: Sequence[RunConfig]) -> None:
 def provenance(pipe: LongVideoPipeline, model: ModelConfig) -> dict[str, Any]:
     """Versions, machine and weights, for ``run.json``."""
     return {
-        "versions": versions(),
-        "machine": machine(execution_device(pipe.transformer)),
+        **environment(execution_device(pipe.transformer)),
         "weights": weights_hash(_model_folder(model)),
         "fast_vae": file_hash(model.fast_vae),
     }
 
 
 def start_rollout(pipe: LongVideoPipeline, config: RunConfig, source: RunFolder | None = None) -> VideoRollout:
-    """Prepare a run's video; ``source`` is its folder, or that of the run it is forked from, if there is one.
-
-    Raises:
-        ValueError: If the model does not take a setting.
-    """
+    """Prepare a run's video; ``source`` is its folder, or that of the run it is forked from, if there is one."""
     encode_and_free(pipe, [config])
     rollout = pipe.start(
         config.prompt,
@@ -163,11 +154,7 @@ def start_rollout(pipe: LongVideoPipeline, config: RunConfig, source: RunFolder 
 def run_in_folder(
     folder: RunFolder, rollout: VideoRollout, *, should_stop: Callable[[], bool], allow_changes: bool = False
 ) -> str:
-    """Make what a run lacks, with a progress bar; print where it is and how fast it was; return its status.
-
-    Raises:
-        ValueError: If a block comes out different, or the disk is full.
-    """
+    """Make what a run lacks, with a progress bar; print where it is and how fast it was; return its status."""
     num_blocks = rollout.num_blocks
     step = -(-num_blocks // 10)
     text = "block {done}/{blocks}  {speed:.1f} frames/s  cache {megabytes:.1f} MB, {tokens} tokens  {left:.0f} s left"
@@ -180,9 +167,7 @@ def run_in_folder(
 
     try:
         with progress(text, total=num_blocks) as show:
-            outcome = run_video(
-                folder, rollout, on_block=on_block, should_stop=should_stop, allow_changes=allow_changes
-            )
+            end = run_video(folder, rollout, on_block=on_block, should_stop=should_stop, allow_changes=allow_changes)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -190,8 +175,8 @@ def run_in_folder(
             f"the disk is full; what was saved in {folder.path} stays: free some space, then go on with: "
             f"longtake resume {folder.path}"
         ) from error
-    _report(folder, outcome)
-    return outcome.status
+    _report(folder, end)
+    return end.status
 
 
 def resume_run(
@@ -200,9 +185,6 @@ def resume_run(
     """Finish a run from its latest checkpoint, with its model if that is loaded already; return the run's status.
 
     A finished run gets its contact sheet and named file, where these are missing.
-
-    Raises:
-        ValueError: If the weights are not those that the run began with.
     """
     finished = RunFolder(path)
     finished.check()
@@ -217,12 +199,7 @@ def resume_run(
 
 
 def use_recorded_setup(folder: RunFolder) -> None:
-    """Compute as the run's first process did, or refuse.
-
-    Raises:
-        ValueError: If the weights, the fast VAE or a conditioning file that is still needed are not those that the
-            run began with.
-    """
+    """Compute as the run's first process did, or refuse."""
     start_arguments(folder.config, folder)
     model, record = folder.config.model, folder.record
     weights = _model_folder(model)
@@ -248,13 +225,13 @@ def _deliver_files(folder: RunFolder) -> None:
             out.print(str(path), markup=False)
 
 
-def _report(folder: RunFolder, outcome: Outcome) -> None:
-    fps, done = folder.record["video"]["fps"], outcome.progress
-    if done is not None:
+def _report(folder: RunFolder, done: Progress) -> None:
+    fps = folder.record["video"]["fps"]
+    if done.num_new_frames:
         speed = done.frames_per_second
         made = f"{done.num_new_frames} frames ({done.num_new_frames / fps:.1f} s of video) in {done.seconds:.1f} s"
         err.print(f"{made}: {speed:.1f} frames per second, {speed / fps:.1f}x real time")
-    if outcome.status == FINISHED:
+    if done.status == FINISHED:
         _deliver_files(folder)
     else:
         err.print(f"stopped; go on with: longtake resume {folder.path}", style="yellow", markup=False)

@@ -7,10 +7,9 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from longtake.configs.families import ModelFamily
-from longtake.pipelines.conditioning import _cut, make_clip, make_clips, make_stills, plan_cut, to_pixels
+from longtake.pipelines.conditioning import _to_pixels, make_clip, make_clips, make_stills, plan_cut
 from longtake.pipelines.video_file import VideoFormat, VideoWriter
 
-BLOCKS = {"first_block_frames": 3, "frames_per_block": 3}
 SQUARE = {"family": ModelFamily(), "height": 64, "width": 64}
 PROCESSOR = VideoProcessor(vae_scale_factor=8)
 
@@ -22,7 +21,7 @@ def numbered(num_frames, height=32, width=32):
 
 def numbers(clip, **settings):
     """Frames that a cut takes, read from their greys."""
-    cut = _cut(clip, **({"fps": 16} | BLOCKS | settings))
+    cut = plan_cut(clip, "video", **SQUARE | {"family": ModelFamily(**settings)})
     return [np.asarray(frame)[0, 0, 0] for frame in clip.take(cut.indices)], cut
 
 
@@ -82,7 +81,7 @@ def test_all_forms_of_a_clip_give_the_same_pixels(tmp_path):
     }
     for name, form in forms.items():
         clip = make_clip(form)
-        pixels = to_pixels(list(clip.take(range(9))), PROCESSOR, **size)
+        pixels = _to_pixels(list(clip.take(range(9))), PROCESSOR, **size)
         assert (pixels - expected).abs().max() < 1e-6, name
     batches = (np.stack([frames, frames]), torch.from_numpy(frames).movedim(-1, 1)[None].expand(2, -1, -1, -1, -1))
     for clips in (make_clips(batches[0]), make_clips(batches[1]), make_clips([frames, list(frames)])):
@@ -94,14 +93,14 @@ def test_other_sizes_cover_the_video_and_keep_the_middle():
     """Left, middle and right thirds of different greys: a square keeps the middle."""
     wide = np.repeat(np.array([0, 100, 200], np.uint8), 64)[None, :, None].repeat(64, 0).repeat(3, 2)
     (frame,) = make_stills(wide)[0].take([0])
-    pixels = to_pixels([frame], PROCESSOR, height=32, width=32)
+    pixels = _to_pixels([frame], PROCESSOR, height=32, width=32)
     assert pixels.shape == (3, 1, 32, 32)
     assert ((pixels[..., 4:-4] + 1) * 127.5 - 100).abs().max() < 1
-    tall = to_pixels([Image.fromarray(wide)], PROCESSOR, height=64, width=192)
+    tall = _to_pixels([Image.fromarray(wide)], PROCESSOR, height=64, width=192)
     assert torch.equal(tall, torch.from_numpy(wide).permute(2, 0, 1)[:, None].float() / 127.5 - 1)
     # Floats of another size go the same way, at eight bits.
     assert torch.equal(
-        to_pixels([torch.from_numpy(wide).permute(2, 0, 1) / 255], PROCESSOR, height=32, width=32), pixels
+        _to_pixels([torch.from_numpy(wide).permute(2, 0, 1) / 255], PROCESSOR, height=32, width=32), pixels
     )
 
 
@@ -112,7 +111,7 @@ def test_files_are_read_as_they_are_needed(tmp_path):
         writer.write(frames)
     clip = make_clip(path, seconds=1)
     assert (clip.num_frames, clip.fps, clip.height, clip.width) == (50, 25, 64, 64)
-    cut = _cut(clip, fps=16, **BLOCKS)
+    cut = plan_cut(clip, "video", **SQUARE)
     found = np.stack([np.asarray(frame) for frame in clip.take(cut.indices)])
     assert len(found) == 9 and np.abs(found.astype(int) - frames[list(cut.indices)]).max() <= 3
     with pytest.raises(ValueError, match="damaged|decodes to|cut off"):
@@ -153,7 +152,10 @@ def test_image_files_are_turned_and_made_rgb(tmp_path):
         (lambda p: make_clip(np.zeros((9, 32, 32, 3), np.uint8), fps=0), "fps=0"),
         (lambda p: make_clip(np.zeros((9, 32, 32, 3), np.uint8), seconds=float("nan")), "seconds=nan"),
         (lambda p: make_stills([]), "empty"),
-        (lambda p: plan_cut(make_clip(np.zeros((9, 8, 640, 3), np.uint8)), "video", **SQUARE), "1.2% of the"),
+        (
+            lambda p: plan_cut(make_clip(np.zeros((9, 8, 640, 3), np.uint8)), "video", **SQUARE),
+            "1.2% of the",
+        ),
     ],
 )
 def test_what_is_no_clip_is_named(tmp_path, make, message):

@@ -21,7 +21,7 @@ def model_offload(pipe, tmp_path):
 
 
 def sequential_offload(pipe, tmp_path):
-    """What ``enable_sequential_cpu_offload`` does to each component; the text encoder's tied weights fail on a CPU."""
+    """Do as ``enable_sequential_cpu_offload`` to each component; the text encoder's tied weights fail on a CPU."""
     accelerate.cpu_offload(pipe.transformer, "cpu")
     accelerate.cpu_offload(pipe.vae, "cpu")
 

@@ -50,7 +50,7 @@ def request_of(case, cache):
 
 
 def counted(model, row, plan, cache):
-    """What the counting planner said of the device while denoising and decoding, weights and program left out."""
+    """Device bytes of the counting planner while denoising and decoding, weights and program left out."""
     branches, request = plan.request.num_branches, plan.request
     on_gpu = request.device_type == "cuda"
     staging = 2 * branches * row["on_host"] // request.geometry().num_layers if on_gpu else 0

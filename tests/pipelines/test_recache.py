@@ -36,7 +36,7 @@ def roll(transformer, cache, schedule=(), **settings):
     [(9, 3, 12, False), (10, 2, 12, False), (12, 3, 9, True), (12, 3, 12, True), (12, 3, 6, False)],
 )
 def test_what_is_encoded_anew_whole_is_a_rollout_from_there(transformer, window, sinks, at, global_sink):
-    """Where no sink outlives it, the last frames might as well be one given block under the new prompt."""
+    """With no sink to outlive it, the last frames might as well be one given block under the new prompt."""
     cache = longlive(window, sinks, global_sink=global_sink)
     ours = roll(transformer, cache, [(at - 1, prompt(3), "recache")])
     num_given = min(window, at)

@@ -5,7 +5,7 @@ from rollouts import OTHER, PROMPT, SINK
 from run_fakes import hashes
 
 from longtake.configs.loader import load_run
-from longtake.pipelines.run_folder import RunFolder, fork_run
+from longtake.pipelines.run_folder import RunFolder
 from longtake.pipelines.run_video import run_video
 
 SETTINGS = {
@@ -37,7 +37,7 @@ def test_a_fork_with_a_new_prompt_equals_a_run_that_had_it(tiny_pipe, tmp_path, 
     changed = config(f"{{at: 2.5, prompt: {OTHER}, event: {event}}}")
     direct, source = make("direct", changed), make("source", config())
     session = start(changed)
-    with fork_run(source, tmp_path / "fork", config=changed, at=2.5, record={}, num_ahead=session.num_ahead) as folder:
+    with source.fork(tmp_path / "fork", config=changed, at=2.5, record={}, num_ahead=session.num_ahead) as folder:
         run_video(folder, session)
     assert hashes(tmp_path / "fork") == hashes(tmp_path / "direct")
     assert hashes(tmp_path / "source")[4:] != hashes(tmp_path / "direct")[4:]

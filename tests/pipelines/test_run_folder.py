@@ -17,7 +17,7 @@ from run_fakes import PROMPT, FakeSession, generate, hashes, make_config, resume
 
 from longtake.configs.loader import load_run
 from longtake.pipelines import checkpoint, run_folder
-from longtake.pipelines.run_folder import BlockLog, RunFolder, branch_point, fork_run
+from longtake.pipelines.run_folder import BlockLog, RunFolder
 from longtake.pipelines.run_video import run_video
 from longtake.pipelines.video_file import count_frames
 
@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, whole, stop_after
         outcome = run_video(
             folder, FakeSession(config), on_block=done.append, should_stop=lambda: len(done) + 1 == stop_after
         )
-    assert (outcome.status, outcome.progress.num_done) == ("interrupted", stop_after)
+    assert (outcome.status, outcome.num_done) == ("interrupted", stop_after)
     assert RunFolder(path).status == "interrupted"
     assert count_frames(path / "video.mp4") == 9 + 12 * (stop_after - 1)
     assert resume(path, on_block=first.append).status == "finished"
@@ -202,9 +202,9 @@ def test_prompt_changes_survive_a_stop(broken, tmp_path, whole):
 @pytest.mark.parametrize(("at", "seconds", "num_frames"), [(0.3, 9, 145), (2.0, 9, 145), (7.9, 12, 193)])
 def test_a_fork_shares_its_beginning_and_equals_a_run_that_had_its_change(tmp_path, whole, at, seconds, num_frames):
     source = RunFolder(whole)
-    block, frame = branch_point(source, at=at)
+    block, frame = source.branch_point(at=at)
     config = make_config(f"prompt_changes=[{{at: {at}, prompt: a blue ring}}]", seconds=seconds)
-    with fork_run(source, tmp_path / "fork", config=config, at=at, record={}) as folder:
+    with source.fork(tmp_path / "fork", config=config, at=at, record={}) as folder:
         states = folder.checkpoints.blocks()
         started = []
         run_video(folder, FakeSession(config), on_block=started.append)
@@ -223,7 +223,7 @@ def test_a_fork_shares_its_beginning_and_equals_a_run_that_had_its_change(tmp_pa
 def test_a_fork_needs_a_place_in_the_video(tmp_path, whole):
     for at in (9.1, 1000):
         with pytest.raises(ValueError, match="has 9.06 s"):
-            fork_run(RunFolder(whole), tmp_path / "fork", config=make_config(), at=at, record={})
+            RunFolder(whole).fork(tmp_path / "fork", config=make_config(), at=at, record={})
     assert not (tmp_path / "fork").exists()
 
 

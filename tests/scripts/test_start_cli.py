@@ -138,7 +138,7 @@ def test_a_stop_while_the_start_is_taken_in_begins_anew(whole, tmp_path, call):
     with RunFolder.create(path, config=config, record=record) as new:
         session = start_rollout(load_pipeline(config.model), config)
         outcome = run_video(new, session, should_stop=lambda: len(asked) == 1 or asked.append(None))
-    assert (outcome.status, outcome.progress) == ("interrupted", None)
+    assert (outcome.status, outcome.num_done) == ("interrupted", 0)
     assert count_frames(path / "video.mp4") == 9 and not RunFolder(path).checkpoints.blocks()
     assert call("resume", path)[0] == 0
     assert hashes(path) == hashes(whole) and count_frames(path / "video.mp4") == NUM_START + NUM_MADE
