@@ -35,17 +35,14 @@ _TIMESTEP_TOLERANCE = 2**-8
 
 @dataclass
 class _Video:
-    """Progress of one video's denoising.
-
-    Attributes:
-        memories: By transformer and number of the forward in its step, which tells guidance branches apart.
-    """
+    """Progress of one video's denoising."""
 
     timesteps: Tensor  # the scheduler's own tensor: another one belongs to another video
     schedule: tuple[float, ...]  # its different values, in order
     first: int  # place in the schedule where the video began; more than 0 if it starts from another video
     step: int  # place in the schedule of the last forward
     num_forwards: int = 0  # of that step so far
+    # By transformer and number of the forward in its step, which tells guidance branches apart.
     memories: dict[tuple[nn.Module, int], dict[Any, Any]] = field(default_factory=dict)
 
     @property
@@ -62,7 +59,7 @@ class _Clock:
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
-        self._video: _Video | None = None
+        self.video: _Video | None = None
 
     def begin(self, transformer: nn.Module, timestep: Tensor) -> tuple[_Video, dict[Any, Any]]:
         """Note a forward; returns its video, and the memory between steps of its network and guidance branch."""
@@ -71,18 +68,15 @@ class _Clock:
         video.num_forwards += 1
         return video, memory
 
-    def reset(self) -> None:
-        self._video = None
-
     def _at(self, timestep: Tensor) -> _Video:
-        timesteps, video = self._pipe.scheduler.timesteps, self._video
+        timesteps, video = self._pipe.scheduler.timesteps, self.video
         if video is not None and video.timesteps is not timesteps:
             video = None
         schedule = video.schedule if video else tuple(dict.fromkeys(map(float, timesteps.tolist())))
         # Where frames or tokens have their own, those that are given keep 0.
         step = _step_of(float(timestep.max()), schedule)
         if video is None or step < video.step:
-            video = self._video = _Video(timesteps, schedule, first=step, step=step)
+            video = self.video = _Video(timesteps, schedule, first=step, step=step)
         elif step > video.step:
             video.step, video.num_forwards = step, 0
         return video
@@ -119,20 +113,21 @@ class _SelfAttentionChange:
             for transformer in self._transformers:
                 for handle in self._hook(transformer):
                     undo.callback(handle.remove)
-                blocks = enumerate(blocks_of(transformer))
-                undo.enter_context(processors_set(self._processor(layer, block.attn1) for layer, block in blocks))
+                undo.enter_context(processors_set(self._processors(transformer)))
             yield
 
-    def _processor(self, layer: int, attn: Any) -> tuple[Any, AttentionProcessor]:
-        processor = self._processor_class(self, layer)
-        processor._attention_backend = attn.processor._attention_backend
-        return attn, processor
+    def _processors(self, transformer: WanTransformer3DModel) -> Iterator[tuple[Any, AttentionProcessor]]:
+        for layer, block in enumerate(blocks_of(transformer)):
+            attn: Any = block.attn1
+            processor = self._processor_class(self, layer)
+            processor._attention_backend = attn.processor._attention_backend
+            yield attn, processor
 
     def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
         raise NotImplementedError
 
     def _reset(self) -> None:
-        self._clock.reset()
+        self._clock.video = None
 
     def _check_processors(self, transformer: WanTransformer3DModel, *, hint: str = "") -> None:
         for layer, block in enumerate(blocks_of(transformer)):
@@ -144,13 +139,7 @@ class _SelfAttentionChange:
                 )
 
 
-def _uncompiled(hook: Callable[..., Any]) -> Any:
-    """A hook that compiled modules call outside their graph."""
-    return torch.compiler.disable(hook)
-
-
 def _given(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a transformer's forward by name."""
     return dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
 
 
@@ -212,7 +201,7 @@ def sparse_wan(
     attention: SparsePolicy | Mapping[str, Any] | str = "radial",
     *,
     backend: str | None = None,
-) -> Iterator["SparseWan"]:
+) -> Iterator["_SparseMeter"]:
     """Give a stock Wan pipeline sparse self-attention inside the ``with`` block.
 
     Only ``attn1`` of every block changes, and nothing of diffusers is patched globally. A model that was not trained
@@ -233,7 +222,7 @@ def sparse_wan(
         backend: Of sparse calls, instead of the mapping's; dense calls take ``auto``, not diffusers' backend.
 
     Yields:
-        Count of the computed attention; it can be read after the block too.
+        Count of the computed attention, readable after the block too.
 
     Raises:
         ValueError: If a setting does not fit, or the pipeline has other transformers, processors or parallelism; in
@@ -244,18 +233,17 @@ def sparse_wan(
     if backend is not None:
         setting.backend = backend
     setting.check_backend()
-    sparse = SparseWan(pipe, setting)
+    sparse = _SparseWan(pipe, setting)
     with sparse.installed():
-        yield sparse
+        yield sparse.meter
 
 
-class SparseWanProcessor(AttentionProcessor["SparseWan"]):
+class _SparseWanProcessor(AttentionProcessor["_SparseWan"]):
     """Self-attention of ``WanAttnProcessor`` over the blocks that a policy picks."""
 
     # Plans are made by ordinary Python from the step, so a compiled block breaks its graph here.
     @torch.compiler.disable
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """(batch, tokens, dim) to the same shape."""
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError(
                 "sparse attention was given a mask or tokens of its own to attend to, which stock Wan self-attention "
@@ -265,56 +253,24 @@ class SparseWanProcessor(AttentionProcessor["SparseWan"]):
         return project_out(attn, self.owner._attend(q, k, v, self.layer))
 
 
-class SparseWan(_SelfAttentionChange):
-    """Sparse attention of one pipeline, and a count of what it has computed; made by ``sparse_wan``."""
+def _uncompiled(hook: Callable[..., Any]) -> Any:
+    """A hook that compiled modules call outside their graph."""
+    return torch.compiler.disable(hook)
 
-    _processor_class = SparseWanProcessor
+
+class _SparseWan(_SelfAttentionChange):
+    _processor_class = _SparseWanProcessor
 
     def __init__(self, pipe: DiffusionPipeline, setting: AttentionSetting) -> None:
         super().__init__(pipe, "sparse_wan")
-        self.policy = setting.policy
-        if not self.policy.has_bidirectional_form:
+        if not setting.policy.has_bidirectional_form:
             raise ValueError(
-                f"attention policy {self.policy.name!r} is for block-autoregressive models and has no bidirectional "
-                "form: use radial, svg, svg2, paro or sliding_tile here."
+                f"attention policy {setting.policy.name!r} is for block-autoregressive models and has no "
+                "bidirectional form: use radial, svg, svg2, paro or sliding_tile here."
             )
-        self.backend = setting.backend
-        self._meter = _Meter(setting.policy)
+        self.meter = _SparseMeter(setting)
         self._geometry: AttentionGeometry | None = None
         self._memory: dict[Any, Any] = {}
-
-    @property
-    def density(self) -> float:
-        """Share of the (query, key) pairs of self-attention computed so far, 0 to 1; dense calls count as 1."""
-        return self._meter.density
-
-    @property
-    def num_calls(self) -> int:
-        """Attention calls so far; a policy that looks at the tokens takes one for each sample of a batch."""
-        return self._meter.num_calls
-
-    @property
-    def num_dense_calls(self) -> int:
-        """Attention calls that the policy declined."""
-        return self._meter.num_dense_calls
-
-    @property
-    def backends(self) -> dict[str, tuple[str, ...]]:
-        """Backends that have run, by kind of call: ``dense``, ``sparse``. Kinds without calls are left out."""
-        found: dict[str, set[str]] = {}
-        for request in self._meter.requests.values():
-            kind, backend = ("dense", "auto") if request.plan is None else ("sparse", self.backend)
-            if backend == "auto":
-                backend = next((row.name for row in explain(request) if row.is_chosen), "none")
-            found.setdefault(kind, set()).add(backend)
-        return {kind: tuple(sorted(names)) for kind, names in sorted(found.items())}
-
-    def __str__(self) -> str:
-        kinds = "; ".join(f"{kind} by {', '.join(names)}" for kind, names in self.backends.items())
-        return (
-            f"attention {self.policy.name!r}: density {self.density:.3f}, {self.num_dense_calls} of {self.num_calls} "
-            f"calls dense{f'; {kinds}' if kinds else ''}"
-        )
 
     def _hook(self, transformer: WanTransformer3DModel) -> list[RemovableHandle]:
         return [transformer.register_forward_pre_hook(_uncompiled(self._begin), with_kwargs=True)]
@@ -324,7 +280,6 @@ class SparseWan(_SelfAttentionChange):
         self._geometry, self._memory = None, {}
 
     def _begin(self, transformer: WanTransformer3DModel, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Read frames, grid and step off the transformer's arguments."""
         self._check_forward(transformer)
         given = _given(args, kwargs)
         shape, patch = given["hidden_states"].shape[2:], config_of(transformer).patch_size
@@ -351,15 +306,38 @@ class SparseWan(_SelfAttentionChange):
         if self._geometry is None:
             raise ValueError("self-attention was called by itself: call the transformer, whose input says the grid.")
         geometry = self._geometry.at(step_index=self._geometry.step_index, layer=layer, kind="denoise")
-        return sparse_attention(q, k, v, geometry, policy=self._meter, memory=self._memory, backend=self.backend)
+        meter = self.meter
+        return sparse_attention(q, k, v, geometry, policy=meter, memory=self._memory, backend=meter.backend)
 
 
-class _Meter(DensityMeter):
-    """Also keeps the last request of every kind of call, which says what ``auto`` takes for it."""
+class _SparseMeter(DensityMeter):
+    """Count of the attention that a pipeline has computed: ``density``, ``num_calls``, ``num_dense_calls``, backends.
 
-    def __init__(self, policy: SparsePolicy) -> None:
-        super().__init__(policy)
-        self.requests: dict[AttentionRequest, AttentionRequest] = {}
+    The last request of every kind of call is kept: it says what ``auto`` takes for it.
+    """
+
+    def __init__(self, setting: AttentionSetting) -> None:
+        super().__init__(setting.policy)
+        self.backend = setting.backend
+        self._requests: dict[AttentionRequest, AttentionRequest] = {}
+
+    @property
+    def backends(self) -> dict[str, tuple[str, ...]]:
+        """Backends that have run, by kind of call: ``dense``, ``sparse``. Kinds without calls are left out."""
+        found: dict[str, set[str]] = {}
+        for request in self._requests.values():
+            kind, backend = ("dense", "auto") if request.plan is None else ("sparse", self.backend)
+            if backend == "auto":
+                backend = next((row.name for row in explain(request) if row.is_chosen), "none")
+            found.setdefault(kind, set()).add(backend)
+        return {kind: tuple(sorted(names)) for kind, names in sorted(found.items())}
+
+    def __str__(self) -> str:
+        kinds = "; ".join(f"{kind} by {', '.join(names)}" for kind, names in self.backends.items())
+        return (
+            f"attention {self.policy.name!r}: density {self.density:.3f}, {self.num_dense_calls} of {self.num_calls} "
+            f"calls dense{f'; {kinds}' if kinds else ''}"
+        )
 
     def plan(
         self,
@@ -373,7 +351,7 @@ class _Meter(DensityMeter):
         plan = super().plan(q, k, geometry, v=v, memory=memory)
         if q is not None and k is not None and v is not None:
             request = AttentionRequest.of(AttentionCall(q, k, v, plan))
-            self.requests[request.signature] = request
+            self._requests[request.signature] = request
         return plan
 
 
@@ -460,25 +438,19 @@ class StepAllocation:
         return tuple(weight / sum(weights) for weight in weights)
 
 
-class _TokenCache:
-    """Keys and values of all tokens in every layer, those of skipped tokens as they last were.
+# Keys and values of all tokens by layer, those of skipped tokens as they last were: 5.6 GiB for Wan2.1 1.3B at 32,760
+# tokens in bfloat16 and each guidance branch, 25 GiB for 14B.
+_TokenCache = dict[int, tuple[Tensor, Tensor]]
 
-    5.6 GiB for Wan2.1 1.3B at 32,760 tokens in bfloat16 and each guidance branch, 25 GiB for 14B.
-    """
 
-    def __init__(self) -> None:
-        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, layer: int, k: Tensor, v: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Replace keys and values of active tokens; returns those of all tokens, to be read before the next update."""
-        if active is None:
-            self._stored[layer] = (k.clone(), v.clone())
-        elif layer not in self._stored:
-            raise ValueError(f"layer {layer} has no keys of the tokens that are skipped: compute all tokens first.")
-        else:
-            for stored, new in zip(self._stored[layer], (k, v), strict=True):
-                stored[:, active] = new
-        return self._stored[layer]
+def _updated(cache: _TokenCache, layer: int, k: Tensor, v: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Replace keys and values of active tokens; returns those of all tokens, to be read before the next update."""
+    if active is None:
+        cache[layer] = (k.clone(), v.clone())
+    else:
+        for stored, new in zip(cache[layer], (k, v), strict=True):
+            stored[:, active] = new
+    return cache[layer]
 
 
 # Remembered of a network and guidance branch between steps.
@@ -488,7 +460,7 @@ _CACHE, _VELOCITY, _CHANGE = "cache", "velocity", "change"
 @contextmanager
 def allocated_wan(
     pipe: DiffusionPipeline, allocation: StepAllocation | Mapping[str, Any] | None = None
-) -> Iterator["AllocatedWan"]:
+) -> Iterator["_AllocatedWan"]:
     """Give still tokens fewer denoising steps in a stock Wan pipeline inside the ``with`` block.
 
     ::
@@ -506,7 +478,7 @@ def allocated_wan(
         allocation: Settings of the allocation, or their mapping; None: half of the token steps.
 
     Yields:
-        Count of the computed tokens; it can be read after the block too.
+        Count of the computed tokens (``share``, ``num_computed``, ``num_tokens``), readable after the block too.
 
     Raises:
         ValueError: If a setting does not fit, or the pipeline has another scheduler, other transformers, processors,
@@ -514,34 +486,28 @@ def allocated_wan(
     """
     if not isinstance(allocation, StepAllocation):
         allocation = build(StepAllocation, allocation or {}, what="the step allocation")
-    allocated = AllocatedWan(pipe, allocation)
+    allocated = _AllocatedWan(pipe, allocation)
     with allocated.installed():
         yield allocated
 
 
-class _ActiveTokens(AttentionProcessor["AllocatedWan"]):
+class _ActiveTokens(AttentionProcessor["_AllocatedWan"]):
     """Self-attention of ``WanAttnProcessor`` in which active tokens ask and all tokens are read."""
 
     @torch.compiler.disable
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """``hidden_states`` and the result are (batch, active tokens, dim), ``rotary_emb`` is of all tokens."""
+        # Hidden states are those of the active tokens, rotary_emb is of all.
         active, memory = self.owner._active, self.owner._memory
         if active is not None and rotary_emb is not None:
             rotary_emb = (rotary_emb[0][:, active], rotary_emb[1][:, active])
         q, k, v = _rotated_qkv(attn, hidden_states, rotary_emb)
-        k, v = memory.setdefault(_CACHE, _TokenCache()).update(self.layer, k, v, active)
+        k, v = _updated(memory.setdefault(_CACHE, {}), self.layer, k, v, active)
         out = dispatch_attention_fn(q, k, v, attn_mask=attention_mask, backend=self._attention_backend)
         return project_out(attn, out.type_as(q))
 
 
-class AllocatedWan(_SelfAttentionChange):
-    """Step allocation of one pipeline, and a count of what it has computed; made by ``allocated_wan``.
-
-    Attributes:
-        allocation: Settings.
-        num_computed: Token evaluations of a network so far: tokens x samples x forwards.
-        num_tokens: Token evaluations of a stock pipeline.
-    """
+class _AllocatedWan(_SelfAttentionChange):
+    """Step allocation of one pipeline, and a count of what it has computed."""
 
     _processor_class = _ActiveTokens
 
@@ -549,6 +515,7 @@ class AllocatedWan(_SelfAttentionChange):
         super().__init__(pipe, "allocated_wan")
         _check_scheduler(pipe)
         self.allocation = allocation
+        # Token evaluations of a network so far, tokens x samples x forwards, and those of a stock pipeline.
         self.num_computed = self.num_tokens = 0
         self._pipe = pipe
         self._strides: tuple[_Video, Tensor] | None = None
@@ -558,7 +525,6 @@ class AllocatedWan(_SelfAttentionChange):
 
     @property
     def share(self) -> float:
-        """Share of the token evaluations that was computed so far, 0 to 1."""
         return self.num_computed / self.num_tokens if self.num_tokens else 1.0
 
     def __str__(self) -> str:
@@ -576,7 +542,6 @@ class AllocatedWan(_SelfAttentionChange):
         self._strides, self._memory, self._active = None, {}, None
 
     def _begin(self, transformer: WanTransformer3DModel, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Decide which tokens this forward computes."""
         timestep = _given(args, kwargs)["timestep"]
         self._check_forward(transformer, timestep)
         video, self._memory = self._clock.begin(transformer, timestep)
@@ -614,7 +579,6 @@ class AllocatedWan(_SelfAttentionChange):
         self._check_processors(transformer)
 
     def _select(self, block: nn.Module, args: tuple) -> tuple | None:
-        """Hand the first block the tokens that are due."""
         hidden_states = args[0]
         self.num_tokens += hidden_states.shape[0] * hidden_states.shape[1]
         if self._active is not None:

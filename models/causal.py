@@ -17,11 +17,8 @@ from longtake.models.numerics import (
     Modulations,
     Numerics,
     check_numerics,
-    check_weights,
-    clean_estimate,
     embed_time,
-    native_hooks,
-    upstream_hooks,
+    numerics_hooks,
 )
 from longtake.models.wan import (
     AttentionProcessor,
@@ -69,15 +66,11 @@ def _threads_sleep() -> bool:
 
 @dataclass
 class Prompt:
-    """Text of one guidance branch, with everything that is computed from it once.
-
-    Attributes:
-        keys_values: Cross-attention keys and values by layer.
-    """
+    """Text of one guidance branch, with everything that is computed from it once."""
 
     embeds: Tensor  # (batch, text_len, text_dim), as the text encoder made them
     projected: Tensor | None = None  # the same through the transformer's text embedder, when it has been needed
-    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of cross-attention, by layer
 
 
 @dataclass(frozen=True)
@@ -89,19 +82,15 @@ class Segment:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """One per part."""
         return self.timestep if isinstance(self.timestep, tuple) else (self.timestep,)
 
     @property
     def part_frames(self) -> float:
-        """Frames of a part."""
         return self.pass_.num_frames / len(self.timesteps)
 
 
 @dataclass
 class _Call:
-    """Inputs of the forward under way that processors and hooks read."""
-
     cache: KVCache
     prompt: Prompt
     segments: tuple[Segment, ...]
@@ -150,9 +139,13 @@ class CausalTransformer:
         self.device: torch.device = execution_device(transformer)
         self.attention = attention or fastest(self.device, self.dtype)
         check_numerics(numerics)
+        self._numerics: Numerics = numerics
         self.is_upstream = numerics == "upstream"
-        if self.is_upstream:
-            check_weights(transformer)
+        if self.is_upstream and any(weight.is_meta for weight in transformer.parameters()):
+            raise ValueError(
+                "numerics='upstream' reads weights that are offloaded layer by layer (sequential offload): offload "
+                "whole models, or use numerics 'native'."
+            )
         self.latent_dtype: torch.dtype = self.dtype if self.is_upstream else torch.float32
         self.phase_dtype: torch.dtype = torch.complex128 if self.is_upstream else torch.complex64
         self._call: _Call | None = None
@@ -167,11 +160,7 @@ class CausalTransformer:
         batch_size: int = 1,
         max_frames: int | None = None,
     ) -> Geometry:
-        """Shapes of a rollout of (channels, height, width) latents.
-
-        Raises:
-            ValueError: If the latent size does not fit the transformer.
-        """
+        """Shapes of a rollout of (channels, height, width) latents."""
         config = config_of(self.transformer)
         channels, height, width = frame_shape
         if channels != config.in_channels:
@@ -212,16 +201,13 @@ class CausalTransformer:
             yield
 
     def _hooks(self) -> list[tuple[nn.Module, ModelHook]]:
-        """Modules that get a hook, each with its hook."""
         model = self.transformer
-        hooks: list[tuple[nn.Module, ModelHook]] = [
+        return [
             (model.rope, _NoTable()),
             (model.condition_embedder, _CachedConditions(self)),
             (model.patch_embedding, _AddedTokens(self)),
+            *numerics_hooks(model, self._numerics, self._modulations, self._timesteps, self._time_rows),
         ]
-        if self.is_upstream:
-            return hooks + upstream_hooks(model, self._modulations, self._timesteps, self._time_rows)
-        return hooks + native_hooks(model, self._modulations, self._timesteps)
 
     @torch.no_grad()
     def flow(
@@ -268,7 +254,11 @@ class CausalTransformer:
     def clean(self, x: Tensor, flow: Tensor, timestep: float) -> Tensor:
         """The clean latents that a predicted flow points to: x - sigma flow, shape and dtype of ``x``."""
         sigma = timestep / 1000.0
-        return clean_estimate(x, flow, sigma) if self.is_upstream else x - sigma * flow
+        if not self.is_upstream:
+            return x - sigma * flow
+        # Self-Forcing computes in float64, with sigma as its table holds it.
+        sigma = torch.tensor(sigma, dtype=torch.float32).item()
+        return (x.double() - sigma * flow.double()).to(x.dtype)
 
     def _timesteps(self) -> tuple[float, ...]:
         return self.call.timesteps
@@ -278,7 +268,6 @@ class CausalTransformer:
 
     @property
     def call(self) -> _Call:
-        """The forward under way."""
         if self._call is None:
             raise RuntimeError("a causal transformer has to be called through CausalTransformer.flow.")
         return self._call

@@ -61,7 +61,6 @@ _BLOCK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]*)\.(.+)")
 
 
 def _expand(rows: _Rows) -> dict[str, str]:
-    """Full parameter names, original to diffusers."""
     names = {}
     for original, (diffusers, parameters) in rows.items():
         if not parameters:

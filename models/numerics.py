@@ -10,7 +10,8 @@ here. In float32 nothing is rounded, and every hook below is the stock arithmeti
 Source: Self-Forcing, 33593df; docs/models.md has the list.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -23,13 +24,12 @@ from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedd
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longtake.models.wan import blocks_of, offload_hooks, weights_at_hand
+from longtake.models.wan import blocks_of, offload_hooks
 
 Numerics = Literal["native", "upstream"]
 """Where half precision is rounded: as diffusers and this project do, or as the published code does."""
 
 _Timesteps = Callable[[], tuple[float, ...]]
-_Hooks = list[tuple[nn.Module, ModelHook]]
 
 
 def check_numerics(numerics: str) -> None:
@@ -37,15 +37,6 @@ def check_numerics(numerics: str) -> None:
     known = get_args(Numerics)
     if numerics not in known:
         raise ValueError(f"numerics={numerics!r} is unknown; known: {', '.join(known)}.")
-
-
-def check_weights(transformer: nn.Module) -> None:
-    """Refuse weights that are offloaded layer by layer: hooks of ``upstream`` read them without their module."""
-    if any(weight.is_meta for weight in transformer.parameters()):
-        raise ValueError(
-            "numerics='upstream' reads weights that are offloaded layer by layer (sequential offload): offload whole "
-            "models, or use numerics 'native'."
-        )
 
 
 def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
@@ -90,19 +81,14 @@ def _is_hooked(module: nn.Module) -> bool:
 
 @dataclass
 class Modulations:
-    """Shift, scale and gate of every block for the timesteps that a rollout uses, computed once each.
-
-    Attributes:
-        by_layer: Six (1, segments, 1, dim) tensors of ``dtype`` by layer and timesteps: shift, 1 + scale and gate
-            of the self-attention, then of the feed-forward.
-    """
+    """Shift, scale and gate of every block for the timesteps that a rollout uses, computed once each."""
 
     projected: dict[float, Tensor] = field(default_factory=dict)  # (1, 6 * dim) time projection by timestep
     dtype: torch.dtype = torch.float32  # in which table and projection are added
+    # Six (1, segments, 1, dim) tensors by layer and timesteps: shift, 1 + scale, gate of attention and feed-forward.
     by_layer: dict[tuple[int, tuple[float, ...]], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def of(self, layer: int, block: WanTransformerBlock, timesteps: tuple[float, ...]) -> tuple[Tensor, ...]:
-        """Modulation of one layer, each segment at its own timestep."""
         key = (layer, timesteps)
         if key not in self.by_layer:
             rows = torch.cat([self.projected[t] for t in timesteps]).unflatten(1, (6, -1)).to(self.dtype)
@@ -113,10 +99,7 @@ class Modulations:
 
 
 class _ModulatedBlock(ModelHook):
-    """``WanTransformerBlock.forward`` with cached modulation and fused element-wise products.
-
-    ``timesteps`` returns the timestep of each segment of the forward under way; the segments are equally long.
-    """
+    """``WanTransformerBlock.forward`` with cached modulation and fused element-wise products; equal segments."""
 
     def __init__(self, layer: int, modulations: Modulations, timesteps: _Timesteps) -> None:
         super().__init__()
@@ -126,7 +109,7 @@ class _ModulatedBlock(ModelHook):
         self._hooked: list[tuple[nn.Module, Any]] = []
 
     def initialize_hook(self, module: WanTransformerBlock) -> nn.Module:
-        """Note what brings the weights that are read here without a call, where they are offloaded."""
+        # Under offloading, weights that are read here without a call have to be brought.
         parts: tuple[nn.Module, nn.Module] = (module, module.norm2)
         self._hooked = [(part, hook) for part in parts for hook in offload_hooks(part)]
         return module
@@ -134,7 +117,7 @@ class _ModulatedBlock(ModelHook):
     def new_forward(
         self, module: WanTransformerBlock, hidden_states: Tensor, encoder_hidden_states: Tensor, temb, rotary_emb
     ) -> Tensor:
-        with weights_at_hand(self._hooked):
+        with _weights_at_hand(self._hooked):
             modulation = self.modulations.of(self.layer, module, self.timesteps())
             return self._forward(module, hidden_states, encoder_hidden_states, rotary_emb, modulation)
 
@@ -157,6 +140,18 @@ class _ModulatedBlock(ModelHook):
 
         normed = _modulated_norm(hidden_states, module.norm3, ffn_shift, ffn_scale)
         return _gated(hidden_states, feed_forward(module.ffn, normed), ffn_gate).to(dtype)
+
+
+@contextmanager
+def _weights_at_hand(hooked: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Have weights where they are computed with, given modules and their ``offload_hooks``."""
+    for module, hook in hooked:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in reversed(hooked):
+            hook.post_forward(module, None)
 
 
 def _modulated_norm(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
@@ -217,10 +212,7 @@ class _KeptNorm(ModelHook):
 
 
 class _UpstreamProjection(ModelHook):
-    """Gives the output projection the kept norm, modulated in the activation dtype.
-
-    ``embedded`` returns the (1, dim) time embedding of each segment of the forward under way.
-    """
+    """Gives the output projection the kept norm, modulated in the activation dtype."""
 
     def __init__(
         self, transformer: WanTransformer3DModel, kept: _KeptNorm, embedded: Callable[[], Sequence[Tensor]]
@@ -237,21 +229,24 @@ class _UpstreamProjection(ModelHook):
         return (_modulated(normed, shift, 1 + scale),), {}
 
 
-def native_hooks(transformer: WanTransformer3DModel, modulations: Modulations, timesteps: _Timesteps) -> _Hooks:
-    """Modules and hooks that make blocks compute natively."""
-    blocks = enumerate(blocks_of(transformer))
-    return [(block, _ModulatedBlock(layer, modulations, timesteps)) for layer, block in blocks]
-
-
-def upstream_hooks(
+def numerics_hooks(
     transformer: WanTransformer3DModel,
+    numerics: Numerics,
     modulations: Modulations,
     timesteps: _Timesteps,
     embedded: Callable[[], Sequence[Tensor]],
-) -> _Hooks:
-    """Modules and hooks that make a transformer round as the published code does."""
+) -> list[tuple[nn.Module, ModelHook]]:
+    """Modules that get a hook, each with its hook, to compute in ``numerics``.
+
+    ``timesteps`` returns those of the segments of the forward under way, ``embedded`` their (1, dim) embeddings.
+    """
     blocks = blocks_of(transformer)
-    hooks: _Hooks = [(block, _UpstreamBlock(layer, modulations, timesteps)) for layer, block in enumerate(blocks)]
+    block_hook = _UpstreamBlock if numerics == "upstream" else _ModulatedBlock
+    hooks: list[tuple[nn.Module, ModelHook]] = [
+        (block, block_hook(layer, modulations, timesteps)) for layer, block in enumerate(blocks)
+    ]
+    if numerics == "native":
+        return hooks
     attentions = (attn for block in blocks for attn in (block.attn1, block.attn2))
     hooks += [(norm, _UpstreamRMSNorm()) for attn in attentions for norm in (attn.norm_q, attn.norm_k)]
     kept = _KeptNorm(modulations.dtype)
@@ -260,12 +255,6 @@ def upstream_hooks(
         (transformer.norm_out, kept),
         (transformer.proj_out, _UpstreamProjection(transformer, kept, embedded)),
     ]
-
-
-def clean_estimate(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
-    """x0 = x - sigma flow in float64, in ``x``'s dtype; sigma as the published table holds it, in float32."""
-    sigma = torch.tensor(sigma, dtype=torch.float32).item()
-    return (x.double() - sigma * flow.double()).to(x.dtype)
 
 
 def embed_time(embedder: WanTimeTextImageEmbedding, timestep: float, *, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,6 @@ class AttentionSetting:
     Args:
         settings: ``{"policy": NAME, field: value, ..., "backend": NAME}``, a name alone, or a policy. ``backend`` is
             ``auto`` unless given.
-
-    Raises:
-        ValueError: If a name or a field is unknown, or a value does not fit.
     """
 
     def __init__(self, settings: SparsePolicy | Mapping[str, Any] | str = "dense") -> None:
@@ -41,7 +38,6 @@ class AttentionSetting:
 
     @property
     def is_dense(self) -> bool:
-        """True if nothing is ever left out."""
         return self.policy.name == "dense"
 
     def check_backend(self) -> None:
@@ -80,12 +76,7 @@ class SparseSelfAttention:
         self._blocks: dict[int, _Block] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, bias: Tensor | None) -> Tensor:
-        """Attend; see ``longtake.cache.SparseAttention``.
-
-        Raises:
-            ValueError: If the cache weights its tokens, or gives heads different tokens under a policy that tells
-                heads apart.
-        """
+        """Attend; see ``longtake.cache.SparseAttention``."""
         policy = self.setting.policy
         if bias is not None:
             raise ValueError(
@@ -131,8 +122,6 @@ class SparseSelfAttention:
 
 @dataclass
 class _Block:
-    """State kept while a block of the rollout is made."""
-
     memory: dict[tuple[int, str], dict[Any, Any]] = field(default_factory=dict)  # of the policy, by layer and pass
     geometries: dict[Any, AttentionGeometry] = field(default_factory=dict)  # by runs and positions, at any step
 

@@ -39,7 +39,6 @@ class _FeatureMap:
         self.slots: list[Tensor | str | None] = [None] * num_slots
 
     def state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
-        """The tensors by slot, and the kind of every slot."""
         tensors = {f"slot_{i:03d}": slot.contiguous() for i, slot in enumerate(self.slots) if isinstance(slot, Tensor)}
         return tensors, [_TENSOR if isinstance(slot, Tensor) else slot or _EMPTY for slot in self.slots]
 
@@ -79,7 +78,6 @@ class _Stream:
         self._features = _FeatureMap(half)
 
     def state_dict(self) -> _State:
-        """Everything that the stream remembers: tensors by name, and JSON-able numbers."""
         tensors, kinds = self._features.state_dict()
         return tensors, {"num_frames": self.num_frames, "slots": kinds}
 
@@ -173,7 +171,6 @@ class StreamingEncoder(_Stream):
         return _encode_groups(self.vae, frames[:, :, :end].split(sizes, dim=2), self._features.slots)
 
     def state_dict(self) -> _State:
-        """Everything that the stream remembers, waiting frames too: tensors by name, and JSON-able numbers."""
         tensors, numbers = super().state_dict()
         return tensors if self._waiting is None else tensors | {"waiting": self._waiting.contiguous()}, numbers
 
@@ -250,11 +247,7 @@ class Tiling:
 
     @classmethod
     def of(cls, vae: AutoencoderKLWan) -> "Tiling":
-        """The tiling that is set on a VAE.
-
-        Raises:
-            ValueError: If tiles would not overlap or cover the frame.
-        """
+        """The tiling that is set on a VAE."""
         ratio, sizes = _ratio(vae), []
         for side in ("height", "width"):
             names = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
@@ -298,11 +291,7 @@ class TiledDecoder:
         self._maps: list[list[_FeatureMap]] = []
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode the next latent frames of the stream; see ``StreamingDecoder.decode``.
-
-        Raises:
-            ValueError: If ``latents`` is not 5-D, holds no frame, or has another size than those before.
-        """
+        """Decode the next latent frames of the stream; see ``StreamingDecoder.decode``."""
         _check_frames(latents, name="latents")
         size = (latents.shape[-2], latents.shape[-1])
         if self._size is None:
@@ -324,11 +313,7 @@ class TiledDecoder:
         return tensors, {"num_frames": self.num_frames, "tiling": asdict(self.tiling), "size": size, "slots": kinds}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue the stream whose ``state_dict`` is given; the next frames are bit-identical.
-
-        Raises:
-            ValueError: If the state was written with other tiles or without, by another VAE, or is incomplete.
-        """
+        """Continue the stream whose ``state_dict`` is given; the next frames are bit-identical."""
         for key in ("num_frames", "tiling", "size", "slots"):
             if key not in numbers:
                 raise ValueError(
@@ -360,11 +345,7 @@ class TiledDecoder:
 
 
 def streaming_decoder(vae: AutoencoderKLWan) -> StreamingDecoder | TiledDecoder:
-    """Start a stream as the VAE is set: in tiles where its tiling is on, in whole frames otherwise.
-
-    Raises:
-        ValueError: If its tiles do not fit together.
-    """
+    """Start a stream as the VAE is set: in tiles where its tiling is on, in whole frames otherwise."""
     return TiledDecoder(vae) if vae.use_tiling else StreamingDecoder(vae)
 
 
@@ -430,7 +411,7 @@ class VaePixels:
         return z.to(execution_device(self.vae), self.vae.dtype)
 
     def normalise(self, z: Tensor) -> Tensor:
-        """What the VAE encoded as a rollout keeps it: (batch, frames, channels, height, width) float32."""
+        """Encoded latents as a rollout keeps them: (batch, frames, channels, height, width) float32."""
         z = z.float()
         return ((z - self._mean.to(z.device)) / self._std.to(z.device)).transpose(1, 2)
 
@@ -448,9 +429,6 @@ class VaePixels:
 
         Returns:
             (batch, frames // t or 1, channels, height / h, width / w), normalised, dtype and device of ``latents``.
-
-        Raises:
-            ValueError: If a cell is larger than the clip.
 
         Source: PackForcing, arXiv:2603.25730, low-resolution branch.
         """

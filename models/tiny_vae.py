@@ -38,7 +38,6 @@ class TinyLayout:
 
     @property
     def frames_per_latent(self) -> int:
-        """Pixel frames of a latent frame."""
         return math.prod(self.growths)
 
     @property
@@ -74,19 +73,15 @@ class _FrameMemory(nn.Module):
         self.conv = nn.Sequential(_convolution(2 * width, width), *rest)
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """Both (batch, width, rows, columns)."""
         return functional.relu(self.conv(torch.cat([x, before], dim=1)) + x)
 
 
 class _Growth(nn.Module):
-    """Makes ``growth`` frames of each."""
-
     def __init__(self, width: int, growth: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, growth * width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(frames, width, rows, columns) to (frames * growth, width, rows, columns)."""
         return self.conv(x).unflatten(1, (-1, x.shape[1])).flatten(0, 1)
 
 
@@ -108,7 +103,7 @@ class TinyVae(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the first convolution: has the decoder's device, dtype and width."""
+        """Weight of the first convolution: has the decoder's device, dtype and width."""
         return self.decoder["1"].get_parameter("weight")
 
     def denormalise(self, latents: Tensor) -> Tensor:
@@ -184,11 +179,7 @@ class StreamingTinyDecoder:
         return dict(self._before), {"num_frames": self.num_frames}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue the stream whose ``state_dict`` is given; the next frames are bit-identical.
-
-        Raises:
-            ValueError: If the state is incomplete or belongs to another decoder.
-        """
+        """Continue the stream whose ``state_dict`` is given; the next frames are bit-identical."""
         if "num_frames" not in numbers:
             raise ValueError("VAE stream state lacks 'num_frames': the file is incomplete or no VAE stream state")
         widths = {}

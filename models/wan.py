@@ -84,7 +84,7 @@ def project_out(attn: WanAttention, out: Tensor) -> Tensor:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a model computes; under offloading its weights may be on another device, or on none."""
+    """Device on which a model computes; under offloading its weights may be on another device, or on none."""
     for part in module.modules():
         hook = vars(part).get("_hf_hook")
         # Some of accelerate's hooks have no device: those of layers that are not moved.
@@ -100,19 +100,3 @@ def offload_hooks(module: nn.Module) -> list[Any]:
     if "_diffusers_hook" in found:
         hooks += [hook for hook in found["_diffusers_hook"].hooks.values() if isinstance(hook, _BRINGS_WEIGHTS)]
     return hooks
-
-
-@contextmanager
-def weights_at_hand(hooked: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Have weights where they are computed with, for code that reads a module's weights instead of calling it.
-
-    Args:
-        hooked: Modules and their ``offload_hooks``.
-    """
-    for module, hook in hooked:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        for module, hook in reversed(hooked):
-            hook.post_forward(module, None)

@@ -70,17 +70,14 @@ class Conversion:
 
     @property
     def is_pipeline(self) -> bool:
-        """True if a whole pipeline's folder is written, not the transformer alone."""
         return len(self.parts) > 1
 
     @property
     def num_tensors(self) -> int:
-        """Tensors to write."""
         return sum(len(part.tensors) for part in self.parts)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes to write."""
         return sum(tensor.info.num_bytes for part in self.parts for tensor in part.tensors)
 
     def write(self, out: Path, *, on_tensor: OnTensor | None = None) -> None:

@@ -73,26 +73,21 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        """Numbers in it."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its numbers."""
         return self.num_elements * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint; ``open_checkpoint`` makes one.
-
-    Attributes:
-        entries: Entry name to {tensor name: info}; the entry of tensors at the top is ``FLAT``.
-    """
+    """An opened checkpoint; ``open_checkpoint`` makes one."""
 
     path: Path  # file or folder, as it was named
     files: Sequence[Path]  # files that were opened
     container: str  # safetensors or pickle, for messages
+    # Entry name to {tensor name: info}; the entry of tensors at the top is ``FLAT``.
     entries: Mapping[str, Mapping[str, TensorInfo]]
     # Reads the tensor of an entry and a name to the CPU, perhaps as a view of the file: not to be written to.
     read: Callable[[str, str], Tensor]
@@ -100,7 +95,6 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its files."""
         return sum(file.stat().st_size for file in self.files)
 
 
@@ -214,7 +208,6 @@ def _check_shard(file: Path, *, siblings: AbstractSet[str] = frozenset()) -> Non
 
 
 def _open_safetensors(path: Path, files: Sequence[Path]) -> Checkpoint:
-    """One safetensors file, or the shards of one model."""
     infos: dict[str, TensorInfo] = {}
     places: dict[str, Path] = {}
     for file in files:
@@ -352,7 +345,6 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _describe(start: bytes) -> str:
-    """Name the kind of a file that is no checkpoint, and the remedy."""
     if not start:
         return "is empty: download it again"
     for sign, text in _TEXTS.items():

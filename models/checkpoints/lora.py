@@ -44,12 +44,10 @@ class Adapter:
 
     @property
     def ranks(self) -> list[int]:
-        """Ranks in use."""
         return sorted({pair.rank for pair in self.pairs.values()})
 
     @property
     def scales(self) -> list[float]:
-        """Factors alpha / rank in use."""
         return sorted({pair.scale for pair in self.pairs.values()})
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
@@ -76,9 +74,6 @@ def read_adapter(
         shapes: Diffusers name to shape of the model it is for.
         key: Entry of the file; ``generator_lora``, ``lora`` or tensors at the top when None.
         alpha: Scale times rank. Few files say it (``.alpha`` tensors); then it may be left out.
-
-    Raises:
-        ValueError: If a factor has no partner, no target or another shape, or alpha is not known.
 
     Source: LoRA, arXiv:2106.09685.
     """

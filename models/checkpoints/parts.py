@@ -35,11 +35,7 @@ OnTensor = Callable[[OutputTensor], None]
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size such as ``5GB`` or ``500MiB``.
-
-    Raises:
-        ValueError: If it is none, or zero.
-    """
+    """Read a size such as ``5GB`` or ``500MiB``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B|)\s*", text.upper())
     num_bytes = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if num_bytes < 1:

@@ -132,7 +132,6 @@ def _shapes_of(model: nn.Module) -> dict[str, Shape]:
 
 
 def _check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], *, path: object) -> None:
-    """Refuse weights that are not exactly those that the class will load."""
     faults = shape_faults(found, expected)
     if faults:
         raise ValueError(f"'{path}' does not fit its model: {faults}. Nothing was written.")
@@ -172,18 +171,15 @@ class Transformer:
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
-        """Diffusers name to shape and dtype as stored."""
         found = self.checkpoint.entries[self.entry]
         return {name: found[source] for name, source in self.sources.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Diffusers name to shape."""
         return {name: info.shape for name, info in self.infos.items()}
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
         return self.config["num_attention_heads"] * self.config["attention_head_dim"]
 
     @property
@@ -193,7 +189,6 @@ class Transformer:
 
     @property
     def is_image_to_video(self) -> bool:
-        """True if it attends to an image beside the text."""
         return self.config.get("added_kv_proj_dim") is not None
 
     def part(self, *, dtype: torch.dtype | None = None, adapter: Adapter | None = None) -> Part:
@@ -250,8 +245,6 @@ def _stock_config(model: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """The model that a file under Wan's own names becomes."""
-
     shapes: Mapping[str, Shape]  # of its weights, in the class's order
     config: Mapping[str, Any]  # content of its config.json
     names: Mapping[str, str]  # new name to original name
@@ -330,8 +323,6 @@ def _original_text_encoder(shapes: Mapping[str, Shape], path: object) -> _Target
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """A part that comes as Wan's own file or as a folder of diffusers or transformers."""
-
     title: str  # for messages
     model: Callable[[Mapping[str, Shape], object], _Target]  # finds the model of original weights
     theirs: str  # name of a weight file of the folder form, for messages
@@ -369,9 +360,6 @@ def find_part(name: str, path: Path) -> Part:
     Args:
         name: ``vae``, ``text_encoder`` or ``tokenizer``.
         path: Its folder, the folder of a whole pipeline, or (but for the tokenizer) Wan's file.
-
-    Raises:
-        ValueError: If it is something else.
     """
     words = name.replace("_", " ")
     if not path.is_dir():

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from step_allocation_loop import denoise
 from stock_wan import state_of
 
-from longtake.models.bidirectional import StepAllocation, _relative_change, _TokenCache, allocated_wan, sparse_wan
+from longtake.models import bidirectional
+from longtake.models.bidirectional import StepAllocation, _relative_change, allocated_wan, sparse_wan
 
 NUM_FRAMES, GRID, CHANNELS, PATCH = 3, 4, 4, 2
 NUM_TOKENS = NUM_FRAMES * GRID * GRID
@@ -104,7 +105,7 @@ def test_a_real_allocation_is_the_slow_loop(pipe, monkeypatch):
     assert (video - expected).abs().max() < 1e-4 < 1e-2 < (video - stock).abs().max()
     assert allocated.share == pytest.approx(share)
     # Active tokens that see only each other make another video.
-    monkeypatch.setattr(_TokenCache, "update", lambda self, layer, k, v, active: (k, v))
+    monkeypatch.setattr(bidirectional, "_updated", lambda cache, layer, k, v, active: (k, v))
     with allocated_wan(pipe, HALF):
         assert (film(pipe, guidance_scale=1.0) - expected).abs().max() > 1e-3
 
@@ -198,7 +199,7 @@ def test_steps_that_do_not_fit_the_allocation_are_refused(pipe):
 
 @torch.no_grad()
 def test_what_does_not_fit_is_refused(pipe):
-    with sparse_wan(pipe), pytest.raises(ValueError, match="has a SparseWanProcessor: allocated_wan"):
+    with sparse_wan(pipe), pytest.raises(ValueError, match="has a _SparseWanProcessor: allocated_wan"):
         allocated_wan(pipe).__enter__()
     euler, pipe.scheduler = pipe.scheduler, UniPCMultistepScheduler(use_flow_sigmas=True)
     with pytest.raises(ValueError, match="UniPCMultistepScheduler mixes velocities"), allocated_wan(pipe):

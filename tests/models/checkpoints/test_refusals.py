@@ -1,4 +1,4 @@
-"""What is damaged, dangerous or of another kind is refused in one line that says so; nothing is left behind."""
+"""Damaged, dangerous or other files are refused in one line that says so; nothing is left behind."""
 
 import json
 import pickle
