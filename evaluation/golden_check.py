@@ -21,8 +21,7 @@ from longtake.evaluation.running.plan import prompt_of_name, video_info
 from longtake.evaluation.scores import TOTALS
 from longtake.evaluation.video import VideoSource, measure
 
-TOLERANCE = 1e-6
-"""Absolute, for every number; counts, indices and booleans are exact."""
+TOLERANCE = 1e-6  # absolute, for every number; counts, indices and booleans are exact
 _MUSIQ_MODES = ("shorter", "shorter_centercrop", "None")
 
 
@@ -38,16 +37,12 @@ class _Check(NamedTuple):
 
 
 def check_golden(folder: Path, backbones: Backbones) -> list[_Check]:
-    """Compute every golden number of a folder that is measured here, with the stand-ins of its ``stubs.py``.
-
-    Raises:
-        ValueError: If the folder holds no golden numbers.
-    """
+    """Compute every golden number of a folder that is measured here, with the stand-ins of its ``stubs.py``."""
     path = folder / "golden.json"
     try:
         golden = json.loads(path.read_text(encoding="utf-8"))
         videos = _videos(folder, golden.get("videos", {}), backbones)
-        checks = [*videos, *_samplings(golden), *_scores(golden), *_fusions(golden)]
+        checks = [*videos, *_numbers(golden)]
     except (OSError, AttributeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as golden numbers: {error!r}") from error
     if not checks:
@@ -109,7 +104,8 @@ def _dimension(name: str, dimension: str, golden: Mapping[str, Any], score: Scor
             yield (_near if isinstance(expected, float) else _equal)(f"{name}, {key}", expected, got)
 
 
-def _samplings(golden: Mapping[str, Any]) -> Iterator[_Check]:
+def _numbers(golden: Mapping[str, Any]) -> Iterator[_Check]:
+    """Sampled frames, clips, prompts, scores and fusions."""
     for case, expected in golden.get("get_frame_indices_middle", {}).items():
         num, length = (int(part.partition("=")[2]) for part in case.split(","))
         yield _equal(f"middle frames, {case}", expected, middle(num, length))
@@ -121,18 +117,10 @@ def _samplings(golden: Mapping[str, Any]) -> Iterator[_Check]:
         yield _equal(f"clips of {video}", expected, clip_ranges(num_frames, fps, 2))
     for name, expected in golden.get("get_prompt_from_filename_short", {}).items():
         yield _equal(f"prompt of {name}", expected, prompt_of_name(Path(name).stem)[0])
-
-
-def _scores(golden: Mapping[str, Any]) -> Iterator[_Check]:
-    if "total_score" not in golden:
-        return
-    expected = golden["total_score"]
-    values = {f"vbench/{name.replace(' ', '_')}": value for name, value in expected["raw"].items()}
-    for name, score in {"quality": "quality7", "semantic": "semantic", "total": "total"}.items():
-        yield _near(f"score: {name}", expected[name], TOTALS[score](values)[0])
-
-
-def _fusions(golden: Mapping[str, Any]) -> Iterator[_Check]:
+    if expected := golden.get("total_score"):
+        values = {f"vbench/{name.replace(' ', '_')}": value for name, value in expected["raw"].items()}
+        for name, score in {"quality": "quality7", "semantic": "semantic", "total": "total"}.items():
+            yield _near(f"score: {name}", expected[name], TOTALS[score](values)[0])
     for example in golden.get("fuse_examples", []):
         dimension, inclip, between = example["dimension"], example["inclip_score"], example["clip2clip_score"]
         name = f"fusion of {inclip} and {between}, {dimension}"

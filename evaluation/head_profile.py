@@ -36,11 +36,7 @@ class HeadProfile:
 
     @property
     def shares(self) -> Tensor:
-        """(layers, heads), float64: mean share of the attention that goes to the last frame and the block itself.
-
-        Raises:
-            ValueError: If no block was long enough after the first frames.
-        """
+        """(layers, heads), float64: mean share of the attention that goes to the last frame and the block itself."""
         if self._sums is None or self._counts is None or not self._counts.all():
             raise ValueError(
                 f"no block had frames between the first {self.num_skipped} and the last {self.num_recent}: "
@@ -65,8 +61,6 @@ class HeadProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Watched(Full):
-    """Everything is kept, and attention measured when a block commits."""
-
     name: ClassVar[str] = "head_profile"
     source: ClassVar[str] = "Forcing-KV, arXiv:2605.09681"
 

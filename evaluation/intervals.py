@@ -48,9 +48,6 @@ def mean_interval(values: Values, weights: Values | None = None, *, num_resample
 
     ``weights`` are those of the videos in the mean, e.g. their numbers of clips; without them it is the mean over
     prompts of the mean over seeds.
-
-    Raises:
-        ValueError: If a video has no weight, or one that is not positive.
     """
     keys = sorted(values)
     if weights is not None and (bad := [key for key in keys if not weights.get(key, 0.0) > 0.0]):

@@ -91,7 +91,6 @@ class MetricSpec:
 
     @property
     def comparable_to_published(self) -> bool:
-        """May stand beside published VBench numbers."""
         return self.name.startswith("vbench/")
 
 
@@ -121,7 +120,6 @@ class Score:
 
     @classmethod
     def none(cls, reason: str) -> "Score":
-        """No value, and why."""
         return cls(value=None, skipped=reason)
 
 
@@ -141,26 +139,20 @@ class Metric(Protocol):
 
     specs: tuple[MetricSpec, ...]
 
-    def start(self, video: VideoInfo) -> Meter:
-        """A meter for one video."""
-        ...
+    def start(self, video: VideoInfo) -> Meter: ...
 
 
-def _window_ranges(video: VideoInfo) -> list[tuple[int, int]]:
-    """(first frame, one past the last) of a video's windows; a last one under half the length joins the one before."""
+def curve(video: VideoInfo, value: Callable[[int, int], float | None]) -> tuple[Window, ...]:
+    """A video's windows with the values of ``value(first frame, one past the last)``.
+
+    A last one under half the length joins the one before.
+    """
     length = max(1, round(video.fps * WINDOW_SECONDS))
     starts = list(range(0, max(video.num_frames, 1), length))
     if len(starts) > 1 and video.num_frames - starts[-1] < length / 2:
         starts.pop()
-    return list(pairwise([*starts, video.num_frames]))
-
-
-def curve(video: VideoInfo, value: Callable[[int, int], float | None]) -> tuple[Window, ...]:
-    """A video's windows with the values of ``value(first frame, one past the last)``."""
-    return tuple(
-        Window(start_frame=start, num_frames=end - start, value=value(start, end))
-        for start, end in _window_ranges(video)
-    )
+    ranges = pairwise([*starts, video.num_frames])
+    return tuple(Window(start_frame=start, num_frames=end - start, value=value(start, end)) for start, end in ranges)
 
 
 class WindowMeans:
@@ -182,17 +174,12 @@ class WindowMeans:
         self._counts[index] += 1
 
     def mean(self) -> float | None:
-        """Mean over all noted frames."""
         count = sum(self._counts)
         return sum(self._sums) / count if count else None
 
     def windows(self) -> tuple[Window, ...]:
-        """The curve."""
-        last = _window_ranges(self._video)[-1][0]
-
-        def mean(start: int, _: int) -> float | None:
-            index = start // self._length
-            own = slice(index, None if start == last else index + 1)
+        def mean(start: int, end: int) -> float | None:
+            own = slice(start // self._length, -(-end // self._length))
             count = sum(self._counts[own])
             return sum(self._sums[own]) / count if count else None
 

@@ -56,11 +56,7 @@ MUSIQ_SIDE = 512
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
-    """(F, H, W, 3) uint8 -> (F, 3, H, W) float32 in 0..255.
-
-    Raises:
-        ValueError: If shape or dtype are others.
-    """
+    """(F, H, W, 3) uint8 -> (F, 3, H, W) float32 in 0..255; ValueError for others."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}: give uint8 (frames, height, width, 3)")
     return torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()).float()
@@ -72,10 +68,7 @@ def dino_transform(frames: np.ndarray, *, side: int = 224) -> Tensor:
 
 
 def clip_transform(frames: np.ndarray, *, side: int = 224, loader: Loader = "float") -> Tensor:
-    """Shorter side to ``side`` (bicubic), centre crop, CLIP's mean and deviation.
-
-    For CLIP through the ``float`` loader, for ViCLIP through ``uint8``.
-    """
+    """Shorter side to ``side`` (bicubic), crop, CLIP's mean and deviation: loader ``uint8`` for ViCLIP."""
 
     def transform(image: Tensor) -> Tensor:
         image = _shorter_side(image, side, mode="bicubic")

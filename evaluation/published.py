@@ -65,16 +65,11 @@ class Row:
     numbers: Mapping[str, Number]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able values, numbers as ``{column: {"value", "tag"}}``."""
         return {**vars(self), "numbers": {name: vars(number) for name, number in self.numbers.items()}}
 
 
 def load_published(path: Path | None = None) -> list[Row]:
-    """Read the rows of all tables of a YAML file of the bundled one's form, or of the bundled one.
-
-    Raises:
-        ValueError: If the file cannot be read, or a table, column, tag or number is not what it should be.
-    """
+    """Read the rows of all tables of a YAML file of the bundled one's form, or of the bundled one."""
     path = Path(__file__).with_name("published.yaml") if path is None else path
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -55,11 +55,7 @@ class ManifestLine:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ManifestLine":
-        """Inverse of :meth:`to_json`; ``n_frames``, ``H`` and ``W`` are understood, too.
-
-        Raises:
-            ValueError: If a key is unknown or a needed one is missing.
-        """
+        """Inverse of :meth:`to_json`; ``n_frames``, ``H`` and ``W`` are understood, too."""
         values = {_OTHER_NAMES.get(name, name): value for name, value in values.items()}
         unknown = values.keys() - {item.name for item in fields(cls)}
         missing = {"id"} - values.keys()
@@ -119,11 +115,7 @@ class RunScores:
 
 
 def read_manifest(path: Path) -> list[ManifestLine]:
-    """Read a manifest, one JSON object per line.
-
-    Raises:
-        ValueError: If it cannot be read, a line is no manifest line, or an id is repeated.
-    """
+    """Read a manifest, one JSON object per line."""
     lines: list[ManifestLine] = []
     try:
         texts = path.read_text(encoding="utf-8").splitlines()
@@ -155,11 +147,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON that is the same bytes for the same values; all of it or nothing.
-
-    Raises:
-        ValueError: If a value is NaN or infinite.
-    """
+    """Write JSON that is the same bytes for the same values; all of it or nothing."""
     write_atomically(path, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 

@@ -149,9 +149,6 @@ def _drift_scores(spec: MetricSpec, score: Score, fps: float) -> dict[str, Score
 
     None has a value where the video is under ten seconds, or the measure has no curve or no value; windows without a
     value are left out.
-
-    Raises:
-        ValueError: If ``fps`` is not above 0.
     """
     if not fps > 0:
         raise ValueError(f"fps={fps} of a video must be above 0.")
@@ -186,9 +183,6 @@ def load_run(folder: Path, *, has_drift: bool = True) -> RunScores:
     """Read a run's folder: what has been measured or imported so far, and the drift of every measure with a curve.
 
     Drift, which takes most of the time, is left out without ``has_drift``.
-
-    Raises:
-        ValueError: If it is no run's folder, or a video has been measured with other metrics.
     """
     record = read_json(folder / RUN_FILE)
     if record is None:

@@ -17,8 +17,7 @@ Variant = Literal["short", "long", "long_dev"]
 FOLDERS: Mapping[Variant, str] = {"short": "", "long": "long/", "long_dev": "long_dev/"}
 Values = Mapping[str, float | None]
 """{name of a metric: its value over the run, 0..1}, that is the mean times ``MetricSpec.scale``; None if missing."""
-Value = tuple[float | None, str | None]
-"""A score in 0..1 and None, or None and the members that are missing."""
+Value = tuple[float | None, str | None]  # a score in 0..1 and None, or None and the members that are missing
 Norms = Mapping[str, tuple[float, float]]
 """{dimension: (low, high)}; a dimension enters a score as ``weight * (value - low) / (high - low)``."""
 
@@ -73,7 +72,6 @@ def _weighted(values: Values, *, norms: Norms, variant: Variant) -> Value:
 
 
 def _total(values: Values) -> Value:
-    """Four parts Quality over seven dimensions, one part Semantic."""
     (quality, _), (meaning, _) = TOTALS["quality7"](values), TOTALS["semantic"](values)
     if quality is None or meaning is None:
         return None, _missing(values, [*QUALITY, *SEMANTIC], "short")

@@ -179,9 +179,6 @@ def set_scores(
         weights_sha256: Of the encoder.
         num_neighbours: k of precision, recall, density and coverage.
         allow_small: Give a Frechet distance even of fewer videos than dimensions; its details say so.
-
-    Raises:
-        ValueError: If one of the sets is empty.
     """
     if not features or not reference_features:
         raise ValueError(f"sets of {len(features)} and {len(reference_features)} videos: neither may be empty.")

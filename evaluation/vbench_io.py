@@ -436,7 +436,7 @@ def _imaging(score: float, entries: tuple[_Entry, ...], where: str) -> tuple[flo
 
 
 def _dev_flag(rows: Sequence[Mapping[str, Any]], said: bool | None, where: str) -> bool:
-    """Whether fused scores are half clip-to-clip; the numbers decide, and contradict what was said if they must."""
+    """Tell if fused scores are half clip-to-clip; the numbers decide, and contradict what was said if they must."""
     seen: set[bool] = set()
     for row in rows:
         if "clip2clip_score" not in row:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -115,9 +116,8 @@ def measure(source: VideoSource, info: VideoInfo, metrics: Sequence[Metric]) -> 
         ValueError: If two metrics share a name, the video is not as ``info`` says, or a metric refuses it.
         RuntimeError: If a metric fails, or does not give the scores it promises; names metric and video.
     """
-    names = [spec.name for metric in metrics for spec in metric.specs]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    names = Counter(spec.name for metric in metrics for spec in metric.specs)
+    if repeated := sorted(name for name, count in names.items() if count > 1):
         raise ValueError(f"metric {repeated[0]!r} is asked for twice: give each once")
     if (source.num_frames, source.height, source.width) != (info.num_frames, info.height, info.width):
         raise ValueError(
@@ -147,7 +147,6 @@ def measure(source: VideoSource, info: VideoInfo, metrics: Sequence[Metric]) -> 
 
 @contextmanager
 def _blamed(metric: Metric, info: VideoInfo) -> Iterator[None]:
-    """Name the metric and the video in what it raises."""
     try:
         yield
     except Exception as error:
@@ -161,9 +160,6 @@ def find_videos(folder: Path | str) -> list[Path]:
     """The videos in a folder, in natural order: files by their endings, and folders that hold frames.
 
     A folder that itself holds frames and no videos is one video. Hidden names are passed over.
-
-    Raises:
-        ValueError: If there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -176,7 +172,6 @@ def find_videos(folder: Path | str) -> list[Path]:
 
 
 def _natural_key(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Sort by name with numbers by their value: frame 2 before frame 10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part.casefold()) for part in parts], path.name
 

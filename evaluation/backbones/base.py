@@ -75,8 +75,6 @@ class FrameEncoder(Backbone):
 
 
 class _AestheticHead(Backbone):
-    """The LAION head on CLIP ViT-L/14 features."""
-
     methods = ("rate",)
 
     def rate(self, features: Tensor) -> Tensor:
@@ -92,8 +90,6 @@ class _AestheticHead(Backbone):
 
 
 class _FrameScorer(Backbone):
-    """A frame to a number: MUSIQ."""
-
     methods = ("score",)
 
     def score(self, image: Tensor) -> float:
@@ -111,8 +107,6 @@ class _FrameScorer(Backbone):
 
 
 class _FlowEstimator(Backbone):
-    """Two frames to optical flow, or RAFT's ``(image1, image2, iters=20, test_mode=True) -> (..., flow)``."""
-
     methods = ("flow",)
 
     def flow(self, a: Tensor, b: Tensor) -> Tensor:
@@ -130,8 +124,6 @@ class _FlowEstimator(Backbone):
 
 
 class _Interpolator(Backbone):
-    """Two frames to the one half-way, or AMT's ``(in_0, in_1, embt) -> {"imgt_pred": image}``."""
-
     methods = ("middle",)
 
     def middle(self, a: Tensor, b: Tensor) -> Tensor:
@@ -189,8 +181,6 @@ def _takes(function: Callable, option: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Role:
-    """A place in the metrics that a backbone fills."""
-
     kind: type[Backbone]
     official: str  # the network that VBench has in this place
     aliases: tuple[str, ...] = ()  # other names under which a file of factories may offer it
@@ -229,10 +219,7 @@ class Backbones:
         return {role: self.found[role].name for role in ROLES if role in self.found}
 
     def get(self, role: str) -> Any | None:
-        """The backbone of a role, None if there is none.
-
-        Where there is no ``aesthetic_clip``, the ``clip`` stands in for it, and is not official there.
-        """
+        """The backbone of a role, if any; the ``clip`` stands in, unofficially, for a missing ``aesthetic_clip``."""
         check_role(role)
         backbone = self.found.get(role)
         if backbone is None and role == "aesthetic_clip" and "clip" in self.found:

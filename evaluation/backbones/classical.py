@@ -130,7 +130,6 @@ def _refine(first: Tensor, second: Tensor, flow: Tensor) -> Tensor:
 
 
 def _pyramid(pair: Tensor) -> list[Tensor]:
-    """(2, 1, H, W) -> finest first, each level half the one before; padded so that every level divides."""
     shorter = min(pair.shape[-2:])
     halvings = max(0, (max(shorter, 1) // COARSEST_SIDE).bit_length() - 1)
     multiple = 2**halvings
@@ -153,7 +152,6 @@ def _smooth(values: Tensor, side: int) -> Tensor:
 
 
 def _counts(length: int, half: int) -> Tensor:
-    """Number of pixels in the window around each."""
     index = torch.arange(length)
     return (torch.clamp(index + half, max=length - 1) - torch.clamp(index - half, min=0) + 1).float()
 

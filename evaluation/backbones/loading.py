@@ -44,12 +44,7 @@ from longtake.evaluation.backbones.base import ROLES, Backbone, Backbones, check
 def _adapt(
     role: str, model: Any, *, name: str, weights_sha256: str | None = None, official: bool = False, device: str = "cpu"
 ) -> Backbone:
-    """Put a network into a role; it is moved to the device and set to evaluation.
-
-    Raises:
-        ValueError: If the object cannot be called in any of the known ways, is said to be official without the
-            hash of its weights, or its name does not fit into brackets in metrics' names.
-    """
+    """Put a network into a role; it is moved to the device and set to evaluation."""
     kind = ROLES[role].kind
     if not re.fullmatch(r"[\w.+@:/-]+", name):
         raise ValueError(f"backbone name {name!r}: use letters, digits and . + - _ @ : / only")
@@ -119,7 +114,6 @@ def _from_python(path: Path, *, device: str) -> Backbones:
 
 
 def _run(path: Path) -> types.ModuleType:
-    """Execute a Python file as a module of its own."""
     # Two files of the same name must not be one module.
     name = f"longtake_backbones_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -172,8 +166,6 @@ def _made(factory: Callable, arguments: tuple, *, who: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _BackboneEntry:
-    """One role of a YAML file."""
-
     name: str | None = None  # goes into metrics' names; the file's or the function's name if not given
     torchscript: str | None = None  # a TorchScript file; it holds the weights
     factory: str | None = None  # ``package.module:function`` or ``FILE.py:function``
@@ -238,7 +230,6 @@ def _entries(path: Path) -> dict[str, _BackboneEntry]:
 
 
 def _weights(entry: _BackboneEntry, folder: Path, *, role: str) -> tuple[Path | None, str | None]:
-    """The file of an entry's weights, if it names one, and its hash, which is the one it states."""
     stated = entry.torchscript or entry.weights
     if stated is None:
         return None, None
@@ -254,7 +245,6 @@ def _weights(entry: _BackboneEntry, folder: Path, *, role: str) -> tuple[Path | 
 
 
 def _code(entry: _BackboneEntry, folder: Path, *, role: str) -> Path | None:
-    """The Python file that the factory is in, if it is given as one."""
     module = (entry.factory or "").partition(":")[0]
     if not module.endswith(".py"):
         return None

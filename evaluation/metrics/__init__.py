@@ -14,7 +14,6 @@ GROUPS = ("vbench", "long", "weight_free", "judge")
 """``vbench``: whole videos; ``long``: clips of two seconds (VBench-Long); ``weight_free``: ours; ``judge``: the mini
 model's judge."""
 COURSE = (STILLNESS, REPETITION, SHOTS, FLICKER, COLOUR, SEAMS, SPECTRUM)
-"""What is read off the course of a video once all of it has come."""
 
 
 def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tuple[list[Metric], dict[str, str]]:
@@ -22,9 +21,6 @@ def make_metrics(backbones: Backbones, *, groups: Sequence[str] = GROUPS) -> tup
 
     Returns:
         The metrics, and {name: why it is not computed} of those that could not be made.
-
-    Raises:
-        ValueError: If a group is unknown.
     """
     for group in groups:
         if group not in GROUPS:

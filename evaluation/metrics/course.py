@@ -30,16 +30,13 @@ class Track:
 
     @property
     def num_frames(self) -> int:
-        """Frames that came."""
         return len(self.difference)
 
     @property
     def fps(self) -> float:
-        """Frames per second."""
         return self.video.fps
 
     def frames_in(self, seconds: float) -> int:
-        """Frames nearest to a time, at least 1."""
         return max(1, round(self.fps * seconds))
 
     @cached_property
@@ -65,7 +62,6 @@ class TrackMetric:
         self.specs = tuple(spec for _, *specs in self.measures for spec in specs)
 
     def start(self, video: VideoInfo) -> "_TrackMeter":
-        """A meter for one video."""
         return _TrackMeter(video, self.measures)
 
 
@@ -128,7 +124,6 @@ class Pooling:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the grid."""
         return self._rows.shape[0], self._columns.shape[1]
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
@@ -309,10 +304,7 @@ def _trend(track: Track) -> dict[str, float | str]:
 
 
 def _monotone_share(values: np.ndarray) -> float:
-    """Share of the variance of a series that its best non-decreasing fit explains; 0 for a constant.
-
-    The fit is found by pooling adjacent violators.
-    """
+    """Share of a series' variance that its best non-decreasing fit (pooled violators) explains; 0 for a constant."""
     spread = float(np.square(values - values.mean()).sum())
     if spread <= 1e-9 * len(values):
         return 0.0

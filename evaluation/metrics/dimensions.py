@@ -133,10 +133,7 @@ def metric_spec(
 
 
 def of_own_prompts(scores: Mapping[str, Score], dimensions: Sequence[str]) -> dict[str, Score]:
-    """A video's scores without those of dimensions that VBench's list does not have its prompt for.
-
-    A prompt without ``dimensions`` is of no such list, and nothing is left out.
-    """
+    """A video's scores without those of dimensions that VBench's list, if its prompt is of it, has others for."""
     kept = dict(scores)
     for name in scores if dimensions else ():
         prefix, _, stem = name.partition("/")
@@ -146,14 +143,11 @@ def of_own_prompts(scores: Mapping[str, Score], dimensions: Sequence[str]) -> di
     return kept
 
 
-TABLES = Path(__file__).with_name("vbench_long_tables.json")
-WEIGHT_IN_CLIP, WEIGHT_CLIP_TO_CLIP = 0.5, 0.5  # with the development flag; without it 1 and 0
-
-
 @cache
 def _quantile_table(dimension: str) -> tuple[float, ...]:
     """VBench-Long's values for clip-to-clip consistencies of 0.00, 0.01, ... 1.00; the two consistencies have one."""
-    return tuple(json.loads(TABLES.read_text(encoding="utf-8"))[dimension])
+    path = Path(__file__).with_name("vbench_long_tables.json")
+    return tuple(json.loads(path.read_text(encoding="utf-8"))[dimension])
 
 
 def mapped_clip_to_clip(clip_to_clip: float, dimension: str) -> float:
@@ -176,7 +170,7 @@ def fused(inclip: float, clip_to_clip: float, dimension: str) -> float:
     a single clip, and also after a hard cut to something quite unlike.
     """
     mapped = mapped_clip_to_clip(clip_to_clip, dimension)
-    return WEIGHT_IN_CLIP * inclip + WEIGHT_CLIP_TO_CLIP * mapped if mapped != 0.0 else inclip
+    return 0.5 * inclip + 0.5 * mapped if mapped != 0.0 else inclip
 
 
 def consistency(features: Tensor) -> float | None:

@@ -109,10 +109,7 @@ def _bright_mask(frames: Tensor) -> Tensor:
 
 
 def _median_background(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the per-pixel median of (frames, 3, H, W) over the frames in which no object covers the pixel.
-
-    Over all frames where an object always covers it; the second is (H, W) bool, True where the background was seen.
-    """
+    """Per-pixel median of (frames, 3, H, W) over the frames that show its background, and (H, W) bool: any did."""
     covered = _bright_mask(frames)
     seen = ~covered.all(dim=0)[0]
     uncovered = torch.where(covered & seen, torch.nan, frames)
@@ -146,16 +143,12 @@ def _motion_share(frames: Tensor) -> float:
 
 
 def _presence(frames: Tensor) -> float:
-    """Share of the (frames, 3, H, W) frames that show at least a small bright object."""
     pixels = (frames.amax(dim=1) > BRIGHT).sum(dim=(1, 2))
     return (pixels >= MIN_BRIGHT_PIXELS).float().mean().item()
 
 
 def _revisit_psnr(earlier: Tensor, later: Tensor) -> float:
-    """Compare (frames, 3, H, W) views with their first visits, objects left out, at the best of a few shifts.
-
-    It is the mean over the frames, dB; NaN where objects leave no background to compare.
-    """
+    """Mean dB of (frames, 3, H, W) views against their first visits, objects left out, each at its best shift."""
     width = later.shape[-1]
     free_earlier, free_later = ~_bright_mask(earlier)[:, 0], ~_bright_mask(later)[:, 0]
     best = torch.full((len(later),), -torch.inf)
@@ -189,10 +182,7 @@ class _WindowMeter:
         self._waiting: list[Tensor] = []
 
     def push(self, frames: Tensor) -> list[dict[str, float]]:
-        """Take the next (F, 3, H, W) in [0, 1], 16 a second; return {measure: value} of every window they complete.
-
-        NaN stands where a measure does not apply.
-        """
+        """Take (F, 3, H, W) in [0, 1], 16 a second; return {measure: value or NaN} of every window they complete."""
         skipped = -self._num_frames % FRAME_STRIDE
         self._num_frames += len(frames)
         return self.look_at(resize_frames(frames[skipped::FRAME_STRIDE]).clamp(0.0, 1.0))
@@ -246,7 +236,6 @@ class JudgeMetric:
         self.specs = tuple(replace(spec, weights_sha256=sha256) for spec in SPECS)
 
     def start(self, video: VideoInfo) -> "_JudgeMeter":
-        """A meter for one video; one that is not of the bundled world gets scores without values."""
         return _JudgeMeter(video)
 
 
@@ -316,10 +305,7 @@ def _middling_actor(found: Mapping[str, Any], *, row: int | None) -> Actor:
 
 
 def _scene_periods(caption: str) -> list[float]:
-    """Seconds after which something in a true scene of the caption repeats, each once, shortest first.
-
-    What repeats after a multiple of all of them repeats as it should.
-    """
+    """Seconds after which something in a true scene of the caption repeats, each once, shortest first."""
     found = parse_caption(caption)
     periods = {CAMERAS[found["camera"]]} - {0.0}
     for actor in (found, found["second"]):
@@ -331,8 +317,6 @@ def _scene_periods(caption: str) -> list[float]:
 
 
 class _JudgeMeter:
-    """Judges a video by the true scene it was made from, or by one that stands in."""
-
     def __init__(self, video: VideoInfo) -> None:
         self._prompt, self._reason = video.prompt, _why_not(video)
         self._rows: list[dict[str, float]] = []
@@ -369,15 +353,13 @@ class _JudgeMeter:
         return Score(value=sum(values) / len(values), windows=windows, details=details)
 
 
-def _with_amnesia(scene: Scene, *, num_frames: int, seed: int = 0) -> tuple[Tensor, int]:
-    """Render the looked-at frames of a video that turns into another scene once everything has been seen.
+def _with_amnesia(scene: Scene, *, num_frames: int) -> tuple[Tensor, int]:
+    """Looked-at frames (frames, 3, 64, 64) of a scene that turns into another, and the first window after that.
 
-    That has the same caption and the same camera, but another texture phase and other landmarks.
-
-    Returns:
-        (frames, 3, 64, 64), and the first window after the change.
+    It does so once everything has been seen. The other has the same caption and the same camera, but another texture
+    phase and other landmarks.
     """
-    rng = np.random.default_rng([seed, round(1000 * scene.texture_x)])
+    rng = np.random.default_rng([0, round(1000 * scene.texture_x)])
     other = sample_scene(rng)
     while bool(other.landmarks) != bool(scene.landmarks):
         other = sample_scene(rng)
@@ -388,34 +370,28 @@ def _with_amnesia(scene: Scene, *, num_frames: int, seed: int = 0) -> tuple[Tens
     return torch.cat([_sampled_scene(scene, change), after]), window
 
 
-def _truth_levels(judge: ClipJudge, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
-    """Measure the true scenes of a study's prompts for 20 seconds.
+def reference_levels(folder: Path, prompts: Sequence[int], *, prompt_seed: int) -> dict[str, dict[str, float]]:
+    """Levels of the true scenes of some prompts; measured once, then read from ``levels.json`` in ``folder``.
 
     ``forgotten`` is the level that a video reaches when it keeps to its caption and remembers nothing else.
     """
-    num_frames = 20 * FPS
-    true: list[dict[str, float]] = []
-    lost: list[dict[str, float]] = []
-    for scene in scenes:
-        true += _WindowMeter(judge, scene).look_at(_sampled_scene(scene, num_frames))
-        video, change = _with_amnesia(scene, num_frames=num_frames)
-        lost += _WindowMeter(judge, scene).look_at(video)[change:]
-    return {"true scene": _means(true, MEASURES), "forgotten": _means(lost, MEMORIES)}
-
-
-def _means(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
-    known = {name: np.array([row[name] for row in rows if not isnan(row[name])]) for name in names}
-    return {name: float(values.mean()) for name, values in known.items() if len(values)}
-
-
-def reference_levels(folder: Path, prompts: Sequence[int], *, prompt_seed: int) -> dict[str, dict[str, float]]:
-    """Levels of the true scenes of some prompts; measured once, then read from ``levels.json`` in ``folder``."""
     settings = json.dumps({"prompts": list(prompts), "prompt_seed": prompt_seed}, sort_keys=True)
     key = hashlib.sha256(settings.encode() + WEIGHTS.read_bytes()).hexdigest()[:12]
     path = folder / "levels.json"
     if path.is_file() and (known := json.loads(path.read_text()))["key"] == key:
         return known["levels"]
-    scenes = held_back_scenes(prompts[-1] + 1, seed=prompt_seed)
-    levels = _truth_levels(_judge(), [scenes[index] for index in prompts])
+    true: list[dict[str, float]] = []
+    lost: list[dict[str, float]] = []
+    scenes, num_frames = held_back_scenes(prompts[-1] + 1, seed=prompt_seed), 20 * FPS
+    for scene in (scenes[index] for index in prompts):
+        true += _WindowMeter(_judge(), scene).look_at(_sampled_scene(scene, num_frames))
+        video, change = _with_amnesia(scene, num_frames=num_frames)
+        lost += _WindowMeter(_judge(), scene).look_at(video)[change:]
+    levels = {"true scene": _means(true, MEASURES), "forgotten": _means(lost, MEMORIES)}
     path.write_text(json.dumps({"key": key, "levels": levels}, indent=1) + "\n")
     return levels
+
+
+def _means(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    known = {name: np.array([row[name] for row in rows if not isnan(row[name])]) for name in names}
+    return {name: float(values.mean()) for name, values in known.items() if len(values)}

@@ -266,10 +266,7 @@ def _repeats(pictures: np.ndarray, limits: np.ndarray, periods: range) -> np.nda
 
 
 def _motion(pictures: np.ndarray, reach: int) -> np.ndarray:
-    """(T,) how far the picture gets from each frame, within the past or the coming frames, whichever is less.
-
-    After a cut only what comes counts, before it only what was: a cut is no motion.
-    """
+    """(T,) how far the picture gets from each frame in the past or the coming ones, the less: a cut is no motion."""
     num_frames = len(pictures)
     past, coming = np.zeros(num_frames), np.zeros(num_frames)
     for lag in range(1, min(reach, num_frames - 1) + 1):
@@ -283,7 +280,6 @@ def _motion(pictures: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _longest_run(flags: np.ndarray) -> tuple[int, int]:
-    """Start and length of the longest stretch of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
     starts, ends = edges[::2], edges[1::2]
     if not len(starts):
@@ -434,16 +430,15 @@ class FlowMetric:
         )
 
     def start(self, video: VideoInfo) -> "_FlowMeter":
-        """A meter for one video."""
-        return _FlowMeter(self.estimator, video, [spec.name for spec in self.specs])
+        return _FlowMeter(video, self)
 
 
 class _FlowMeter(StillMeter):
     short_side = 160
 
-    def __init__(self, estimator: Any, video: VideoInfo, names: list[str]) -> None:
+    def __init__(self, video: VideoInfo, metric: FlowMetric) -> None:
         super().__init__(video)
-        self._estimator, self._names = estimator, names
+        self._estimator, self._names = metric.estimator, [spec.name for spec in metric.specs]
         # Where the rate is no multiple of eight, the frames are not quite an eighth of a second apart.
         self._scale = self.factor * SECONDS * video.fps / self.stride
         self._is_too_small = min(video.height, video.width) // self.factor < MIN_SIDE

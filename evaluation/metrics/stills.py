@@ -26,7 +26,6 @@ class StillMeter(ABC):
         self._num_frames = 0
 
     def push(self, frames: np.ndarray) -> None:
-        """Take the next frames, (F, H, W, 3) uint8."""
         for index in range(-self._num_frames % self.stride, len(frames), self.stride):
             self.take(self._num_frames + index, frames[index], _shrink(frames[index], self.factor))
         self._num_frames += len(frames)
@@ -116,7 +115,6 @@ class StillsMetric:
     specs = (*STATISTICS, SHARPNESS_DRIFT, NSS_DRIFT_SELF)
 
     def start(self, video: VideoInfo) -> StillMeter:
-        """A meter for one video."""
         return _StatisticsMeter(video)
 
 
@@ -226,10 +224,7 @@ def _texture(luma: np.ndarray) -> tuple[float, float]:
 
 
 def _colorfulness(colour: np.ndarray) -> float:
-    """Colourfulness of (3, h, w) RGB in 0..255.
-
-    Source: Hasler and Suesstrunk, "Measuring colourfulness in natural images", 2003.
-    """
+    """(3, h, w) RGB in 0..255: Hasler and Suesstrunk, "Measuring colourfulness in natural images", 2003."""
     red, green, blue = colour
     opponents = (red - green, 0.5 * (red + green) - blue)
     spread = math.sqrt(sum(float(values.var()) for values in opponents))
@@ -238,10 +233,7 @@ def _colorfulness(colour: np.ndarray) -> float:
 
 
 def _blockiness(frame: np.ndarray) -> float:
-    """Mean step across borders of 8x8 blocks over the mean step in the middle of blocks, both directions.
-
-    The frame has its full size: shrinking would move the borders.
-    """
+    """Mean step across borders of 8x8 blocks of a frame of full size over that in their middle, both directions."""
     pictures = [picture for picture in (frame, frame.swapaxes(0, 1)) if len(picture) > BLOCK]
     borders, middles = (sum(_step(picture, first) for picture in pictures) for first in (BLOCK, BLOCK // 2))
     return (borders + LEAST_STEP) / (middles + LEAST_STEP)

@@ -53,8 +53,6 @@ BATCH = 8  # frames per call of a network. Fixed, so that a number does not depe
 
 @dataclass(eq=False)
 class _Span:
-    """A stretch of frames, and the sum and number of its terms."""
-
     start: int
     length: int
     fps: float  # rate that sampling inside goes by: clips have VBench-Long's whole number of frames per second
@@ -75,10 +73,7 @@ class _Span:
 
 
 class _SpanMeter(ABC):
-    """Gathers terms over the whole video and, for the long variants, over its clips.
-
-    The video is taken in batches of a fixed number of frames, however it is pushed.
-    """
+    """Gathers terms over the whole video and, for the long variants, over its clips; batches have one size."""
 
     reason = "needs at least 2 frames"
     is_difference = False
@@ -294,7 +289,6 @@ class _SmoothnessMeter(_SpanMeter):
         self._recent = [frame.copy() for frame in self._recent[-2:]]
 
     def _error(self, before: np.ndarray, frame: np.ndarray, after: np.ndarray) -> float:
-        """Mean absolute error of a frame, interpolated from its neighbours."""
         pair, padding = pad_to_multiple(to_tensor(np.stack([before, after])) / 255.0, AMT_MULTIPLE)
         image = unpad(self._interpolator.middle(pair[:1], pair[1:]), padding)[0]
         # Cut to whole numbers, not rounded: as the official code turns tensors into images.
@@ -380,8 +374,6 @@ def _motion_frames(span: _Span) -> range:
 
 
 class _FrameQualityMeter(_SpanMeter):
-    """Mean over frames of a value that each frame has by itself."""
-
     reason = "the video has no frames"
 
     def take(self, start: int, frames: np.ndarray) -> None:
@@ -423,10 +415,7 @@ NUM_FRAMES = 8  # frames that ViCLIP looks at
 
 
 class _AgreementMeter(_SpanMeter):
-    """Cosine between the features of the middle frames of eight equal stretches and those of the prompt.
-
-    A span that has all its frames lets go of them.
-    """
+    """Cosine between the features of the middle frames of eight equal stretches and those of the prompt."""
 
     reason = "the video has no prompt"
 
@@ -455,6 +444,7 @@ class _AgreementMeter(_SpanMeter):
                 clip = torch.stack([self._images[index] for index in indices])[None]
                 self._values[span] = self._cosine(clip, self._texts[span])
                 del self._open[span]
+        # A span that has all its frames lets go of them.
         needed = {index for indices in self._open.values() for index in indices}
         self._images = {index: image for index, image in self._images.items() if index in needed}
 
@@ -472,7 +462,7 @@ class _AgreementMeter(_SpanMeter):
 
 
 class _SegmentMeter(_AgreementMeter):
-    """Where the prompt changes, each prompt against the frames while it held: their mean, and a window for each.
+    """Each prompt of a video against the frames while it held: their mean, and a window for each.
 
     The layout of "CLIP score per 10 s" (LongLive) with the network and the sampling of ``overall_consistency``.
     """
@@ -558,7 +548,6 @@ class SpanMetric:
         self._meter, self._networks, self._options = _METERS[name], (*networks, *dev_networks), options
 
     def start(self, video: VideoInfo) -> Meter:
-        """A meter for one video."""
         return self._meter(video, self._specs, *self._networks, **self._options)
 
 
@@ -594,7 +583,6 @@ def vbench_metrics(backbones: Backbones, *, short: bool, long: bool) -> tuple[li
 
 
 def _networks(backbones: Backbones, roles: Sequence[str]) -> tuple[list[Any], str]:
-    """The networks of some roles, and why those that are missing are."""
     networks = [backbones.get(role) for role in roles]
     return networks, "; ".join(
         backbones.why_missing(role) for role, network in zip(roles, networks, strict=True) if network is None

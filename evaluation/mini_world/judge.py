@@ -102,11 +102,7 @@ def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 
 
 def load_judge(path: Path = WEIGHTS) -> ClipJudge:
-    """Load the judge, float32, in evaluation mode.
-
-    Raises:
-        ValueError: If there is no such file, or its tensors are not a judge's.
-    """
+    """Load the judge, float32, in evaluation mode."""
     if not path.is_file():
         raise ValueError(f"judge weights {path} do not exist: train them with `python -m lab.judge_mini train`.")
     judge = ClipJudge()

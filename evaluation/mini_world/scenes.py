@@ -212,11 +212,8 @@ def parse_caption(text: str) -> dict[str, Any]:
 
     Returns:
         ``shape, colour, motion, speed, background, texture, camera, event`` as names (None where the caption is
-        silent; camera and event default to ``still`` and ``none``) and ``second``: a dictionary of the second
-        object's ``shape, colour, motion, speed``, or None.
-
-    Raises:
-        ValueError: If the caption has no ``over a ... background`` part.
+        silent; camera and event default to ``still`` and ``none``) and ``second``: the first four of the second
+        object, or None.
     """
     padded = f" {' '.join(text.lower().replace(',', ' ').split())} "
     padded = padded.replace(" over an ", " over a ")

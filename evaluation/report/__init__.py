@@ -71,10 +71,6 @@ def write_report(out: Path, data: ReportData) -> Path:
     """Write ``out/report.html``, which needs no other file, ``out/comparison.json`` and ``out/report/``: PNG and CSV.
 
     Returns the page.
-
-    Raises:
-        ValueError: If a headline measure has no value.
-        OSError: If a file cannot be written.
     """
     written = write_csv_files(data, out / _FOLDER)
     figure_files = figures.write_figures(data, out / _FOLDER)

@@ -195,9 +195,6 @@ def moment_tables(
 
     Brackets are 95 % intervals. A difference is bold if its interval leaves out zero and the sign test over prompts,
     adjusted over the policies (Holm), is at most 0.05. ``levels`` are rows of reference above the runs.
-
-    Raises:
-        ValueError: If the runs cannot be compared, or none got to any moment.
     """
     chosen = _restricted(runs, columns)
     comparison = compare_runs(chosen, baseline=baseline, moments=moments)

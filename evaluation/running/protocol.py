@@ -146,9 +146,6 @@ def load_protocol(source: str | Path | None = None, *, options: Mapping[str, Any
     """Put a protocol together: a YAML file or one of :func:`protocol_names`, then options over it.
 
     ``source`` None is ``standard``; options that are None are left out.
-
-    Raises:
-        ValueError: With the key, the value, and what would be right.
     """
     given = {key: value for key, value in (options or {}).items() if value is not None}
     name = str(source if source is not None else "standard")
@@ -202,11 +199,7 @@ def split_entry(entry: Any) -> tuple[Any, Any]:
 
 
 def resolve_generation(protocol: Protocol) -> Protocol:
-    """Fill in the hash of the model and all fields of the policies.
-
-    Raises:
-        ValueError: If a policy or model is not there, cannot run, or is another than the protocol's hash says.
-    """
+    """Fill in the hash of the model and all fields of the policies."""
     from longtake.pipelines.run_folder import weights_hash
 
     if protocol.caches is None:

@@ -53,9 +53,6 @@ class Evaluation:
     """A planned evaluation, its protocol resolved; nothing is written before :meth:`opened`.
 
     Without ``keep_videos`` generated videos go when they are measured, but for those that the report shows.
-
-    Raises:
-        ValueError: If anything named in the protocol is missing, cannot be read or does not fit.
     """
 
     def __init__(self, protocol: Protocol, out: Path, *, keep_videos: bool = True) -> None:
@@ -182,11 +179,7 @@ def ordered_runs(out: Path) -> list[Path]:
 
 
 def choose_baseline(runs: Sequence[RunScores | RunPlan], wanted: str | None, *others: str | None) -> str:
-    """Label of the run that the others are compared with: the wanted one, else one of ``others``, else the first.
-
-    Raises:
-        ValueError: If the wanted one is none of the runs.
-    """
+    """Label of the run that the others are compared with: the wanted one, else one of ``others``, else the first."""
     labels = [run.label for run in runs]
     if wanted is not None and wanted not in labels:
         raise ValueError(f"baseline {wanted!r} is none of the runs: {', '.join(labels)}")

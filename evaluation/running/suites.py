@@ -66,9 +66,6 @@ def load_prompts(
     ``source`` is ``suite:NAME``; a text file with one prompt per line, such as MovieGen's; a JSON list such as
     ``VBench_full_info.json`` (``prompt_en``, ``dimension``); or JSON lines with ``prompt`` and, if wanted,
     ``prompt_extended`` and ``segments`` (a list of ``start_s`` and ``prompt``).
-
-    Raises:
-        ValueError: If the list cannot be read, is shorter than asked, or its twin has another length.
     """
     length = 1 if segment_seconds is None else _num_segments(seconds, segment_seconds)
     if count is not None and count < 1:

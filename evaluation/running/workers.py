@@ -67,9 +67,6 @@ def run_here(
     """Do what is left with worker processes or Ray actors, then write the results; False where it was stopped.
 
     There is a worker per core, or as many as the cluster takes, when ``num_workers`` is None.
-
-    Raises:
-        ValueError: If something does not fit or cannot be read; finished work is kept.
     """
     threads, is_cuda = evaluation.protocol.threads, evaluation.protocol.device == "cuda"
     with evaluation.opened():
@@ -91,9 +88,6 @@ def run_rank(evaluation: Evaluation, watcher: _Watcher, *, should_stop: Callable
     """Do the units of one rank of ``torchrun``; ranks may be on several machines that share the folder.
 
     The first rank locks the folder, and writes the results when all are finished. False where it was stopped.
-
-    Raises:
-        ValueError: If something does not fit or cannot be read; ``torchrun`` then ends the other ranks.
     """
     from torch import distributed
 

@@ -90,7 +90,7 @@ def _run(label, number, specs, num_prompts, num_seeds, num_windows, prompt):
 
 @cache
 def _shared(name, prompt_index, seed_index):
-    """What a prompt and seed do to a measure under every policy."""
+    """Effect of a prompt and seed on a measure under every policy."""
     return np.random.default_rng([sum(map(ord, name)), prompt_index, seed_index]).normal()
 
 

@@ -1,4 +1,4 @@
-"""What is read off the track of a video, each number against a slow or known one; streaming equals whole."""
+"""Numbers of the track of a video, each against a slow or known one; streaming equals whole."""
 
 import numpy as np
 import pytest

@@ -35,7 +35,7 @@ def make_generator(tiny_folder):
 
 @pytest.fixture(scope="module")
 def generator(make_generator):
-    """Of a second and a half, two together."""
+    """Makes videos of a second and a half, two together."""
     return make_generator(batch=2)
 
 
