@@ -99,11 +99,7 @@ class AttentionGeometry:
         return segment.length == self.frame_tokens and segment.role not in ("memory", "text")
 
     def own_segments(self) -> list[int]:
-        """Find the frames that ask among ``segments``, one after the other.
-
-        Raises:
-            ValueError: If they are not there.
-        """
+        """Find the frames that ask among ``segments``, one after the other."""
         own = [index for index, segment in enumerate(self.segments) if segment.role == "current"]
         frames = tuple(self.segments[index].frame for index in own)
         if frames != self.query_frames or not all(self.is_whole(self.segments[index]) for index in own):

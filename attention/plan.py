@@ -82,9 +82,6 @@ class BlockPlan:
 
         Args:
             mask: (query blocks, key blocks), or (1 or heads, query blocks, key blocks), bool: True is read.
-
-        Raises:
-            ValueError: If the mask is not boolean or does not fit the edges.
         """
         mask = mask[None] if mask.ndim == 2 else mask
         expected = (q_edges.shape[-1] - 1, k_edges.shape[-1] - 1)
@@ -255,9 +252,6 @@ def split_runs(lengths: Iterable[int], block_size: int) -> Tensor:
     """Edges of blocks that never straddle two runs, such as frames: 1,560 tokens by 128 are 12 blocks and one of 24.
 
     The last block of a run may be shorter. The result is (blocks + 1,), int32, from 0 to the sum of ``lengths``.
-
-    Raises:
-        ValueError: If a length or the block size is not positive.
     """
     lengths = list(lengths)
     if block_size < 1 or not lengths or min(lengths) < 1:

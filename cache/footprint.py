@@ -63,9 +63,6 @@ def footprint(
         num_blocks: Blocks of the whole video; None: of ``geometry.max_frames``.
         window_blocks: Blocks that a denoising pass spans.
         latent_channels: Of the latents that the policy is shown.
-
-    Raises:
-        ValueError: If the policy refuses the geometry, or grows and the length of the rollout is not known.
     """
     is_wide = geometry.device.type == "cuda" and geometry.dtype.itemsize < 4  # rotates float32 copies
     geometry = replace(geometry, device=torch.device("meta"))

@@ -97,9 +97,6 @@ def simulate(
         latent_channels: Of the latents that the policy is shown; Wan2.1's unless given.
         layer: Layer whose reads are noted; from the last one backwards if negative.
         observe: Called with every layer, pass and context that the policy selects.
-
-    Raises:
-        ValueError: If the policy does not know an event, or has no room for the geometry's blocks.
     """
     events = dict(events or {})
     for index, event in events.items():

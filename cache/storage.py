@@ -222,11 +222,7 @@ class TokenBuffer:
         return {name: plane[:, start:end].clone() for name, plane in self._of(layer).items()}
 
     def load(self, layer: int, start: int, saved: Mapping[str, Tensor]) -> None:
-        """Put saved places back, from ``start`` on.
-
-        Raises:
-            ValueError: If the saved shapes are not this rollout's.
-        """
+        """Put saved places back, from ``start`` on."""
         self._settle()
         g = self.geometry
         for name, (channels, dtype) in self._planes().items():

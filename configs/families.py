@@ -69,10 +69,6 @@ def family_names() -> list[str]:
 
 
 def load_family(name: str) -> ModelFamily:
-    """Read ``configs/model/NAME.yaml``.
-
-    Raises:
-        ValueError: If there is no such preset; names those there are.
-    """
+    """Read ``configs/model/NAME.yaml``."""
     choose(dict.fromkeys(family_names()), name, what="model family")
     return build(ModelFamily, read_bundled("model", f"{name}.yaml"), what=f"model family {name!r}")

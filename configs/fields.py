@@ -29,11 +29,7 @@ def read_bundled(*parts: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
-    """Read a mapping; nothing is an empty one.
-
-    Raises:
-        ValueError: If it is no YAML, or no mapping.
-    """
+    """Read a mapping; nothing is an empty one."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -66,11 +62,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, what: str) -> T:
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:
-    """Copy a mapping of texts to values.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Copy a mapping of texts to values."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{what} is {value!r}: it must be a mapping of keys to values")
     if not all(isinstance(key, str) for key in value):
@@ -85,11 +77,7 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
 
 
 def choose(table: Mapping[str, T], name: Any, *, what: str) -> T:
-    """Look a name up in an explicit registry.
-
-    Raises:
-        ValueError: If it is not there; names what is, and the nearest.
-    """
+    """Look a name up in an explicit registry."""
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table)}.{did_you_mean(name, table)}")
     return table[name]
@@ -103,9 +91,6 @@ def make(table: Mapping[str, type[T]], settings: Mapping[str, Any] | str, *, key
         settings: ``{key: NAME, field: value, ...}``, or a name alone for all defaults.
         key: The mapping's entry that holds the name.
         what: Subject of error messages, e.g. ``cache policy``.
-
-    Raises:
-        ValueError: If the name or a field is unknown, with the nearest known one, or a value does not fit.
     """
     values = {key: settings} if isinstance(settings, str) else dict(settings)
     if key not in values:

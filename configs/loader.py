@@ -45,11 +45,7 @@ _GROUPS = {
 
 
 def load_preset(folder: str, name: str) -> dict[str, Any]:
-    """Read a preset of ``cache``, ``sampler``, ``attention`` or ``model``.
-
-    Raises:
-        ValueError: If there is none of that name; offers the nearest.
-    """
+    """Read a preset of ``cache``, ``sampler``, ``attention`` or ``model``."""
     if folder == "cache" and name in external(POLICY_GROUP):
         return {"policy": name}
     choose(dict.fromkeys(preset_names(folder)), name, what=_GROUPS[folder].what)
@@ -96,11 +92,7 @@ def load_complete(path: Path) -> RunConfig:
 
 
 def _from_mapping(values: Mapping[str, Any]) -> RunConfig:
-    """Build a run from a complete mapping, such as ``RunConfig.as_mapping`` returns; null is the default.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value does not fit.
-    """
+    """Build a run from a complete mapping, such as ``RunConfig.as_mapping`` returns; null is the default."""
     if "sampler" not in values:
         raise ValueError("the run lacks 'sampler'")
     given = {key: value for key, value in values.items() if value is not None}

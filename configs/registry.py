@@ -37,12 +37,7 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
         self._is_complete = group is None
 
     def __getitem__(self, name: str) -> type[T]:
-        """Import a class.
-
-        Raises:
-            KeyError: If there is none of that name.
-            ValueError: If another package's entry point cannot be used.
-        """
+        """Import a class."""
         if name not in self._classes:
             place = self._places[name] if name in self._places else self._all()[name]
             self._classes[name] = self._loaded(name, place)

@@ -150,9 +150,6 @@ def check_prompt(prompt: str) -> None:
 
     Args:
         prompt: The text.
-
-    Raises:
-        ValueError: If it is empty or has more than ``MAX_PROMPT_WORDS`` words.
     """
     num_words = len(prompt.split())
     if num_words == 0:

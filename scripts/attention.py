@@ -39,8 +39,6 @@ app = Typer(
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A call of attention, as the command line describes it."""
-
     shape: Annotated[str, Option(metavar="B,LQ,LK,H,D", help="Samples, queries, keys, heads, size of a head.")] = (
         "1,4680,32760,12,128"
     )
@@ -161,8 +159,6 @@ def _table(rows: "tuple[Row, ...]") -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class _Mask:
-    """The mask of a policy, as the command line describes it."""
-
     name: Annotated[str, Argument(metavar="POLICY", help="A policy that needs no tokens: radial, for example.")]
     frames: Annotated[int, Option(help="Latent frames of the keys.", min=1)] = 21
     tokens: Annotated[int, Option(help="Tokens of a latent frame.", min=1)] = 1560

@@ -442,10 +442,9 @@ def _evaluate(evaluation: "Evaluation", launcher: str, workers: int | None) -> b
             words, count = sys.argv[sys.argv.index("run") + 1 :], workers or num_cores(evaluation.protocol.threads)
             is_finished = start_ranks(words, num_ranks=count, should_stop=should_stop)
         else:
+            how = {"is_ray": launcher == "ray", "num_workers": workers}
             with _display(evaluation) as display:
-                is_finished = run_here(
-                    evaluation, display, is_ray=launcher == "ray", num_workers=workers, should_stop=should_stop
-                )
+                is_finished = run_here(evaluation, display, should_stop=should_stop, **how)
     if is_finished:
         _show_summary(evaluation.out)
     return is_finished
@@ -465,8 +464,8 @@ class _Display:
         todo = evaluation.todo()
         num_todo, num_videos = (sum(len(unit.lines) for unit in units) for units in (todo, evaluation.units))
         self._total = total
-        self._finished = self._begun = total - sum(unit.num_steps for unit in todo)
-        self._partial: dict[tuple[str, int], float] = {}
+        self._begun = total - sum(unit.num_steps for unit in todo)
+        self._made: dict[tuple[str, int], float] = {}
         self._begin: float | None = None
         self._title = f"{num_videos} videos in {len(evaluation.runs)} runs: {', '.join(evaluation.labels)}"
         if num_videos > num_todo:
@@ -483,24 +482,17 @@ class _Display:
             err.print(self._title, markup=False)
 
     def steps(self, unit: "Unit", steps: float) -> None:
-        """Note that part of a unit is done."""
-        self._partial[unit.label, unit.number] = steps
-        self._show()
-
-    def done(self, unit: "Unit") -> None:
-        """Note that a unit is done."""
-        self._partial.pop((unit.label, unit.number), None)
-        self._finished += unit.num_steps
-        self._show()
-
-    def _show(self) -> None:
-        steps = self._finished + sum(self._partial.values())
-        new = steps - self._begun
+        self._made[unit.label, unit.number] = steps
+        new = sum(self._made.values())
+        steps = self._begun + new
         elapsed = time.perf_counter() - (self._begin or 0.0)
         left = _clock(elapsed * (self._total - steps) / new) + " left" if new > 0 else ""
         last, self._tenth = self._tenth, max(self._tenth, int(10 * steps / self._total))
         about = {"percent": 100 * steps / self._total, "elapsed": _clock(elapsed), "left": left}
         self._show_line(steps, is_due=self._tenth > last, **about)
+
+    def done(self, unit: "Unit") -> None:
+        self.steps(unit, unit.num_steps)
 
 
 def _clock(seconds: float) -> str:
@@ -510,7 +502,6 @@ def _clock(seconds: float) -> str:
 
 
 def _show_summary(folder: Path) -> None:
-    """Print the comparison's first table, and where the report is."""
     from longtake.evaluation.records import COMPARISON_FILE, REPORT_FILE, read_json
     from longtake.evaluation.report.tables import summary_table
 

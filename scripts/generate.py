@@ -138,11 +138,7 @@ def generate(given: _Options) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt per line; empty lines and lines that begin with # are left out.
-
-    Raises:
-        ValueError: If the file cannot be read, has no prompts, or one is too long.
-    """
+    """Read one prompt per line; empty lines and lines that begin with # are left out."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -179,7 +175,6 @@ def _place(run: RunConfig, out: Path | None) -> tuple[Path, Path | None]:
 
 
 def _unfinished(template: RunConfig, texts: list[str], parent: Path) -> list[_Job]:
-    """Runs of all prompts that are not finished in their folders."""
     from longtake.pipelines.run_folder import FINISHED, RunFolder
 
     seen: Counter[str] = Counter()

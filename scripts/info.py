@@ -82,7 +82,6 @@ def info(given: _Options) -> None:
 
 
 def _located(name: str, family: str | None) -> tuple[str, Path | None]:
-    """Family of a model, and its folder where it has one."""
     if name in family_names():
         return name, load_family(name).bundled
     if not Path(name).is_dir():
@@ -149,7 +148,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _weights(files: Iterable[Path]) -> tuple[int, set[str]]:
-    """Numbers in files of weights, and their data types, from the headers."""
     numbers, dtypes = 0, set()
     for path in files:
         try:
@@ -196,7 +194,6 @@ def _parse_memory(text: str) -> int:
 
 
 def _show_plan(request: "PlanRequest", memory: int | None) -> None:
-    """Print the plan for so many bytes, or for this machine; whether it fits; and remedies."""
     from longtake.pipelines.memory_plan import format_bytes, machine_memory, plan_memory
 
     plan = plan_memory(request)

@@ -107,7 +107,6 @@ def _changed(name: str, changes: Iterable[str]) -> dict[str, Any]:
 
 
 def _parse_events(texts: Iterable[str]) -> dict[int, Event]:
-    """Events by block index from ``BLOCK:EVENT``; the simulation checks their names."""
     events: dict[int, Event] = {}
     for text in texts:
         block, _, event = text.partition(":")
@@ -118,7 +117,6 @@ def _parse_events(texts: Iterable[str]) -> dict[int, Event]:
 
 
 def _table(frames_per_block: int | None) -> Iterator[Text]:
-    """A line of figures per policy, and what it is below."""
     width = min(out.width, 110)
     yield Text(_filled(_TABLE_NOTE, width), style="dim")
     yield Text()
@@ -133,7 +131,7 @@ def _table(frames_per_block: int | None) -> Iterator[Text]:
             cells = ["-"] * 7
             what += f" The preset alone does not run here: {error}"
         else:
-            bounded = "yes" if row.is_bounded else f"+{row.grows / GB:.3g}/min"
+            bounded = "yes" if not row.grows else f"+{row.grows / GB:.3g}/min"
             sizes = f"{row.context_frames:.3g}", f"{row.attended_bytes / GB:.2f}", f"{row.stored_bytes / GB:.2f}"
             cells = [str(size), *sizes, bounded, needs(policy), ", ".join(sorted(policy.events - {"keep"})) or "-"]
         yield _row(name, *cells, style="bold cyan")
@@ -164,7 +162,7 @@ def _print_explained(policy: CachePolicy, blocks: Sequence[SimulatedBlock], *, f
     except ValueError as error:
         cost = f"{error} {needed}"
     else:
-        growth = "" if row.is_bounded else f" after {row.after_seconds:.0f} s, growing"
+        growth = "" if not row.grows else f" after {row.after_seconds:.0f} s, growing"
         cost = (
             f"attends to {row.context_frames:.3g} frames ({row.context_tokens:,} tokens) with the block, reads "
             f"{row.attended_bytes / GB:.2f} GB, stores {row.stored_bytes / GB:.2f} GB{growth}; {needed}"
@@ -181,19 +179,12 @@ def _title(policy: CachePolicy, blocks: Sequence[SimulatedBlock]) -> str:
 
 @dataclass(frozen=True)
 class _PolicyFacts:
-    """Figures of a policy."""
-
     context_frames: float  # most that a block or window attends to, itself included, in frames' worth of tokens
     context_tokens: int  # the same in tokens
     attended_bytes: int  # keys and values that it attends to beside itself
     stored_bytes: int  # keys and values that are kept between blocks
     grows: float  # bytes per minute of video that are still added to what is stored; 0: bounded
     after_seconds: float  # length of video at which these are the figures, or from which on they hold
-
-    @property
-    def is_bounded(self) -> bool:
-        """True if memory stays the same however long the video."""
-        return not self.grows
 
 
 def _wan_1_3b(frames_per_block: int = 3) -> Geometry:
@@ -203,11 +194,7 @@ def _wan_1_3b(frames_per_block: int = 3) -> Geometry:
 
 
 def preset_policy(name: str) -> CachePolicy:
-    """A policy as its preset has it.
-
-    Raises:
-        ValueError: If the preset cannot stand alone: a policy that needs a file of the user's, say.
-    """
+    """Make a policy as its preset has it; a ValueError if that cannot stand alone, for want of a user's file, say."""
     return make_policy(_changed(name, ()))
 
 
@@ -230,9 +217,6 @@ def facts(policy: CachePolicy, geometry: Geometry | None = None) -> _PolicyFacts
 
     One layer is played for all: policies that treat layers differently keep as much in each of them, or refuse a
     model of one layer, and then all are played. The shapes are Wan2.1 1.3B's with the source's blocks unless given.
-
-    Raises:
-        ValueError: If the policy has no room for the geometry's blocks, or what it needs is made for another model.
     """
     try:
         return _measured(policy, geometry or _wan_1_3b(policy.published_block))
@@ -283,7 +267,7 @@ _MAX_LISTED = 3  # runs of numbers before a list is shortened
 
 
 def _toy_geometry(frames_per_block: int = 3) -> Geometry:
-    """The bundled model's shapes: 6 layers, 6 heads of 32, 4 x 4 tokens a frame."""
+    """Shapes of the bundled model."""
     shapes: dict[str, Any] = {"num_layers": 6, "num_heads": 6, "head_dim": 32, "num_rows": 4, "num_columns": 4}
     return Geometry(**shapes, frames_per_block=frames_per_block, dtype=torch.float32)
 
@@ -296,11 +280,7 @@ def play(
     events: Mapping[int, Event] | None = None,
     layer: int = -1,
 ) -> list[SimulatedBlock]:
-    """Play a rollout of the bundled model's shapes, and note what one layer reads.
-
-    Raises:
-        ValueError: If the policy does not know an event, has no room for such blocks, or there is no such layer.
-    """
+    """Play a rollout of the bundled model's shapes, and note what one layer reads."""
     geometry = _toy_geometry(frames_per_block)
     if not -geometry.num_layers <= layer < geometry.num_layers:
         raise ValueError(f"layer={layer} does not exist: the model played has layers 0 to {geometry.num_layers - 1}.")
@@ -353,7 +333,6 @@ def _lines(blocks: Sequence[SimulatedBlock]) -> Iterator[Text]:
 
 
 def _legend(blocks: Sequence[SimulatedBlock]) -> Text:
-    """Letters of the roles."""
     text = Text("")
     for role, colour in _roles(blocks).items():
         text.append(f" {_letter(role)} ", style=f"bold white on {colour}")
@@ -376,14 +355,13 @@ def _num_frames(blocks: Sequence[SimulatedBlock]) -> int:
 
 
 def _spans(record: PassRecord) -> list[Span]:
-    """Spans that a pass reads, and that of its own frames."""
     first = record.pass_.start_frame
     frames = tuple(range(first, first + record.pass_.num_frames))
     return [*record.spans, Span(_BLOCK, frames, record.query_positions, (1.0,) * len(frames))]
 
 
 def _strip(record: PassRecord, colours: Mapping[str, str], width: int, per_column: int, strength: str) -> Text:
-    """One letter per column: the role that has most of its frames' tokens."""
+    # The letter of a column is that of the role that has most of its frames' tokens.
     cells: dict[int, tuple[str, float]] = {}
     for span in _spans(record):
         for frame, share in zip(span.frames, span.shares, strict=True):
@@ -402,7 +380,6 @@ def _strip(record: PassRecord, colours: Mapping[str, str], width: int, per_colum
 
 
 def _read(record: PassRecord, colours: Mapping[str, str]) -> Text:
-    """Frames and positions of every role."""
     line = Text()
     for index, span in enumerate(_merged(_spans(record))):
         line.append("; " if index else "")
@@ -428,11 +405,7 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def draw(policy: CachePolicy, blocks: Sequence[SimulatedBlock], path: Path) -> None:
-    """Draw into a PNG which frames each block reads, and at which positions, side by side.
-
-    Raises:
-        ValueError: If matplotlib is not installed.
-    """
+    """Draw into a PNG which frames each block reads, and at which positions, side by side."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

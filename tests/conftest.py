@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4}
+SMALL |= {"text_dim": 16, "freq_dim": 32, "ffn_dim": 64, "num_layers": 2}
+
 
 def build_tiny_pipeline(folder, *, seed: int = 0):
     """Write a complete diffusers Wan folder of a few MB with random weights."""
@@ -10,37 +13,15 @@ def build_tiny_pipeline(folder, *, seed: int = 0):
     from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    words = [
-        "a",
-        "red",
-        "blue",
-        "circle",
-        "square",
-        "moving",
-        "left",
-        "right",
-        "over",
-        "navy",
-        "plain",
-        "background",
-        "then",
-    ]
+    words = ["a", "red", "blue", "circle", "square", "moving", "left", "right", "over", "navy", "plain", "background"]
+    words += ["then"]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -3.0) for word in words)]
     pieces += [("▁", -8.0), *((letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz")]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
     config = UMT5Config(
         vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, is_encoder_decoder=False
     )
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=96,
-        num_layers=2,
-    )
+    transformer = WanTransformer3DModel(**SMALL | {"text_dim": 32, "ffn_dim": 96})
     vae = AutoencoderKLWan(
         base_dim=4,
         dim_mult=[1, 1, 1],
@@ -72,10 +53,7 @@ def make_transformer():
 
     def make(**changes):
         torch.manual_seed(0)
-        config = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4}
-        config |= {"text_dim": 16, "freq_dim": 32, "ffn_dim": 64, "num_layers": 2}
-        model = WanTransformer3DModel(**config | changes)
-        return model.eval()
+        return WanTransformer3DModel(**SMALL | changes).eval()
 
     return make
 
@@ -94,7 +72,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_family():
-    """How the tiny folder is run: 32x32 pixels, blocks of 3, two steps."""
+    """Family of the tiny folder: 32x32 pixels, blocks of 3, two steps."""
     from longtake.configs.families import ModelFamily
 
     return ModelFamily(

@@ -142,9 +142,6 @@ def permutation(order: str, num_frames: int, num_rows: int, num_columns: int) ->
     """(tokens,), int64: the token at each place once a video is sorted by an order of ``ORDERS``.
 
     Tokens are given in the order ``fhw``.
-
-    Raises:
-        ValueError: If the order is unknown.
     """
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is unknown; known: {', '.join(ORDERS)}.")

@@ -182,7 +182,7 @@ def _row(name: str) -> str:
         row = facts(policy)
     except ValueError:
         return f"| {known} | - | - | - | - | - | settings, see below | - |"
-    bounded = "yes" if row.is_bounded else f"no: +{row.grows / GB:.3g} GB a minute"
+    bounded = "yes" if not row.grows else f"no: +{row.grows / GB:.3g} GB a minute"
     sizes = f"{row.context_frames:.3g} | {row.attended_bytes / GB:.2f} | {row.stored_bytes / GB:.2f}"
     cells = [
         known,

@@ -36,9 +36,9 @@ def test_facts_are_those_of_the_published_sizes():
     """184,320 bytes per token over 30 layers in bfloat16; 1,560 tokens a frame."""
     row = facts(make_policy({"policy": "sliding_window", "num_context_frames": 21}))
     assert (row.context_frames, row.context_tokens) == (21, 32760)
-    assert row.attended_bytes == row.stored_bytes == 18 * 1560 * 184_320 and row.is_bounded
+    assert row.attended_bytes == row.stored_bytes == 18 * 1560 * 184_320 and not row.grows
     row = facts(make_policy("full"))
-    assert not row.is_bounded and row.context_tokens == 240 * 1560
+    assert row.grows and row.context_tokens == 240 * 1560
     assert row.grows == pytest.approx(240 * 1560 * 184_320)
     assert _wan_1_3b().device.type == "meta" and _MOST_BLOCKS > 240
 
